@@ -1,0 +1,30 @@
+# One virtual environment serves every target; it is rebuilt when the metadata or the pins change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart test lint types clean
+
+help:  ## List the targets.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+quickstart: $(VENV)/.installed  ## Train a tiny model on short data, ask it for facts at 16x the length.
+	$(BIN)/python recipes/quickstart.py
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+test: lint types  ## Lint, types, doctests and tests.
+	$(BIN)/python -m pytest -n 2
+
+clean:  ## Remove the virtual environment and the caches.
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
