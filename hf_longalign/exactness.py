@@ -1,0 +1,174 @@
+"""What each attention backend computes exactly, as a rule over the model's config alone.
+
+"Exact" means: every document's logits are those of the document alone, as the long sequence in which each skipped
+position holds a masked token. The rule knows the layer kinds and backends of transformers; `run_preflight` then tries
+the model itself.
+"""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+ATTENTION_NAME = "longalign_varlen"
+
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"})
+# A model that has one kind of layer only may name none.
+SUPPORTED_LAYERS = frozenset({None, "full_attention", "sliding_attention", "attention", "moe"}) | RECURRENT_LAYERS
+
+_MASK_BACKENDS = frozenset({"eager", "sdpa", "flex_attention"})
+# A packed mask is made of the position ids, which these models do not hand to the function that makes it.
+_NO_POSITIONS_FOR_MASK = frozenset({"afmoe", "falcon", "gpt_oss", "granitemoehybrid"})
+# Layers that do not hand `cu_seq_lens_q` on to their attention.
+_NO_BOUNDARIES_FOR_LAYERS = frozenset({"nemotron", "stablelm"})
+_REMEDY = f'Set attn_implementation="{ATTENTION_NAME}"'
+
+
+def layer_kinds(config: PretrainedConfig) -> frozenset[str]:
+    """Kinds of the model's layers, in transformers' words: "full_attention", "sliding_attention", "linear_attention" …
+
+    >>> from transformers import MistralConfig
+    >>> sorted(layer_kinds(MistralConfig(sliding_window=4096)))
+    ['sliding_attention']
+    """
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None:
+        return frozenset(kinds)
+    if getattr(text, "sliding_window", None) is not None:
+        return frozenset({"sliding_attention"})
+    return frozenset(
+        {"full_attention" if getattr(text, "attention_chunk_size", None) is None else "chunked_attention"}
+    )
+
+
+def has_recurrent_layers(config: PretrainedConfig) -> bool:
+    """Whether some layers carry a state from token to token (Mamba, linear attention, convolutions).
+
+    Those have no positions: a skip reaches the attention layers only.
+
+    >>> from transformers import LlamaConfig, Qwen3NextConfig
+    >>> has_recurrent_layers(LlamaConfig()), has_recurrent_layers(Qwen3NextConfig())
+    (False, True)
+    """
+    return bool(layer_kinds(config) & RECURRENT_LAYERS)
+
+
+def exactness_problem(
+    config: PretrainedConfig,
+    attn_implementation: str,
+    *,
+    packed: bool,
+    skipped: bool,
+    target_length: int | None = None,
+    batch_size: int | None = None,
+) -> str | None:
+    """Say why this model on this backend would not be exact, and what to do; None when it is.
+
+    Args:
+        config: the model's config, multimodal ones included.
+        attn_implementation: the backend of its language model.
+        packed: whether several documents share a row, with `cu_seq_lens_q` and its kin; otherwise each has a row,
+            with the 2-D `attention_mask`.
+        skipped: whether positions may skip.
+        target_length: the largest position plus one; None for unknown.
+        batch_size: rows per batch; None for unknown, which counts as several.
+
+    Returns:
+        The reason, naming backend and layer kind, and the remedy; or None.
+
+    >>> from transformers import Gemma2Config, LlamaConfig
+    >>> exactness_problem(LlamaConfig(), "sdpa", packed=False, skipped=True) is None
+    True
+    >>> print(exactness_problem(Gemma2Config(), "eager", packed=False, skipped=True))
+    "eager" counts the window of sliding_attention layers in tokens, not in positions.
+    Set attn_implementation="longalign_varlen".
+    """
+    text = config.get_text_config(decoder=True)
+    kinds = layer_kinds(config)
+    if target_length is not None and target_length <= (getattr(text, "sliding_window", None) or 0):
+        kinds = kinds - {"sliding_attention"}
+    problems = (
+        _kind_problem(kinds, attn_implementation, packed, skipped),
+        _recurrence_problem(kinds, packed),
+        _rope_problem(text, target_length, packed, skipped, batch_size),
+        _backend_problem(text.model_type, kinds, attn_implementation, packed, skipped),
+    )
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _kind_problem(kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
+    unknown = sorted(kinds - SUPPORTED_LAYERS)
+    if not unknown or not (packed or skipped or backend == ATTENTION_NAME):
+        return None
+    return (
+        f'"{backend}" is not exact for {", ".join(unknown)} layers with packed rows or skipped positions. Train this '
+        'model padded, with skip strategy "none" and attn_implementation="eager".'
+    )
+
+
+def _recurrence_problem(kinds: frozenset[str], packed: bool) -> str | None:
+    recurrent = sorted(kinds & RECURRENT_LAYERS)
+    if not recurrent or not packed:
+        return None
+    missing = [] if find_spec("causal_conv1d") else ["causal-conv1d"]
+    if kinds & (RECURRENT_LAYERS - {"conv"}) and not (find_spec("fla") or find_spec("mamba_ssm")):
+        missing.append("flash-linear-attention (linear attention) or mamba-ssm (Mamba)")
+    if not missing:
+        return None
+    return (
+        f"{', '.join(recurrent)} layers let packed documents leak into each other without the kernels that take their "
+        f"boundaries. Install {' and '.join(missing)}, or train padded rows (packing=False)."
+    )
+
+
+def _rope_problem(
+    text: Any, target_length: int | None, packed: bool, skipped: bool, batch_size: int | None
+) -> str | None:
+    for rope in _rope_parameters(text) if packed or skipped else ():
+        kind = rope.get("rope_type", "default")
+        # "dynamic" also remembers the largest position of batches gone by, so one document a batch does not help it.
+        if kind != "dynamic" and (kind != "longrope" or (batch_size == 1 and not packed)):
+            continue
+        trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+        if (target_length or text.max_position_embeddings) > trained:
+            return (
+                f'RoPE of type "{kind}" takes its factor from the largest position of the whole batch, so documents '
+                f"change each other once one passes position {trained}. Set a target length of at most {trained}, "
+                'or load the model with RoPE of type "yarn", "linear" or "llama3".'
+            )
+    return None
+
+
+def _rope_parameters(text: Any) -> Iterator[dict[str, Any]]:
+    parameters = getattr(text, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from (inner for inner in parameters.values() if isinstance(inner, dict))
+
+
+def _backend_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
+    if not (packed or skipped):
+        return None
+    if packed and model_type in _NO_BOUNDARIES_FOR_LAYERS and (skipped or backend == ATTENTION_NAME):
+        return (
+            f"The layers of a {model_type} model do not hand document boundaries to their attention, so no backend "
+            f"keeps packed documents apart. Train padded rows (packing=False). {_REMEDY}."
+        )
+    if backend == ATTENTION_NAME:
+        return None
+    if backend not in _MASK_BACKENDS and "flash" not in backend:
+        return f'"{backend}" is not known to be exact for packed rows or skipped positions. {_REMEDY}.'
+    sliding = sorted(kind for kind in kinds if "sliding" in kind)
+    if skipped and sliding:
+        return f'"{backend}" counts the window of {", ".join(sliding)} layers in tokens, not in positions. {_REMEDY}.'
+    if "flash" in backend or not packed:
+        return None
+    if skipped:
+        return f'"{backend}" takes every skipped position in a packed row for the end of a document. {_REMEDY}.'
+    if model_type in _NO_POSITIONS_FOR_MASK:
+        return f'"{backend}" lets the packed documents of a {model_type} model see each other. {_REMEDY}.'
+    return None

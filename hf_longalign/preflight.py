@@ -1,0 +1,304 @@
+"""A proof on the user's own model, before the first step, that attention over packed and skipped positions is right.
+
+First what the config tells: rotary positions, a target length within the model's range, a backend that is exact for
+its layers. Then what the model does, whatever it is wrapped in, on three documents of a few tokens
+([`~hf_longalign.probe`]):
+
+| test | what must happen |
+| --- | --- |
+| change tokens of one document | no other document moves, nor do its own tokens before them |
+| the same | its tokens after the skip move |
+| shift all positions of a document | nothing moves: places do not count |
+| stretch a skip | the tokens after it move: distances do count |
+
+Every movement is compared with `reach`, what a changed token does where no position is skipped, so that the size of
+logits, of an adapter or of an untrained model does not matter.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import extract_model_from_parallel, is_peft_model
+from transformers import PretrainedConfig
+
+from hf_longalign.collator import SkipPositionDataCollator
+from hf_longalign.exactness import exactness_problem, has_recurrent_layers, layer_kinds
+from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, Probe
+from hf_longalign.rope import check_rope_reached, model_range
+
+
+logger = logging.getLogger(__name__)
+
+# Shares of `reach`, set between what was measured on tiny random models of 20 families, of 2 to 64 layers, with
+# weights of standard deviation 0.02 to 0.3, in float32, float16 and bfloat16:
+LEAK = 0.02  # no leak: 0, or up to 2e-6 in mixtures of experts; a leak in one layer of 64: 0.07 and more
+NOISE = 0.3  # kernels that depend on the whole batch (8-bit bitsandbytes): up to 0.05; attention to later tokens: 0.9
+CUT = 1e-4  # behind a cut: 0; behind an open skip: 0.2 and more
+SHIFT = 0.3  # rotary positions: up to 3e-6 in float32 and 0.07 in bfloat16; learned ones: 0.9 and more
+STRETCH = 1e-5  # positions ignored: 0; behind a cut: about 1e-6; rotary positions: 3e-3 and more
+
+
+class PreflightError(ValueError):
+    """The model, its attention or the batches are not right for the training asked for; says how, and what to do."""
+
+
+class PreflightReport(NamedTuple):
+    """What the tests measured.
+
+    Args:
+        reach: movement that changed tokens cause in their own document, in logits.
+        leak: largest movement of another document, as a share of `reach` like all below.
+        near: movement behind a short skip.
+        far: movement behind a skip to the target length.
+        shift: movement when a document's positions are shifted.
+        stretch: movement when a skip is stretched.
+    """
+
+    reach: float
+    leak: float
+    near: float | None = None
+    far: float | None = None
+    shift: float | None = None
+    stretch: float | None = None
+
+
+def run_preflight(
+    model: torch.nn.Module, collator: SkipPositionDataCollator, device: torch.device | str | None = None
+) -> PreflightReport | None:
+    """Prove that training this model on this collator's batches is exact; a few tiny forwards without gradients.
+
+    Every process of a distributed run must call it: they all run the same forwards. Training modes, random state,
+    gradients and buffers are left as they were.
+
+    Args:
+        model: the model as it will be trained, with adapter, quantisation and wrappers.
+        collator: the collator of the training data.
+        device: where batches go; the model's first parameter's when `None`.
+
+    Returns:
+        What was measured; `None` where there is nothing to prove (padded rows with ordinary positions), or nothing to
+        be seen (an attention that does not reach the logits yet).
+
+    Raises:
+        PreflightError: names the backend, the kind of layers and the remedy.
+
+    Example:
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from hf_longalign import SkipPositionDataCollator, run_preflight
+    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_attention_heads=2,
+    ...                      num_hidden_layers=1, max_position_embeddings=1024)
+    >>> run_preflight(LlamaForCausalLM(config), SkipPositionDataCollator(0, target_length=1024)).leak
+    0.0
+    >>> run_preflight(LlamaForCausalLM(config), SkipPositionDataCollator(0, target_length=4096))
+    Traceback (most recent call last):
+    hf_longalign.preflight.PreflightError: `target_length` must be at most 1024, the range of this 'llama' model,
+    got 4096. Load it with `config=hf_longalign.rope.scale_rope(config, 4096)`, or lower the target length.
+    """
+    skipped = collator.strategy != "none"
+    if not skipped and not collator.padding_free:
+        return None
+    base = _base_model(model)
+    text_config = base.config.get_text_config(decoder=True)
+    _check_config(base, text_config, collator, skipped)
+    device = torch.device(device if device is not None else next(model.parameters()).device)
+    window = text_config.sliding_window if "sliding" in _kinds(text_config) else None
+    probe = Probe(model, text_config, collator, device, window)
+    with _undisturbed(model, device):
+        report = _Judge(probe, text_config, skipped).report()
+    if report is None:
+        logger.warning("Preflight could not see attention at work: no token's logits depend on the tokens before it.")
+    else:
+        logger.info("Preflight passed: %s", report)
+    return report
+
+
+def _base_model(model: torch.nn.Module) -> Any:
+    base = extract_model_from_parallel(model, keep_torch_compile=False)
+    return base.get_base_model() if is_peft_model(base) else base
+
+
+@contextmanager
+def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositionDataCollator, skipped: bool) -> None:
+    """Refuse what the config tells, and warn of what it limits."""
+    if skipped:
+        _check_positions(base, text_config)
+        _check_range(base, collator.target_length)
+    problem = exactness_problem(
+        base.config,
+        text_config._attn_implementation,
+        packed=collator.padding_free,
+        skipped=skipped,
+        target_length=collator.target_length,
+    )
+    if problem is not None:
+        raise PreflightError(problem)
+    if skipped and has_recurrent_layers(base.config):
+        logger.warning(
+            "%r has recurrent layers (%s), which have no positions: skips act on its attention layers only.",
+            text_config.model_type,
+            _kinds(text_config),
+        )
+    if skipped and _slides_everywhere(text_config) and collator.target_length > text_config.sliding_window:
+        logger.warning(
+            "All attention layers of %r slide over %d positions: a skip of that size or more cuts a sample in two. "
+            "Lower the target length, or take a model with full attention.",
+            text_config.model_type,
+            text_config.sliding_window,
+        )
+
+
+def _check_range(base: Any, target_length: int) -> None:
+    text_config = base.config.get_text_config(decoder=True)
+    if not getattr(text_config, "max_position_embeddings", None):
+        return
+    limit = model_range(base.config)
+    if target_length > limit:
+        raise PreflightError(
+            f"`target_length` must be at most {limit}, the range of this {text_config.model_type!r} model, got "
+            f"{target_length}. Load it with `config=hf_longalign.rope.scale_rope(config, {target_length})`, or lower "
+            "the target length."
+        )
+    try:
+        check_rope_reached(base)
+    except ValueError as error:
+        raise PreflightError(str(error)) from error
+
+
+def _check_positions(base: Any, text_config: PretrainedConfig) -> None:
+    kind = _position_kind(base, text_config)
+    if kind != "rotary":
+        raise PreflightError(
+            f"Positions can be skipped only where they are rotary, got {text_config.model_type!r} with {kind}. Set "
+            "the strategy to 'none', or take a model with RoPE."
+        )
+
+
+def _position_kind(base: Any, text_config: PretrainedConfig) -> str:
+    """Return "rotary", or what the model has instead, in words."""
+    attention_config = getattr(text_config, "attn_config", None)  # MPT
+    if text_config.model_type == "bloom" or getattr(attention_config or text_config, "alibi", False):
+        return "ALiBi, which counts tokens and reads no position ids"
+    modules = dict(base.named_modules())
+    rotary = any("rotary" in type(module).__name__.lower() for module in modules.values())
+    if rotary or getattr(text_config, "rotary_dim", None):  # GPT-J and CodeGen rotate without a module
+        return "rotary"
+    for name, module in modules.items():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding) and (leaf == "wpe" or "position" in leaf):
+            return f"learned absolute positions ({name})"
+    return "no positions"
+
+
+def _kinds(text_config: PretrainedConfig) -> str:
+    return ", ".join(sorted(layer_kinds(text_config)))
+
+
+def _slides_everywhere(text_config: PretrainedConfig) -> bool:
+    return layer_kinds(text_config) <= {"sliding_attention"}
+
+
+class _Judge:
+    """Tells from the movements whether the model is right."""
+
+    def __init__(self, probe: Probe, text_config: PretrainedConfig, skipped: bool) -> None:
+        self.probe = probe
+        self.skipped = skipped
+        self.form = "a packed batch" if probe.collator.padding_free else "a padded batch"
+        self.attention = f'"{text_config._attn_implementation}" attention ({_kinds(text_config)})'
+        # Where every layer slides, none sees over a skip of a window or more, and rightly so.
+        reaches_far = not _slides_everywhere(text_config) or probe.far_gap <= text_config.sliding_window - 2
+        self.open_skips = (NEAR, FAR) if reaches_far else (NEAR,)
+
+    def report(self) -> PreflightReport | None:
+        probe = self.probe
+        try:
+            changes = probe.changes(probe.skipped() if self.skipped else probe.ordinary())
+            if changes.reach == 0:
+                return None
+            self._check_leak(changes)
+            if not self.skipped:
+                return PreflightReport(changes.reach, changes.leak.movement / changes.reach)
+            self._check_cut(changes)
+            shift = self._check_shift(changes)
+            stretch = self._check_stretch(changes)
+        except PreflightError:
+            raise
+        except ValueError as error:
+            raise PreflightError(f"{self.attention} refused {self.form}: {error}") from error
+        shares = (changes.leak.movement, changes.behind(NEAR), changes.behind(FAR), shift, stretch)
+        return PreflightReport(changes.reach, *(share / changes.reach for share in shares))
+
+    def _check_leak(self, changes: Changes) -> None:
+        """What must not move does not, unless kernels depend on the whole batch; then it stays near `noise`."""
+        if changes.noise > NOISE * changes.reach:
+            raise PreflightError(
+                f"Tokens see later ones: {self.attention} is not causal here. Load a causal language model, with its "
+                "default attention."
+            )
+        leak = changes.leak
+        if leak.movement > max(LEAK * changes.reach, 8 * changes.noise):
+            raise PreflightError(
+                f"Documents leak into each other: changing document {leak.changed} of {self.form} moved document "
+                f"{leak.document} under {self.attention}. Hand the model `cu_seq_lens_q`, `cu_seq_lens_k`, "
+                "`max_length_q` and `max_length_k` and no `attention_mask`, with "
+                'attn_implementation="longalign_varlen" or flash attention.'
+            )
+
+    def _check_cut(self, changes: Changes) -> None:
+        """A cut moves by exactly 0 behind it."""
+        for document in self.open_skips:
+            if changes.behind(document) <= max(CUT * changes.reach, 2 * changes.noise):
+                raise PreflightError(
+                    f"Attention is cut at skipped positions: in {self.form} under {self.attention}, a document at "
+                    f"positions {self.probe.skipped()[document].tolist()} does not see over its skip. Hand padded "
+                    "batches on with their `attention_mask`, packed ones with `cu_seq_lens_q` and "
+                    'attn_implementation="longalign_varlen".'
+                )
+
+    def _check_shift(self, changes: Changes) -> float:
+        """Rotations are rounded, in half precision to a few percent of `reach`; the median is blind to single tokens.
+
+        That matters for mixtures of experts, where rounding may send a token to another expert.
+        """
+        moved = self.probe.movements(self.probe.shifted(), changes.base)
+        shift = max(moved[document].median().item() for document in (NEAR, ORDINARY))
+        if shift <= SHIFT * changes.reach:
+            return shift
+        leak = self.probe.changes(self.probe.shifted()).leak
+        if leak.movement > LEAK * changes.reach:
+            raise PreflightError(
+                f"Document boundaries are taken from the position ids under {self.attention}: where not every "
+                f"document begins at position 0, changing document {leak.changed} of {self.form} moved document "
+                f'{leak.document}. Set attn_implementation="longalign_varlen", which takes them from `cu_seq_lens_q`.'
+            )
+        raise PreflightError(
+            f"Positions are not relative: shifting all positions of a document by {self.probe.shift} changed it under "
+            f"{self.attention}. Set the strategy to 'none', or take a model whose positions are rotary alone."
+        )
+
+    def _check_stretch(self, changes: Changes) -> float:
+        """Where positions are ignored nothing moves; behind a cut only the rounding of rotations is seen."""
+        stretch = self.probe.movements(self.probe.stretched(), changes.base)[NEAR].max().item()
+        if stretch <= STRETCH * changes.reach:
+            raise PreflightError(
+                f"Position ids do not count: stretching a skip from {self.probe.gap} to {self.probe.stretched_gap} "
+                f"positions changed nothing under {self.attention}. Set the strategy to 'none', or take a model that "
+                "reads `position_ids`."
+            )
+        return stretch
