@@ -1,0 +1,300 @@
+"""RoPE scaling for a target length: set before the model is loaded, recorded with the adapter, checked afterwards.
+
+Setting it on the config of a loaded model does nothing: the rotary embedding computes its frequencies once, when the
+model is built. So everything here works on configs.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+
+# The keys transformers reads for each type (`modeling_rope_utils`), `factor` apart: the target length sets it.
+SCALING_KEYS = {
+    "yarn": {
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+    "linear": set(),
+    "dynamic": set(),
+    "llama3": {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "longrope": {"original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
+}
+LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
+_EVERY_SCALING_KEY = {"factor", "type", *(key for keys in SCALING_KEYS.values() for key in keys)}
+
+
+def model_range(config: PretrainedConfig) -> int:
+    """Return how many positions a model is made for, its RoPE scaling included.
+
+    Published configs disagree on whether `max_position_embeddings` already holds the scaling. The rule never claims
+    more than the frequencies were computed for:
+
+    - `yarn`: `original_max_position_embeddings * factor`. (Qwen's instructions leave `max_position_embeddings` at
+      32,768 or 40,960 with a factor of 4; DeepSeek and gpt-oss raise it.)
+    - `dynamic`: `max_position_embeddings * factor`; the formula takes `max_position_embeddings` for the original.
+    - everything else, so also `llama3`, `longrope` and `linear`: `max_position_embeddings`. (Llama 3.2 has a factor of
+      32 over 8,192 for 131,072. Of `linear` models some raise `max_position_embeddings`, some do not: where yours does
+      not, set it to the length the model card names.)
+
+    Where layer types have their own parameters (Gemma 3, Olmo 3), the smallest range of those that are not sliding
+    counts.
+
+    Raises:
+        ValueError: the config has no `max_position_embeddings`.
+
+    Example:
+
+    >>> from transformers import Qwen3Config
+    >>> yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    >>> model_range(Qwen3Config(max_position_embeddings=40960))
+    40960
+    >>> model_range(Qwen3Config(max_position_embeddings=40960, rope_parameters=yarn))
+    131072
+    """
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    if not limit:
+        raise ValueError(
+            f"`max_position_embeddings` must be a number of positions, got {limit!r} in the config of "
+            f"{text_config.model_type!r}. Set the target length yourself."
+        )
+    lengths = [_range_of(parameters, limit) for _, parameters in _scalable(text_config)]
+    return min(lengths, default=limit)
+
+
+def _range_of(parameters: dict[str, Any], limit: int) -> int:
+    rope_type, factor = _rope_type(parameters), parameters.get("factor")
+    if factor is None or rope_type not in ("yarn", "dynamic"):
+        return limit
+    original = parameters.get("original_max_position_embeddings", limit) if rope_type == "yarn" else limit
+    return round(original * factor)  # a target / original * original may lie an ulp below the target
+
+
+def _rope_type(parameters: dict[str, Any]) -> str:
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def _scalable(text_config: PretrainedConfig) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """The RoPE parameters that meet long distances, by layer type; `None` where all layers share them."""
+    parameters = getattr(text_config, "rope_parameters", None)
+    if not parameters:
+        return
+    nested = {key: value for key, value in parameters.items() if isinstance(value, dict)}
+    if not nested:
+        yield None, parameters
+    for layer_type, value in nested.items():
+        if "sliding" not in layer_type and "chunked" not in layer_type:
+            yield layer_type, value
+
+
+def scale_rope(
+    config: PretrainedConfig, target_length: int, rope_type: str = "yarn", **parameters: Any
+) -> PretrainedConfig:
+    """Return a copy of a config whose RoPE is scaled so that its range covers `target_length`.
+
+    Load the model with it: `AutoModelForCausalLM.from_pretrained(model_id, config=scaled)`. A config that covers the
+    length already comes back unchanged. A config that is scaled already is scaled further, by the same type.
+
+    Args:
+        config: the model's config; of a multimodal model, the text part is scaled.
+        target_length: number of positions the model shall serve.
+        rope_type: `"yarn"` (https://arxiv.org/abs/2309.00071), `"linear"`, `"dynamic"`, `"llama3"` or `"longrope"`
+            (https://arxiv.org/abs/2402.13753).
+        **parameters: further parameters of the type, named as in transformers. `factor` follows from the target
+            length. `original_max_position_embeddings` defaults to the present range; give it where the model card
+            names another (32,768 for Qwen3, whose config says 40,960). `"longrope"` needs `short_factor` and
+            `long_factor`, which somebody has searched for the model.
+
+    Raises:
+        ValueError: no RoPE, an unknown type or parameter, factors missing, or a model scaled by another type.
+
+    Example:
+
+    >>> from transformers import LlamaConfig
+    >>> scaled = scale_rope(LlamaConfig(max_position_embeddings=8192), 32768)
+    >>> scaled.rope_parameters["factor"], scaled.rope_parameters["original_max_position_embeddings"]
+    (4.0, 8192)
+    >>> model_range(scaled)
+    32768
+    """
+    _check_request(target_length, rope_type, parameters)
+    scaled = copy.deepcopy(config)
+    text_config = scaled.get_text_config()
+    entries = list(_scalable(text_config))
+    if not entries:
+        raise ValueError(
+            f"RoPE can be scaled only where full attention uses it, got {text_config.model_type!r} without "
+            "`rope_parameters` of such layers. Lower the target length to the model's range."
+        )
+    reach = model_range(config)
+    if target_length <= reach:
+        return scaled
+    rope = dict(text_config.rope_parameters)
+    for layer_type, old in entries:
+        new = _scaled(old, reach, target_length, rope_type, parameters)
+        rope = new if layer_type is None else {**rope, layer_type: new}
+    # Dynamic scaling reads the original length in `max_position_embeddings`.
+    _set_rope(text_config, rope, None if rope_type == "dynamic" else target_length)
+    text_config.validate_rope()
+    return scaled
+
+
+def _set_rope(text_config: PretrainedConfig, rope: dict[str, Any] | None, limit: int | None) -> None:
+    if limit is not None:
+        text_config.max_position_embeddings = limit
+    if rope is None:
+        return
+    text_config.rope_parameters = rope
+    if hasattr(text_config, "original_max_position_embeddings") and "original_max_position_embeddings" in rope:
+        # Phi-3 keeps it beside the parameters too, and there it wins.
+        text_config.original_max_position_embeddings = rope["original_max_position_embeddings"]
+
+
+def _check_request(target_length: int, rope_type: str, parameters: dict[str, Any]) -> None:
+    if isinstance(target_length, bool) or not isinstance(target_length, int) or target_length < 1:
+        raise ValueError(
+            f"`target_length` must be a positive integer, got {target_length!r}. Set the length you need."
+        )
+    if rope_type not in SCALING_KEYS:
+        raise ValueError(
+            f"`rope_type` must be one of {sorted(SCALING_KEYS)}, got {rope_type!r}. Set 'yarn' if in doubt."
+        )
+    unknown = sorted(set(parameters) - SCALING_KEYS[rope_type])
+    if unknown:
+        raise ValueError(
+            f"`{unknown[0]}` is no parameter of {rope_type!r} RoPE that can be set (`factor` follows from the target "
+            f"length), got {parameters[unknown[0]]!r}. Set one of {sorted(SCALING_KEYS[rope_type])}, or nothing."
+        )
+
+
+def _scaled(
+    old: dict[str, Any], reach: int, target_length: int, rope_type: str, parameters: dict[str, Any]
+) -> dict[str, Any]:
+    """`old` parameters, of range `reach`, scaled to `target_length`."""
+    old_type = _rope_type(old)
+    if old_type not in ("default", rope_type):
+        raise ValueError(
+            f"`rope_type` must be {old_type!r}, the scaling this model was made with, got {rope_type!r}. Set "
+            f"`rope_type={old_type!r}` to scale it further."
+        )
+    kept = {key: value for key, value in old.items() if key not in _EVERY_SCALING_KEY}
+    inherited = {key: old[key] for key in SCALING_KEYS[rope_type] if key in old and old_type == rope_type}
+    inherited.pop("attention_factor", None)  # it belongs to the old factor
+    new = {
+        **kept,
+        **(LLAMA3_DEFAULTS if rope_type == "llama3" else {}),
+        **inherited,
+        **parameters,
+        "rope_type": rope_type,
+    }
+    if rope_type == "longrope":
+        for key in ("short_factor", "long_factor"):
+            if not isinstance(new.get(key), (list, tuple)):
+                raise ValueError(
+                    f"`{key}` must be a list of numbers for 'longrope', got {new.get(key)!r}. Set it to the factors "
+                    "found for this model, or take `rope_type='yarn'`, which needs none."
+                )
+    if "original_max_position_embeddings" in SCALING_KEYS[rope_type]:
+        new.setdefault("original_max_position_embeddings", reach)
+    if rope_type in ("yarn", "longrope"):
+        new["factor"] = target_length / new["original_max_position_embeddings"]
+    else:
+        new["factor"] = float(old.get("factor") or 1.0) * target_length / reach
+    return new
+
+
+def rope_record(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what defines a model's positions, JSON-able: model type, RoPE parameters, `max_position_embeddings`."""
+    text_config = config.get_text_config()
+    record = {
+        "model_type": text_config.model_type,
+        "max_position_embeddings": getattr(text_config, "max_position_embeddings", None),
+        "rope_parameters": getattr(text_config, "rope_parameters", None),
+    }
+    return json.loads(json.dumps(record))
+
+
+def apply_rope(record: dict[str, Any], config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a base model's config with the RoPE of a `rope_record`, to load the model with.
+
+    Raises:
+        ValueError: the record is of another model type.
+    """
+    scaled = copy.deepcopy(config)
+    text_config = scaled.get_text_config()
+    if text_config.model_type != record["model_type"]:
+        raise ValueError(
+            f"The base model must be a {record['model_type']!r}, as in training, got {text_config.model_type!r}. Give "
+            "the base model the adapter was trained on."
+        )
+    _set_rope(text_config, copy.deepcopy(record["rope_parameters"]), record["max_position_embeddings"])
+    return scaled
+
+
+def check_rope(record: dict[str, Any], config: PretrainedConfig) -> None:
+    """Refuse a config whose positions are not those of a `rope_record`.
+
+    Raises:
+        ValueError: names each value that differs.
+    """
+    trained, present = _flat(record), _flat(rope_record(config))
+    differing = [
+        f"{key} = {present.get(key)!r} instead of {trained.get(key)!r}"
+        for key in sorted({*trained, *present})
+        if present.get(key) != trained.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"The base model must have the RoPE its adapter was trained with, got {'; '.join(differing)}. Load both "
+            "with `hf_longalign.adapter.load_adapter`, which sets it before loading; afterwards it does nothing."
+        )
+
+
+def check_rope_reached(model: torch.nn.Module) -> None:
+    """Refuse a model whose config was given RoPE parameters after it had been built: they did not reach it.
+
+    Each rotary embedding is held against one built anew from the config.
+
+    Raises:
+        ValueError: names the module and the remedy.
+    """
+    for name, module in model.named_modules():
+        if "rotary" not in type(module).__name__.lower() or not hasattr(module, "config"):
+            continue
+        try:
+            anew = type(module)(module.config)
+        except TypeError:  # a vision tower's, built from other arguments
+            continue
+        expected = dict(anew.named_buffers())
+        for key, frequencies in module.named_buffers():
+            # The current ones may follow the batch ("dynamic", "longrope"); these stay. Half precision rounds by 0.4%.
+            if not key.endswith("original_inv_freq") or frequencies.is_meta:
+                continue
+            if not torch.allclose(frequencies.float().cpu(), expected[key].float().cpu(), rtol=0.01, atol=0.0):
+                raise ValueError(
+                    f"`{name}` does not turn as its config says, got {_rope_of(module.config)} set on a loaded model, "
+                    "where it does nothing. Load the model with the config: "
+                    "`from_pretrained(model_id, config=hf_longalign.rope.scale_rope(config, target_length))`."
+                )
+
+
+def _rope_of(config: PretrainedConfig) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in _flat(config.rope_parameters).items())
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        flat.update(_flat(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {prefix + key: entry})
+    return flat
