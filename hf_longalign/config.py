@@ -1,0 +1,87 @@
+"""The options of `LongAlignSFTTrainer` that `trl.SFTConfig` does not have."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import SFTConfig
+
+
+@dataclass
+class LongAlignSFTConfig(SFTConfig):
+    r"""Configuration of [`LongAlignSFTTrainer`]: every field of [`trl.SFTConfig`] and the ones below.
+
+    Parameters:
+        > Parameters that control the positions
+
+        skip_strategy (`str`, *optional*, defaults to `"skip_all"`):
+            How positions are skipped: `"none"`, SkipAlign's `"skip_inner"`, `"skip_outer"` and `"skip_all"`
+            (https://arxiv.org/abs/2405.03939), `"pose"`, `"randpos"` or `"cream"`. See
+            [`~hf_longalign.positions.sample_positions`].
+        skip_target_length (`int` or `None`, *optional*):
+            Number of positions to spread a sample over. `None`: the range the model is made for, RoPE scaling
+            included.
+        skip_probability (`float`, *optional*, defaults to `0.5`):
+            Share of the samples that are skipped; the others keep ordinary positions.
+
+        > Parameters that control the loss
+
+        loss_weighting (`str`, *optional*, defaults to `"token"`):
+            `"token"`: every target token of an optimiser step weighs the same, as in TRL. `"sequence"`: every sequence
+            does, LongAlign's formula (https://arxiv.org/abs/2401.18058), exact under packing, gradient accumulation
+            and several processes.
+
+        > Parameters that control the checks
+
+        preflight (`bool`, *optional*, defaults to `True`):
+            Whether to prove with a few tiny forwards, before the first step, that documents do not see each other and
+            that attention reaches across skipped positions.
+
+    Example:
+
+    >>> from hf_longalign import LongAlignSFTConfig
+    >>> config = LongAlignSFTConfig(output_dir="out", packing=True, skip_target_length=65536, bf16=False)
+    >>> config.skip_strategy
+    'skip_all'
+    """
+
+    skip_strategy: str = field(
+        default="skip_all",
+        metadata={
+            "help": "How positions are skipped: none, skip_inner, skip_outer, skip_all, pose, randpos or cream."
+        },
+    )
+    skip_target_length: int | None = field(
+        default=None,
+        metadata={"help": "Number of positions to spread a sample over. Default: the range the model is made for."},
+    )
+    skip_probability: float = field(
+        default=0.5,
+        metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."},
+    )
+    loss_weighting: Literal["token", "sequence"] = field(
+        default="token",
+        metadata={"help": "Whether every target token (token) or every sequence (sequence) weighs the same."},
+    )
+    preflight: bool = field(
+        default=True,
+        metadata={"help": "Whether to prove before the first step that attention over skipped positions is right."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_weighting not in ("token", "sequence"):
+            raise ValueError(
+                f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "
+                "Set 'token' for TRL's loss."
+            )
+        if self.loss_weighting == "sequence" and not self.average_tokens_across_devices:
+            raise ValueError(
+                "`loss_weighting='sequence'` averages over the sequences of all devices, got "
+                "`average_tokens_across_devices=False`. Set it to True."
+            )
+        if self.loss_weighting == "sequence" and (self.loss_type == "dft" or self.label_smoothing_factor > 0):
+            raise ValueError(
+                f"`loss_weighting='sequence'` weighs the negative log-likelihood, got "
+                f"`loss_type={self.loss_type!r}` and "
+                f"`label_smoothing_factor={self.label_smoothing_factor!r}`. Set 'nll' and 0."
+            )

@@ -1,0 +1,103 @@
+"""LongAlign's loss weighting (https://arxiv.org/abs/2401.18058): every sequence of an optimiser step weighs the same.
+
+The loss of a step is `(1/M) sum_i (1/N_i) sum_{t in i} CE_t`: N_i target tokens in sequence i, M sequences that have
+any, over all devices and accumulation steps. A sequence is a document of a packed row or a row of a padded batch.
+"""
+
+from typing import Any
+
+import torch
+
+
+def sequence_index(labels: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Tensor:
+    """Number the sequences of a batch.
+
+    Args:
+        labels: `(batch, length)` int64, -100 where nothing is learned.
+        seq_idx: `(1, length)` document of each token in a packed row; `None` in a padded batch.
+
+    Returns:
+        `(batch, length)` int64.
+    """
+    if seq_idx is not None:
+        return seq_idx.long()
+    return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
+
+
+def target_counts(labels: torch.Tensor, seq_idx: torch.Tensor | None = None) -> torch.Tensor:
+    """Count the predicted target tokens N_i of each sequence; the first token of a row is never predicted.
+
+    Args:
+        labels: `(batch, length)` int64.
+        seq_idx: `(1, length)` or `None`.
+
+    Returns:
+        `(sequences,)` int64.
+
+    Example:
+
+    >>> target_counts(torch.tensor([[-100, 5, 6], [-100, -100, 7]]))
+    tensor([2, 1])
+    >>> target_counts(torch.tensor([[-100, 5, -100, 7]]), seq_idx=torch.tensor([[0, 0, 1, 1]]))
+    tensor([1, 1])
+    """
+    index = sequence_index(labels, seq_idx)
+    counts = torch.zeros(int(index.max()) + 1, dtype=torch.int64, device=labels.device)
+    return counts.scatter_add_(0, index[:, 1:].reshape(-1), (labels[:, 1:] != -100).long().reshape(-1))
+
+
+def sequence_weights(labels: torch.Tensor, seq_idx: torch.Tensor | None = None) -> torch.Tensor:
+    """Weigh each predicted token by 1 / N_i of its sequence.
+
+    Args:
+        labels: `(batch, length)` int64.
+        seq_idx: `(1, length)` or `None`.
+
+    Returns:
+        `(batch, length - 1)` float32, aligned with the predictions: entry t weighs the loss on token t + 1.
+
+    Example:
+
+    >>> sequence_weights(torch.tensor([[-100, 5, 6], [-100, -100, 7]]))
+    tensor([[0.5000, 0.5000],
+            [0.0000, 1.0000]])
+    """
+    counts = target_counts(labels, seq_idx)
+    weights = 1 / counts[sequence_index(labels, seq_idx)[:, 1:]].clamp(min=1)
+    return weights * (labels[:, 1:] != -100)
+
+
+def one_label_per_sequence(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return a row of labels with one target per sequence that has any: its count is M, as `Trainer` counts labels.
+
+    Example:
+
+    >>> one_label_per_sequence({"labels": torch.tensor([[-100, 5, 6], [-100, -100, -100]])})
+    tensor([[-100,    0, -100]])
+    """
+    counts = target_counts(batch["labels"], batch.get("seq_idx"))
+    labels = torch.where(counts > 0, 0, -100)
+    return torch.nn.functional.pad(labels, (1, 0), value=-100)[None]
+
+
+class SequenceWeightedModel:
+    """The model with its log-probabilities weighted, so that TRL's sum over tokens becomes LongAlign's over sequences.
+
+    TRL divides the sum by `num_items_in_batch`, or by the number of targets where that is `None` (evaluation).
+    """
+
+    def __init__(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> None:
+        self.model = model
+        self.counts = target_counts(inputs["labels"], inputs.get("seq_idx"))
+        self.weights = sequence_weights(inputs["labels"], inputs.get("seq_idx"))
+        if num_items_in_batch is None:
+            self.weights = self.weights * self.counts.sum() / (self.counts > 0).sum().clamp(min=1)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model; a fused head's log-probabilities come out weighted."""
+        outputs = self.model(**inputs)
+        if inputs.get("fused_lm_head"):
+            # Prompt learning puts virtual tokens in front, which have no targets.
+            virtual = outputs.log_probs.size(1) - self.weights.size(1)
+            outputs.log_probs = outputs.log_probs * torch.nn.functional.pad(self.weights, (virtual, 0))
+        return outputs

@@ -1,0 +1,328 @@
+"""`LongAlignSFTTrainer`: TRL's `SFTTrainer` with skipped positions, exact packing and a proof of both."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from hf_longalign.attention import exactness_problem, register_attention
+from hf_longalign.blocks import TARGET_MARK
+from hf_longalign.callback import SkipPositionCallback
+from hf_longalign.collator import SkipPositionDataCollator
+from hf_longalign.config import LongAlignSFTConfig
+from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
+from hf_longalign.marker import BlockMarker
+from hf_longalign.observer import PositionObserver
+from hf_longalign.record import save_record
+from hf_longalign.rope import model_range, rope_record
+from hf_longalign.version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all")
+
+
+class LongAlignSFTTrainer(SFTTrainer):
+    """Supervised fine-tuning for long contexts from short data; used exactly like [`trl.SFTTrainer`].
+
+    On top of it: positions are skipped as [`LongAlignSFTConfig`] says, where the rows tell their blocks (turns, the
+    runs of ignored labels, a `parts` column with the character offsets of contexts and question, or `block_lengths`);
+    packed rows run on an attention that keeps documents apart; the loss may weigh sequences instead of tokens; and a
+    preflight proves all of it on the model before the first step. Evaluation keeps ordinary positions, so that its
+    loss compares with any other run.
+
+    Args:
+        model: as in `SFTTrainer`.
+        args: a [`LongAlignSFTConfig`]; any other training arguments are completed with its defaults.
+        data_collator: `None`, or a [`SkipPositionDataCollator`] that replaces the fields of `args`. Another collator
+            is taken only with `skip_strategy="none"`.
+        **kwargs: every other argument of `SFTTrainer`.
+
+    Raises:
+        ValueError: the model cannot be trained exactly this way; the message names backend, layer kind and remedy.
+
+    Example:
+
+    ```python
+    trainer = LongAlignSFTTrainer(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        args=LongAlignSFTConfig(output_dir="out", packing=True, max_length=4096, skip_target_length=32768),
+        train_dataset=load_dataset("trl-lib/Capybara", split="train"),
+        peft_config=LoraConfig(),
+    )
+    trainer.train()
+    ```
+    """
+
+    args: LongAlignSFTConfig
+    model: Any
+    data_collator: Any
+
+    _tag_names = ["trl", "sft", "hf_longalign", "skipalign"]  # noqa: RUF012 - TRL's attribute
+    _name = "SFT"
+    _paper = {  # noqa: RUF012 - TRL's attribute
+        "title": "SkipAlign: Long Context Alignment with Short Instructions and Synthesized Positions",
+        "id": "2405.03939",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = _as_config(args, model)
+        own_collator = data_collator if isinstance(data_collator, SkipPositionDataCollator) else None
+        if data_collator is not None and own_collator is None and args.skip_strategy != "none":
+            raise ValueError(
+                f"`data_collator` must be None or a SkipPositionDataCollator with "
+                f"`skip_strategy={args.skip_strategy!r}`, got {type(data_collator).__name__}. "
+                "Set `skip_strategy='none'` to keep your collator."
+            )
+        if args.packing and args.packing_strategy == "wrapped" and args.skip_strategy != "none":
+            raise ValueError(
+                "`packing_strategy='wrapped'` cuts documents and lets them see each other, got it with "
+                f"`skip_strategy={args.skip_strategy!r}`. Set `packing_strategy='bfd'`."
+            )
+        self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
+        self._collates = data_collator is own_collator
+        super().__init__(model, args=args, data_collator=data_collator, **kwargs)
+        if self._is_vision_dataset and self._strategy != "none":
+            raise ValueError("Positions are skipped in text alone, got a vision data set. Set `skip_strategy='none'`.")
+
+        if data_collator is None and not self._is_vision_dataset:
+            self.data_collator = self._make_collator()
+        self.observer: PositionObserver | None = None
+        if isinstance(self.data_collator, SkipPositionDataCollator):
+            self._use_collator(self.data_collator)
+        self._check_parallelism()
+
+    def _make_collator(self) -> SkipPositionDataCollator:
+        target_length = self.args.skip_target_length
+        if self._strategy == "none":
+            target_length = 1  # not used, and a model without rotary positions has no range
+        elif target_length is None:
+            target_length = model_range(self.model.config)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SkipPositionDataCollator(
+            self._tokenizer,
+            target_length=target_length,
+            strategy=self._strategy,
+            skip_probability=self.args.skip_probability,
+            padding_free=self.padding_free,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
+            seed=seed,
+        )
+
+    def _use_collator(self, collator: SkipPositionDataCollator) -> None:
+        """Set up everything that the training and evaluation batches of this collator need."""
+        # TRL may pack evaluation rows alone; a padded batch would let their documents see each other.
+        packs = collator.padding_free or bool(self.args.eval_packing)
+        self._eval_collator = dataclasses.replace(collator, strategy="none", padding_free=packs)
+        self._choose_attention(collator)
+        if collator.strategy != "none":
+            self._check_lengths(collator.target_length)
+            self.observer = PositionObserver(collator.target_length)
+            self.add_callback(self.observer)
+        self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight))
+
+    def _choose_attention(self, collator: SkipPositionDataCollator) -> None:
+        """Keep the model's attention where it is exact, else take "longalign_varlen", else refuse."""
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        config = base.config.get_text_config()
+        present = config._attn_implementation
+        problem = self._attention_problem(config, present, collator)
+        if problem is not None:
+            if self._attention_problem(config, "longalign_varlen", collator) is not None:
+                raise ValueError(problem)
+            logger.warning(
+                "Attention %r would not be exact here and is replaced by 'longalign_varlen': %s", present, problem
+            )
+        if problem is not None or present == "longalign_varlen":
+            register_attention()
+            base.set_attn_implementation("longalign_varlen")
+
+    def _attention_problem(self, config: Any, attention: str, collator: SkipPositionDataCollator) -> str | None:
+        """Why an attention is not exact for the training or the evaluation batches."""
+        problems = (
+            exactness_problem(
+                config,
+                attention,
+                packed=batches.padding_free,
+                skipped=batches.strategy != "none",
+                target_length=batches.target_length,
+            )
+            for batches in (collator, self._eval_collator)
+        )
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _check_parallelism(self) -> None:
+        parallelism = self.accelerator.parallelism_config
+        splits_sequences = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
+        if self.args.loss_weighting == "sequence" and splits_sequences:
+            raise ValueError(
+                "`loss_weighting='sequence'` needs whole sequences on a device, got context or sequence parallelism. "
+                "Set `loss_weighting='token'`."
+            )
+
+    def _check_lengths(self, limit: int) -> None:
+        """Refuse before the first step what the collator would refuse in the middle of a run."""
+        if not isinstance(self.train_dataset, Dataset):
+            return
+        column = "seq_lengths" if "seq_lengths" in self.train_dataset.column_names else "input_ids"
+        if column not in self.train_dataset.column_names:
+            return
+        for rows in self.train_dataset.select_columns([column]).with_format("numpy").iter(1000):
+            longest = max((row.max() if column == "seq_lengths" else len(row)) for row in rows[column])
+            if longest > limit:
+                raise ValueError(
+                    f"`skip_target_length` must be at least the longest sample, {longest} tokens, got {limit}. Lower "
+                    "`max_length`, raise `skip_target_length` (with RoPE scaling past the model's range), or set "
+                    "`skip_strategy='none'`."
+                )
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        if self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train":
+            # First tokenise alone, then mark the blocks, then let TRL truncate, pack and shuffle: packing drops every
+            # column but `input_ids` and `labels`.
+            tokenise = copy.copy(args)
+            tokenise.max_length, tokenise.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(
+                dataset, processing_class, tokenise, False, formatting_func, dataset_name
+            )
+            dataset, formatting_func = self._mark_blocks(dataset, args), None
+        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if packing or not self._collates:
+            return dataset
+        # TRL leaves out rows without a target, but takes a block mark for one, and the token that nothing predicts.
+        with PartialState().local_main_process_first():
+            return dataset.filter(
+                _has_target, **_progress(dataset, args, f"Checking targets of {dataset_name} dataset")
+            )
+
+    def _mark_blocks(self, dataset: Any, args: Any) -> Any:
+        marker = BlockMarker(self._tokenizer, args.dataset_text_field, self.chat_template)
+        with PartialState().local_main_process_first():
+            dataset = dataset.map(marker, **_progress(dataset, args, "Marking blocks in train dataset"))
+        if "block_lengths" in (dataset.column_names or []):
+            dataset = dataset.remove_columns("block_lengths")
+        return dataset
+
+    @contextmanager
+    def _ordinary_positions(self) -> Iterator[None]:
+        train_collator = self.data_collator
+        if isinstance(train_collator, SkipPositionDataCollator):
+            self.data_collator = self._eval_collator
+        try:
+            yield
+        finally:
+            self.data_collator = train_collator
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return the evaluation dataloader, whose batches have ordinary positions."""
+        with self._ordinary_positions():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Return the test dataloader, whose batches have ordinary positions."""
+        with self._ordinary_positions():
+            return super().get_test_dataloader(test_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        if self.args.loss_weighting == "sequence" and batch_samples and "labels" in batch_samples[0]:
+            # Trainer counts and gathers labels, the first of a row apart: hand it one per sequence that has targets.
+            batch_samples = [{"labels": one_label_per_sequence(batch)} for batch in batch_samples]
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the loss of a batch, weighted by token or by sequence; see [`trl.SFTTrainer.compute_loss`]."""
+        if self.model.training and self.observer is not None:
+            self.observer.observe(inputs)
+        if self.args.loss_weighting == "sequence":
+            model = SequenceWeightedModel(model, inputs, num_items_in_batch)
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, adding to a training log what the positions of all processes covered since the last one."""
+        if self.model.training and self.observer is not None:
+            logs.update(self.observer.metrics())
+        super().log(logs, start_time)
+
+    def training_record(self) -> dict[str, Any]:
+        """Return what a reader of the adapter must know to load, repeat and judge it: JSON-able."""
+        collator = self.data_collator
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        record = {"hf_longalign": __version__, "rope": rope_record(base.config), "seed": self.args.seed}
+        if self.observer is None:
+            record["positions"] = {"strategy": "none"}
+        else:
+            record["positions"] = {
+                "strategy": collator.strategy if isinstance(collator.strategy, str) else "callable",
+                "target_length": collator.target_length,
+                "skip_probability": collator.skip_probability,
+                "seed": collator.seed,
+            }
+            record["coverage"] = self.observer.state()
+        record["training"] = {
+            "loss_weighting": self.args.loss_weighting,
+            "packing": self.args.packing,
+            "padding_free": bool(self.padding_free),
+            "max_length": self.args.max_length,
+            "attention": base.config.get_text_config()._attn_implementation,
+        }
+        return record
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_record(output_dir or str(self.args.output_dir), self.training_record())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.observer is not None and self.args.should_save:
+            self.observer.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.observer is not None and checkpoint is not None:
+            self.observer.load(checkpoint)
+
+
+def _as_config(args: SFTConfig | TrainingArguments | None, model: Any) -> LongAlignSFTConfig:
+    """The arguments as ours, the way `SFTTrainer` takes `TrainingArguments`."""
+    if isinstance(args, LongAlignSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+        return LongAlignSFTConfig(f"{name.split('/')[-1]}-SFT")
+    # Not `to_dict`, which hides every field whose name ends in "_token".
+    return LongAlignSFTConfig(
+        **{item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init}
+    )
+
+
+def _progress(dataset: Dataset | IterableDataset, args: Any, desc: str) -> dict[str, Any]:
+    """What `map` and `filter` of a data set in memory or on disk take, and those of a streamed one do not."""
+    return {"num_proc": args.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
+
+
+def _has_target(row: dict[str, Any]) -> bool:
+    return any(label >= 0 or label <= TARGET_MARK for label in row["labels"][1:])

@@ -1,0 +1,376 @@
+"""`LongAlignSFTTrainer` against the samples one by one, and in place of `SFTTrainer`."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PromptTuningConfig
+from tiny import chat_dataset, chats, tiny_llama, tiny_tokenizer
+from transformers import BitsAndBytesConfig, BloomConfig, BloomForCausalLM, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, SkipPositionDataCollator
+from hf_longalign.preflight import PreflightError
+
+
+def make_trainer(tmp_path, *, dataset=None, model=None, **options):
+    kwargs = {key: options.pop(key) for key in ("eval_dataset", "peft_config", "data_collator") if key in options}
+    args = LongAlignSFTConfig(
+        **{
+            "output_dir": str(tmp_path),
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "max_length": 256,
+            "skip_target_length": 1024,
+            "skip_probability": 1.0,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **options,
+        }
+    )
+    return LongAlignSFTTrainer(
+        model or tiny_llama(),
+        args=args,
+        train_dataset=chat_dataset() if dataset is None else dataset,
+        processing_class=tiny_tokenizer(),
+        **kwargs,
+    )
+
+
+def documents_of(batch):
+    """(input_ids, labels, position_ids) of each document of a collated batch, padding left out."""
+    columns = [batch[key] for key in ("input_ids", "labels", "position_ids")]
+    if "cu_seq_lens_q" in batch:
+        bounds = batch["cu_seq_lens_q"].tolist()
+        return [[c[0, a:b] for c in columns] for a, b in pairwise(bounds)]
+    return [[c[row][mask.bool()] for c in columns] for row, mask in enumerate(batch["attention_mask"])]
+
+
+def naive_losses(model, batches):
+    """Per document: (sum of the token losses, number of targets), each document alone with its positions, eager."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    found = []
+    for batch in batches:
+        for input_ids, labels, positions in documents_of(batch):
+            with torch.no_grad():
+                logits = model(
+                    input_ids=input_ids[None],
+                    position_ids=positions[None],
+                    attention_mask=torch.ones_like(input_ids)[None],
+                    use_cache=False,
+                ).logits[0]
+            loss = torch.nn.functional.cross_entropy(
+                logits[:-1], labels[1:], ignore_index=-100, reduction="sum"
+            ).item()
+            found.append((loss, int((labels[1:] != -100).sum())))
+    return [(loss, count) for loss, count in found if count]
+
+
+def naive_loss(model, batches, weighting):
+    losses = naive_losses(model, batches)
+    if weighting == "token":
+        return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+    return sum(loss / count for loss, count in losses) / len(losses)
+
+
+def first_step_batches(trainer):
+    iterator = iter(trainer.get_train_dataloader())
+    return [next(iterator) for _ in range(trainer.args.gradient_accumulation_steps)]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_loss_is_that_of_the_samples_one_by_one(tmp_path, packing, weighting, accumulation):
+    trainer = make_trainer(
+        tmp_path,
+        packing=packing,
+        loss_weighting=weighting,
+        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=1 if packing else 2,
+        assistant_only_loss=True,
+        max_steps=1,
+    )
+    torch.manual_seed(trainer.args.seed)
+    batches = first_step_batches(trainer)
+    expected = naive_loss(trainer.model, batches, weighting)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, abs=2e-4)
+
+
+def test_positions_are_skipped_and_logged(tmp_path):
+    trainer = make_trainer(tmp_path, packing=True)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["skip_share"] == 1.0
+    assert 0 < log["skip_span_mean"] <= log["skip_span_max"] <= 1024
+
+
+def test_epochs_bring_new_positions_and_workers_the_same(tmp_path):
+    def run(workers):
+        trainer = make_trainer(
+            tmp_path,
+            dataset=chat_dataset(4),
+            num_train_epochs=3,
+            max_steps=-1,
+            per_device_train_batch_size=4,
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+            learning_rate=0.0,
+        )
+        seen = []
+        trainer.observer.observe = lambda inputs: seen.append(inputs["position_ids"].max().item())
+        trainer.train()
+        return seen
+
+    spans = run(0)
+    assert len(set(spans)) == 3
+    assert run(2) == spans
+
+
+def test_evaluation_keeps_ordinary_positions(tmp_path):
+    # Blocks from the labels: evaluation rows carry no marks.
+    trainer = make_trainer(tmp_path, packing=True, eval_dataset=chat_dataset(4), assistant_only_loss=True)
+    for batch in trainer.get_eval_dataloader():
+        for _, _, positions in documents_of(batch):
+            assert positions.tolist() == list(range(len(positions)))
+    expected = naive_loss(trainer.model, trainer.get_eval_dataloader(), "token")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_evaluation_may_be_packed_apart(tmp_path, packing):
+    trainer = make_trainer(tmp_path, packing=packing, eval_packing=not packing, eval_dataset=chat_dataset(6))
+    assert ("seq_lengths" in trainer.eval_dataset.column_names) is not packing
+    padded = make_trainer(tmp_path, eval_dataset=chat_dataset(6))
+    expected = naive_loss(padded.model, padded.get_eval_dataloader(), "token")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-4)
+    assert trainer.evaluate(chat_dataset(6))["eval_loss"] == pytest.approx(expected, abs=2e-4)
+    assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(expected, abs=2e-4)
+
+
+def test_samples_that_train_nothing_are_left_out(tmp_path):
+    rows = Dataset.from_list([{"text": text} for text in ["", "Ardel sold salt.", "", "Bemo sold wool."]])
+    trainer = make_trainer(tmp_path, dataset=rows, eval_dataset=rows)
+    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 2
+
+
+def test_without_skips_no_rotary_positions_are_needed(tmp_path):
+    config = BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4)
+    trainer = make_trainer(tmp_path, model=BloomForCausalLM(config), skip_strategy="none", skip_target_length=None)
+    trainer.train()
+    assert trainer.observer is None
+    assert trainer.training_record()["positions"] == {"strategy": "none"}
+
+
+def test_sequence_weighted_evaluation(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        loss_weighting="sequence",
+        assistant_only_loss=True,
+        eval_dataset=chat_dataset(4),
+        per_device_eval_batch_size=4,
+    )
+    expected = naive_loss(trainer.model, trainer.get_eval_dataloader(), "sequence")
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-4)
+
+
+def test_blocks_reach_the_collator_through_packing(tmp_path):
+    # Every token is a target: only the marks tell the turns.
+    trainer = make_trainer(tmp_path, packing=True, skip_strategy="skip_outer")
+    jumps = set()
+    for batch in trainer.get_train_dataloader():
+        for input_ids, labels, positions in documents_of(batch):
+            assert (labels[1:] >= 0).all()
+            for place in (positions.diff() > 1).nonzero().flatten().tolist():
+                jumps.add(trainer.processing_class.decode(input_ids[place + 1 : place + 4]))
+    assert jumps == {"<|start|>us"}  # three tokens
+
+
+def prompt_completion_dataset():
+    rows = [{"prompt": m[0]["content"] + " ", "completion": m[1]["content"]} for m in chats(16)]
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options"),
+    [
+        pytest.param(prompt_completion_dataset(), {"packing": True}, id="prompt-completion packed"),
+        pytest.param(prompt_completion_dataset(), {"completion_only_loss": False}, id="prompt-completion whole"),
+        pytest.param(
+            Dataset.from_list([{"prompt": m[:3], "completion": m[3:]} for m in chats(16)]),
+            {"padding_free": True, "max_length": None},
+            id="conversational prompt-completion padding-free",
+        ),
+        pytest.param(
+            Dataset.from_list([{"text": m[0]["content"]} for m in chats(16)]), {"skip_strategy": "pose"}, id="text"
+        ),
+        pytest.param(
+            Dataset.from_list([{"input_ids": list(range(5, 25)), "labels": [-100] * 10 + list(range(15, 25))}] * 8),
+            {"packing": True},
+            id="tokenised",
+        ),
+        pytest.param(
+            IterableDataset.from_generator(lambda: ({"messages": m} for m in chats(16))),
+            {"packing": True, "assistant_only_loss": True},
+            id="iterable",
+        ),
+        pytest.param(chat_dataset(), {"pad_to_multiple_of": 16, "skip_strategy": "randpos"}, id="randpos"),
+        pytest.param(chat_dataset(), {"gradient_checkpointing": True, "packing": True}, id="checkpointing"),
+        pytest.param(chat_dataset(), {"use_liger_kernel": False, "skip_strategy": "none"}, id="no skips"),
+        pytest.param(chat_dataset(), {"max_length": 40, "assistant_only_loss": True}, id="truncated"),
+        pytest.param(chat_dataset(), {"max_length": 60}, id="truncated, all targets"),
+    ],
+)
+def test_trains_every_kind_of_data_set(tmp_path, dataset, options):
+    trainer = make_trainer(tmp_path, dataset=dataset, **options)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert np.isfinite(log["loss"]) and log["loss"] > 0
+    assert log.get("skip_share") == (None if options.get("skip_strategy") == "none" else 1.0)
+
+
+def test_peft_keeps_the_base_and_trains_the_adapter(tmp_path):
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = make_trainer(tmp_path, model=model, packing=True, peft_config=LoraConfig(target_modules="all-linear"))
+    trainer.train()
+    for name, value in trainer.model.named_parameters():
+        if "lora_B" in name:
+            assert value.abs().sum() > 0
+        elif "lora_" not in name:
+            key = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_quantised_base_trains_its_adapter(tmp_path, packing):
+    pytest.importorskip("bitsandbytes", reason="needs the extra [quant]")
+    tiny_llama(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "model")
+    args = make_trainer(tmp_path, packing=packing, gradient_checkpointing=packing).args
+    trainer = LongAlignSFTTrainer(
+        str(tmp_path / "model"),
+        args=args,
+        train_dataset=chat_dataset(),
+        processing_class=tiny_tokenizer(),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    trainer.train()
+    assert trainer.model.is_loaded_in_4bit
+    assert all(p.abs().sum() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+
+
+def test_virtual_tokens_have_no_weight(tmp_path):
+    peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    options = {"peft_config": peft_config, "loss_weighting": "sequence", "assistant_only_loss": True, "max_steps": 1}
+    trainer = make_trainer(tmp_path, skip_strategy="none", **options)
+    losses = []
+    for input_ids, labels, _ in documents_of(first_step_batches(trainer)[0]):
+        with torch.no_grad():
+            logits = trainer.model(input_ids=input_ids[None], use_cache=False).logits[0, 3:]
+        losses.append(torch.nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100).item())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(losses), abs=2e-4)
+    # PEFT drops position ids here: the preflight sees it.
+    with pytest.raises(PreflightError):
+        make_trainer(tmp_path, **options).train()
+
+
+def test_coverage_is_of_the_whole_run_after_a_resume(tmp_path):
+    options = {"packing": True, "save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3, "max_steps": -1}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    half = make_trainer(tmp_path / "half", **options)
+    half.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert half.training_record()["coverage"] == whole.training_record()["coverage"]
+    assert half.state.log_history[2:] and whole.training_record()["coverage"]["documents"] == 48
+    for ours, theirs in zip(half.state.log_history, whole.state.log_history, strict=True):
+        assert {k: v for k, v in ours.items() if "skip" in k} == {k: v for k, v in theirs.items() if "skip" in k}
+
+
+def test_compute_metrics_sees_the_logits(tmp_path):
+    seen = []
+    trainer = make_trainer(tmp_path, eval_dataset=chat_dataset(4))
+    trainer.compute_metrics = lambda prediction: seen.append(prediction.predictions.shape) or {"ok": 1.0}
+    assert trainer.evaluate()["eval_ok"] == 1.0
+    assert seen[0][-1] == 384
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_moves_to_exact_attention_and_says_so(tmp_path, attention, caplog):
+    model = tiny_llama()
+    model.set_attn_implementation(attention)
+    trainer = make_trainer(tmp_path, model=model, packing=True)
+    assert trainer.model.config._attn_implementation == "longalign_varlen"
+    assert f"Attention '{attention}' would not be exact" in caplog.text
+    kept = make_trainer(tmp_path, model=tiny_llama(), packing=False)
+    assert kept.model.config._attn_implementation == "sdpa"
+
+
+def test_plain_arguments_are_taken(tmp_path):
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    for args in (TrainingArguments(**options), SFTConfig(**options, max_length=99)):
+        trainer = LongAlignSFTTrainer(
+            tiny_llama(), args=args, train_dataset=chat_dataset(), processing_class=tiny_tokenizer()
+        )
+        assert isinstance(trainer.args, LongAlignSFTConfig)
+        assert trainer.data_collator.target_length == 1024  # the model's range
+
+
+def test_own_collator_replaces_the_options(tmp_path):
+    collator = SkipPositionDataCollator(0, target_length=512, strategy="pose", skip_probability=1.0)
+    trainer = make_trainer(tmp_path, data_collator=collator)
+    trainer.train()
+    assert trainer.data_collator is collator
+    assert trainer.state.log_history[0]["skip_share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip_strategy": "skip_some"}, "`strategy` must be one of"),
+        ({"skip_target_length": 16}, "`skip_target_length` must be at least the longest sample"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "lets them see each other|let them see each other"),
+        ({"data_collator": lambda rows: rows}, "`data_collator` must be None or a SkipPositionDataCollator"),
+        ({"loss_weighting": "sample"}, "`loss_weighting` must be 'token' or 'sequence'"),
+        ({"loss_weighting": "sequence", "loss_type": "dft"}, "weighs the negative log-likelihood"),
+        ({"loss_weighting": "sequence", "average_tokens_across_devices": False}, "Set it to True"),
+        ({"skip_probability": 1.5}, "`skip_probability` must be from 0 to 1"),
+    ],
+)
+def test_bad_options_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_range_too_short_is_refused_before_the_first_step(tmp_path):
+    trainer = make_trainer(tmp_path, skip_target_length=4096)
+    with pytest.raises(ValueError, match="1024"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_collator_inside_trl_and_transformers(tmp_path):
+    options = {"output_dir": str(tmp_path), "max_steps": 2, "use_cpu": True, "report_to": "none", "logging_steps": 1}
+    collator = SkipPositionDataCollator(tiny_tokenizer(), target_length=1024, skip_probability=1.0)
+    trainer = SFTTrainer(
+        tiny_llama(),
+        args=SFTConfig(**options, bf16=False, assistant_only_loss=True),
+        data_collator=collator,
+        train_dataset=chat_dataset(),
+        processing_class=tiny_tokenizer(),
+    )
+    assert next(iter(trainer.get_train_dataloader()))["position_ids"].max() > 200
+    trainer.train()
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
