@@ -1,0 +1,148 @@
+"""The builder: seeds become a data set with the configurations `chat`, `contexts` and `rejected`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.generators.base import Generator
+from hf_longalign.synthesis.generators.switch import SwitchGenerator
+from hf_longalign.synthesis.schema import CONFIGS, features
+from hf_longalign.synthesis.stage import Stage
+from hf_longalign.synthesis.workspace import Workspace
+
+
+class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
+    """Builds long-context chat data from short instruction-answer pairs.
+
+    A builder like any other of `datasets`: `download_and_prepare(num_proc=…)`, then `as_dataset()`, or
+    `as_streaming_dataset()`. The configurations are `chat` (rows to train on, the default), `contexts` (the texts) and
+    `rejected` (what did not pass, with the reason); preparing a second one pays for nothing again. Rows are the same
+    for any `num_proc`, and after any interruption.
+
+    Method: Context Synthesis, https://arxiv.org/abs/2502.15592.
+
+    Args:
+        generator: writes the contexts (`OpenAIGenerator`, `TransformersGenerator`), or "documents" where the seeds
+            have theirs.
+        judge: another generator that judges and answers; by default the one that writes.
+        journal: path of the journal of replies; by default `journal.sqlite` beside the prepared data.
+        budget: what a run may spend at most.
+        show_progress: a bar (`True`), none (`False`), or a bar on a terminal and log lines elsewhere (`None`).
+        cache_dir: where the data is prepared, as for every builder.
+        dataset_name: the name of the folder in it.
+        config_name: "chat", "contexts" or "rejected".
+        **config: the fields of `ContextSynthesisConfig`.
+
+    Raises:
+        ValueError: a bad field, seed, document or tokenizer, named with its remedy, before anything is paid for.
+
+    Example:
+
+    >>> import tempfile
+    >>> pairs = [{"instruction": f"Which of the dams is dam {n}?", "answer": f"dam {n}", "context": f"It is dam {n}."}
+    ...          for n in range(3)]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     builder = ContextSynthesisBuilder(
+    ...         cache_dir=folder, seeds=pairs, n_distractors=2, checks=["support"], show_progress=False
+    ...     )
+    ...     builder.download_and_prepare()
+    ...     row = builder.as_dataset(split="train")[0]
+    >>> row["n_contexts"], [part["kind"] for part in row["parts"]]
+    (3, ['context', 'context', 'context', 'question'])
+    """
+
+    BUILDER_CONFIG_CLASS = ContextSynthesisConfig
+    BUILDER_CONFIGS = [ContextSynthesisConfig(name=name) for name in CONFIGS]  # noqa: RUF012 - datasets' own protocol
+    DEFAULT_CONFIG_NAME = "chat"
+
+    config: ContextSynthesisConfig
+
+    def __init__(
+        self,
+        *,
+        generator: Generator | str = "documents",
+        judge: Generator | None = None,
+        journal: str | Path | None = None,
+        budget: Budget | None = None,
+        show_progress: bool | None = None,
+        cache_dir: str | Path | None = None,
+        dataset_name: str = "context_synthesis",
+        config_name: str = "chat",
+        **config: Any,
+    ):
+        if isinstance(generator, str) and generator != "documents":
+            raise ValueError(f'`generator` must be a generator or "documents", got {generator!r}.')
+        writer = None if isinstance(generator, str) else generator
+        if isinstance(config.get("seeds"), str):
+            config["seeds"] = [config["seeds"]]
+        super().__init__(
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            dataset_name=dataset_name,
+            config_name=config_name,
+            generator="documents" if writer is None else _kind(writer),
+            model="" if writer is None else writer.model,
+            judge_model="" if judge is None else judge.model,
+            **config,
+        )
+        self.config.validate()
+        folder = Path(self._cache_dir_root) / self.dataset_name
+        self.workspace = Workspace(self.config, folder)
+        asked: Generator | None = writer or judge
+        if writer is not None and judge is not None:
+            asked = SwitchGenerator([writer, judge])
+        self.stage = Stage(
+            config=self.config,
+            generator=asked,
+            journal=Path(journal) if journal is not None else folder / "journal.sqlite",
+            budget=budget,
+            counter=self.workspace.counter,
+            show_progress=show_progress,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Sent to the processes that compose, which ask nobody: clients and open files stay here.
+        return {**self.__dict__, "stage": None}
+
+    def prepare_outcomes(self) -> None:
+        """Write or check every context, if that is not done yet; here the money is spent.
+
+        Raises:
+            ValueError: something is wrong with the configuration or the seeds; nothing was spent.
+            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
+        """
+        self.stage.check()
+        if not self.workspace.has_outcomes():
+            self.workspace.write_outcomes(self.stage.run())
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(
+            description="Long-context instruction data: human pairs with written or given contexts.",
+            features=features(self.config.name),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        self.prepare_outcomes()
+        splits = self.workspace.splits(self.config.name)
+        return [datasets.SplitGenerator(name, gen_kwargs={"rows": rows}) for name, rows in splits.items()]
+
+    def _as_dataset(self, split: Any = datasets.Split.TRAIN, in_memory: bool = False) -> datasets.Dataset:
+        if self.config.name == "rejected" and not self.info.splits["train"].num_examples:
+            # datasets cannot read a split without rows.
+            empty: dict[str, list[Any]] = {name: [] for name in self.info.features}
+            return datasets.Dataset.from_dict(empty, features=self.info.features, split=datasets.Split.TRAIN)
+        return super()._as_dataset(split, in_memory)
+
+    def _generate_examples(self, rows: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number in rows:
+            row = self.workspace.row(self.config.name, number)
+            if row is not None:
+                yield number, row
+
+
+def _kind(generator: Generator) -> str:
+    """`OpenAIGenerator` -> "openai"."""
+    return type(generator).__name__.removesuffix("Generator").lower()

@@ -1,0 +1,177 @@
+"""One row of the `chat` configuration from one accepted context: choose distractors, compose, record."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
+from hf_longalign.synthesis.distractors import offer
+from hf_longalign.synthesis.pool import Pool
+from hf_longalign.synthesis.schema import SCORES, part
+from hf_longalign.synthesis.tasks import Task, find_task, prompt_parts
+from hf_longalign.synthesis.text import digest
+from hf_longalign.synthesis.tokens import TokenCounter
+
+
+# Where more than this share of the other contexts could be meant, the instruction does not tell which one is.
+_VAGUE_SHARE = 0.2
+_VAGUE_SAMPLE = 50
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What is decided about a row before its distractors are chosen."""
+
+    record: dict[str, Any]
+    rng: np.random.Generator
+    conflicts: Callable[[int], bool]
+    reference: str | None
+    prompt: tuple[str, str]
+
+    @property
+    def named(self) -> bool:
+        return self.reference is not None
+
+
+@dataclass
+class Composer:
+    """Composes rows of a pool. A row depends on the seed, the pool and the row's own id alone.
+
+    Attributes:
+        pool: all contexts.
+        sources: where distractors come from, the preferred source first.
+        limit: distractors per row; `None` for as many as fit into the budget.
+        counter: counts tokens; `None` where no tokenizer is given.
+        budget: tokens per row; `None` for no budget.
+        reference: "auto", "all" or "none".
+        nearest: int32 `(rows, neighbours)`, the closest texts of every row; `None` without hard distractors.
+        hard_share: how likely the next distractor is the closest one left.
+        avoid_conflicts: pass over contexts that conflict with the gold one.
+        seed: seed of everything drawn.
+    """
+
+    pool: Pool
+    sources: tuple[str, ...] = ("same_task",)
+    limit: int | None = 9
+    counter: TokenCounter | None = None
+    budget: int | None = None
+    reference: str = "auto"
+    nearest: np.ndarray | None = None
+    hard_share: float = 0.0
+    avoid_conflicts: bool = True
+    seed: int = 0
+    _tokens: dict[tuple[int, bool], int] = field(default_factory=dict)
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Return the row of the gold context `index`.
+
+        Raises:
+            BudgetError: the context and its prompt alone exceed the budget.
+        """
+        begun = self._begin(index)
+        passed_over: list[int] = []
+        made = compose(
+            self._piece(index, begun.named),
+            self._candidates(index, begun, passed_over),
+            begun.prompt,
+            begun.rng,
+            limit=self.limit,
+            ruler=self._ruler(begun.record["answer"]),
+        )
+        return self._to_row(begun, made, len(passed_over))
+
+    def over_budget(self, index: int) -> str | None:
+        """Return why `row` would raise `BudgetError`, or `None` if it would not."""
+        begun = self._begin(index)
+        try:
+            compose(
+                self._piece(index, begun.named),
+                iter(()),
+                begun.prompt,
+                begun.rng,
+                limit=0,
+                ruler=self._ruler(begun.record["answer"]),
+            )
+        except BudgetError as error:
+            return str(error)
+        return None
+
+    def _begin(self, index: int) -> _Begun:
+        record = self.pool.row(index)
+        rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
+        task, conflicts = find_task(record["task"]), self.pool.conflict(index)
+        named = self._is_named(index, task, conflicts, rng)
+        reference = self.pool.reference(index, task.noun) if named else None
+        return _Begun(record, rng, conflicts, reference, prompt_parts(task, record["instruction"], reference))
+
+    def _is_named(self, index: int, task: Task, conflicts: Callable[[int], bool], rng: np.random.Generator) -> bool:
+        """Whether the prompt says which context is meant. One context alone needs no name."""
+        if self.reference != "auto" or self.limit == 0:
+            return self.reference == "all"
+        if task.is_summary:
+            return True
+        others = self.pool.groups(index, ("same_task",))[0]
+        sample = others if len(others) <= _VAGUE_SAMPLE else rng.choice(others, _VAGUE_SAMPLE, replace=False)
+        return sum(map(conflicts, map(int, sample))) > _VAGUE_SHARE * len(sample)
+
+    def _candidates(self, index: int, begun: _Begun, passed_over: list[int]) -> Iterator[Piece]:
+        nearest = self.nearest[index] if self.nearest is not None else ()
+        groups = self.pool.groups(index, self.sources)
+        for other in offer(groups, begun.rng, nearest=nearest, hard_share=self.hard_share):
+            if begun.named:
+                unfit = self.pool.name(other) == self.pool.name(index)
+            else:
+                unfit = self.avoid_conflicts and begun.conflicts(other)
+            if unfit:
+                passed_over.append(other)
+            else:
+                yield self._piece(other, begun.named)
+
+    def _piece(self, index: int, named: bool) -> Piece:
+        text = f"{self.pool.name(index)}\n{self.pool.text(index)}" if named else self.pool.text(index)
+        tokens = 0
+        if self.counter is not None and self.budget is not None:
+            if (index, named) not in self._tokens:
+                self._tokens[index, named] = self.counter.count(text)
+            tokens = self._tokens[index, named]
+        return Piece(text, self.pool.ids[index], tokens)
+
+    def _ruler(self, answer: str) -> Ruler | None:
+        if self.counter is None or self.budget is None:
+            return None
+        counter = self.counter
+        return Ruler(self.budget, counter.count, lambda content: counter.count_chat(to_messages(content, answer)))
+
+    def _to_row(self, begun: _Begun, made: Composition, passed_over: int) -> dict[str, Any]:
+        record = begun.record
+        messages = to_messages(made.content, record["answer"])
+        context_tokens = total_tokens = None
+        if self.counter is not None:
+            total_tokens = made.tokens or self.counter.count_chat(messages)
+            bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
+            context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
+        conflict = {"name": "conflict", "outcome": "passed", "detail": f"{passed_over} passed over"}
+        kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
+        return {
+            "messages": messages,
+            "parts": [
+                *(part(0, span, "context") for span in made.contexts),
+                part(0, made.question, "question"),
+            ],
+            **{name: record[name] for name in ("task", "instruction", "answer", *kept)},
+            "reference": begun.reference,
+            "gold_index": made.gold_index,
+            "gold_depth": made.gold_depth,
+            "n_contexts": len(made.contexts),
+            "context_tokens": context_tokens,
+            "total_tokens": total_tokens,
+            "context_ids": list(made.sources),
+            "checks": [*record["checks"], *([conflict] if self.avoid_conflicts else [])],
+        }
+
+
+def to_messages(content: str, answer: str) -> list[dict[str, str]]:
+    """Return the conversation of a prompt and its answer."""
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]

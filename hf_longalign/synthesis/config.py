@@ -1,0 +1,319 @@
+"""What a data set is made from and how: the fields of `ContextSynthesisConfig`, checked as a whole.
+
+No field holds a key, an address or anything else of an endpoint: those belong to the generator object.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields
+from functools import cache
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from hf_longalign.synthesis.difficulty import USES
+from hf_longalign.synthesis.distractors import SOURCES
+from hf_longalign.synthesis.text import digest
+from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS
+
+
+# Raised whenever the same fields give other rows: datasets does not see a change of code.
+VERSION = "1.0.0"
+PUBLISHED_DISTRACTORS = 9
+
+
+@dataclass
+class SynthesisOptions:
+    """The fields of `ContextSynthesisConfig` without those of `datasets.BuilderConfig`, for a command line."""
+
+    # Parameters that control the seeds
+    seeds: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files (.jsonl, .parquet), or Hub data sets user/name[:config][@split], each with an optional "
+            "task= in front. Columns: instruction, answer; optional task, context, title, id."
+        },
+    )
+    contexts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "task=file: contexts of that task's seeds, line by line, where they stand in a second file."
+        },
+    )
+    on_bad_seed: str = field(
+        default="raise", metadata={"help": 'What to do about a bad row: "raise", or "skip" to count it and go on.'}
+    )
+    seeds_per_task: int | None = field(default=None, metadata={"help": "Use only the first so many seeds of a task."})
+
+    # Parameters that control how contexts are written
+    method: str = field(
+        default="context",
+        metadata={
+            "help": '"context": texts for human pairs. "instruction", the baseline: pairs for texts of `documents`.'
+        },
+    )
+    context_words: int = field(default=2000, metadata={"help": "Words asked for per context."})
+    reply_words: int = field(
+        default=2000,
+        metadata={"help": "The most words asked for in one reply; a longer context is an outline, then sections."},
+    )
+    facts_first: bool = field(
+        default=False, metadata={"help": "Ask for evidence and distraction first, then for the text that holds them."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "A text file with a prompt of your own in place of the built-in one."}
+    )
+    temperature: float | None = field(
+        default=0.8, metadata={"help": "Sampling temperature; 0.8 is the paper's for open models."}
+    )
+    top_p: float | None = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    max_tokens: int = field(default=4096, metadata={"help": "The most tokens of one reply."})
+    sampling_seed: int = field(default=0, metadata={"help": "Seed of the first reply; a retry adds one."})
+    extra_body: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More fields of a request, as JSON or YAML: chat_template_kwargs, min_p, max_completion_tokens …"
+        },
+    )
+    retries: int = field(
+        default=2, metadata={"help": "How many more replies a seed may cost when one is unreadable or fails a check."}
+    )
+    chunk_words: int = field(
+        default=3000, metadata={"help": 'Words of a chunk of a document, with method "instruction".'}
+    )
+    pairs_per_document: int = field(
+        default=1, metadata={"help": 'Chunks drawn from each document, with method "instruction".'}
+    )
+
+    # Parameters that control verification
+    checks: list[str] = field(
+        default_factory=lambda: list(DEFAULT_CHECKS), metadata={"help": f"Checks to run, out of {', '.join(CHECKS)}."}
+    )
+    min_words: int = field(default=200, metadata={"help": "A context of fewer words is rejected."})
+    max_words: int | None = field(default=None, metadata={"help": "A context of more words is rejected."})
+    language: str | None = field(
+        default=None, metadata={"help": "Two-letter code the contexts must have; unset: the language of the seeds."}
+    )
+    duplicate_threshold: float = field(
+        default=0.8, metadata={"help": "Share of common 5-grams from which two contexts count as the same."}
+    )
+
+    # Parameters that control difficulty
+    difficulty: str | None = field(
+        default=None,
+        metadata={"help": '"closed_book" (the generator answers without context) or "answer_loss" (a local model).'},
+    )
+    difficulty_use: str = field(default="record", metadata={"help": f"How seeds are chosen by it: {', '.join(USES)}."})
+    difficulty_share: float = field(default=0.5, metadata={"help": "The share of each task's seeds that is kept."})
+    difficulty_samples: int = field(default=1, metadata={"help": "Closed-book answers per seed."})
+    difficulty_model: str | None = field(default=None, metadata={"help": 'The local model of "answer_loss".'})
+    answerability: bool = field(
+        default=False,
+        metadata={"help": "Record how well the generator answers each row with and without its context."},
+    )
+
+    # Parameters that control composition
+    n_distractors: int | None = field(
+        default=None,
+        metadata={"help": "Distractors per sample; unset: 9 as published, or with `target_tokens` as many as fit."},
+    )
+    target_tokens: int | None = field(
+        default=None, metadata={"help": "Fill each sample up to so many tokens, chat template and answer included."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "The tokenizer that counts: the one you train with."}
+    )
+    distractor_sources: list[str] = field(
+        default_factory=lambda: ["same_task"],
+        metadata={"help": f"Where distractors come from, out of {', '.join(SOURCES)}; the next when one is used up."},
+    )
+    documents: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Text files, patterns, or data sets with a column text or context, for distractors or pairs."
+        },
+    )
+    hard_share: float = field(
+        default=0.0, metadata={"help": "How likely the next distractor is the one closest to the gold context."}
+    )
+    hard_by: str = field(default="bm25", metadata={"help": 'What "closest" means: "bm25" or "embeddings".'})
+    embedding_model: str | None = field(
+        default=None, metadata={"help": 'The transformers encoder of hard_by "embeddings".'}
+    )
+    reference: str = field(
+        default="auto",
+        metadata={
+            "help": 'Name the gold context by title or ID in the prompt: "auto" where the instruction does not tell '
+            'which context is meant, "all", or "none".'
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn after the replies."})
+
+    # Parameters that control the data set as a whole
+    test_share: float = field(default=0.0, metadata={"help": "Share of the seeds whose rows go into a test split."})
+    general_data: list[str] = field(
+        default_factory=list, metadata={"help": "Data with a column `messages` to mix into the train split."}
+    )
+    general_share: float = field(default=0.0, metadata={"help": "Share of the train rows that is general data."})
+    decontaminate_against: list[str] = field(
+        default_factory=list, metadata={"help": "Evaluation files; seeds and contexts that overlap are rejected."}
+    )
+    decontaminate_ngram: int = field(default=13, metadata={"help": "Words in a row that make an overlap."})
+
+    def validate(self) -> None:
+        """Check every field that can be checked without reading data.
+
+        Raises:
+            ValueError: names the field, its value and the remedy.
+        """
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                known = ", ".join(map(repr, allowed))
+                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
+        for name, allowed in (("checks", CHECKS), ("distractor_sources", SOURCES)):
+            for value in getattr(self, name):
+                if value not in allowed:
+                    raise ValueError(f"`{name}` must hold only {', '.join(allowed)}, got {value!r}.")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
+        self.extra_fields()
+        self._validate_together()
+
+    def extra_fields(self) -> dict[str, Any]:
+        """Return `extra_body` as a dictionary.
+
+        Raises:
+            ValueError: it is no JSON object.
+        """
+        found: Any = self.extra_body or {}
+        if isinstance(found, str):
+            try:
+                found = json.loads(found)
+            except json.JSONDecodeError:
+                found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"`extra_body` must be a JSON object, got {self.extra_body!r}. Quote names and text.")
+        return found
+
+    def _validate_together(self) -> None:
+        for condition, message in (
+            (self.method == "context" and self.seeds is None, "`seeds` must be given, got None."),
+            (
+                self.method == "instruction" and not self.documents,
+                '`documents` must be given with method "instruction", got none. Name files to draw chunks from.',
+            ),
+            (
+                "documents" in self.distractor_sources and not self.documents,
+                '`documents` must be given where `distractor_sources` holds "documents", got none.',
+            ),
+            (
+                self.hard_by == "embeddings" and self.hard_share > 0 and self.embedding_model is None,
+                '`embedding_model` must be given with hard_by "embeddings", got None. Name an encoder.',
+            ),
+            (
+                self.difficulty == "answer_loss" and self.difficulty_model is None,
+                '`difficulty_model` must be given with difficulty "answer_loss", got None. Name a causal model.',
+            ),
+            (
+                self.difficulty_use != "record" and self.difficulty is None,
+                f"`difficulty` must be given with difficulty_use {self.difficulty_use!r}, got None.",
+            ),
+            (
+                bool(self.general_share) != bool(self.general_data),
+                "`general_share` and `general_data` must be given together, "
+                f"got {self.general_share!r} and {self.general_data!r}.",
+            ),
+        ):
+            if condition:
+                raise ValueError(message)
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "on_bad_seed": ("raise", "skip"),
+    "method": ("context", "instruction"),
+    "difficulty": (None, "closed_book", "answer_loss"),
+    "difficulty_use": USES,
+    "hard_by": ("bm25", "embeddings"),
+    "reference": ("auto", "all", "none"),
+}
+_LARGE = 10**9
+_RANGES: dict[str, tuple[float, float]] = {
+    "seeds_per_task": (1, _LARGE),
+    "context_words": (1, _LARGE),
+    "reply_words": (1, _LARGE),
+    "retries": (0, 100),
+    "chunk_words": (1, _LARGE),
+    "pairs_per_document": (1, _LARGE),
+    "min_words": (0, _LARGE),
+    "max_words": (1, _LARGE),
+    "duplicate_threshold": (0.01, 0.99),
+    "difficulty_samples": (1, 1000),
+    "n_distractors": (0, _LARGE),
+    "target_tokens": (1, _LARGE),
+    "hard_share": (0, 1),
+    "test_share": (0, 0.99),
+    "general_share": (0, 0.99),
+    "decontaminate_ngram": (1, 1000),
+}
+
+
+@dataclass
+class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
+    """The configuration of `ContextSynthesisBuilder`.
+
+    Its id, which names the cache folder, is a digest of the fields and of what the named files hold: equal data gives
+    equal folders on every machine, and neither a path nor anything of an endpoint stands in it.
+
+    Attributes:
+        generator: "openai", "transformers" or "documents"; set by the builder.
+        model: the name of the model that writes; set by the builder.
+        judge_model: the name of the model that judges; set by the builder.
+    """
+
+    version: datasets.Version | str | None = VERSION
+    generator: str = "documents"
+    model: str = ""
+    judge_model: str = ""
+
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
+        """Return the name of the configuration and the digest."""
+        return f"{self.name}-{self.fingerprint()}"
+
+    def fingerprint(self, without: tuple[str, ...] = ()) -> str:
+        """Return a digest of everything that shapes the rows, the fields `without` left out."""
+        parts = [VERSION, self.generator, self.model, self.judge_model]
+        for option in fields(SynthesisOptions):
+            if option.name not in without:
+                value = getattr(self, option.name)
+                parts += [option.name, *(_content(part) for part in (value if isinstance(value, list) else [value]))]
+        return digest(*parts)
+
+
+def _content(value: Any) -> str:
+    """A digest of the file or data behind a value; the value itself where there is none."""
+    if isinstance(value, datasets.Dataset):
+        return str(value._fingerprint)
+    if hasattr(value, "backend_tokenizer"):
+        return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
+    if isinstance(value, str):
+        task, _, name = value.rpartition("=")
+        if any(char in name for char in "*?["):
+            return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
+        path = Path(name)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_file():
+            return digest(task, path.name, _file_digest(path, path.stat().st_mtime_ns))
+    return repr(value)
+
+
+@cache
+def _file_digest(path: Path, modified: int) -> str:
+    state = hashlib.blake2b()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()

@@ -1,0 +1,73 @@
+"""Asking until a reply can be read, within one allowance of retries for a seed."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from hf_longalign.synthesis.generators.base import GenerationError, Reply, Request, Sampling
+from hf_longalign.synthesis.prompts import Messages
+from hf_longalign.synthesis.replies import ReplyError
+from hf_longalign.synthesis.text import digest
+
+
+T = TypeVar("T")
+Ask = Callable[[Request], Awaitable[Reply]]
+Count = Callable[[str], None]
+
+
+def ignore_count(kind: str) -> None:
+    """Count nothing."""
+
+
+class GiveUpError(Exception):
+    """No usable context, and no retry left; the message is the reason."""
+
+
+@dataclass
+class Dialogue:
+    """The requests made for one seed: their keys, and how many retries they have used."""
+
+    ask: Ask
+    model: str
+    sampling: Sampling
+    retries: int
+    used: int = 0
+    keys: list[str] = field(default_factory=list)
+    prompt_hash: str = ""
+    count: Count = ignore_count
+
+    async def get(
+        self, purpose: str, prompt: Callable[[str | None], Messages], read: Callable[[str], T], reason: str | None
+    ) -> tuple[T, str | None]:
+        """Ask until the reply can be read; returns what was read and the finish reason.
+
+        Raises:
+            GiveUpError: no retry is left, or the generator will never reply.
+        """
+        while True:
+            messages = prompt(reason)
+            # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
+            sampling = replace(self.sampling, seed=self.sampling.seed + self.used)
+            request = Request(messages, self.model, sampling, purpose)
+            try:
+                reply = await self.ask(request)
+            except GenerationError as error:
+                raise GiveUpError(f"{error.kind}: the generator will not reply") from None
+            self.keys.append(request.key)
+            self.prompt_hash = digest(*(part for message in messages for part in message))
+            try:
+                return read(reply.text), reply.finish_reason
+            except ReplyError as error:
+                reason = f"parse: {error}"
+                self.retry(reason)
+
+    def retry(self, reason: str) -> None:
+        """Use up a retry.
+
+        Raises:
+            GiveUpError: none is left.
+        """
+        if self.used >= self.retries:
+            raise GiveUpError(reason)
+        self.used += 1
+        self.count("retried")

@@ -1,0 +1,1 @@
+"""Where replies come from: an OpenAI-compatible endpoint or a local model, behind one small protocol."""

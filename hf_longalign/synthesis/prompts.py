@@ -1,0 +1,232 @@
+"""What a model is asked: to write a context, its facts, its outline and sections, to judge, to answer, to ask.
+
+The wording is this package's own. It asks for what Context Synthesis asks for (https://arxiv.org/abs/2502.15592): the
+evidence that leads to the answer, distracting detail, and one coherent text of both; a reply opens with "Context:".
+Every function returns messages as (role, content) pairs and depends on nothing but its arguments.
+"""
+
+from dataclasses import dataclass
+from string import Formatter
+
+from hf_longalign.synthesis.seeds import Seed
+from hf_longalign.synthesis.tasks import Task
+
+
+Messages = tuple[tuple[str, str], ...]
+
+TEMPLATE_FIELDS = ("instruction", "answer", "task", "genre", "words", "facts", "format")
+
+_SYSTEM = (
+    "You write source texts for reading comprehension. Reply in the requested format and with nothing else: no "
+    "greeting, no explanation, no remark about the request."
+)
+_LOST = """\
+An instruction and its correct answer are given below. The person who wrote them had {genre} at hand. That text is \
+lost, and you write it anew.
+
+Instruction: {instruction}
+Answer: {answer}
+"""
+_DEMANDS = """\
+The text must
+1. hold the evidence that leads to the answer, with every name, number and date it rests on, in several places of the \
+text rather than in one sentence;
+2. hold detail that can distract: people, places, figures and events that resemble the evidence, yet neither \
+contradict it nor make another answer right;
+3. join both into one coherent text of that kind, about {words} words long, written for its own sake.
+
+Do not repeat the instruction, and do not speak of a question, an answer or a reader who is tested. Write in the \
+language of the instruction.
+"""
+CONTEXT_FORMAT = """\
+Format of the reply:
+Title: <what the text is about, in a few words>
+Context:
+<the text>"""
+_FACTS = """\
+First list what the text will have to say. Evidence: the facts that lead to the answer, one to a line, with every \
+name, number and date. Distraction: as many facts that resemble the evidence, yet neither contradict it nor make \
+another answer right. Do not write the text yet.
+
+Format of the reply:
+Title: <what the text is about, in a few words>
+Evidence:
+- <fact>
+Distraction:
+- <fact>"""
+_GIVEN_FACTS = """\
+Facts the text must hold, each in the place where it reads naturally.
+Evidence:
+{evidence}
+Distraction:
+{distraction}
+"""
+_OUTLINE = """\
+The text will be about {words} words long, written in {sections} sections. Plan them: for each a heading and, in \
+one or two sentences, what it tells and which of the facts it holds. Spread the evidence over the sections and keep \
+distracting detail in each. Do not write the text yet.
+
+Format of the reply:
+Title: <what the text is about, in a few words>
+Section 1: <heading> | <what it tells>
+Section 2: <heading> | <what it tells>"""
+_SECTION = """\
+The text is written in {sections} sections, by this plan:
+{plan}
+
+Write section {number} only, about {words} words long. It goes on from the text before it without repeating it, keeps \
+to its names, numbers and dates, and leaves to later sections what the plan gives to them.
+
+The text before it {ends}
+
+Format of the reply:
+Context:
+<section {number}>"""
+_RETRY = "An earlier reply was rejected: {reason}. Reply so that this does not happen again.\n\n"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a context has to say, listed before it is written."""
+
+    title: str
+    evidence: tuple[str, ...]
+    distraction: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return _GIVEN_FACTS.format(evidence=_bullets(self.evidence), distraction=_bullets(self.distraction))
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The title of a long context and the plan of its sections, each "heading | what it tells"."""
+
+    title: str
+    sections: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(f"Section {number}: {plan}" for number, plan in enumerate(self.sections, 1))
+
+
+def check_template(template: str, name: str) -> str:
+    """Return a custom prompt template if it can be filled.
+
+    A template is the whole user message. Fields: `{instruction}` and `{answer}`, which it must hold, `{task}`,
+    `{genre}`, `{words}`, `{facts}` (empty unless facts are listed first) and `{format}`, the format of the reply,
+    which is appended where it does not stand. Literal braces are doubled.
+
+    Raises:
+        ValueError: an unknown or missing field, or a brace that is not doubled.
+    """
+    try:
+        fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"`prompt_template` must double its literal braces, got {error} in {name}.") from None
+    for field in sorted(fields - set(TEMPLATE_FIELDS)):
+        raise ValueError(f"`prompt_template` has no field {{{field}}} ({name}). Use {', '.join(TEMPLATE_FIELDS)}.")
+    for field in ("instruction", "answer"):
+        if field not in fields:
+            raise ValueError(f"`prompt_template` must hold {{{field}}}, got none in {name}.")
+    return template if "format" in fields else template.rstrip() + "\n\n{format}"
+
+
+def context_prompt(
+    seed: Seed,
+    task: Task,
+    words: int,
+    *,
+    facts: Facts | None = None,
+    template: str | None = None,
+    reason: str | None = None,
+) -> Messages:
+    """Ask for a context in one reply, from the pair alone or from facts listed before.
+
+    Example:
+
+    >>> from hf_longalign.synthesis.tasks import TASKS
+    >>> messages = context_prompt(Seed("a", "qmsum", "Why?", "Because."), TASKS["qmsum"], 500)
+    >>> "about 500 words" in messages[1][1], messages[1][1].endswith(CONTEXT_FORMAT)
+    (True, True)
+    """
+    if template is None:
+        template = _LOST + ("\n{facts}" if facts else "") + "\n" + _DEMANDS + "\n{format}"
+    return _ask(
+        template.format(
+            instruction=seed.instruction,
+            answer=seed.answer,
+            task=task.name,
+            genre=task.genre,
+            words=words,
+            facts=facts or "",
+            format=CONTEXT_FORMAT,
+        ),
+        reason,
+    )
+
+
+def facts_prompt(seed: Seed, task: Task, *, reason: str | None = None) -> Messages:
+    """Ask for the facts a context will hold: evidence and distraction."""
+    return _ask(_lost(seed, task) + "\n" + _FACTS, reason)
+
+
+def outline_prompt(
+    seed: Seed, task: Task, words: int, sections: int, *, facts: Facts | None = None, reason: str | None = None
+) -> Messages:
+    """Ask for the plan of a context that is longer than one reply."""
+    given = f"\n{facts}" if facts else ""
+    demands = _DEMANDS.format(words=words)
+    plan = _OUTLINE.format(words=words, sections=sections)
+    return _ask(f"{_lost(seed, task)}{given}\n{demands}\n{plan}", reason)
+
+
+def section_prompt(
+    seed: Seed, task: Task, words: int, outline: Outline, number: int, before: str, *, reason: str | None = None
+) -> Messages:
+    """Ask for section `number` (from 1), which goes on from the last words of the text `before` it."""
+    ends = f"ends with:\n{before}" if before else "is empty: this is where it begins."
+    section = _SECTION.format(sections=len(outline.sections), plan=outline, number=number, words=words, ends=ends)
+    return _ask(f"{_lost(seed, task)}\n{_DEMANDS.format(words=words * len(outline.sections))}\n{section}", reason)
+
+
+def judge_prompt(seed: Seed, context: str) -> Messages:
+    """Ask whether a context supports the answer."""
+    return (
+        (
+            "user",
+            "Does the text below support the answer? It does if a careful reader who knows nothing but the text, "
+            "given the instruction, would arrive at that answer and at no other.\n\n"
+            f"Text:\n{context}\n\nInstruction: {seed.instruction}\nAnswer: {seed.answer}\n\n"
+            'Reply with one line: "supported", or "not supported: " and the reason in a few words.',
+        ),
+    )
+
+
+def answer_prompt(seed: Seed, task: Task, context: str | None = None) -> Messages:
+    """Ask the instruction itself, with its context or, closed-book, without."""
+    if context is None:
+        rule = "Answer from what you know, as briefly as you can. Guess if you do not know. Do not explain."
+        return (("user", f"{rule}\n\nInstruction: {seed.instruction}\nAnswer:"),)
+    return (("user", task.template.replace("{context}", context, 1).replace("{input}", seed.instruction)),)
+
+
+def pair_prompt(text: str, *, reason: str | None = None) -> Messages:
+    """Ask for one question-answer pair about a text: instruction synthesis, the baseline of the paper."""
+    return _ask(
+        f"Text:\n{text}\n\nWrite one question about the text above and its answer. The text alone must answer it, "
+        "the question must make sense without pointing at the text, and the answer must be short and complete. Write "
+        "in the language of the text.\n\nFormat of the reply:\nQuestion: <question>\nAnswer: <answer>",
+        reason,
+    )
+
+
+def _lost(seed: Seed, task: Task) -> str:
+    return _LOST.format(genre=task.genre, instruction=seed.instruction, answer=seed.answer)
+
+
+def _ask(content: str, reason: str | None) -> Messages:
+    retry = _RETRY.format(reason=reason) if reason else ""
+    return (("system", _SYSTEM), ("user", retry + content))
+
+
+def _bullets(lines: tuple[str, ...]) -> str:
+    return "\n".join(f"- {line}" for line in lines)

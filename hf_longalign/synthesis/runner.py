@@ -1,0 +1,270 @@
+"""Drives many jobs at once: each asks through the journal, and the generator is kept busy."""
+
+import asyncio
+import logging
+import signal
+import threading
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.claims import Claim
+from hf_longalign.synthesis.generators.base import (
+    CONTENT_FILTER,
+    Fault,
+    GenerationError,
+    Generator,
+    NoReplyError,
+    Reply,
+    Request,
+    RunStopped,
+)
+from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.progress import Progress
+from hf_longalign.synthesis.recorder import Recorder
+
+
+T = TypeVar("T")
+Ask = Callable[[Request], Awaitable[Reply]]
+Job = Callable[[Ask], Awaitable[T]]
+
+logger = logging.getLogger(__name__)
+
+# So many requests in a row without a reply, and the rest would fare no better.
+_HOPELESS = 20
+_POLL_SECONDS = 0.25
+
+
+class _AnsweredElsewhereError(Exception):
+    """Between two attempts, another process got the reply."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__()
+        self.reply = reply
+
+
+class Runner:
+    """Asks each request once, journal first, for as many jobs at a time as keep the generator busy.
+
+    A job is `async def job(ask)`, one for each seed: it awaits `ask(request)` as often as it needs (retries with the
+    reason, sections) and returns its outcome. It may catch `GenerationError`, nothing else. Work of more than some
+    milliseconds belongs into `await asyncio.to_thread(...)`: while a job computes, no reply is received.
+
+    Example:
+
+    >>> import tempfile
+    >>> from hf_longalign.synthesis.generators.base import Reply, Request
+    >>> class Echo:
+    ...     model, concurrency, remote = "echo", 2, False
+    ...     async def check(self): pass
+    ...     async def reply(self, request, notify=None):
+    ...         return Reply(request.messages[0][1].upper(), "stop", 1, 1, "echo")
+    ...     def drain(self): pass
+    ...     async def close(self): pass
+    >>> async def shout(word, ask):
+    ...     return (await ask(Request((("user", word),), "echo"))).text
+    >>> with tempfile.TemporaryDirectory() as folder, Journal(f"{folder}/journal.sqlite") as journal:
+    ...     Runner(Echo(), journal).run(partial(shout, word) for word in ("one", "two"))
+    ['ONE', 'TWO']
+    """
+
+    def __init__(
+        self, generator: Generator, journal: Journal, *, budget: Budget | None = None, progress: Progress | None = None
+    ) -> None:
+        self.journal = journal
+        self.budget = budget or Budget()
+        self.generator: Generator = Recorder(generator, journal.path, self.budget) if generator.remote else generator
+        self.progress = progress or Progress(show=False)
+        self._under_way: dict[str, asyncio.Task[Reply]] = {}
+        self._checked: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop: BaseException | None = None
+        self._without_reply: Counter[str] = Counter()
+        self._in_a_row = 0
+
+    async def ask(self, request: Request) -> Reply:
+        """The journal's reply, or the generator's once it is on disk. One key is asked once, however many ask for it.
+
+        Raises `GenerationError` (no usable reply, ever), `NoReplyError` or `RunStopped`.
+        """
+        reply = self.journal.get(request.key)
+        if reply is None:
+            task = self._under_way.get(request.key)
+            if task is None:
+                task = self._under_way[request.key] = asyncio.create_task(self._fetch(request))
+                task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
+            reply = await asyncio.shield(task)
+        else:
+            self.progress.count("journaled")
+        if reply.finish_reason == CONTENT_FILTER:
+            raise GenerationError(CONTENT_FILTER, f"The endpoint's content filter refused request {request.key}.")
+        return reply
+
+    def run(self, jobs: Iterable[Job[T]]) -> list[T]:
+        """Run every job, in any order, and return their results in the order of the jobs.
+
+        Ctrl-C, a spent budget or a lost endpoint: nothing more is sent, the replies on their way are journaled, then
+        `KeyboardInterrupt` or `RunStopped` is raised. A second Ctrl-C leaves at once. Where requests got no reply
+        after every attempt, the other jobs are finished before `RunStopped` says so.
+        """
+        # Here and not on the loop: an interrupt may come before the loop of another thread runs.
+        self._loop, self._stop, self._checked, self._in_a_row = None, None, None, 0
+        self._without_reply.clear()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            results = asyncio.run(self._run(jobs))
+        else:  # a notebook has a loop of its own
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(asyncio.run, self._run(jobs))
+                try:
+                    results = running.result()
+                except KeyboardInterrupt as reason:
+                    self._halt_from_outside(reason)
+                    results = running.result()
+        if self._stop is not None:
+            raise self._stop
+        if self._without_reply:
+            kinds = ", ".join(f"{kind}: {number}" for kind, number in self._without_reply.most_common())
+            raise RunStopped(
+                f"{self._without_reply.total()} seeds got no reply ({kinds}). Every other reply is in the journal; "
+                "run again to ask for the rest."
+            )
+        return [results[index] for index in sorted(results)]
+
+    async def _run(self, jobs: Iterable[Job[T]]) -> dict[int, T]:
+        self._loop = asyncio.get_running_loop()
+        results: dict[int, T] = {}
+        numbered = enumerate(jobs)
+        # Twice as many jobs as requests: one that verifies its reply leaves no slot of the endpoint idle.
+        workers = [self._work(numbered, results) for _ in range(2 * self.generator.concurrency)]
+        with self._signals():
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                await self.generator.close()
+        return results
+
+    async def _work(self, numbered: Iterator[tuple[int, Job[T]]], results: dict[int, T]) -> None:
+        for index, job in numbered:
+            if self._stop is not None:
+                return
+            try:
+                results[index] = await job(self.ask)
+            except NoReplyError as error:
+                self._without_reply[error.kind] += 1
+                self._in_a_row += 1
+                if self._in_a_row >= _HOPELESS:
+                    self._halt(RunStopped(f"{_HOPELESS} requests in a row got no reply. The last: {error}"))
+            except Exception as error:  # noqa: BLE001 - raised by `run` once the replies on their way have arrived
+                self._halt(error)
+            else:
+                self.progress.done()
+
+    async def _fetch(self, request: Request) -> Reply:
+        """Claim the request, get its reply and put it on disk. A claim outlives only a cancellation."""
+        await self._check()
+        stored = await self._claim(request)
+        if stored is not None:
+            return stored
+        try:
+            self.progress.count("asked")
+            reply = await self.generator.reply(request, partial(self._fault, request))
+        except _AnsweredElsewhereError as other:
+            return other.reply
+        except GenerationError as error:
+            if error.kind != CONTENT_FILTER:
+                self._release(request)
+                raise
+            reply = Reply("", CONTENT_FILTER, 0, 0, request.model)
+        except Exception:
+            self._release(request)
+            raise
+        spend = self.budget.cost(reply.prompt_tokens, reply.completion_tokens)
+        stored = self.journal.put(request, reply, spend)
+        self._in_a_row = 0
+        self.progress.add(spend)
+        return stored
+
+    async def _claim(self, request: Request) -> Reply | None:
+        """Wait for the right to ask; returns the reply where another process got it meanwhile."""
+        while True:
+            if self._stop is not None:
+                raise RunStopped("The run is stopping.")
+            claim = self.journal.claim(request, self.budget, self._owner)
+            if claim is Claim.MINE:
+                return None
+            if claim is Claim.ANSWERED:
+                return self.journal.get(request.key)
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _fault(self, request: Request, fault: Fault) -> None:
+        """Count an attempt without a reply; where it cost something, the next one needs room in the budget again."""
+        self.progress.faults[fault.kind] += 1
+        if fault.prompt_tokens or fault.completion_tokens:
+            spend = self.budget.cost(fault.prompt_tokens, fault.completion_tokens)
+            self.journal.fault(request, fault, spend)
+            self.progress.add(spend)
+            # Not under way while it waits: two that wait for each other's room would wait forever.
+            self._release(request)
+            stored = await self._claim(request)
+            if stored is not None:
+                raise _AnsweredElsewhereError(stored)
+
+    def _release(self, request: Request) -> None:
+        self.journal.release(request, self._owner)
+
+    @property
+    def _owner(self) -> str | None:
+        """Who asks, and so has the claims: the recorder, where there is one."""
+        return self.generator.owner if isinstance(self.generator, Recorder) else None
+
+    async def _check(self) -> None:
+        """Check the generator once, before the first request that the journal cannot answer."""
+        if self._checked is None:
+            self._checked = asyncio.create_task(self.generator.check())
+        await asyncio.shield(self._checked)
+
+    def _halt(self, reason: BaseException) -> None:
+        """Send nothing more; the first reason is the one that is raised."""
+        if self._stop is None:
+            self._stop = reason
+            self.generator.drain()
+
+    def _halt_from_outside(self, reason: BaseException) -> None:
+        """Halt a run on another thread's loop."""
+        if self._loop is None:
+            self._halt(reason)
+        else:
+            self._loop.call_soon_threadsafe(self._halt, reason)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Stop in order on the first Ctrl-C or SIGTERM, at once on the second."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        run = asyncio.current_task()
+
+        def on_signal(reason: BaseException) -> None:
+            if self._stop is None:
+                logger.warning("Waiting for %d replies on their way. Again to leave at once.", len(self._under_way))
+                self._halt(reason)
+            elif run is not None:
+                run.cancel()
+
+        handled: list[tuple[signal.Signals, Any]] = []
+        for number, reason in ((signal.SIGINT, KeyboardInterrupt()), (signal.SIGTERM, SystemExit(143))):
+            handled.append((number, signal.getsignal(number)))
+            loop.add_signal_handler(number, on_signal, reason)
+        try:
+            yield
+        finally:
+            for number, before in handled:
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_DFL if before is None else before)

@@ -1,0 +1,187 @@
+"""Seeds: the human instruction-answer pairs, read from JSONL, Parquet, the Hub or memory, and checked row by row."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
+from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.text import digest
+
+
+_TASK_PREFIX = re.compile(r"^(?P<task>\w+)=(?P<source>.+)$")
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One instruction-answer pair.
+
+    Attributes:
+        seed_id: the row's own id, or a digest of its content.
+        task: LongBench's name of the task, or "general".
+        instruction: what is asked.
+        answer: the target: always human, never written by the package.
+        context: the text the pair was written for, where it is given.
+        title: the title of that text, where it is given.
+        origin: file name and line, for messages and for the `rejected` rows; never a path.
+    """
+
+    seed_id: str
+    task: str
+    instruction: str
+    answer: str
+    context: str | None = None
+    title: str | None = None
+    origin: str = ""
+
+
+@dataclass
+class SeedSet:
+    """The seeds in the order they were read, and how many rows were skipped, by reason."""
+
+    seeds: list[Seed] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def read_seeds(
+    sources: Any, *, contexts: Sequence[str] = (), on_bad_seed: str = "raise", per_task: int | None = None
+) -> SeedSet:
+    """Read and check seeds.
+
+    Args:
+        sources: one or several of `path.jsonl`, `path.parquet`, `user/name[:config][@split]`, each with an optional
+            `task=` in front; or a `datasets.Dataset`, or a list of dicts. Columns: `instruction`, `answer`, and where
+            there are any `task`, `context`, `title`, `id`.
+        contexts: `task=path` for seeds that keep their contexts in a second file: line k of its column `context`
+            belongs to line k of the seeds of that task.
+        on_bad_seed: "raise", or "skip" to count bad rows and go on. A row that stands there twice, word for word and
+            without an id, is dropped and counted either way: published seeds have some.
+        per_task: keep only the first so many seeds of each task.
+
+    Raises:
+        BadRowError: a bad row, named by file, line and column.
+        ValueError: an unknown task, no good row at all, or fewer contexts than seeds.
+
+    Example:
+
+    >>> read_seeds([{"instruction": "Who?", "answer": "Ada"}]).seeds[0].task
+    'general'
+    """
+    if on_bad_seed not in ("raise", "skip"):
+        raise ValueError(f'`on_bad_seed` must be "raise" or "skip", got {on_bad_seed!r}.')
+    given = {task: _read_contexts(task, source) for task, source in map(_split_source, contexts)}
+    _refuse_ambiguous(sources, given)
+    found = SeedSet()
+    first_seen: dict[str, Row] = {}
+    kept: Counter[str] = Counter()
+    for task, row in _rows_of(sources):
+        try:
+            seed = _to_seed(row, task, given)
+            repeated = _is_repeated(seed, row, first_seen)
+        except BadRowError as error:
+            if on_bad_seed == "raise":
+                raise
+            found.skipped[error.reason] += 1
+            continue
+        if repeated:
+            found.skipped["the same row twice"] += 1
+        elif per_task is None or kept[seed.task] < per_task:
+            kept[seed.task] += 1
+            found.seeds.append(seed)
+    if not found.seeds:
+        raise ValueError(f"`seeds` must hold at least one good row, got none and {found.skipped.total()} bad ones.")
+    return found
+
+
+def _split_source(source: Any) -> tuple[str | None, Any]:
+    """`"hotpotqa=seeds.jsonl"` -> `("hotpotqa", "seeds.jsonl")`; a source without a task has None in its place."""
+    match = _TASK_PREFIX.match(source) if isinstance(source, str) else None
+    return (find_task(match["task"]).name, match["source"]) if match else (None, source)
+
+
+def _refuse_ambiguous(sources: Any, given: dict[str | None, dict[int, str]]) -> None:
+    """Line k of one context file cannot belong to two seed files."""
+    tasks = Counter(task for task, _ in map(_split_source, sources if _is_many(sources) else [sources]))
+    for task in given:
+        if tasks[task] > 1:
+            raise ValueError(f"`contexts` of {task} must belong to one file of seeds, got {tasks[task]}. Join them.")
+
+
+def _is_many(sources: Any) -> bool:
+    return isinstance(sources, (list, tuple)) and all(isinstance(source, str) for source in sources)
+
+
+def _rows_of(sources: Any) -> Iterator[tuple[str | None, Row]]:
+    for task, source in map(_split_source, sources if _is_many(sources) else [sources]):
+        yield from ((task, row) for row in read_rows(source))
+
+
+def _read_contexts(task: str | None, source: str) -> dict[int, str]:
+    """Line number -> context. A bad line is an error under "skip" too: its seed is good and would lose it."""
+    if task is None:
+        raise ValueError(f"`contexts` must be written task=path, got {source!r}.")
+    found = {}
+    for row in read_rows(source):
+        if row.fault:
+            raise row.fault
+        found[row.number] = _text(row, "context", required=True)
+    return found
+
+
+def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]) -> Seed:
+    if row.fault:
+        raise row.fault
+    instruction, answer = _text(row, "instruction", required=True), _text(row, "answer", required=True)
+    name = task or _task_of(row)
+    context = _text(row, "context")
+    if name in given:
+        context = given[name].get(row.number)
+        if context is None:
+            remedy = f"Give as many contexts as seeds: `contexts` for {name} ends at {max(given[name], default=0)}."
+            raise BadRowError(row, "no context on the same line", remedy)
+    own_id = row.values.get("id")
+    return Seed(
+        seed_id=digest(name, instruction, answer, context or "") if own_id is None else str(own_id),
+        task=name,
+        instruction=instruction,
+        answer=answer,
+        context=None if context is None else find_task(name).clean(context).strip(),
+        title=_text(row, "title"),
+        origin=row.origin,
+    )
+
+
+def _task_of(row: Row) -> str:
+    try:
+        return find_task(_text(row, "task") or "general").name
+    except ValueError as error:
+        raise BadRowError(row, "unknown task", str(error), "task") from None
+
+
+def _text(row: Row, column: str, required: bool = False) -> Any:
+    value = row.values.get(column)
+    if column not in row.values and required:
+        columns = ", ".join(map(str, row.values)) or "none"
+        raise BadRowError(row, "missing", f"Columns here: {columns}. Rename one to `{column}`.", column)
+    if value is None and not required:
+        return None
+    if not isinstance(value, str):
+        raise BadRowError(row, f"not a string but {type(value).__name__}", "Write text.", column)
+    if not value.strip():
+        if required:
+            raise BadRowError(row, "empty", "Fill it in or delete the row.", column)
+        return None
+    return value.strip()
+
+
+def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, Row]) -> bool:
+    """Whether the very same row was read before; another row under the same id is an error."""
+    first = first_seen.setdefault(seed.seed_id, row)
+    if first is row:
+        return False
+    if row.values.get("id") is None:
+        return True
+    remedy = f"{seed.seed_id!r} stands at {first.unit} {first.number} of {first.file} already. Rename one."
+    raise BadRowError(row, "duplicate id", remedy, "id")

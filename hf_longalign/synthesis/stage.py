@@ -1,0 +1,339 @@
+"""From seeds to outcomes: choose, write or check contexts, refuse what repeats or is contaminated, measure.
+
+Everything that is paid for happens here, in one process, through the journal; all the rest can be repeated for free.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeVar
+
+from hf_longalign.synthesis.answering import score_closed_book, score_open_book
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.decontaminate import Contamination
+from hf_longalign.synthesis.dialogue import Ask, Count
+from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
+from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
+from hf_longalign.synthesis.duplicates import find_duplicates
+from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
+from hf_longalign.synthesis.generators.base import Generator, Sampling
+from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.language import majority_language
+from hf_longalign.synthesis.outcome import Outcome, accepted
+from hf_longalign.synthesis.pairs import write_pair
+from hf_longalign.synthesis.progress import Progress
+from hf_longalign.synthesis.prompts import check_template
+from hf_longalign.synthesis.runner import Runner
+from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
+from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.synthesis.verify import PASSED, Check, Rules
+from hf_longalign.synthesis.write import Plan, check_given, judge_given, write_context
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+_REPEATED = "duplicate: it nearly repeats another context; choose other names, places, figures and events"
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that ask together, such as one per GPU: each asks its part, then waits for the others.
+
+    They share one journal on one machine, so after the wait each finds every reply there.
+    """
+
+    rank: int
+    size: int
+    wait: Callable[[], None]
+
+
+@dataclass
+class Stage:
+    """Turns the seeds of a configuration into outcomes.
+
+    Attributes:
+        config: what is made and how.
+        generator: writes, answers and judges; `None` where contexts are given and nothing is asked.
+        journal: path of the journal.
+        budget: what a run may spend.
+        counter: counts tokens; `None` without a tokenizer.
+        show_progress: a bar (`True`), nothing (`False`), or a bar on a terminal and log lines elsewhere (`None`).
+        team: the processes that ask together; `None` for this one alone.
+        shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
+    """
+
+    config: ContextSynthesisConfig
+    generator: Generator | None
+    journal: Path
+    budget: Budget | None = None
+    counter: TokenCounter | None = None
+    show_progress: bool | None = None
+    team: Team | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def documents(self) -> list[Document]:
+        """The documents of the configuration."""
+        return read_documents(self.config.documents)
+
+    @cached_property
+    def all_seeds(self) -> SeedSet:
+        """The seeds, or for instruction synthesis the chunks pairs are written for."""
+        config = self.config
+        if config.method == "instruction":
+            return SeedSet(draw_chunks(self.documents, config.chunk_words, config.pairs_per_document, config.seed))
+        return read_seeds(
+            config.seeds,
+            contexts=config.contexts,
+            on_bad_seed=config.on_bad_seed,
+            per_task=config.seeds_per_task,
+        )
+
+    @property
+    def seeds(self) -> list[Seed]:
+        """The seeds of this shard."""
+        index, count = self.shard
+        return self.all_seeds.seeds[index::count]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How contexts are written and what they are held to."""
+        config = self.config
+        # Of all seeds, not of the shard's: a context must not pass in one shard and fail in the merged run.
+        texts = (f"{seed.instruction} {seed.answer} {(seed.context or '')[:200]}" for seed in self.all_seeds.seeds)
+        language = config.language or majority_language(texts)
+        template = None
+        if config.prompt_template is not None:
+            path = Path(config.prompt_template)
+            template = check_template(path.read_text(encoding="utf-8"), path.name)
+        return Plan(
+            generator=config.generator,
+            model=config.model,
+            sampling=Sampling(
+                config.temperature, config.top_p, config.max_tokens, config.sampling_seed, config.extra_fields()
+            ),
+            rules=Rules(tuple(config.checks), config.min_words, config.max_words, language),
+            words=config.context_words,
+            reply_words=config.reply_words,
+            facts_first=config.facts_first,
+            template=template,
+            retries=config.retries,
+            judge=self._answering_model if "judge" in config.checks else None,
+        )
+
+    @cached_property
+    def contamination(self) -> Contamination:
+        """The n-grams of the evaluation files."""
+        return Contamination(self.config.decontaminate_against, self.config.decontaminate_ngram)
+
+    def check(self) -> None:
+        """Read and check everything that can be checked before a request is sent.
+
+        Raises:
+            ValueError: anything wrong with the configuration, the seeds, the documents or the tokenizer.
+        """
+        self.config.validate()
+        self._check_asker()
+        seeds = self.seeds
+        for reason, number in self.all_seeds.skipped.most_common():
+            logger.warning("Skipped %d seeds: %s.", number, reason)
+        if self.config.generator == "documents":
+            check_contexts(seeds)
+        if self.shard == (0, 1):
+            check_distractors(seeds, self.config, len(self.documents))
+        elif self.config.difficulty_use != "record":
+            raise ValueError(
+                f"`difficulty_use` must be 'record' with shards, got {self.config.difficulty_use!r}: a shard cannot "
+                "compare its seeds with the others. Choose in a run over all seeds."
+            )
+        check_budget(seeds, self.config, self.counter)
+        _ = self.plan, self.contamination
+
+    def _check_asker(self) -> None:
+        config = self.config
+        for wanted, name in (
+            (config.method == "instruction", "method 'instruction'"),
+            (config.difficulty == "closed_book", "difficulty 'closed_book'"),
+            (config.answerability, "`answerability`"),
+            ("judge" in config.checks, "the check 'judge'"),
+        ):
+            if wanted and self.generator is None:
+                raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
+
+    def run(self) -> list[Outcome]:
+        """Return one outcome per seed, in the order of the seeds.
+
+        Raises:
+            ValueError: what `check` raises.
+            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
+        """
+        self.check()
+        outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds]
+        outcomes = self._chosen(outcomes)
+        outcomes = self._with_contexts(outcomes)
+        outcomes = self._without_duplicates(outcomes)
+        outcomes = [self._decontaminated(outcome) for outcome in outcomes]
+        return self._with_answerability(outcomes)
+
+    def ask_all(self, name: str, items: Sequence[T], work: Callable[[T, Ask, Count], Awaitable[R]]) -> list[R]:
+        """Do `work` on every item, through the journal and the generator; the results in the order of the items.
+
+        Raises:
+            RunStopped: the budget is spent or the endpoint gone.
+        """
+        if not items or self.generator is None:
+            return []
+        run = partial(self._run, self.generator, name, work=work)
+        if self.team is not None:
+            run(items[self.team.rank :: self.team.size])
+            self.team.wait()
+        return run(items)
+
+    def _run(
+        self, generator: Generator, name: str, items: Sequence[T], work: Callable[[T, Ask, Count], Awaitable[R]]
+    ) -> list[R]:
+        progress = Progress(len(items), name=name, show=self.show_progress)
+
+        async def job(item: T, ask: Ask) -> R:
+            return await work(item, ask, progress.count)
+
+        try:
+            with Journal(self.journal) as journal:
+                runner = Runner(generator, journal, budget=self.budget, progress=progress)
+                return runner.run(partial(job, item) for item in items)
+        finally:
+            progress.close()
+
+    def _decontaminated(self, outcome: Outcome) -> Outcome:
+        seed = outcome.seed
+        if not outcome.accepted or not len(self.contamination):
+            return outcome
+        # The instruction of a summary task is the same in the evaluation data too, and gives nothing away.
+        texts = [seed.answer, seed.context or outcome.context]
+        for text in texts if find_task(seed.task).is_summary else [seed.instruction, *texts]:
+            overlap = self.contamination.overlap(text)
+            if overlap:
+                return replace(outcome, reason=f"contaminated: {overlap[0]!r} stands in {overlap[1]}")
+        return outcome
+
+    def _chosen(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Measure how hard the seeds are and reject those that are not chosen; the scores stay."""
+        config = self.config
+        if config.difficulty is None:
+            return outcomes
+        numbers = accepted(outcomes)
+        seeds = [outcomes[number].seed for number in numbers]
+        scores = self._closed_book(seeds) if config.difficulty == "closed_book" else self._losses(seeds)
+        outcomes = list(outcomes)
+        for number, score in zip(numbers, scores, strict=True):
+            if score is not None:
+                outcomes[number] = replace(outcomes[number], scores={config.difficulty: score})
+        sign = -1 if config.difficulty == "closed_book" else 1
+        hardness = [0.0 if score is None else sign * score for score in scores]
+        kept = set(choose_seeds(seeds, hardness, config.difficulty_use, config.difficulty_share, config.seed))
+        for place, number in enumerate(numbers):
+            if place not in kept:
+                outcomes[number] = replace(outcomes[number], reason=f"difficulty: not chosen by {config.difficulty}")
+        return outcomes
+
+    def _closed_book(self, seeds: Sequence[Seed]) -> list[float | None]:
+        plan, samples = self.plan, self.config.difficulty_samples
+
+        async def work(seed: Seed, ask: Ask, count: Count) -> float | None:
+            return await score_closed_book(seed, self._answering_model, plan.sampling, samples, ask)
+
+        return self.ask_all("closed-book answers", seeds, work)
+
+    def _losses(self, seeds: Sequence[Seed]) -> list[float | None]:
+        return list(answer_losses(seeds, self.config.difficulty_model or ""))
+
+    @property
+    def _answering_model(self) -> str:
+        """The model that answers: the judge where there is one, so that no model marks its own texts."""
+        return self.config.judge_model or self.config.model
+
+    def _with_contexts(self, outcomes: list[Outcome]) -> list[Outcome]:
+        numbers = accepted(outcomes)
+        seeds, plan = [outcomes[number].seed for number in numbers], self.plan
+        if self.config.method == "instruction":
+
+            async def write(seed: Seed, ask: Ask, count: Count) -> Outcome:
+                return await write_pair(seed, plan, ask, count=count)
+
+            made = self.ask_all("pairs", seeds, write)
+        elif self.config.generator == "documents":
+            made = self._judged([check_given(seed, plan) for seed in seeds])
+        else:
+
+            async def write(seed: Seed, ask: Ask, count: Count) -> Outcome:
+                return await write_context(seed, plan, ask, count=count)
+
+            made = self.ask_all("contexts", seeds, write)
+        return _replaced(outcomes, numbers, made)
+
+    def _judged(self, outcomes: list[Outcome]) -> list[Outcome]:
+        plan = self.plan
+        if plan.judge is None:
+            return outcomes
+
+        async def judge(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+            return await judge_given(outcome, plan, ask)
+
+        return self.ask_all("judge", outcomes, judge)
+
+    def _without_duplicates(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Refuse what nearly repeats an earlier context; a written one is written anew while retries are left."""
+        if "duplicate" not in self.config.checks:
+            return outcomes
+        writes = self.config.generator != "documents" and self.config.method == "context"
+        plan = self.plan
+
+        async def rewrite(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+            return await write_context(outcome.seed, plan, ask, count=count, refused=outcome)
+
+        while True:
+            numbers = accepted(outcomes)
+            repeated = find_duplicates(
+                [outcomes[number].context for number in numbers], self.config.duplicate_threshold
+            )
+            if not repeated:
+                break
+            places = [numbers[place] for place in repeated]
+            refused = [replace(outcomes[place], reason=_REPEATED) for place in places]
+            outcomes = _replaced(outcomes, places, self.ask_all("rewriting", refused, rewrite) if writes else refused)
+        passed = Check("duplicate", PASSED)
+        return [
+            replace(outcome, checks=(*outcome.checks, passed)) if outcome.accepted else outcome for outcome in outcomes
+        ]
+
+    def _with_answerability(self, outcomes: list[Outcome]) -> list[Outcome]:
+        """Record what the model answers with and without the context: a row that needs none teaches nothing."""
+        if not self.config.answerability:
+            return outcomes
+        model, sampling = self._answering_model, self.plan.sampling
+
+        async def work(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+            found = {
+                "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
+                "answerable_without": await score_closed_book(outcome.seed, model, sampling, 1, ask),
+            }
+            known = {name: score for name, score in found.items() if score is not None}
+            return replace(outcome, scores={**outcome.scores, **known})
+
+        numbers = accepted(outcomes)
+        return _replaced(outcomes, numbers, self.ask_all("answers", [outcomes[number] for number in numbers], work))
+
+
+def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes with new ones in the places `numbers`; scores measured before stay."""
+    changed = list(outcomes)
+    for number, outcome in zip(numbers, new, strict=True):
+        changed[number] = replace(outcome, scores={**outcomes[number].scores, **outcome.scores})
+    return changed

@@ -1,0 +1,192 @@
+"""The tasks a seed can belong to: what text its context is, and the prompt a composed sample is put into.
+
+The templates of the eight tasks are LongBench's own (https://github.com/THUDM/LongBench, `config/dataset2prompt.json`,
+MIT), which is what Context Synthesis composes into (https://arxiv.org/abs/2502.15592). The templates that name one
+context among several, and the general task, are this package's wording: with ten reports in the prompt, LongBench's
+"write a one-page summary of the report" does not say which.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its name, the text its contexts are, and its prompt.
+
+    Attributes:
+        name: LongBench's name of the task.
+        aliases: other names under which seeds of the task are published.
+        genre: the kind of text a model is asked to write as a context.
+        noun: what one context is called when an instruction has to name it.
+        template: the prompt, with `{context}` and, where the task has one, `{input}`.
+        named_template: the prompt that asks about one of several contexts, with `{reference}` in place of it; `None`
+            where naming the context in front of the instruction is enough.
+        marks: what published contexts of the task hold in place of line breaks, and the line breaks.
+    """
+
+    name: str
+    genre: str
+    noun: str
+    template: str
+    named_template: str | None = None
+    aliases: tuple[str, ...] = ()
+    marks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_summary(self) -> bool:
+        """Whether the instruction is the same for every seed, so that only a name tells the contexts apart."""
+        return "{input}" not in self.template
+
+    def clean(self, context: str) -> str:
+        """Return a given context with line breaks for the marks that stand for them.
+
+        Example:
+
+        >>> TASKS["multi_news"].clean("A storm. NEWLINE_CHAR NEWLINE_CHAR It rained.  ||||| A flood.")
+        'A storm.\\n\\nIt rained.\\n\\nA flood.'
+        """
+        for mark, line_break in self.marks:
+            context = context.replace(mark, line_break)
+        return _BREAKS.sub(lambda found: "\n" * min(2, found[0].count("\n")), context) if self.marks else context
+
+
+_BREAKS = re.compile(r"[ \t]*\n\s*")
+_PASSAGES = (
+    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"
+    "The following are given passages.\n{context}\n\n"
+    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"
+    "Question: {input}\nAnswer:"
+)
+_QASPER_RULES = (
+    "as concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered based "
+    'on the information in the article, write "unanswerable". If the question is a yes/no question, answer "yes", '
+    '"no", or "unanswerable". Do not provide any explanation.'
+)
+_ENCYCLOPEDIA = "several passages of an encyclopedia, each under its own heading"
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="narrativeqa",
+            genre="a long excerpt of a novel or of a film script",
+            noun="story",
+            template=(
+                "You are given a story, which can be either a novel or a movie script, and a question. Answer the "
+                "question as concisely as you can, using a single phrase if possible. Do not provide any explanation."
+                "\n\nStory: {context}\n\nNow, answer the question based on the story as concisely as you can, using a "
+                "single phrase if possible. Do not provide any explanation.\n\nQuestion: {input}\n\nAnswer:"
+            ),
+        ),
+        Task(
+            name="qasper",
+            genre="a scientific article on language processing, with abstract, method, data, experiments and results",
+            noun="article",
+            template=(
+                f"You are given a scientific article and a question. Answer the question {_QASPER_RULES}\n\n"
+                f"Article: {{context}}\n\n Answer the question based on the above article {_QASPER_RULES}\n\n"
+                "Question: {input}\n\nAnswer:"
+            ),
+        ),
+        Task(name="hotpotqa", genre=_ENCYCLOPEDIA, noun="passages", template=_PASSAGES),
+        Task(name="2wikimqa", genre=_ENCYCLOPEDIA, noun="passages", template=_PASSAGES, aliases=("2wikiqa",)),
+        Task(name="musique", genre=_ENCYCLOPEDIA, noun="passages", template=_PASSAGES),
+        Task(
+            name="gov_report",
+            genre="a report by a government agency, with findings, figures and recommendations",
+            noun="report",
+            template=(
+                "You are given a report by a government agency. Write a one-page summary of the report.\n\n"
+                "Report:\n{context}\n\nNow, write a one-page summary of the report.\n\nSummary:"
+            ),
+            named_template=(
+                "You are given several reports by government agencies. Write a one-page summary of one of them.\n\n"
+                "Reports:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
+            ),
+            aliases=("govreport",),
+        ),
+        Task(
+            name="qmsum",
+            genre="the transcript of a meeting, turn by turn, each turn opened by its speaker's name",
+            noun="transcript",
+            template=(
+                "You are given a meeting transcript and a query containing a question or instruction. Answer the "
+                "query in one or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the "
+                "above meeting transcript in one or more sentences.\n\nQuery: {input}\nAnswer:"
+            ),
+        ),
+        Task(
+            name="multi_news",
+            genre="several news articles by different papers on one event",
+            noun="news",
+            template=(
+                "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\n"
+                "Now, write a one-page summary of all the news.\n\nSummary:"
+            ),
+            named_template=(
+                "You are given the news on several events. Write a one-page summary of the news on one of them.\n\n"
+                "News:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
+            ),
+            aliases=("multinews",),
+            marks=(("NEWLINE_CHAR", "\n"), ("|||||", "\n\n"), ("story_separator_special_tag", "\n\n")),
+        ),
+        Task(
+            name="general",
+            genre="a text of the kind the instruction is about",
+            noun="text",
+            template="Read the text, then follow the instruction below it.\n\n{context}\n\n{input}",
+        ),
+    )
+}
+_ALIASES = {alias: task.name for task in TASKS.values() for alias in task.aliases}
+
+
+def task_names() -> list[str]:
+    """Return every accepted name of a task, aliases included, sorted."""
+    return sorted([*TASKS, *_ALIASES])
+
+
+def find_task(name: str) -> Task:
+    """Return the task of that name or alias.
+
+    Raises:
+        ValueError: no such task; the message lists the names.
+
+    Example:
+
+    >>> find_task("2wikiqa").name
+    '2wikimqa'
+    >>> find_task("gov_report").is_summary
+    True
+    """
+    task = TASKS.get(_ALIASES.get(name, name))
+    if task is None:
+        raise ValueError(f"`task` must be one of {', '.join(task_names())}, got {name!r}. Set it to 'general' else.")
+    return task
+
+
+def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> tuple[str, str]:
+    """Return what stands before and after the contexts in the task's prompt.
+
+    Args:
+        task: the task.
+        instruction: the seed's instruction; a summary task's template does not use it.
+        reference: what the asked-for context is called (`'the report "X"'`), where the prompt has to say so.
+
+    Returns:
+        The head, and the tail that holds the question, without the blank line between context and tail.
+
+    Example:
+
+    >>> prompt_parts(TASKS["gov_report"], "", 'the report "Dams"')[1]
+    'Now, write a one-page summary of the report "Dams".\\n\\nSummary:'
+    """
+    if reference is None:
+        template = task.template
+    elif task.named_template is not None:
+        template = task.named_template
+    else:
+        template, instruction = task.template, f"(On {reference}) {instruction}"
+    head, tail = template.split("{context}\n\n")
+    return head, tail.replace("{reference}", reference or "").replace("{input}", instruction)

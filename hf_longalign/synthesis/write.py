@@ -1,0 +1,200 @@
+"""Writing the context of one seed: ask, read, check, and ask again with the reason while retries are left."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
+from hf_longalign.synthesis.generators.base import GenerationError, Request, Sampling
+from hf_longalign.synthesis.outcome import Outcome, Provenance
+from hf_longalign.synthesis.prompts import (
+    Facts,
+    Messages,
+    context_prompt,
+    facts_prompt,
+    judge_prompt,
+    outline_prompt,
+    section_prompt,
+)
+from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_outline, read_verdict
+from hf_longalign.synthesis.seeds import Seed
+from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.verify import FAILED, OPEN, PASSED, Check, Rules, failures, verify_context
+
+
+_TAIL_WORDS = 200
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How contexts are written.
+
+    Attributes:
+        generator: the generator's kind, as it stands in the rows.
+        model: the model's name, as it stands in requests and rows.
+        sampling: how replies are drawn; a retry adds one to its seed.
+        rules: what a context is held to.
+        words: words asked for per context.
+        reply_words: the most words asked for in one reply; longer contexts are written as outline, then sections.
+        facts_first: list the facts first, then write from them.
+        template: a custom prompt, checked.
+        retries: how many more replies a seed may cost when one cannot be read or fails a check.
+        judge: the model that judges support, or `None` for no judge.
+    """
+
+    generator: str
+    model: str
+    sampling: Sampling
+    rules: Rules
+    words: int = 2000
+    reply_words: int = 2000
+    facts_first: bool = False
+    template: str | None = None
+    retries: int = 2
+    judge: str | None = None
+
+    @property
+    def sections(self) -> int:
+        """Sections per context; 1 for one that is written in a single reply."""
+        return max(1, ceil(self.words / self.reply_words))
+
+
+async def write_context(
+    seed: Seed, plan: Plan, ask: Ask, *, count: Count = ignore_count, refused: Outcome | None = None
+) -> Outcome:
+    """Have a model write the context of a seed.
+
+    Args:
+        seed: the pair.
+        plan: how it is written and what it is held to.
+        ask: gets the reply to a request, from the journal or from the generator.
+        count: is told "retried" and "rejected".
+        refused: an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
+            anew, with that reason, out of the same allowance.
+
+    Returns:
+        The outcome: accepted, or rejected with the reason of the last attempt.
+    """
+    dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
+    drafted, reason = Draft(), refused.reason if refused else None
+    try:
+        if refused is not None:
+            dialogue.used = refused.provenance.attempts - 1
+            dialogue.keys += refused.provenance.journal_keys
+            dialogue.prompt_hash = refused.provenance.prompt_hash
+            drafted = Draft(refused.context, refused.title, list(refused.checks))
+            dialogue.retry(refused.reason)
+        while True:
+            drafted = await _draft(seed, plan, dialogue, reason)
+            reason = failures(drafted.checks)
+            if not reason:
+                break
+            dialogue.retry(reason)
+    except GiveUpError as error:
+        reason = str(error)
+        count("rejected")
+    return Outcome(
+        seed=seed,
+        context=drafted.context,
+        title=drafted.title,
+        reason=reason or "",
+        checks=tuple(drafted.checks),
+        provenance=Provenance(
+            plan.generator, plan.model, dialogue.prompt_hash, tuple(dialogue.keys), dialogue.used + 1
+        ),
+    )
+
+
+def check_given(seed: Seed, plan: Plan) -> Outcome:
+    """Check the context that came with a seed: the human-annotated setting."""
+    context = seed.context or ""
+    checks = verify_context(context, seed, plan.rules, written=False)
+    return Outcome(seed, context, seed.title, failures(checks), tuple(checks))
+
+
+async def judge_given(outcome: Outcome, plan: Plan, ask: Ask) -> Outcome:
+    """Let the judge decide where comparing strings did not find the answer in a given context."""
+    keys: list[str] = []
+    checks = await _judge(outcome.seed, outcome.context, list(outcome.checks), plan, ask, keys)
+    provenance = replace(outcome.provenance, journal_keys=tuple(keys))
+    return replace(outcome, checks=tuple(checks), reason=failures(checks), provenance=provenance)
+
+
+@dataclass
+class Draft:
+    """One attempt: the text and its checks."""
+
+    context: str = ""
+    title: str | None = None
+    checks: list[Check] = field(default_factory=list)
+
+
+async def _draft(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> Draft:
+    title, context, finish_reason = await _text(seed, plan, dialogue, reason)
+    checks = [Check("parse", PASSED)]
+    # Some milliseconds per context: beside the event loop, so that replies go on arriving.
+    checks += await asyncio.to_thread(
+        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason
+    )
+    if plan.judge is not None:
+        checks = await _judge(seed, context, checks, plan, dialogue.ask, dialogue.keys)
+    return Draft(context, title, checks)
+
+
+async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> tuple[str | None, str, str | None]:
+    """Title, text and finish reason, in as many steps as the plan has."""
+    task, facts = find_task(seed.task), None
+    if plan.facts_first:
+        facts, _ = await dialogue.get("facts", lambda why: facts_prompt(seed, task, reason=why), read_facts, reason)
+    if plan.sections > 1:
+        return await _sections(seed, plan, dialogue, facts, reason)
+
+    def prompt(why: str | None) -> Messages:
+        return context_prompt(seed, task, plan.words, facts=facts, template=plan.template, reason=why)
+
+    (title, context), finish_reason = await dialogue.get("context", prompt, read_context, reason)
+    return title or (facts.title if facts else None), context, finish_reason
+
+
+async def _sections(
+    seed: Seed, plan: Plan, dialogue: Dialogue, facts: Facts | None, reason: str | None
+) -> tuple[str | None, str, str | None]:
+    """Outline first, then the sections one by one, each shown how the text before it ends."""
+    task, number_of = find_task(seed.task), plan.sections
+
+    def plan_prompt(why: str | None) -> Messages:
+        return outline_prompt(seed, task, plan.words, number_of, facts=facts, reason=why)
+
+    outline, finish_reason = await dialogue.get(
+        "outline", plan_prompt, lambda text: read_outline(text, number_of), reason
+    )
+    written: list[str] = []
+    for number in range(1, number_of + 1):
+        before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
+
+        def prompt(why: str | None, number: int = number, before: str = before) -> Messages:
+            words = ceil(plan.words / number_of)
+            return section_prompt(seed, task, words, outline, number, before, reason=why)
+
+        (_, section), finish = await dialogue.get("section", prompt, read_context, None)
+        written.append(section)
+        finish_reason = finish if finish_reason != "length" else finish_reason
+    return outline.title or None, "\n\n".join(written), finish_reason
+
+
+async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask: Ask, keys: list[str]) -> list[Check]:
+    """Where comparing strings did not find the answer, a model's verdict decides."""
+    number = next((number for number, check in enumerate(checks) if check.name == "support"), None)
+    if number is None or checks[number].outcome == PASSED or plan.judge is None:
+        return checks
+    sampling = replace(plan.sampling, temperature=0.0, max_tokens=min(256, plan.sampling.max_tokens))
+    request = Request(judge_prompt(seed, context), plan.judge, sampling, "judge")
+    try:
+        verdict, why = read_verdict((await ask(request)).text)
+    except (GenerationError, ReplyError) as error:
+        return [*checks, Check("judge", OPEN, f"no verdict: {error}")]
+    keys.append(request.key)
+    if verdict:
+        support = Check("support", PASSED, "judged")
+        return [*checks[:number], support, *checks[number + 1 :], Check("judge", PASSED)]
+    return [*checks, Check("judge", FAILED, why or "the judge found the answer unsupported")]

@@ -1,0 +1,240 @@
+import importlib.util
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from fake_endpoint import FakeEndpoint
+
+from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+from hf_longalign.synthesis.coherence import compare, without_contexts
+from hf_longalign.synthesis.stage import Team
+
+from .fakes import FakeGenerator, make_pairs, make_text
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+DOCUMENTS = ("--min_words", 20, "--n_distractors", 4)
+
+
+def run(monkeypatch, name, *arguments):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    return module.main()
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def lines(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+@pytest.fixture
+def given(tmp_path):
+    return lines(tmp_path / "pairs.jsonl", make_pairs(24, context=make_text))
+
+
+def test_rejected_seeds_are_written_with_their_reasons(tmp_path, monkeypatch):
+    pairs = [pair | ({} if n % 8 else {"answer": "Rome"}) for n, pair in enumerate(make_pairs(24, context=make_text))]
+    seeds = lines(tmp_path / "pairs.jsonl", pairs)
+    arguments = ("--seeds", seeds, *DOCUMENTS, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
+    assert run(monkeypatch, "synthesize", *arguments) == 0
+    rejected = load_dataset(str(tmp_path / "out"), "rejected", split="train", cache_dir=tmp_path / "hf")
+    assert rejected["origin"] == [f"pairs.jsonl:{line}" for line in (1, 9, 17)]
+    assert "3 seeds were rejected" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_documents_are_composed_written_and_loaded(tmp_path, monkeypatch, given, capsys):
+    for folder, num_proc in (("one", 1), ("two", 2)):
+        arguments = ("--seeds", given, "--cache_dir", tmp_path / folder, "--output_dir", tmp_path / f"{folder}-out")
+        assert run(monkeypatch, "synthesize", *arguments, *DOCUMENTS, "--num_proc", num_proc, "--test_share", 0.2) == 0
+    written = files(tmp_path / "one-out")
+    assert written == files(tmp_path / "two-out") and len(written) == 5
+    out = str(tmp_path / "one-out")
+    chat = load_dataset(out, "chat", cache_dir=tmp_path / "hf")
+    assert set(chat) == {"train", "test"} and len(chat["train"]) + len(chat["test"]) == 24
+    card = (tmp_path / "one-out" / "README.md").read_text()
+    assert "No seed was rejected." in card and "config_name: rejected" not in card
+    assert "| narrativeqa | 24 |" in card and "no model wrote any of it" in card and str(tmp_path) not in card
+
+
+def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
+    with FakeEndpoint() as server:
+        for folder in ("one", "two"):
+            arguments = (
+                *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
+                *("--checks", "duplicate", "--n_distractors", 3, "--cache_dir", tmp_path / "cache"),
+                *("--output_dir", tmp_path / folder, "--prompt_price", 1, "--completion_price", 2),
+            )
+            assert run(monkeypatch, "synthesize", *arguments) == 0
+        assert len(server.log) == 12
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    rows = load_dataset(str(tmp_path / "one"), "chat", split="train", cache_dir=tmp_path / "hf")
+    assert set(rows["model"]) == {"tiny"} and set(rows["generator"]) == {"openai"}
+    journal = next((tmp_path / "cache").rglob("journal.sqlite"))
+    capsys.readouterr()
+    run(monkeypatch, "journal", "list", journal, "--purpose", "context")
+    listed = capsys.readouterr().out
+    assert listed.count(" context ") == 12 and "12 context; in all 12 replies, 0 faults" in listed
+    run(monkeypatch, "journal", "show", journal, rows[0]["journal_keys"][0])
+    assert rows[0]["instruction"] in capsys.readouterr().out
+    run(monkeypatch, "journal", "export", journal, tmp_path / "replies.jsonl")
+    run(monkeypatch, "journal", "merge", tmp_path / "merged.sqlite", journal)
+    run(monkeypatch, "journal", "export", tmp_path / "merged.sqlite", tmp_path / "merged.jsonl")
+    assert (tmp_path / "replies.jsonl").read_bytes() == (tmp_path / "merged.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="no such journal"):
+        run(monkeypatch, "journal", "list", tmp_path / "none.sqlite")
+
+
+def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
+    with FakeEndpoint() as server:
+        common = (
+            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
+            *("--checks", "duplicate", "--n_distractors", 3, "--max_tokens", 200),
+        )
+        arguments = (*common, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
+        assert run(monkeypatch, "synthesize", *arguments, "--budget_tokens", 3500) == 1
+        assert "Stopped: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+        assert 0 < len(server.log) < 12
+        assert run(monkeypatch, "synthesize", *arguments, "--budget_tokens", 100_000) == 0
+        assert len(server.log) == 12
+        whole = (*common, "--cache_dir", tmp_path / "cache2", "--output_dir", tmp_path / "whole")
+        assert run(monkeypatch, "synthesize", *whole) == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_dry_run_prints_the_plan_and_asks_nothing(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", [*make_pairs(12), make_pairs(1)[0] | {"answer": ""}])
+    with FakeEndpoint() as server:
+        arguments = (
+            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds, "--dry_run"),
+            *("--on_bad_seed", "skip", "--context_words", 300, "--prompt_price", 1, "--completion_price", 2),
+        )
+        assert run(monkeypatch, "synthesize", *arguments) == 0
+        assert server.log == []
+    plan = capsys.readouterr().out
+    assert "seeds      12: narrativeqa 12" in plan and "skipped    1: empty (`answer`)" in plan
+    assert "requests   12 context" in plan and "and 4,800 out, without retries" in plan
+    assert plan.count(": context ---") == 3 and "about 300 words long" in plan
+
+
+def test_a_lost_endpoint_is_a_message_and_a_status(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
+    arguments = (
+        *("--generator", "openai", "--model", "tiny", "--endpoints", "http://127.0.0.1:9", "--seeds", seeds),
+        *("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"),
+    )
+    assert run(monkeypatch, "synthesize", *arguments) == 1
+    assert "Stopped: http://127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
+    with FakeEndpoint() as server:
+        common = (
+            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
+            *("--checks", "duplicate", "--n_distractors", 3),
+        )
+        for index in (0, 1):
+            shard = ("--num_shards", 2, "--shard_index", index, "--journal", tmp_path / f"{index}.sqlite")
+            assert run(monkeypatch, "synthesize", *common, *shard, "--cache_dir", tmp_path / "cache") == 0
+        assert len(server.log) == 12
+        run(monkeypatch, "journal", "merge", tmp_path / "all.sqlite", tmp_path / "0.sqlite", tmp_path / "1.sqlite")
+        whole = ("--journal", tmp_path / "all.sqlite", "--cache_dir", tmp_path / "cache", "--output_dir")
+        assert run(monkeypatch, "synthesize", *common, *whole, tmp_path / "out") == 0
+        assert len(server.log) == 12
+    assert len(load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf")) == 12
+
+
+def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="`output_dir` must be absent, empty or an earlier output"):
+        run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir",
+            tmp_path / "out")  # fmt: skip
+    with pytest.raises(ValueError, match="`output_dir` must be given"):
+        run(monkeypatch, "synthesize", "--seeds", given)
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "synthesis").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_complete(tmp_path, monkeypatch, path, given, capsys, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "essay.txt").write_text(make_text(3))
+    sources = ("--documents", tmp_path / "*.txt") if path.stem == "instruction_synthesis" else ("--seeds", given)
+    limit = ("--n_distractors", 0) if path.stem == "instruction_synthesis" else ()
+    arguments = ("--config", path, *sources, *limit, "--tokenizer", tmp_path / "tokenizer", "--dry_run")
+    assert run(monkeypatch, "synthesize", *arguments, "--cache_dir", tmp_path) == 0
+    assert "--- seed 1 of 3" in capsys.readouterr().out or path.stem == "documents"
+
+
+def test_processes_that_ask_together_ask_each_thing_once(tmp_path):
+    barrier, asked, found = threading.Barrier(2), [], {}
+
+    def process(rank):
+        generator = FakeGenerator(fail=[5])
+        builder = ContextSynthesisBuilder(
+            cache_dir=tmp_path / str(rank),
+            journal=tmp_path / "journal.sqlite",
+            generator=generator,
+            seeds=make_pairs(24),
+            min_words=20,
+            show_progress=False,
+        )
+        builder.stage.team = Team(rank, 2, barrier.wait)
+        found[rank] = builder.stage.run()
+        asked.append([request.key for request in generator.asked])
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found[0] == found[1] and len(found[0]) == 24
+    assert len({*asked[0], *asked[1]}) == len(asked[0]) + len(asked[1]) == 23 + 3
+    assert min(map(len, asked)) >= 12
+
+
+def test_coherence_data_is_aligned_and_compared(tmp_path, monkeypatch, given, capsys):
+    run(
+        monkeypatch,
+        "synthesize",
+        "--seeds",
+        given,
+        *DOCUMENTS,
+        "--cache_dir",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "o",
+    )
+    run(monkeypatch, "coherence", "split", tmp_path / "o", tmp_path / "c")
+    with_contexts, without = (
+        load_dataset("parquet", data_files=str(tmp_path / "c" / kind / "train.parquet"), cache_dir=tmp_path / "hf")[
+            "train"
+        ]
+        for kind in ("with", "without")
+    )
+    assert with_contexts["seed_id"] == without["seed_id"] and with_contexts["answer"] == without["answer"]
+    row = without[3]
+    assert row["messages"][0]["content"] == row["instruction"] and row["n_contexts"] == 0
+    assert row["parts"] == [{"message": 0, "start": 0, "end": len(row["instruction"]), "kind": "question"}]
+    assert without_contexts(without).to_list() == without.to_list()
+    lines(tmp_path / "a.json", [{"qasper": 30, "niah": {"single": 90.5}}])
+    lines(tmp_path / "b.json", [{"qasper": 20, "niah": {"single": 90.5}}])
+    capsys.readouterr()
+    run(monkeypatch, "coherence", "compare", tmp_path / "a.json", tmp_path / "b.json", "--output", tmp_path / "r.md")
+    report = capsys.readouterr().out
+    assert "| qasper | 30.00 | 20.00 | +10.00 |" in report and "| mean | 60.25 | 55.25 | +5.00 |" in report
+    assert (tmp_path / "r.md").read_text() == report
+    with pytest.raises(ValueError, match=r"same evaluations, got differences in \['qasper'\]"):
+        compare({"qasper": 1.0}, {})

@@ -1,0 +1,163 @@
+"""SIGKILL at random moments, Ctrl-C, a lost endpoint, a spent budget, two processes: nothing is paid for twice."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_endpoint import FakeEndpoint
+
+
+pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
+
+CLIENT = Path(__file__).parent / "kill_client.py"
+SEEDS = 200
+AT_ONCE = 8  # the client's max_concurrency
+
+
+def _start(folder, *servers, name="rows", seeds=f"0:{SEEDS}:1", budget=0, patience=60):
+    urls = [server.url for server in servers]
+    command = [sys.executable, CLIENT, name, folder, seeds, str(budget), str(patience), *urls]
+    # A group of its own, to be signalled as a terminal or a scheduler does: all at once.
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _finish(process):
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+def _rows(folder, *servers, **options):
+    """The rows of a run to the end."""
+    code, errors = _finish(_start(folder, *servers, **options))
+    assert code == 0, errors
+    return (folder / "rows-rows.jsonl").read_bytes()
+
+
+def _wait_for_requests(server, more):
+    """Wait until the server was asked so many times more."""
+    wanted = len(server.log) + more
+    deadline = time.monotonic() + 60
+    while len(server.log) < wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def _query(folder, query):
+    with closing(sqlite3.connect(folder / "journal.sqlite", timeout=60)) as connection:
+        return [value for (value,) in connection.execute(query)]
+
+
+def _journaled(folder):
+    """The prompts whose reply is in the journal."""
+    return set(_query(folder, "SELECT json_extract(messages, '$[#-1][1]') FROM replies"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The rows of a run that nothing disturbs."""
+    with FakeEndpoint() as server:
+        rows = _rows(tmp_path_factory.mktemp("undisturbed"), server)
+    assert rows.count(b"\n") == SEEDS - 1 and len(server.log) == 2 * SEEDS
+    return rows
+
+
+def test_killed_at_22_moments_no_request_is_made_twice(tmp_path, undisturbed):
+    rng = random.Random(0)
+    with FakeEndpoint(latency=(0.03, 0.1)) as server:
+        for _ in range(22):
+            process = _start(tmp_path, server)
+            _wait_for_requests(server, rng.randrange(1, 15))
+            time.sleep(rng.uniform(0, 0.05))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()  # for the run alone: the next one meets its recorder at work
+            process.stderr.close()
+        assert len(server.log) < 2 * SEEDS  # every kill met a run with work left
+        rows = _rows(tmp_path, server)
+    assert rows == undisturbed
+    assert set(server.asked().values()) == {1} and len(server.log) == 2 * SEEDS
+    assert not _query(tmp_path, "SELECT kind FROM faults")
+
+
+def test_killed_with_its_recorder_only_what_was_under_way_is_asked_again(tmp_path, undisturbed):
+    rng = random.Random(1)
+    kept, lost = {}, 0
+    with FakeEndpoint(latency=(0.03, 0.1)) as server:
+        for _ in range(6):
+            process = _start(tmp_path, server)
+            _wait_for_requests(server, rng.randrange(10, 30))
+            time.sleep(rng.uniform(0, 0.03))
+            for victim in (process, *psutil.Process(process.pid).children()):
+                victim.kill()
+            _finish(process)
+            time.sleep(0.2)  # the server may still be writing to nobody
+            # What was on disk at an earlier kill has not been asked again.
+            assert kept.items() <= server.asked().items()
+            kept = {prompt: server.asked()[prompt] for prompt in _journaled(tmp_path)}
+            lost += len(_query(tmp_path, "SELECT key FROM claims"))
+        rows = _rows(tmp_path, server)
+    assert rows == undisturbed
+    # Claimed is what is under way and as much again that waits for a slot.
+    assert 0 < len(server.log) - 2 * SEEDS <= lost <= 6 * 2 * AT_ONCE
+    # Nobody knows what they have cost: the journal counts the most.
+    assert _query(tmp_path, "SELECT kind FROM faults") == ["killed"] * lost
+    assert _query(tmp_path, "SELECT unconfirmed_tokens FROM totals")[0] >= 20 * lost
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_the_replies_on_their_way(tmp_path, number):
+    with FakeEndpoint(latency=(0.1, 0.3)) as server:
+        process = _start(tmp_path, server, seeds="0:40:1")
+        _wait_for_requests(server, 15)
+        os.killpg(process.pid, number)
+        code, errors = _finish(process)
+        assert code in (-signal.SIGINT, 130, 143), errors
+        asked = set(server.asked())
+        assert asked == _journaled(tmp_path) and len(asked) < 80
+        _rows(tmp_path, server, seeds="0:40:1")
+    assert set(server.asked().values()) == {1}
+
+
+def test_a_lost_endpoint_stops_the_run_and_another_goes_on(tmp_path):
+    with FakeEndpoint(latency=(0.05, 0.1)) as first:
+        process = _start(tmp_path, first, seeds="0:40:1", patience=0.5)
+        _wait_for_requests(first, 15)
+    code, errors = _finish(process)
+    assert code == 1 and "No endpoint has answered" in errors
+    kept = _journaled(tmp_path)
+    with FakeEndpoint() as second:
+        _rows(tmp_path, second, seeds="0:40:1")
+    assert not kept & set(second.asked()) and len(kept) + len(second.log) == 80
+
+
+def test_a_spent_budget_stops_the_run_and_a_larger_one_goes_on(tmp_path):
+    with FakeEndpoint(latency=(0.02, 0.05)) as server:
+        code, errors = _finish(_start(tmp_path, server, seeds="0:40:1", budget=1500))
+        assert code == 1 and "The budget is spent" in errors and "of 1,500 tokens" in errors
+        (spent,) = _query(tmp_path, "SELECT prompt_tokens + completion_tokens FROM totals")
+        # Never over, and what is left is less than one request may take (its prompt's bytes + 64 + 8 + 20).
+        assert 1500 - 300 < spent <= 1500
+        assert set(server.asked()) == _journaled(tmp_path)
+        again, errors = _finish(_start(tmp_path, server, seeds="0:40:1", budget=1500))
+        assert again == 1 and "The budget is spent" in errors
+        _rows(tmp_path, server, seeds="0:40:1", budget=100_000)
+    assert set(server.asked().values()) == {1} and len(server.log) == 80
+
+
+def test_two_processes_on_one_journal_share_the_replies(tmp_path):
+    with FakeEndpoint(latency=(0.1, 0.4)) as one, FakeEndpoint(latency=(0.1, 0.4)) as two:
+        up = _start(tmp_path, one, name="up", seeds="0:60:1")
+        down = _start(tmp_path, two, name="down", seeds="59:-1:-1")
+        assert [_finish(process)[0] for process in (up, down)] == [0, 0]
+    asked = one.asked() + two.asked()
+    assert len(asked) == 120 and set(asked.values()) == {1}
+    assert one.log and two.log
+    rows = [(tmp_path / f"rows-{name}.jsonl").read_text().splitlines() for name in ("up", "down")]
+    assert rows[0] == rows[1][::-1]
