@@ -1,0 +1,1 @@
+"""Evaluation of long-context models: what a reader sees of it."""

@@ -1,0 +1,191 @@
+"""The pictures of an evaluation: accuracy by length, and the heatmap of depth by length."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+INK, QUIET = "#1f2933", "#9aa5b1"
+# Okabe and Ito's colours, told apart by colour-blind readers too; the light ones darkened to be read as text.
+COLOURS = ("#0072b2", "#d55e00", "#6b6b6b", "#009e73", "#cc79a7", "#b87d00", "#3a9bd1", "#000000")
+STYLE = {
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.dpi": 160,
+}
+
+
+def _figures() -> Any:
+    """Matplotlib's figure class and style context, which draw without a display or a global state."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib. Run: pip install "hf_longalign[plot]"') from error
+    return matplotlib, Figure
+
+
+def plot_accuracy_by_length(
+    curves: Mapping[str, ArrayLike],
+    lengths: Sequence[int],
+    path: str | Path,
+    *,
+    title: str,
+    train_length: int | None = None,
+    highlight: Sequence[str] = (),
+) -> Path:
+    """Draw accuracy against context length, one labelled curve per model, and return the file's path.
+
+    Args:
+        curves: float `(lengths,)` accuracies from 0 to 1 by name.
+        lengths: context lengths in tokens, ascending; drawn on a logarithmic axis.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+        train_length: length of the training samples in tokens, drawn as a line.
+        highlight: names drawn thick, the last one in the strongest colour; the others are thin.
+
+    Raises:
+        ValueError: a curve that is not one accuracy per length.
+        ImportError: matplotlib is missing.
+    """
+    matplotlib, figure_class = _figures()
+    lines = {name: _checked(name, values, (len(lengths),)) for name, values in curves.items()}
+    colours = _line_colours(list(lines), highlight)
+    with matplotlib.rc_context(STYLE):
+        figure = figure_class(figsize=(8.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        if train_length is not None:
+            axes.axvline(train_length, color=QUIET, linestyle=":", linewidth=1.2)
+            axes.text(train_length * 1.04, 0.02, "training length", color=QUIET, fontsize=9)
+        for name, accuracy in lines.items():
+            thick = name in highlight
+            axes.plot(
+                lengths,
+                accuracy,
+                marker="o",
+                markersize=6 if thick else 4,
+                linewidth=2.8 if thick else 1.4,
+                color=colours[name],
+                clip_on=False,
+                zorder=4 if thick else 3,
+            )
+        _label_ends(axes, {name: float(accuracy[-1]) for name, accuracy in lines.items()}, colours, highlight)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.minorticks_off()
+        axes.set_xlim(lengths[0] / 1.15, lengths[-1])
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("context length in tokens")
+        axes.set_ylabel("accuracy, exact match")
+        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return _save(figure, path)
+
+
+def _line_colours(names: Sequence[str], highlight: Sequence[str]) -> dict[str, str]:
+    """A colour per curve; the highlighted ones take the two that stand out most."""
+    ordered = [name for name in reversed(highlight) if name in names]
+    ordered += [name for name in names if name not in ordered]
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(ordered)}
+
+
+def _label_ends(axes: Any, ends: dict[str, float], colours: dict[str, str], highlight: Sequence[str]) -> None:
+    """Name each curve beside its right end, which is easier to follow than a legend."""
+    beside = axes.get_yaxis_transform()
+    for name, height in spread(ends, gap=0.062, top=1.06).items():
+        axes.plot([1.015, 1.055], [ends[name], height], transform=beside, clip_on=False, color=colours[name], lw=0.8)
+        axes.text(
+            1.065,
+            height,
+            f"{ends[name]:.2f}  {name}",
+            transform=beside,
+            va="center",
+            fontsize=10,
+            fontweight="bold" if name in highlight else "normal",
+            color=colours[name],
+        )
+
+
+def spread(heights: Mapping[str, float], *, gap: float, top: float) -> dict[str, float]:
+    """Move labels apart so that neighbours are at least `gap` apart and none is above `top`, in the order of heights.
+
+    Labels that crowd share their surplus up and down. Many labels may reach below 0.
+
+    >>> {name: round(height, 2) for name, height in spread({"a": 0.5, "b": 0.5, "c": 0.1}, gap=0.1, top=1.0).items()}
+    {'a': 0.55, 'b': 0.45, 'c': 0.1}
+    >>> {name: round(height, 2) for name, height in spread({"a": 1.0, "b": 1.0}, gap=0.1, top=1.0).items()}
+    {'a': 1.0, 'b': 0.9}
+    """
+    groups: list[tuple[float, list[str]]] = []  # the place of the upper label, and all of the group from above
+    for name in sorted(heights, key=lambda name: -heights[name]):
+        upper, members = min(heights[name], top), [name]
+        while groups and groups[-1][0] - gap * len(groups[-1][1]) < upper:
+            members = groups.pop()[1] + members
+            middle = float(np.mean([heights[member] for member in members]))
+            upper = min(middle + gap * (len(members) - 1) / 2, top)
+        groups.append((upper, members))
+    return {name: upper - gap * index for upper, members in groups for index, name in enumerate(members)}
+
+
+def plot_heatmap(
+    panels: Mapping[str, ArrayLike], lengths: Sequence[int], depths: Sequence[float], path: str | Path, *, title: str
+) -> Path:
+    """Draw accuracy by depth and length, one panel per model on one colour scale, and return the file's path.
+
+    Args:
+        panels: float `(depths, lengths)` accuracies from 0 to 1 by name, side by side.
+        lengths: context lengths in tokens, one per column.
+        depths: place of the fact, 0 at the beginning of the context, 1 at its end, one per row.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+
+    Raises:
+        ValueError: a panel that is not one accuracy per depth and length.
+        ImportError: matplotlib is missing.
+    """
+    matplotlib, figure_class = _figures()
+    with matplotlib.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = figure_class(figsize=(4.2 * len(panels) + 0.9, 3.6), layout="constrained")
+        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for index, (axes, (name, values)) in enumerate(zip(all_axes, panels.items(), strict=True)):
+            accuracy = _checked(name, values, (len(depths), len(lengths)))
+            image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+            for (row, column), value in np.ndenumerate(accuracy):
+                colour = "white" if value < 0.55 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            axes.tick_params(length=0)
+            axes.set_xlabel("context length in tokens")
+            if index == 0:
+                axes.set_ylabel("depth of the fact")
+            axes.set_title(name, fontsize=11)
+        figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9).outline.set_visible(False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return _save(figure, path)
+
+
+def _checked(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.shape != shape or not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(
+            f"`{name}` must hold accuracies from 0 to 1 of shape {shape}, got shape {array.shape}: {values!r}. "
+            "Give one per length (and depth)."
+        )
+    return array
+
+
+def _save(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

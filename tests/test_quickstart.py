@@ -1,0 +1,70 @@
+"""The quickstart: its data says what it seems to say, and a very short run writes what it promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def task():
+    sys.path.insert(0, str(RECIPES))
+    try:
+        import quickstart_task
+    finally:
+        sys.path.remove(str(RECIPES))
+    return quickstart_task
+
+
+def meanings(text):
+    """The facts of a text by code: "Amber: copper." says that amber means copper."""
+    sentences = text.replace("\n", " ").split(". ")
+    pairs = [sentence.split(": ") for sentence in sentences if ": " in sentence]
+    return {code.strip().lower(): meaning.strip(".") for code, meaning in pairs}
+
+
+def test_samples_answer_from_their_notes_and_fit(task):
+    tokenizer = task.make_tokenizer()
+    for row in task.make_chats(50, np.random.default_rng(0)):
+        first = row["messages"][0]["content"]
+        facts = meanings(first[: first.rindex("\n")])
+        for part in row["parts"]:
+            text = first[part["start"] : part["end"]]
+            assert text.startswith("Find ") or text.endswith(".")
+        for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            assert facts[question["content"].split("Find ")[1]] == answer["content"]
+        ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+        assert len(ids) <= task.TRAIN_TOKENS
+        assert tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_prompts_are_long_and_hold_the_fact_at_its_depth(task, depth):
+    tokenizer = task.make_tokenizer()
+    for prompt in task.make_prompts(20, np.random.default_rng(1), tokens=512, depth=depth):
+        notes, question = prompt.text.rsplit("\n", 1)
+        code = question.removeprefix("Find ")
+        assert meanings(notes)[code] == prompt.answer
+        assert len(meanings(notes)) == task.MAX_FACTS
+        length = len(tokenizer(prompt.text)["input_ids"]) + 1
+        assert 0.98 * 512 <= length <= 512
+        assert notes.lower().index(f"{code}:") / len(notes) == pytest.approx(depth, abs=0.05)
+
+
+def test_a_short_run_writes_table_pictures_and_json(tmp_path):
+    command = [sys.executable, str(RECIPES / "quickstart.py"), "--output", str(tmp_path / "out"), "--workers", "2"]
+    command += ["--base_steps", "2", "--steps", "2", "--samples", "4", "--strategies", "none", "skip_all"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "skip_all" in run.stdout and "1,024" in run.stdout
+    written = json.loads((tmp_path / "out" / "quickstart.json").read_text())
+    assert set(written["accuracy"]) == {"base", "none", "skip_all"}
+    assert np.shape(written["accuracy"]["skip_all"]) == (1, 5, 5)
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"accuracy_by_length.png", "heatmap.png"}
+    assert not list((tmp_path / "out").glob("*.pt"))
