@@ -1,0 +1,71 @@
+"""One question to a model and what counts as its answer: what every suite makes, every generator reads."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, its length in the model's tokens, and the answers it is scored against.
+
+    Attributes:
+        suite: "needle" or "longbench".
+        task: task within the suite, such as "multi_key" or "hotpotqa".
+        index: number of the sample within its task, length and depth.
+        text: what the user says; without a chat template, what the model continues.
+        answers: expected values (needle) or reference answers (LongBench).
+        max_new_tokens: room for the answer, in tokens.
+        chat: whether the text goes through the model's chat template as one user message.
+        stop: texts at which generation ends; they are not part of the answer. The end-of-sequence token always does.
+        length: tokens asked for, the template and the room for the answer included; `None`: as long as it is.
+        depth: place of the needle, 0 at the beginning of the haystack, 1 at its end; `None`: has none.
+        classes: all labels of a classification task, in the data's order.
+
+    Example:
+
+    >>> prompt = Prompt("needle", "single", 0, "Call me Ishmael. Who?", ("Ishmael",), 8)
+    >>> prompt.key == Prompt("needle", "single", 0, "Call me Ishmael. Who?", ("Ishmael",), 8).key
+    True
+    """
+
+    suite: str
+    task: str
+    index: int
+    text: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    chat: bool = True
+    stop: tuple[str, ...] = ()
+    length: int | None = None
+    depth: float | None = None
+    classes: tuple[str, ...] = ()
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of everything above, 64 hexadecimal digits: equal prompts have equal keys."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered.
+
+    Attributes:
+        text: the answer, without stop texts and special tokens.
+        tokens: tokens generated, the one that ended it included; 0 where a server does not say.
+    """
+
+    text: str
+    tokens: int
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """Return the SHA-256 of a set of prompts, 64 hexadecimal digits: runs are comparable where it is the same.
+
+    >>> fingerprint([]) == fingerprint(()), len(fingerprint([]))
+    (True, 64)
+    """
+    return hashlib.sha256("\n".join(sorted(prompt.key for prompt in prompts)).encode()).hexdigest()
