@@ -36,6 +36,6 @@ def token_counter(tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> Callable
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], stop: Sequence[str]) -> str:
     """Return the text of generated tokens up to the first stop text, without special tokens."""
-    text = tokenizer.decode(token_ids, skip_special_tokens=True)
+    text = str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
     ends = [index for index in map(text.find, stop) if index >= 0]
     return text[: min(ends)] if ends else text
