@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_longalign.base_weights import check_weights
 from hf_longalign.record import load_record
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached
 
@@ -35,8 +36,8 @@ def load_adapter(
             `quantization_config` …).
 
     Raises:
-        ValueError: the adapter has no record, or the base model is of another kind or has another RoPE than the one
-            trained on.
+        ValueError: the adapter has no record, or the base model is of another kind or has another RoPE or other weights
+            than the one trained on.
 
     Example:
 
@@ -44,14 +45,15 @@ def load_adapter(
     model = load_adapter("out/checkpoint-1000", dtype="bfloat16", device_map="auto")
     ```
     """
-    record = load_record(adapter, revision=revision)["rope"]
+    record = load_record(adapter, revision=revision)
     if isinstance(base_model, PreTrainedModel):
-        check_rope(record, base_model.config)
+        check_rope(record["rope"], base_model.config)
         check_rope_reached(base_model)
     else:
         base_model = _load_base(
-            record, PeftConfig.from_pretrained(str(adapter), revision=revision), base_model, model_kwargs
+            record["rope"], PeftConfig.from_pretrained(str(adapter), revision=revision), base_model, model_kwargs
         )
+    check_weights(record.get("base_weights", {}), base_model)
     return PeftModel.from_pretrained(base_model, str(adapter), revision=revision)
 
 

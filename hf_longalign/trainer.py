@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_longalign.attention import exactness_problem, register_attention
 from hf_longalign.blocks import TARGET_MARK
+from hf_longalign.base_weights import weights_sample
 from hf_longalign.callback import SkipPositionCallback
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
@@ -99,6 +100,8 @@ class LongAlignSFTTrainer(SFTTrainer):
         self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
         self._collates = data_collator is own_collator
         super().__init__(model, args=args, data_collator=data_collator, **kwargs)
+        # Before anything is wrapped, sharded or trained.
+        self._base_weights = weights_sample(self.model.get_base_model()) if is_peft_model(self.model) else {}
         if self._is_vision_dataset and self._strategy != "none":
             raise ValueError("Positions are skipped in text alone, got a vision data set. Set `skip_strategy='none'`.")
 
@@ -271,6 +274,8 @@ class LongAlignSFTTrainer(SFTTrainer):
         collator = self.data_collator
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         record = {"hf_longalign": __version__, "rope": rope_record(base.config), "seed": self.args.seed}
+        if self._base_weights:
+            record["base_weights"] = self._base_weights
         if self.observer is None:
             record["positions"] = {"strategy": "none"}
         else:

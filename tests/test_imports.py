@@ -15,6 +15,7 @@ PURE = ("positions", "blocks", "distances")
 PURE_IN_WINGS = ("synthesis/prompts", "synthesis/compose", "publish/cards")
 TRAINER_MAY_IMPORT = {
     "attention",
+    "base_weights",
     "blocks",
     "callback",
     "collator",
