@@ -9,6 +9,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from hf_longalign.adapter import load_adapter
+from hf_longalign.base_weights import weights_sample
 from hf_longalign.record import load_record, save_record
 from hf_longalign.rope import rope_record, scale_rope
 
@@ -95,3 +96,13 @@ def test_adapter_without_a_record(trained):
     (adapter / "longalign_config.json").unlink()
     with pytest.raises(ValueError, match="was not saved by `LongAlignSFTTrainer`"):
         load_adapter(adapter)
+
+
+def test_a_base_with_other_weights(trained, tmp_path):
+    _, adapter, _ = trained
+    save_record(adapter, {**load_record(adapter), "base_weights": weights_sample(tiny_llama(initializer_range=0.3))})
+    other = tmp_path / "other"
+    tiny_llama(seed=1, max_position_embeddings=64, initializer_range=0.3).save_pretrained(other)
+    load_adapter(adapter)
+    with pytest.raises(ValueError, match="got others in `model.embed_tokens.weight`"):
+        load_adapter(adapter, base_model=other)
