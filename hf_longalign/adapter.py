@@ -36,8 +36,8 @@ def load_adapter(
             `quantization_config` …).
 
     Raises:
-        ValueError: the adapter has no record, or the base model is of another kind or has another RoPE or other weights
-            than the one trained on.
+        ValueError: the adapter has no record, or the base model is of another kind or has another RoPE or other
+            weights than the one trained on.
 
     Example:
 

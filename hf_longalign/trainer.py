@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_longalign.attention import exactness_problem, register_attention
-from hf_longalign.blocks import TARGET_MARK
 from hf_longalign.base_weights import weights_sample
+from hf_longalign.blocks import TARGET_MARK
 from hf_longalign.callback import SkipPositionCallback
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig

@@ -42,6 +42,7 @@ def plot_accuracy_by_length(
     title: str,
     train_length: int | None = None,
     highlight: Sequence[str] = (),
+    intervals: Mapping[str, ArrayLike] | None = None,
 ) -> Path:
     """Draw accuracy against context length, one labelled curve per model, and return the file's path.
 
@@ -52,6 +53,7 @@ def plot_accuracy_by_length(
         title: what the reader should see.
         train_length: length of the training samples in tokens, drawn as a line.
         highlight: names drawn thick, the last one in the strongest colour; the others are thin.
+        intervals: float `(lengths, 2)` lower and upper ends of the confidence intervals by name, drawn as bands.
 
     Raises:
         ValueError: a curve that is not one accuracy per length.
@@ -59,6 +61,7 @@ def plot_accuracy_by_length(
     """
     matplotlib, figure_class = _figures()
     lines = {name: _checked(name, values, (len(lengths),)) for name, values in curves.items()}
+    bands = {name: _checked(name, values, (len(lengths), 2)) for name, values in (intervals or {}).items()}
     colours = _line_colours(list(lines), highlight)
     with matplotlib.rc_context(STYLE):
         figure = figure_class(figsize=(8.4, 4.4), layout="constrained")
@@ -78,11 +81,13 @@ def plot_accuracy_by_length(
                 clip_on=False,
                 zorder=4 if thick else 3,
             )
+        for name, band in bands.items():
+            axes.fill_between(lengths, band[:, 0], band[:, 1], color=colours[name], alpha=0.15, linewidth=0)
         _label_ends(axes, {name: float(accuracy[-1]) for name, accuracy in lines.items()}, colours, highlight)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
-        axes.set_xlim(lengths[0] / 1.15, lengths[-1])
+        axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (1 if len(lengths) > 1 else 1.15))
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("context length in tokens")
         axes.set_ylabel("accuracy, exact match")

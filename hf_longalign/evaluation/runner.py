@@ -47,9 +47,10 @@ def share(prompts: Sequence[Prompt], rank: int, processes: int) -> list[Prompt]:
 
     Example:
 
-    >>> prompts = [Prompt("needle", "single", i, "text", ("a",), 8, length=64, depth=d) for i in (0, 1) for d in (0, 1)]
+    >>> grid = [(i, d) for i in (0, 1) for d in (0.0, 1.0)]
+    >>> prompts = [Prompt("needle", "single", i, "text", ("a",), 8, length=64, depth=d) for i, d in grid]
     >>> [(prompt.index, prompt.depth) for prompt in share(prompts, 1, 2)]
-    [(1, 0), (1, 1)]
+    [(1, 0.0), (1, 1.0)]
     """
     groups: dict[tuple, list[Prompt]] = {}
     for prompt in prompts:

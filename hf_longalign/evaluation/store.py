@@ -11,8 +11,8 @@ from typing import Any
 class ResultStore:
     """JSON values by key in a folder, one append-only file per process; every process reads all of them.
 
-    A value is on disk before `add` returns. A line that a kill cut off is left out when the folder is read, and cut off
-    before its file is written to again.
+    A value is on disk before `add` returns. A line that a kill cut off is left out when the folder is read, and
+    removed before its file is written to again.
 
     Args:
         folder: where the files go; it is made.

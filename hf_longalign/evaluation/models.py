@@ -1,0 +1,193 @@
+"""Loading what is evaluated: a model, or an adapter with its base, so that the two may be compared."""
+
+import hashlib
+import json
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_longalign.adapter import load_adapter
+from hf_longalign.evaluation.runner import Examinee, Generator
+from hf_longalign.record import load_record
+from hf_longalign.rope import rope_record
+
+
+logger = logging.getLogger(__name__)
+
+BASE, ADAPTER = "base", "adapter"
+
+
+def load_model(
+    model: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel | PeftModel:
+    """Load a model, or an adapter on its base model with the RoPE it was trained with.
+
+    The base is evaluated with the adapter's RoPE too, its adapter turned off: the two differ in the adapter alone.
+
+    Args:
+        model: directory or Hub id of the model, of an adapter the base.
+        adapter: directory or Hub id of an adapter.
+        revision: revision of the model.
+        adapter_revision: revision of the adapter.
+        **kwargs: passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config` …).
+
+    Raises:
+        ValueError: the adapter was trained on another base, revision or RoPE.
+    """
+    if adapter is None:
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, **kwargs).eval()
+    config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
+    record = record_of(adapter, adapter_revision)
+    check_base(config, model, revision, known_by_weights="base_weights" in record)
+    if record:
+        return load_adapter(adapter, base_model=model, revision=adapter_revision, **kwargs).eval()
+    logger.warning("%s has no record of its training: whether it had this RoPE cannot be told.", adapter)
+    base = AutoModelForCausalLM.from_pretrained(model, revision=revision or config.revision, **kwargs)
+    return PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
+
+
+def record_of(adapter: str | None, revision: str | None = None) -> dict[str, Any]:
+    """Return the training record of an adapter, empty where it has none."""
+    try:
+        return load_record(adapter, revision) if adapter is not None else {}
+    except ValueError as error:
+        if "has no" in str(error):
+            return {}
+        raise
+
+
+def check_base(config: PeftConfig, model: str, revision: str | None, *, known_by_weights: bool) -> None:
+    """Refuse to compare an adapter with a base it was not trained on.
+
+    Args:
+        config: the adapter's.
+        model: the base that was given.
+        revision: its revision.
+        known_by_weights: whether the adapter's record tells its base by the weights, so that the name may differ.
+
+    Raises:
+        ValueError: another name or revision.
+    """
+    named = config.base_model_name_or_path
+    if named and named != model and not known_by_weights:
+        raise ValueError(
+            f"`model` must be the base of the adapter, {named!r}, got {model!r}. Set `--model {named}`, or train the "
+            "adapter with `LongAlignSFTTrainer`, whose record tells its base by the weights."
+        )
+    if revision is not None and config.revision is not None and revision != config.revision:
+        raise ValueError(
+            f"`model_revision` must be the adapter's, {config.revision!r}, got {revision!r}. Leave it out."
+        )
+
+
+def load_tokenizer(
+    model: str,
+    *,
+    adapter: str | None = None,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that base and adapter are both asked with.
+
+    Args:
+        model: directory or Hub id of the model.
+        adapter: directory or Hub id of an adapter, which may have a tokenizer of its own.
+        tokenizer: directory or Hub id of the tokenizer to take for both.
+        revision: revision of the model.
+        adapter_revision: revision of the adapter.
+        **kwargs: passed to `from_pretrained`.
+
+    Raises:
+        ValueError: the adapter's tokenizer or chat template is another than the base's, and none was chosen.
+    """
+    if tokenizer is not None:
+        return AutoTokenizer.from_pretrained(tokenizer, **kwargs)
+    of_base = AutoTokenizer.from_pretrained(model, revision=revision, **kwargs)
+    if adapter is None:
+        return of_base
+    try:
+        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=adapter_revision, **kwargs)
+    except (OSError, ValueError):  # it was saved without one
+        return of_base
+    for what, one, other in (
+        ("chat template", of_base.chat_template, of_adapter.chat_template),
+        ("vocabulary", of_base.get_vocab(), of_adapter.get_vocab()),
+    ):
+        if one != other:
+            raise ValueError(
+                f"Base and adapter must be asked identical prompts, got another {what} with {adapter} than with "
+                f"{model}. Set `--tokenizer {adapter}` (or {model}) to ask both with the same one."
+            )
+    return of_base
+
+
+def examinees(
+    model: PreTrainedModel | PeftModel, generator: Generator, names: dict[str, str], settings: dict[str, Any]
+) -> list[Examinee]:
+    """Return what is evaluated: the model, or base and adapter, which share the weights in memory.
+
+    Args:
+        model: as loaded.
+        generator: answers for it.
+        names: the names the user gave, by label.
+        settings: whatever else shapes the answers, JSON-able.
+    """
+    base_identity = _digest({"weights": _weights_of(model), **settings})
+    if not isinstance(model, PeftModel):
+        return [Examinee(BASE, base_identity, generator)]
+
+    def without_adapter() -> AbstractContextManager[Any]:
+        return model.disable_adapter()
+
+    adapter_identity = _digest({"base": base_identity, "adapter": _adapter_digest(model)})
+    labels = list(names)
+    return [
+        Examinee(labels[0], base_identity, generator, without_adapter),
+        Examinee(labels[1], adapter_identity, generator),
+    ]
+
+
+def _weights_of(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
+    """What tells a base model from every other: its commit, or the state of its files; its RoPE and precision."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = base.config
+    folder = Path(config._name_or_path)
+    files = sorted(path for kind in ("*.safetensors", "*.bin", "*.pt") for path in folder.glob(kind))
+    return {
+        "name": config._name_or_path,
+        "commit": getattr(config, "_commit_hash", None),
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "rope": rope_record(config),
+        "dtype": str(base.dtype),
+    }
+
+
+def _adapter_digest(model: PeftModel) -> str:
+    """SHA-256 of an adapter's weights and configuration."""
+    digest = hashlib.sha256(_json(model.active_peft_config.to_dict()).encode())
+    for name, weight in sorted(get_peft_model_state_dict(model).items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_json(value).encode()).hexdigest()[:16]
+
+
+def _json(value: Any) -> str:
+    # The order of a set, such as `target_modules`, differs from one process to the next.
+    return json.dumps(
+        value, sort_keys=True, default=lambda other: sorted(other) if isinstance(other, set) else str(other)
+    )

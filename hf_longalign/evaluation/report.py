@@ -1,0 +1,163 @@
+"""The report of an evaluation as Markdown: pure text from the numbers of `report.json`."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+
+TITLES = {
+    "needle": "Needle in a haystack",
+    "longbench": "LongBench",
+    "ruler": "RULER",
+    "short": "Short contexts",
+}
+IMAGES = {
+    "needle_accuracy": "Accuracy by context length, with 95 % intervals",
+    "needle_heatmap": "Accuracy by depth and length, mean of all tasks",
+    "perplexity": "Perplexity by position",
+    "coverage": "Relative distances covered in training, against the lengths evaluated",
+}
+
+
+def render_report(report: Mapping[str, Any]) -> str:
+    """Return `report.md` for a report; what was not measured is left out.
+
+    Args:
+        report: `models` (`label`, `name`, `revision`), `suites` (see [`suite_results`]), `settings`, `prompts` (their
+            fingerprint), and optionally `perplexity`, `speed`, `images`.
+
+    Example:
+
+    >>> task = {"task": "single", "metric": "exact_match", "samples": 4, "scores": {"base": {"value": 0.5, "low": 0.15,
+    ...         "high": 0.85}}}
+    >>> suite = {"suite": "needle", "metric": "exact_match", "tasks": [task], "groups": []}
+    >>> models = [{"label": "base", "name": "org/model", "revision": None}]
+    >>> text = render_report({"models": models, "suites": [suite], "settings": {"seed": 0}, "prompts": "ab"})
+    >>> "| single | exact_match | 4 | 50.0 (15.0–85.0) |" in text
+    True
+    """
+    labels = [model["label"] for model in report["models"]]
+    parts = [f"# Evaluation of {report['models'][-1]['name']}", _models(report["models"])]
+    for suite in report["suites"]:
+        parts += [f"## {TITLES.get(suite['suite'], suite['suite'])}", *_suite(suite, labels)]
+        parts += _pictures(report, ("needle_accuracy", "needle_heatmap") if suite["suite"] == "needle" else ())
+    if report.get("perplexity"):
+        parts += ["## Perplexity by position", _perplexity(report["perplexity"], labels)]
+    parts += _pictures(report, ("perplexity",))
+    parts += _pictures(report, ("coverage",), title="## Positions covered in training")
+    if report.get("speed"):
+        parts += ["## Speed", _speed(report["speed"])]
+    parts += ["## Settings", table(("setting", "value"), list(report["settings"].items())), _comparable(report)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table.
+
+    >>> print(table(("a", "b"), [(1, "x|y")]))
+    | a | b |
+    | --- | --- |
+    | 1 | x\\|y |
+    """
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _models(models: Sequence[Mapping[str, Any]]) -> str:
+    return table(("", "model", "revision"), [(m["label"], f"`{m['name']}`", m.get("revision") or "") for m in models])
+
+
+def _suite(suite: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
+    tasks = [task for task in suite["tasks"] if task.get("scores")]
+    compares = len(labels) > 1
+    head = ["task", "metric", "samples", *labels, *(["difference"] if compares else [])]
+    rows = []
+    for task in tasks:
+        scores = [_score(task["scores"].get(label)) for label in labels]
+        rows.append(
+            [task["task"], task["metric"], task["samples"], *scores, *([_difference(task)] if compares else [])]
+        )
+    for group in suite["groups"]:
+        values = [group["scores"].get(label) for label in labels]
+        change = f"{100 * (values[1] - values[0]):+.1f}" if compares and None not in values[:2] else ""
+        shown = ["" if value is None else f"**{100 * value:.1f}**" for value in values]
+        rows.append([f"**{group['group']}**", "", "", *shown, *([change] if compares else [])])
+    parts = [table(head, rows)] if rows else []
+    parts += [_by_length(task, labels) for task in tasks if task.get("grid")]
+    failed = [task for task in suite["tasks"] if task.get("error")]
+    if failed:
+        parts.append("Not run:\n\n" + "\n".join(f"- {task['task']}: {task['error']}" for task in failed))
+    return parts
+
+
+def _score(score: Mapping[str, float] | None) -> str:
+    if score is None:
+        return ""
+    if score.get("low") is None:
+        return f"{100 * score['value']:.1f}"
+    return f"{100 * score['value']:.1f} ({100 * score['low']:.1f}–{100 * score['high']:.1f})"
+
+
+def _difference(task: Mapping[str, Any]) -> str:
+    change = task.get("difference")
+    if change is None:
+        return ""
+    if change.get("low") is None:
+        return f"{100 * change['value']:+.1f}"
+    sure = change["low"] > 0 or change["high"] < 0
+    text = f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    return f"**{text}**" if sure else text
+
+
+def _by_length(task: Mapping[str, Any], labels: Sequence[str]) -> str:
+    grid = task["grid"]
+    rows = [(label, *(f"{100 * cell['value']:.1f}" for cell in grid["by_length"][label])) for label in labels]
+    return table((f"{task['task']}, by length", *(f"{length:,}" for length in grid["lengths"])), rows)
+
+
+def _perplexity(perplexity: Mapping[str, Any], labels: Sequence[str]) -> str:
+    edges = perplexity["edges"]
+    head = ("position", *(f"{low:,}–{high - 1:,}" for low, high in pairwise(edges)))
+    rows = [
+        (label, *("" if value is None else f"{value:.2f}" for value in perplexity["perplexity"][label]))
+        for label in labels
+    ]
+    note = f"{perplexity['documents']:,} documents, windows of {perplexity['window']:,} tokens."
+    return f"{note}\n\n{table(head, rows)}"
+
+
+def _speed(speed: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            label,
+            *(f"{counts[name]:,.0f}" for name in ("prompt_tokens", "cached_tokens", "generated_tokens")),
+            f"{counts['seconds']:,.1f}",
+            f"{counts['prompt_tokens'] / max(counts['seconds'], 1e-9):,.0f}",
+        )
+        for label, counts in speed.items()
+    ]
+    head = ("this run", "prompt tokens", "of them from the cache", "generated", "seconds", "prompt tokens/s")
+    return table(head, rows)
+
+
+def _pictures(report: Mapping[str, Any], stems: Sequence[str], title: str | None = None) -> list[str]:
+    shown = [
+        f"![{IMAGES.get(stem, stem)}]({name})"
+        for stem in stems
+        for name in report.get("images", [])
+        if name == f"{stem}.png"
+    ]
+    return [title, *shown] if title and shown else shown
+
+
+def _comparable(report: Mapping[str, Any]) -> str:
+    return (
+        "Scores are percentages with 95 % intervals; a difference in bold is larger than chance at that level. "
+        f"Reports compare where the fingerprint of their prompts is the same: `{report['prompts']}`."
+    )
