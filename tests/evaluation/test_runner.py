@@ -1,0 +1,69 @@
+"""Prompts are shared whole, asked once, and read by all."""
+
+import pytest
+
+from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.runner import Examinee, answers, ask, share
+from hf_longalign.evaluation.store import ResultStore
+
+
+PROMPTS = [
+    Prompt("needle", task, index, f"{task} {index} {depth}", ("a",), 8, length=length, depth=depth)
+    for task in ("single", "multi_key")
+    for length in (64, 128)
+    for index in range(3)
+    for depth in (0.0, 0.5, 1.0)
+]
+
+
+class Echo:
+    """Answers with the prompt's own text and notes what it was asked; dies after so many answers."""
+
+    def __init__(self, dies_after=None):
+        self.asked, self.dies_after = [], dies_after
+
+    def generate(self, prompts):
+        for prompt in reversed(prompts):
+            if self.dies_after is not None and len(self.asked) == self.dies_after:
+                raise KeyboardInterrupt
+            self.asked.append(prompt)
+            yield prompt, Completion(f"echo {prompt.text}", 3)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7, 100])
+def test_shares_are_whole_groups_of_all_prompts(processes):
+    shares = [share(PROMPTS, rank, processes) for rank in range(processes)]
+    assert sorted(p.key for part in shares for p in part) == sorted(p.key for p in PROMPTS)
+    groups = [{(p.task, p.length, p.index) for p in part} for part in shares]
+    assert sum(map(len, groups)) == len(set().union(*groups))
+
+
+def test_an_interrupted_run_asks_only_what_is_left(tmp_path):
+    killed, goes_on = Echo(dies_after=7), Echo()
+    with ResultStore(tmp_path) as store, pytest.raises(KeyboardInterrupt):
+        ask(Examinee("base", "id", killed), PROMPTS, store, progress=False)
+    with ResultStore(tmp_path) as store:
+        examinee = Examinee("base", "id", goes_on)
+        ask(examinee, PROMPTS, store, progress=False)
+        assert len(killed.asked) + len(goes_on.asked) == len(PROMPTS)
+        assert answers(examinee, PROMPTS, store) == [f"echo {prompt.text}" for prompt in PROMPTS]
+        ask(examinee, PROMPTS, store, progress=False)
+    assert len(killed.asked) + len(goes_on.asked) == len(PROMPTS)
+
+
+def test_another_model_does_not_read_these_answers(tmp_path):
+    with ResultStore(tmp_path) as store:
+        ask(Examinee("base", "id", Echo()), PROMPTS[:2], store, progress=False)
+        other = Echo()
+        ask(Examinee("base", "other id", other), PROMPTS[:2], store, progress=False)
+    assert len(other.asked) == 2
+
+
+def test_two_processes_equal_one(tmp_path):
+    with ResultStore(tmp_path / "one") as store:
+        ask(Examinee("base", "id", Echo()), PROMPTS, store, progress=False)
+        expected = answers(Examinee("base", "id", Echo()), PROMPTS, store)
+    with ResultStore(tmp_path / "two", 0) as first, ResultStore(tmp_path / "two", 1) as second:
+        for rank, store in enumerate((first, second)):
+            ask(Examinee("base", "id", Echo()), PROMPTS, store, rank=rank, processes=2, progress=False)
+        assert answers(Examinee("base", "id", Echo()), PROMPTS, first) == expected
