@@ -116,6 +116,23 @@ class DistanceCoverage:
             self._power = None
         return np.cumsum(np.cumsum(self._corners))[:-1] + self._counts
 
+    def counts(self) -> np.ndarray:
+        """Return int64 `(target_length + 3,)`: pairs by distance; documents, skipped ones, sum of their spans."""
+        run = self._run
+        return np.append(self.pairs, [run.documents, run.skipped, run.total])
+
+    def add_counts(self, counts: np.ndarray) -> None:
+        """Add what another coverage of the same target length has counted, as its `counts` tells it."""
+        pairs, (documents, skipped, total) = counts[:-3], counts[-3:].tolist()
+        self._counts += pairs
+        met = np.flatnonzero(pairs)
+        for spans in (self._run, self._window):
+            spans.documents += documents
+            spans.skipped += skipped
+            spans.total += total
+            # The largest distance is that between the ends of the largest span.
+            spans.largest = max(spans.largest, int(met[-1]) + 1 if met.size else 0)
+
     def metrics(self) -> dict[str, float]:
         """Return what to log, and begin a new window.
 

@@ -21,27 +21,6 @@ MAX_PENDING = 64
 FILE_NAME = "longalign_coverage.npz"
 
 
-class MergedCoverage(DistanceCoverage):
-    """A coverage to which the counts of other processes, or of the steps before a resume, can be added."""
-
-    def counts(self) -> np.ndarray:
-        """Return int64 `(target_length + 3,)`: pairs by distance; documents, skipped ones, sum of their spans."""
-        run = self._run
-        return np.append(self.pairs, [run.documents, run.skipped, run.total])
-
-    def add_counts(self, counts: np.ndarray) -> None:
-        """Add what another coverage of the same target length has counted."""
-        pairs, (documents, skipped, total) = counts[:-3], counts[-3:].tolist()
-        self._counts += pairs
-        met = np.flatnonzero(pairs)
-        for spans in (self._run, self._window):
-            spans.documents += documents
-            spans.skipped += skipped
-            spans.total += total
-            # The largest distance is that between the ends of the largest span.
-            spans.largest = max(spans.largest, int(met[-1]) + 1 if met.size else 0)
-
-
 class PositionObserver(TrainerCallback):
     """Counts the relative distances between the tokens of the documents that a run trains on.
 
@@ -52,8 +31,8 @@ class PositionObserver(TrainerCallback):
     """
 
     def __init__(self, target_length: int) -> None:
-        self.coverage = MergedCoverage(target_length)
-        self._local = MergedCoverage(target_length)
+        self.coverage = DistanceCoverage(target_length)
+        self._local = DistanceCoverage(target_length)
         self._pending: list[dict[str, torch.Tensor]] = []
 
     def observe(self, inputs: dict[str, Any]) -> None:
@@ -81,7 +60,7 @@ class PositionObserver(TrainerCallback):
         self._read()
         counts = torch.from_numpy(self._local.counts()).to(PartialState().device)
         self.coverage.add_counts(reduce(counts, "sum").cpu().numpy())
-        self._local = MergedCoverage(self.coverage.target_length)
+        self._local = DistanceCoverage(self.coverage.target_length)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of what was gathered since the last call; see [`DistanceCoverage.metrics`]."""
@@ -102,7 +81,7 @@ class PositionObserver(TrainerCallback):
         if counts.size != self.coverage.target_length + 3:
             logger.warning("%s holds no coverage of this target length; it is counted from this step on.", directory)
             return
-        self.coverage = MergedCoverage(self.coverage.target_length)
+        self.coverage = DistanceCoverage(self.coverage.target_length)
         self.coverage.add_counts(counts)
         self.coverage.metrics()  # what the next log reports begins here
 
