@@ -28,6 +28,7 @@ def _figures() -> Any:
     """Matplotlib's figure class and style context, which draw without a display or a global state."""
     try:
         import matplotlib
+        import matplotlib.ticker
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Plots need matplotlib. Run: pip install "hf_longalign[plot]"') from error
@@ -85,7 +86,7 @@ def plot_accuracy_by_length(
             axes.fill_between(lengths, band[:, 0], band[:, 1], color=colours[name], alpha=0.15, linewidth=0)
         _label_ends(axes, {name: float(accuracy[-1]) for name, accuracy in lines.items()}, colours, highlight)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_xticks(lengths, tick_labels(lengths))
         axes.minorticks_off()
         axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (1 if len(lengths) > 1 else 1.15))
         axes.set_ylim(0, 1.02)
@@ -167,8 +168,8 @@ def plot_heatmap(
             for (row, column), value in np.ndenumerate(accuracy):
                 colour = "white" if value < 0.55 else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
-            axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+            axes.set_xticks(range(len(lengths)), tick_labels(lengths))
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if index == 0 else [])
             axes.tick_params(length=0)
             axes.set_xlabel("context length in tokens")
             if index == 0:
@@ -177,6 +178,57 @@ def plot_heatmap(
         figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9).outline.set_visible(False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return _save(figure, path)
+
+
+def plot_perplexity(
+    curves: Mapping[str, Sequence[float | None]], edges: Sequence[int], path: str | Path, *, title: str
+) -> Path:
+    """Draw perplexity against position, one labelled curve per model, and return the file's path.
+
+    Args:
+        curves: perplexity by bin and name, `None` where a bin has no token.
+        edges: `(bins + 1,)` positions, ascending; bin i holds those from `edges[i]` to `edges[i + 1] - 1`.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+
+    Raises:
+        ValueError: a curve that is not one value per bin.
+        ImportError: matplotlib is missing.
+    """
+    matplotlib, figure_class = _figures()
+    colours = _line_colours(list(curves), list(curves)[-1:])
+    with matplotlib.rc_context(STYLE):
+        figure = figure_class(figsize=(8.4, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for name, values in curves.items():
+            heights = np.array([np.nan if value is None else value for value in values], dtype=float)
+            if heights.shape != (len(edges) - 1,):
+                raise ValueError(f"`{name}` must hold {len(edges) - 1} values, got {values!r}. Give one per bin.")
+            axes.stairs(heights, edges, baseline=None, color=colours[name], linewidth=2, label=name)
+        ticks = [edge for edge in edges if edge > 0]
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(edges[0] or ticks[0] / 2, edges[-1])
+        axes.set_xticks(ticks, tick_labels(ticks))
+        axes.minorticks_off()
+        axes.set_xlabel("tokens before the predicted one")
+        axes.set_ylabel("perplexity, lower is better")
+        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        axes.legend(frameon=False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return _save(figure, path)
+
+
+def tick_labels(lengths: Sequence[int]) -> list[str]:
+    """Write lengths so that many of them fit beside each other.
+
+    >>> tick_labels([64, 1024]), tick_labels([512, 4096, 10000, 131072])
+    (['64', '1,024'], ['512', '4k', '10,000', '128k'])
+    """
+    many = max(lengths) > 4096
+    return [f"{length // 1024}k" if many and length % 1024 == 0 else f"{length:,}" for length in lengths]
 
 
 def _checked(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
