@@ -1,0 +1,53 @@
+"""Writing a report folder: `report.json`, `report.md` and the pictures."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_longalign.evaluation.coverage_plot import plot_coverage
+from hf_longalign.evaluation.pictures import draw_pictures
+from hf_longalign.evaluation.report import render_report
+
+
+logger = logging.getLogger(__name__)
+
+
+def write_report(
+    folder: str | Path, report: dict[str, Any], *, coverage: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write a report and return it with the names of its `images`; without matplotlib, without them.
+
+    Args:
+        folder: where it goes; files of an earlier report are replaced.
+        report: see [`render_report`].
+        coverage: what the adapter's training covered, from its record: drawn against the lengths evaluated.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        images = draw_pictures(report, folder)
+        if coverage is not None:
+            images.append(_draw_coverage(report, coverage, folder).name)
+    except ImportError as error:
+        logger.warning("The report has no pictures: %s", error)
+        images = []
+    report = {**report, "images": images}
+    _replace(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    _replace(folder / "report.md", render_report(report))
+    return report
+
+
+def _draw_coverage(report: Mapping[str, Any], coverage: Mapping[str, Any], folder: Path) -> Path:
+    grids = [task["grid"] for suite in report["suites"] for task in suite["tasks"] if task.get("grid")]
+    lengths = sorted({length for grid in grids for length in grid["lengths"]})
+    title = "Relative distances covered in training"
+    return plot_coverage(dict(coverage), folder / "coverage.png", evaluated_lengths=lengths, title=title)
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
