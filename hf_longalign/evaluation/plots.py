@@ -7,32 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-
-INK, QUIET = "#1f2933", "#9aa5b1"
-# Okabe and Ito's colours, told apart by colour-blind readers too; the light ones darkened to be read as text.
-COLOURS = ("#0072b2", "#d55e00", "#6b6b6b", "#009e73", "#cc79a7", "#b87d00", "#3a9bd1", "#000000")
-STYLE = {
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.dpi": 160,
-}
-
-
-def _figures() -> Any:
-    """Matplotlib's figure class and style context, which draw without a display or a global state."""
-    try:
-        import matplotlib
-        import matplotlib.ticker
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib. Run: pip install "hf_longalign[plot]"') from error
-    return matplotlib, Figure
+from hf_longalign.figures import COLOURS, QUIET, STYLE, load_figures, save_figure
 
 
 def plot_accuracy_by_length(
@@ -60,7 +35,7 @@ def plot_accuracy_by_length(
         ValueError: a curve that is not one accuracy per length.
         ImportError: matplotlib is missing.
     """
-    matplotlib, figure_class = _figures()
+    matplotlib, figure_class = load_figures()
     lines = {name: _checked(name, values, (len(lengths),)) for name, values in curves.items()}
     bands = {name: _checked(name, values, (len(lengths), 2)) for name, values in (intervals or {}).items()}
     colours = _line_colours(list(lines), highlight)
@@ -94,7 +69,7 @@ def plot_accuracy_by_length(
         axes.set_ylabel("accuracy, exact match")
         axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _line_colours(names: Sequence[str], highlight: Sequence[str]) -> dict[str, str]:
@@ -158,7 +133,7 @@ def plot_heatmap(
         ValueError: a panel that is not one accuracy per depth and length.
         ImportError: matplotlib is missing.
     """
-    matplotlib, figure_class = _figures()
+    matplotlib, figure_class = load_figures()
     with matplotlib.rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
         figure = figure_class(figsize=(4.2 * len(panels) + 0.9, 3.6), layout="constrained")
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -177,7 +152,7 @@ def plot_heatmap(
             axes.set_title(name, fontsize=11)
         figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9).outline.set_visible(False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def plot_perplexity(
@@ -195,7 +170,7 @@ def plot_perplexity(
         ValueError: a curve that is not one value per bin.
         ImportError: matplotlib is missing.
     """
-    matplotlib, figure_class = _figures()
+    matplotlib, figure_class = load_figures()
     colours = _line_colours(list(curves), list(curves)[-1:])
     with matplotlib.rc_context(STYLE):
         figure = figure_class(figsize=(8.4, 3.8), layout="constrained")
@@ -218,7 +193,7 @@ def plot_perplexity(
         axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
         axes.legend(frameon=False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def tick_labels(lengths: Sequence[int]) -> list[str]:
@@ -239,10 +214,3 @@ def _checked(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray
             "Give one per length (and depth)."
         )
     return array
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
