@@ -208,14 +208,35 @@ class LongAlignSFTTrainer(SFTTrainer):
                 dataset, processing_class, tokenise, False, formatting_func, dataset_name
             )
             dataset, formatting_func = self._mark_blocks(dataset, args), None
+            if packing and args.packing_strategy == "bfd":
+                # TRL does not look at what it cut off a packed row: a prompt that fills one trains nothing.
+                dataset = self._keep_targeted(dataset, args, dataset_name, args.max_length)
         dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         if packing or not self._collates:
             return dataset
         # TRL leaves out rows without a target, but takes a block mark for one, and the token that nothing predicts.
+        return self._keep_targeted(dataset, args, dataset_name, None)
+
+    def _keep_targeted(self, dataset: Any, args: Any, dataset_name: str, max_length: int | None) -> Any:
+        """Leave out, and say so, rows that have no target within `max_length` tokens."""
+        start = 0 if args.truncation_mode == "keep_start" or max_length is None else -max_length
+        within = slice(start, max_length if start == 0 else None)
         with PartialState().local_main_process_first():
-            return dataset.filter(
-                _has_target, **_progress(dataset, args, f"Checking targets of {dataset_name} dataset")
+            kept = dataset.filter(
+                _has_target,
+                fn_kwargs={"within": within},
+                **_progress(dataset, args, f"Checking targets of {dataset_name} dataset"),
             )
+        if isinstance(dataset, Dataset) and len(kept) < len(dataset):
+            logger.warning(
+                "%d of %d rows of the %s dataset have no target within `max_length=%s` and are left out. Raise it to "
+                "train on them.",
+                len(dataset) - len(kept),
+                len(dataset),
+                dataset_name,
+                args.max_length,
+            )
+        return kept
 
     def _mark_blocks(self, dataset: Any, args: Any) -> Any:
         marker = BlockMarker(self._tokenizer, args.dataset_text_field, self.chat_template)
@@ -329,5 +350,5 @@ def _progress(dataset: Dataset | IterableDataset, args: Any, desc: str) -> dict[
     return {"num_proc": args.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
 
 
-def _has_target(row: dict[str, Any]) -> bool:
-    return any(label >= 0 or label <= TARGET_MARK for label in row["labels"][1:])
+def _has_target(row: dict[str, Any], within: slice) -> bool:
+    return any(label >= 0 or label <= TARGET_MARK for label in row["labels"][within][1:])

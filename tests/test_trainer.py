@@ -374,3 +374,13 @@ def test_collator_inside_trl_and_transformers(tmp_path):
     assert next(iter(trainer.get_train_dataloader()))["position_ids"].max() > 200
     trainer.train()
     assert np.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_packed_rows_without_a_target_are_left_out_and_named(tmp_path, caplog):
+    rows = chat_dataset(4, turns=1).to_list()
+    long = [{"messages": [{"role": "user", "content": "salt " * 200}, {"role": "assistant", "content": "tin"}]}]
+    data = Dataset.from_list(rows + long)
+    with caplog.at_level("WARNING", "hf_longalign"):
+        trainer = make_trainer(tmp_path, dataset=data, packing=True, max_length=100, assistant_only_loss=True)
+    assert "1 of 5 rows of the train dataset have no target within `max_length=100`" in caplog.text
+    assert sum(len(lengths) for lengths in trainer.train_dataset["seq_lengths"]) == 4
