@@ -1,0 +1,121 @@
+"""Only what may be compared is loaded: the right base, revision, RoPE and tokenizer; identities tell models apart."""
+
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_longalign.base_weights import weights_sample
+from hf_longalign.evaluation.models import examinees, load_model, load_tokenizer
+from hf_longalign.record import load_record, save_record
+from hf_longalign.rope import rope_record, scale_rope
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A base of range 64 and an adapter trained on it at range 256, with its record and tokenizer."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama(max_position_embeddings=64).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, config=scale_rope(plain.config, 256))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(adapter)
+    tiny_tokenizer().save_pretrained(adapter)
+    save_record(adapter, {"rope": rope_record(model.get_base_model().config), "base_weights": weights_sample(plain)})
+    return base, adapter
+
+
+def names(trained):
+    return {"base": str(trained[0]), "adapter": str(trained[1])}
+
+
+def test_base_and_adapter_differ_in_the_adapter_alone(trained):
+    base, adapter = trained
+    model = load_model(str(base), adapter=str(adapter))
+    assert isinstance(model, PeftModel) and model.config.max_position_embeddings == 256
+    one, other = examinees(model, None, names(trained), {})
+    assert (one.label, other.label) == ("base", "adapter") and one.identity != other.identity
+    ids = torch.arange(3, 40)[None]
+    scaled = load_model(str(base), config=scale_rope(model.config, 256))
+    with torch.no_grad():
+        with other.active():
+            adapted = model(input_ids=ids).logits
+        with one.active():
+            torch.testing.assert_close(model(input_ids=ids).logits, scaled(input_ids=ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(model(input_ids=ids).logits, adapted, rtol=0, atol=0)
+    assert (adapted - scaled(input_ids=ids).logits).abs().max() > 1e-3
+
+
+def test_identities_follow_weights_and_settings(trained):
+    base, adapter = trained
+
+    def identities(settings):
+        model = load_model(str(base), adapter=str(adapter))
+        return [who.identity for who in examinees(model, None, names(trained), settings)]
+
+    first = identities({"chat": True})
+    assert identities({"chat": True}) == first
+    assert not set(identities({"chat": False})) & set(first)
+    model = load_model(str(base), adapter=str(adapter))
+    model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight").data += 1
+    model.save_pretrained(adapter)
+    again = identities({"chat": True})
+    assert again[0] == first[0] and again[1] != first[1]
+    tiny_llama(seed=0, max_position_embeddings=64).save_pretrained(base)  # the same name, written again
+    assert identities({"chat": True})[0] != first[0]
+
+
+def test_another_base_is_refused_by_its_weights_and_the_same_taken_under_any_name(trained, tmp_path):
+    base, adapter = trained
+    load_model(str(base.rename(tmp_path / "moved")), adapter=str(adapter))
+    tiny_llama(seed=1, max_position_embeddings=64).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="must have the weights its adapter was trained on"):
+        load_model(str(tmp_path / "other"), adapter=str(adapter))
+
+
+def test_without_its_weights_another_name_is_refused(trained, tmp_path, caplog):
+    base, adapter = trained
+    record = load_record(adapter)
+    del record["base_weights"]
+    save_record(adapter, record)
+    with pytest.raises(ValueError, match="`model` must be the base of the adapter"):
+        load_model(str(tmp_path / "moved"), adapter=str(adapter))
+    (adapter / "longalign_config.json").unlink()
+    with caplog.at_level(logging.WARNING, "hf_longalign"):
+        load_model(str(base), adapter=str(adapter))
+    assert "has no record of its training" in caplog.text
+
+
+def test_another_revision_is_refused(trained):
+    base, adapter = trained
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"revision": null', '"revision": "v1"'))
+    with pytest.raises(ValueError, match="`model_revision` must be the adapter's, 'v1', got 'v2'"):
+        load_model(str(base), adapter=str(adapter), revision="v2")
+
+
+def test_another_chat_template_is_refused_until_one_is_chosen(trained):
+    base, adapter = trained
+    assert load_tokenizer(str(base), adapter=str(adapter)).chat_template == tiny_tokenizer().chat_template
+    other = tiny_tokenizer()
+    other.chat_template = "{{ messages[0]['content'] }}"
+    other.save_pretrained(adapter)
+    with pytest.raises(ValueError, match="identical prompts, got another chat template"):
+        load_tokenizer(str(base), adapter=str(adapter))
+    chosen = load_tokenizer(str(base), adapter=str(adapter), tokenizer=str(adapter))
+    assert chosen.chat_template == other.chat_template
+
+
+def test_an_adapter_without_a_tokenizer_is_asked_with_the_base_s(trained, tmp_path):
+    base, adapter = trained
+    for path in (*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")):
+        path.unlink()
+    assert load_tokenizer(str(base), adapter=str(adapter)).chat_template
