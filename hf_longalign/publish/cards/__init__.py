@@ -1,0 +1,1 @@
+"""Cards of data sets and adapters: pure functions from facts to Markdown."""
