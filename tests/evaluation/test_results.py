@@ -1,0 +1,107 @@
+"""The numbers of a report against numbers worked out by hand, and the files it is made of."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.report import render_report
+from hf_longalign.evaluation.results import suite_results
+from hf_longalign.evaluation.write import write_report
+
+
+LENGTHS, DEPTHS = [128, 256], [0.0, 0.5, 1.0]
+PROMPTS = [
+    Prompt("needle", task, index, f"{task} {index}", ("yes",), 8, length=length, depth=depth)
+    for task in ("single", "multi_key")
+    for length in LENGTHS
+    for index in range(2)
+    for depth in DEPTHS
+]
+
+
+def score(prompt, text):
+    right = sum(word == "yes" for word in text.split())
+    return {"exact_match": float(right == 2), "recall": right / 2}
+
+
+def suite():
+    base = ["yes" if prompt.length == 128 else "" for prompt in PROMPTS]
+    adapter = ["yes yes" if prompt.depth > 0 else "no" for prompt in PROMPTS]
+    return suite_results(
+        "needle", PROMPTS, {"base": base, "adapter": adapter}, score, groups={"one": ["single"], "none": ["other"]}
+    )
+
+
+def test_scores_grids_and_differences():
+    result = suite()
+    single, multi = result["tasks"]
+    assert (single["task"], multi["task"], single["samples"]) == ("single", "multi_key", 12)
+    assert single["scores"]["base"]["value"] == 0.0 and single["others"]["recall"]["base"] == 0.25
+    assert single["scores"]["adapter"]["value"] == pytest.approx(2 / 3)
+    assert single["difference"]["value"] == pytest.approx(2 / 3) and single["difference"]["low"] > 0
+    assert single["grid"]["lengths"] == LENGTHS and single["grid"]["depths"] == DEPTHS
+    assert np.array(single["grid"]["adapter"]).tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert [cell["value"] for cell in single["grid"]["by_length"]["adapter"]] == pytest.approx([2 / 3, 2 / 3])
+    assert [group["group"] for group in result["groups"]] == ["one", "average"]
+    assert result["groups"][1]["scores"]["adapter"] == pytest.approx(2 / 3)
+
+
+def test_prompts_without_length_have_no_grid():
+    prompts = [Prompt("longbench", "qasper", index, "text", ("yes",), 8) for index in range(3)]
+    result = suite_results("longbench", prompts, {"base": ["yes yes", "", "yes"]}, score)
+    assert "grid" not in result["tasks"][0] and "difference" not in result["tasks"][0]
+    assert result["groups"] == []
+
+
+def report(**more):
+    models = [
+        {"label": "base", "name": "org/model", "revision": "abc"},
+        {"label": "adapter", "name": "user/adapter", "revision": None},
+    ]
+    return {
+        "models": models,
+        "suites": [suite()],
+        "settings": {"seed": 0, "lengths": LENGTHS},
+        "prompts": "f00",
+        **more,
+    }
+
+
+def test_the_folder_holds_numbers_text_and_pictures(tmp_path):
+    perplexity = {
+        "edges": [0, 128, 256],
+        "documents": 4,
+        "window": 256,
+        "perplexity": {"base": [9.0, None], "adapter": [8, 7]},
+    }
+    speed = {"base": {"prompt_tokens": 1000, "cached_tokens": 400, "generated_tokens": 80, "seconds": 2.0}}
+    written = write_report(tmp_path, report(perplexity=perplexity, speed=speed))
+    assert json.loads((tmp_path / "report.json").read_text()) == written
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", *written["images"]}
+    assert set(written["images"]) == {
+        "needle_accuracy.png",
+        "needle_heatmap.png",
+        "needle_single.png",
+        "needle_multi_key.png",
+        "perplexity.png",
+    }
+    text = (tmp_path / "report.md").read_text()
+    for line in (
+        "# Evaluation of user/adapter",
+        "| base | `org/model` | abc |",
+        "| multi_key, by length | 128 | 256 |",
+        "![Accuracy by depth and length, mean of all tasks](needle_heatmap.png)",
+        "| base | 9.00 |  |",
+        "| base | 1,000 | 400 | 80 | 2.0 | 500 |",
+        "`f00`",
+    ):
+        assert line in text
+    assert "+66.7 (" in text and "**+66.7" in text
+
+
+def test_what_failed_is_named_and_the_rest_stays():
+    failed = {"suite": "short", "metric": None, "groups": [], "tasks": [{"task": "gsm8k", "error": "no network"}]}
+    text = render_report({**report(), "suites": [suite(), failed]})
+    assert "- gsm8k: no network" in text and "| single |" in text
