@@ -1,0 +1,294 @@
+"""Needle prompts of exact length: needles at the right depth of a haystack that just fits, in the model's own tokens.
+
+Only the standard library and NumPy: the tokenizer comes in as a function that counts.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_longalign.evaluation.haystack import PARAGRAPH, sentences_of, split_units
+from hf_longalign.evaluation.needles import (
+    TASKS,
+    Needles,
+    NeedleTask,
+    Pools,
+    Wording,
+    draw_needles,
+    seeded_rng,
+    wording_of,
+)
+from hf_longalign.evaluation.prompt import Prompt
+
+
+# A long prompt may be this much shorter than asked for: it saves counting it again for one more word.
+_SLACK = 0.0025
+
+
+def needle_prompts(
+    *,
+    haystack: Iterable[str],
+    count: Callable[[str], int],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    tasks: Sequence[str | NeedleTask] = tuple(TASKS),
+    samples: int = 10,
+    seed: int = 0,
+    chat: bool = True,
+    max_new_tokens: int = 128,
+    wording: Wording | None = None,
+    pools: Pools | None = None,
+) -> Iterator[Prompt]:
+    """Return the prompts of a grid of lengths and depths, task by task, those that share a haystack together.
+
+    A prompt and its answer fill their length: `count(text) + max_new_tokens` is at most `length`, and less by at most
+    1 % or one word. The first needle asked for stands at the end of a sentence, the one nearest to its depth in tokens
+    of the haystack; all others at ends drawn uniformly. A prompt depends on the seed and its own task, length, depth
+    and sample, not on the rest of the grid. Samples differ in needles and in where the haystack begins. Over the
+    depths of a sample the text is the same but for the needle's place (and a last word or two), so that a prefix
+    cache helps; for that, their scores are not quite independent.
+
+    Args:
+        haystack: texts, see [`read_texts`], [`noise`]; they begin again where they are too short.
+        count: tokens the model is given for a text, template included, see [`token_counter`].
+        lengths: in tokens, the template and the room for the answer included.
+        depths: 0 at the beginning of the haystack, 1 at its end.
+        tasks: names of `TASKS`, or tasks with other numbers of needles.
+        samples: prompts per task, length and depth.
+        seed: of keys, values, places of the others and beginnings of the haystack.
+        chat: whether `count` applies the chat template. Without it the text ends with the beginning of the answer,
+            and the answer ends with its line.
+        max_new_tokens: room for the answer; RULER's default.
+        wording: the words around keys and values; by default RULER's.
+        pools: what keys and values are drawn from.
+
+    Raises:
+        ValueError: an argument that is not as said above, an empty haystack, or a length too small for the needles;
+            the message names the smallest.
+
+    Example:
+
+    >>> prompts = needle_prompts(
+    ...     haystack=["The sky is blue. The grass is green."], count=lambda text: len(text.split()), tasks=["single"],
+    ...     lengths=[70], depths=[0.5], samples=1, max_new_tokens=10)
+    >>> print(next(prompts).text)
+    ...     # doctest: +ELLIPSIS
+    A special magic number is hidden within the following text. ...
+    """
+    chosen = [_task(task) for task in tasks]
+    _check_grid(lengths, depths, chosen, samples, max_new_tokens)
+    stack = Haystack(sentences_of(haystack), count)
+    plan = _Plan(stack, count, seed, chat, max_new_tokens, wording, pools or Pools())
+    for task in chosen:  # too small a length is told now, not after an hour of building prompts
+        plan.check_room(task, min(lengths), 0)
+    return (
+        prompt
+        for task in chosen
+        for length in lengths
+        for sample in range(samples)
+        for prompt in plan.prompts(task, length, sample, depths)
+    )
+
+
+class Haystack:
+    """Sentences from a start on, again and again, with the tokens of each, measured when first needed.
+
+    The tokens of a sentence are counted after a full stop, as it stands in a text. Their sum is an estimate: tokens
+    may join across sentences.
+
+    Args:
+        sentences: see [`sentences_of`].
+        count: tokens of a text.
+    """
+
+    def __init__(self, sentences: Sequence[str], count: Callable[[str], int]) -> None:
+        self.sentences = sentences
+        self._count = count
+        self._stop = count(".")
+        self._sizes: dict[int, tuple[int, int]] = {}
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return the tokens and the units (see [`split_units`]) of a sentence, at least one of each."""
+        if index not in self._sizes:
+            sentence = self.sentences[index]
+            tokens = self._count("." + sentence) - self._stop
+            self._sizes[index] = max(1, tokens), max(1, len(split_units(sentence)))
+        return self._sizes[index]
+
+
+class Stretch:
+    """The beginning of a haystack, growing as needed; cut after any unit.
+
+    Args:
+        stack: the haystack.
+        start: number of the sentence it begins with.
+    """
+
+    def __init__(self, stack: Haystack, start: int) -> None:
+        self._stack, self._start = stack, start
+        self._tokens, self._units = [0], [0]
+
+    def tokens(self, units: int) -> float:
+        """Return the estimated tokens of so many units."""
+        while self._units[-1] < units:
+            self._grow()
+        index = bisect_left(self._units, units, lo=1)
+        share = (units - self._units[index - 1]) / (self._units[index] - self._units[index - 1])
+        return self._tokens[index - 1] + share * (self._tokens[index] - self._tokens[index - 1])
+
+    def units(self, tokens: float) -> int:
+        """Return how many units have at most so many estimated tokens."""
+        while self._tokens[-1] <= tokens:
+            self._grow()
+        index = max(1, bisect_right(self._tokens, tokens))
+        share = (tokens - self._tokens[index - 1]) / (self._tokens[index] - self._tokens[index - 1])
+        return self._units[index - 1] + int(share * (self._units[index] - self._units[index - 1]))
+
+    def parts(self, units: int) -> tuple[list[str], list[int]]:
+        """Return the sentences of so many units, the last one cut and marked, and the tokens before each end."""
+        self.tokens(units)
+        whole = bisect_right(self._units, units) - 1
+        parts = [self._sentence(index) for index in range(whole)]
+        ends = self._tokens[: whole + 1]
+        rest = units - self._units[whole]
+        if rest:
+            parts.append("".join(split_units(self._sentence(whole))[:rest]) + "...")
+            ends = [*ends, round(self.tokens(units))]
+        return parts, ends
+
+    def _sentence(self, index: int) -> str:
+        sentences = self._stack.sentences
+        return sentences[(self._start + index) % len(sentences)]
+
+    def _grow(self) -> None:
+        tokens, units = self._stack.size((self._start + len(self._tokens) - 1) % len(self._stack.sentences))
+        self._tokens.append(self._tokens[-1] + tokens)
+        self._units.append(self._units[-1] + units)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What the prompts of all depths have in common."""
+
+    stretch: Stretch
+    needles: Needles
+    places: tuple[float, ...]
+    wording: Wording
+    chat: bool
+
+    def text(self, units: int, depth: float) -> str:
+        """The prompt with so many units of haystack."""
+        parts, ends = self.stretch.parts(units)
+        asked = int(np.abs(np.array(ends) - depth * ends[-1]).argmin())
+        drawn = [int(place * len(ends)) for place in self.places]
+        needles = [*self.needles.asked, *self.needles.others]
+        # Where two stand together the one at the depth asked for comes first: the sort is stable.
+        order = sorted(zip([asked, *drawn], needles, strict=True), key=lambda needle: needle[0])
+        pieces, done = [], 0
+        for end, needle in order:
+            pieces += [*parts[done:end], " " + needle]
+            done = end
+        hay = "".join([*pieces, *parts[done:]]).strip()
+        keys, wording = self.needles.keys, self.wording
+        question = wording.question.format(keys=keys)
+        if not self.chat:
+            question = f"{question} {wording.answer.format(keys=keys)}"
+        return PARAGRAPH.join(part for part in (wording.header, hay, question) if part)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all prompts of a grid have in common."""
+
+    stack: Haystack
+    count: Callable[[str], int]
+    seed: int
+    chat: bool
+    max_new_tokens: int
+    wording: Wording | None
+    pools: Pools
+
+    def prompts(self, task: NeedleTask, length: int, index: int, depths: Sequence[float]) -> Iterator[Prompt]:
+        """Yield the prompts of a sample, by depth."""
+        sample = self._sample(task, length, index)
+        least = self.check_room(task, length, index)
+        budget, slack = length - self.max_new_tokens, int(_SLACK * length)
+        guess = sample.stretch.units(budget - least + sample.stretch.tokens(1) - slack / 2)
+        # All depths start from the units that fit at depth 0, so that long ones share them.
+        units = self._fit(sample, 0.0, guess, budget, slack)
+        for depth in depths:
+            text = sample.text(self._fit(sample, depth, units, budget, slack), depth)
+            yield Prompt(
+                suite="needle",
+                task=task.name,
+                index=index,
+                text=text,
+                answers=sample.needles.answers,
+                max_new_tokens=self.max_new_tokens,
+                chat=self.chat,
+                stop=() if self.chat else ("\n",),
+                length=length,
+                depth=float(depth),
+            )
+
+    def check_room(self, task: NeedleTask, length: int, index: int) -> int:
+        """Return the tokens of a prompt with a single word of haystack, which must have room."""
+        least = self.count(self._sample(task, length, index).text(1, 0.0))
+        if least + self.max_new_tokens > length:
+            raise ValueError(
+                f"`lengths` must be at least {least + self.max_new_tokens} for the task {task.name!r} (tokens of "
+                f"template, question and needles {least}, of the answer {self.max_new_tokens}), got {length}. Set a "
+                "larger length, shorter needles or a smaller `max_new_tokens`."
+            )
+        return least
+
+    def _sample(self, task: NeedleTask, length: int, index: int) -> _Sample:
+        wording = self.wording or wording_of(task)
+        rng = seeded_rng("needles", self.seed, task.name, length, index)
+        needles = draw_needles(task, wording, self.pools, rng)
+        places = tuple(rng.random(len(needles.asked) + len(needles.others) - 1).tolist())
+        # The haystack knows neither task nor length: a longer prompt begins like a shorter one.
+        start = int(seeded_rng("haystack", self.seed, index).integers(len(self.stack.sentences)))
+        return _Sample(Stretch(self.stack, start), needles, places, wording, self.chat)
+
+    def _fit(self, sample: _Sample, depth: float, units: int, budget: int, slack: int) -> int:
+        """The units of haystack with which a prompt has at most `budget` tokens, and at least `budget - slack` or as
+        many as whole units allow.
+        """
+        low, high = 1, None
+        units = max(units, low)
+        while True:
+            gap = budget - self.count(sample.text(units, depth))
+            if 0 <= gap <= slack:
+                return units
+            low, high = (units, high) if gap > 0 else (low, units)
+            if high is not None and high - low <= 1:
+                return low
+            step = sample.stretch.units(max(0.0, sample.stretch.tokens(units) + gap - slack / 2))
+            units = max(step, low + 1) if high is None else min(max(step, low + 1), high - 1)
+
+
+def _task(task: str | NeedleTask) -> NeedleTask:
+    if isinstance(task, NeedleTask):
+        return task
+    if task not in TASKS:
+        raise ValueError(f"`tasks` must be among {list(TASKS)} or a NeedleTask, got {task!r}. Set one of them.")
+    return TASKS[task]
+
+
+def _check_grid(
+    lengths: Sequence[int], depths: Sequence[float], tasks: Sequence[NeedleTask], samples: int, max_new_tokens: int
+) -> None:
+    names = [task.name for task in tasks]
+    for name, values in (("tasks", names), ("lengths", lengths), ("depths", depths)):
+        if len(values) == 0 or len(set(values)) < len(values):
+            raise ValueError(f"`{name}` must be at least one, all different, got {list(values)!r}. Correct them.")
+    for name, numbers in (("lengths", lengths), ("samples", [samples]), ("max_new_tokens", [max_new_tokens])):
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
+                raise ValueError(f"`{name}` must be whole and at least 1, got {number!r}. Set it to 1 or more.")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"`depths` must be from 0 (beginning) to 1 (end), got {depth!r}. Set them as shares.")
