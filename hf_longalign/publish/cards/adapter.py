@@ -1,12 +1,12 @@
 """The card of a trained adapter: what it is, how to load it, how good it is, and how it was made."""
 
-import pprint
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from hf_longalign.publish.cards.citations import cite
 from hf_longalign.publish.cards.edits import REPOSITORY, assemble
-from hf_longalign.publish.cards.facts import AdapterFacts, data_link, model_link, show_image
+from hf_longalign.publish.cards.facts import AdapterFacts, Data, data_link, model_link, show_image
 from hf_longalign.publish.cards.markdown import code, fenced, join, plain
 from hf_longalign.publish.cards.scores import SUITES, failures, headline, metric_note, model_index, scores_table
 from hf_longalign.publish.cards.training import positions_section, training_section, versions_section
@@ -55,13 +55,13 @@ def _metadata(facts: AdapterFacts) -> dict[str, Any]:
 
 def _intro(facts: AdapterFacts) -> str:
     kind = {"LORA": "LoRA adapter"}.get(str(facts.adapter_config.get("peft_type")), "adapter")
-    base = f" of {model_link(facts.base_model, facts.base_revision)}" if facts.base_model else ""
+    base = f" of {model_link(facts.base_model)}" if facts.base_model else ""
     title = f"{facts.base_model.split('/')[-1]} for long contexts" if facts.base_model else "Long-context adapter"
     positions = facts.record.get("positions", {})
     target, most = positions.get("target_length"), facts.record.get("training", {}).get("max_length")
     sentences = [f"A {kind}{base}, trained for long contexts." if kind == "LoRA adapter" else f"An {kind}{base}."]
     if facts.data:
-        sentences[0] = sentences[0].removesuffix(".") + f" on {data_link(facts.data)}."
+        sentences[0] = sentences[0].removesuffix(".") + f" on {data_link(Data(facts.data.name))}."
     if target and positions.get("strategy") != "none":
         length = f" of at most {most:,} tokens" if most else ""
         sentences.append(
@@ -94,26 +94,39 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
     )
 
 
-def _without_package(facts: AdapterFacts, name: str) -> list[str]:
+def _without_package(facts: AdapterFacts, adapter: str) -> list[str]:
     """The same with transformers and PEFT alone, where base model and RoPE are known."""
     rope = facts.record.get("rope", {})
     if not facts.base_model or not rope.get("rope_parameters"):
         return []
-    revision = f', revision="{facts.base_revision}"' if facts.base_revision else ""
-    lines = [
-        "from peft import PeftModel",
-        "from transformers import AutoConfig, AutoModelForCausalLM",
-        "",
-        f'config = AutoConfig.from_pretrained("{facts.base_model}"{revision})',
-        f"config.rope_parameters = {pprint.pformat(rope['rope_parameters'], width=90, sort_dicts=True)}",
+    lines = ["from peft import PeftModel", "from transformers import AutoConfig, AutoModelForCausalLM", ""]
+    named = [f'name = "{facts.base_model}"']
+    if facts.base_revision:
+        named = [f'name, revision = "{facts.base_model}", "{facts.base_revision}"']
+    revision = ", revision=revision" if facts.base_revision else ""
+    lines += [
+        *named,
+        f"config = AutoConfig.from_pretrained(name{revision})",
+        f"config.rope_parameters = {_literal(rope['rope_parameters'])}",
     ]
     if rope.get("max_position_embeddings"):
         lines.append(f"config.max_position_embeddings = {rope['max_position_embeddings']}")
     lines += [
-        f'base = AutoModelForCausalLM.from_pretrained("{facts.base_model}"{revision}, config=config, dtype="auto")',
-        f'model = PeftModel.from_pretrained(base, "{name}")',
+        "model = AutoModelForCausalLM.from_pretrained(",
+        f'    name{revision}, config=config, dtype="auto", device_map="auto"',
+        ")",
+        f'model = PeftModel.from_pretrained(model, "{adapter}")',
     ]
     return ["The same without hf_longalign:", fenced("python", "\n".join(lines))]
+
+
+def _literal(value: Any, indent: str = "") -> str:
+    """JSON data as Python, a line per key."""
+    if not isinstance(value, Mapping):
+        return json.dumps(value) if isinstance(value, str) else repr(value)
+    inner = indent + "    "
+    lines = "".join(f"{inner}{json.dumps(key)}: {_literal(item, inner)},\n" for key, item in value.items())
+    return f"{{\n{lines}{indent}}}"
 
 
 def _evaluation(facts: AdapterFacts) -> str:
@@ -128,7 +141,7 @@ def _evaluation(facts: AdapterFacts) -> str:
             continue
         parts.append(f"### {title}")
         if suite["suite"] == "short":
-            parts.append("What long contexts cost on short ones.")
+            parts.append("What the training for long contexts costs on short ones.")
         parts += [shown, f"{metric_note(suite)}." if shown else "", failures(suite)]
         if suite["suite"] == "needle":
             parts += [show_image(facts, stem) for stem in ("needle_accuracy", "needle_heatmap")]

@@ -300,7 +300,7 @@ def _making(facts: DatasetFacts) -> str:
         if facts.prompts
         else "",
     ]
-    body = join(table(("", ""), [row for row in rows if row[1]]), " ".join(note for note in notes if note))
+    body = join(table(("part", "how"), [row for row in rows if row[1]]), " ".join(note for note in notes if note))
     return f"## How it was made\n\n{body}"
 
 

@@ -70,7 +70,9 @@ def assemble(metadata: Mapping[str, object], sections: Mapping[str, str]) -> str
     ---
     <BLANKLINE>
     <!-- hf_longalign:begin intro -->
+    <BLANKLINE>
     # Rows
+    <BLANKLINE>
     <!-- hf_longalign:end intro -->
     <BLANKLINE>
     """
@@ -276,6 +278,6 @@ def _render(card: Card) -> str:
     blocks = [f"---\n{front_matter}---"] if front_matter else []
     for part in card.parts:
         begin, end = (f"<!-- hf_longalign:{kind} {part.name} -->" for kind in ("begin", "end"))
-        blocks.append(f"{begin}\n{part.text}\n{end}" if part.name else part.text)
+        blocks.append(f"{begin}\n\n{part.text}\n\n{end}" if part.name else part.text)
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(card.ledger.items()))
     return "\n\n".join([*blocks, f"<!-- hf_longalign:ledger\n{_LEDGER_TEXT}{lines}-->"]) + "\n"

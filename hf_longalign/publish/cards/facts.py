@@ -120,7 +120,7 @@ def is_hub_id(name: str | None) -> bool:
     return name is not None and HUB_ID.fullmatch(name) is not None
 
 
-def model_link(name: str, revision: str | None) -> str:
+def model_link(name: str, revision: str | None = None) -> str:
     """Return a link to a model and its revision."""
     link = f"[{name}](https://huggingface.co/{name})"
     return f"{link} at revision {code(revision)}" if revision else link

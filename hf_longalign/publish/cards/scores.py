@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_longalign.publish.cards.markdown import listed, plain, table
+from hf_longalign.publish.cards.markdown import code, listed, plain, table
 
 
 # By suite: its title, and how the Hub names the data behind it.
@@ -12,6 +12,13 @@ SUITES = {
     "longbench": ("LongBench", "THUDM/LongBench"),
     "ruler": ("RULER", "ruler"),
     "short": ("Short contexts", ""),
+}
+METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "length-normalised accuracy",
+    "exact_match": "exact match",
+    "qa_f1": "F1",
+    "rouge": "ROUGE-L",
 }
 Report = Mapping[str, Any]
 
@@ -55,20 +62,22 @@ def scores_table(report: Report, suite: Mapping[str, Any]) -> str:
     """Return the tasks of a suite before and after as a table, with 95 % intervals where there are any."""
     labels = [model["label"] for model in report["models"]]
     compares = len(labels) > 1
-    head = ["task", "samples", *labels, *(["change"] if compares else [])]
+    differ = _metrics_differ(suite)
+    head = ["task", *(["metric"] if differ else []), "samples", *labels, *(["change"] if compares else [])]
     rows: list[list[Any]] = []
     for task in suite["tasks"]:
         scores = task.get("scores") or {}
         if scores:
             cells = [_score(scores.get(label)) for label in labels]
             change = [_change(task, labels)] if compares else []
-            rows.append([plain(task["task"]), task.get("samples", ""), *cells, *change])
+            metric = [words(_metric(suite, task))] if differ else []
+            rows.append([code(task["task"]), *metric, task.get("samples", ""), *cells, *change])
     for group in suite.get("groups") or []:
         values = [group["scores"].get(label) for label in labels]
         cells = ["" if value is None else f"**{100 * value:.1f}**" for value in values]
         change = [_signed(values[-1] - values[0]) if None not in values else ""] if compares else []
-        rows.append([f"**{plain(group['group'])}**", "", *cells, *change])
-    return table(head, rows, right=range(1, len(head)))
+        rows.append([f"**{plain(group['group'])}**", *([""] if differ else []), "", *cells, *change])
+    return table(head, rows, right=range(2 if differ else 1, len(head)))
 
 
 def metric_note(suite: Mapping[str, Any]) -> str:
@@ -77,19 +86,17 @@ def metric_note(suite: Mapping[str, Any]) -> str:
     >>> metric_note({"metric": "exact_match", "tasks": []})
     'Exact match in percent'
     """
-    metrics = list(dict.fromkeys(_metric(suite, task) for task in suite["tasks"])) or [_metric(suite, {})]
-    if len(metrics) > 1:
-        return "Each task's own metric in percent"
-    return f"{words(metrics[0]).capitalize()} in percent"
+    name = "Scores" if _metrics_differ(suite) else words(_metric(suite, next(iter(suite["tasks"]), {})))
+    return f"{name[0].upper()}{name[1:]} in percent"
 
 
 def words(metric: str) -> str:
     """Return the name of a metric as words.
 
-    >>> words("exact_match")
-    'exact match'
+    >>> words("exact_match"), words("code_sim")
+    ('exact match', 'code sim')
     """
-    return metric.replace("_", " ")
+    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def headline(report: Report) -> str:
@@ -119,9 +126,13 @@ def _means(suite: Mapping[str, Any], labels: Sequence[str]) -> list[float]:
 
 
 def failures(suite: Mapping[str, Any]) -> str:
-    """Return the tasks that could not be measured; the reasons may hold paths of the machine and stay in the report."""
-    failed = [plain(task["task"]) for task in suite["tasks"] if task.get("error")]
+    """Return the tasks that could not be measured; the reasons may hold paths and stay in the report."""
+    failed = [code(task["task"]) for task in suite["tasks"] if task.get("error")]
     return f"Not measured: {listed(failed)}." if failed else ""
+
+
+def _metrics_differ(suite: Mapping[str, Any]) -> bool:
+    return len({_metric(suite, task) for task in suite["tasks"] if task.get("scores")}) > 1
 
 
 def _metric(suite: Mapping[str, Any], task: Mapping[str, Any]) -> str:

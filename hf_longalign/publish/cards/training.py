@@ -37,7 +37,7 @@ def positions_section(facts: AdapterFacts) -> str:
     if strategy in ("skip_inner", "skip_outer", "skip_all"):
         note += " Tokens inside a block keep contiguous positions, and attention sees the whole sample."
     shown = [row for row in rows if row[1] != ""] if strategy != "none" else []
-    return join("## Positions", note, table(("", ""), shown), show_image(facts, "coverage"))
+    return join("## Positions", note, table(("setting", "value"), shown), show_image(facts, "coverage"))
 
 
 def _covered(coverage: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -73,7 +73,7 @@ def training_section(facts: AdapterFacts) -> str:
         ("hardware", record.get("hardware", "")),
     ]
     shown = [row for row in rows if row[1] not in ("", None)]
-    return f"## Training\n\n{table(('', ''), shown)}" if shown else ""
+    return f"## Training\n\n{table(('setting', 'value'), shown)}" if shown else ""
 
 
 def _lora(config: Mapping[str, Any]) -> str:
