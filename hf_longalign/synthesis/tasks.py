@@ -1,13 +1,15 @@
 """The tasks a seed can belong to: what text its context is, and the prompt a composed sample is put into.
 
-The templates of the eight tasks are LongBench's own (https://github.com/THUDM/LongBench, `config/dataset2prompt.json`,
-MIT), which is what Context Synthesis composes into (https://arxiv.org/abs/2502.15592). The templates that name one
-context among several, and the general task, are this package's wording: with ten reports in the prompt, LongBench's
-"write a one-page summary of the report" does not say which.
+The templates of the eight tasks are LongBench's own, which is what Context Synthesis composes into
+(https://arxiv.org/abs/2502.15592), NarrativeQA's with the space it lacks. The templates that name one context among
+several, and the general task, are this package's wording: with ten reports in the prompt, LongBench's "write a
+one-page summary of the report" does not say which.
 """
 
 import re
 from dataclasses import dataclass
+
+from hf_longalign.longbench_prompts import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,6 @@ class Task:
 
 
 _BREAKS = re.compile(r"[ \t]*\n\s*")
-_PASSAGES = (
-    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"
-    "The following are given passages.\n{context}\n\n"
-    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"
-    "Question: {input}\nAnswer:"
-)
-_QASPER_RULES = (
-    "as concisely as you can, using a single phrase or sentence if possible. If the question cannot be answered based "
-    'on the information in the article, write "unanswerable". If the question is a yes/no question, answer "yes", '
-    '"no", or "unanswerable". Do not provide any explanation.'
-)
 _ENCYCLOPEDIA = "several passages of an encyclopedia, each under its own heading"
 
 TASKS: dict[str, Task] = {
@@ -72,34 +63,24 @@ TASKS: dict[str, Task] = {
             name="narrativeqa",
             genre="a long excerpt of a novel or of a film script",
             noun="story",
-            template=(
-                "You are given a story, which can be either a novel or a movie script, and a question. Answer the "
-                "question as concisely as you can, using a single phrase if possible. Do not provide any explanation."
-                "\n\nStory: {context}\n\nNow, answer the question based on the story as concisely as you can, using a "
-                "single phrase if possible. Do not provide any explanation.\n\nQuestion: {input}\n\nAnswer:"
-            ),
+            template=TEMPLATES["narrativeqa"].replace("asconcisely", "as concisely"),
         ),
         Task(
             name="qasper",
             genre="a scientific article on language processing, with abstract, method, data, experiments and results",
             noun="article",
-            template=(
-                f"You are given a scientific article and a question. Answer the question {_QASPER_RULES}\n\n"
-                f"Article: {{context}}\n\n Answer the question based on the above article {_QASPER_RULES}\n\n"
-                "Question: {input}\n\nAnswer:"
-            ),
+            template=TEMPLATES["qasper"],
         ),
-        Task(name="hotpotqa", genre=_ENCYCLOPEDIA, noun="passages", template=_PASSAGES),
-        Task(name="2wikimqa", genre=_ENCYCLOPEDIA, noun="passages", template=_PASSAGES, aliases=("2wikiqa",)),
-        Task(name="musique", genre=_ENCYCLOPEDIA, noun="passages", template=_PASSAGES),
+        Task(name="hotpotqa", genre=_ENCYCLOPEDIA, noun="passages", template=TEMPLATES["hotpotqa"]),
+        Task(
+            name="2wikimqa", genre=_ENCYCLOPEDIA, noun="passages", template=TEMPLATES["2wikimqa"], aliases=("2wikiqa",)
+        ),
+        Task(name="musique", genre=_ENCYCLOPEDIA, noun="passages", template=TEMPLATES["musique"]),
         Task(
             name="gov_report",
             genre="a report by a government agency, with findings, figures and recommendations",
             noun="report",
-            template=(
-                "You are given a report by a government agency. Write a one-page summary of the report.\n\n"
-                "Report:\n{context}\n\nNow, write a one-page summary of the report.\n\nSummary:"
-            ),
+            template=TEMPLATES["gov_report"],
             named_template=(
                 "You are given several reports by government agencies. Write a one-page summary of one of them.\n\n"
                 "Reports:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
@@ -110,20 +91,13 @@ TASKS: dict[str, Task] = {
             name="qmsum",
             genre="the transcript of a meeting, turn by turn, each turn opened by its speaker's name",
             noun="transcript",
-            template=(
-                "You are given a meeting transcript and a query containing a question or instruction. Answer the "
-                "query in one or more sentences.\n\nTranscript:\n{context}\n\nNow, answer the query based on the "
-                "above meeting transcript in one or more sentences.\n\nQuery: {input}\nAnswer:"
-            ),
+            template=TEMPLATES["qmsum"],
         ),
         Task(
             name="multi_news",
             genre="several news articles by different papers on one event",
             noun="news",
-            template=(
-                "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\n"
-                "Now, write a one-page summary of all the news.\n\nSummary:"
-            ),
+            template=TEMPLATES["multi_news"],
             named_template=(
                 "You are given the news on several events. Write a one-page summary of the news on one of them.\n\n"
                 "News:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"

@@ -1,0 +1,134 @@
+"""The 21 tasks of LongBench v1: metric, room for the answer, group, and which of them LongBench-E has.
+
+Source: https://github.com/THUDM/LongBench, `config/dataset2maxlen.json`, `eval.py`, `pred.py`, `task.md` (MIT).
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_longalign.longbench_prompts import TEMPLATES
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of LongBench.
+
+    Attributes:
+        name: as in the data set; the same for its LongBench-E variant.
+        metric: name of the metric, see `scoring.METRICS`.
+        max_new_tokens: room for the answer, in tokens.
+        chat: whether chat models are asked through their chat template.
+        stop: texts at which generation ends.
+        first_line_only: whether only the answer's first line counts.
+    """
+
+    name: str
+    metric: str
+    max_new_tokens: int
+    chat: bool = True
+    stop: tuple[str, ...] = ()
+    first_line_only: bool = False
+
+    @property
+    def template(self) -> str:
+        """LongBench's prompt, with `{context}` and, where the task has one, `{input}`."""
+        return TEMPLATES[self.name]
+
+
+# The few-shot tasks continue a list of examples, and the code tasks a file: a chat template would be in the way.
+# In SAMSum the model would go on with further dialogues, so the end of the line ends the answer.
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("narrativeqa", "qa_f1", 128),
+        Task("qasper", "qa_f1", 128),
+        Task("multifieldqa_en", "qa_f1", 64),
+        Task("multifieldqa_zh", "qa_f1_zh", 64),
+        Task("hotpotqa", "qa_f1", 32),
+        Task("2wikimqa", "qa_f1", 32),
+        Task("musique", "qa_f1", 32),
+        Task("dureader", "rouge_l_zh", 128),
+        Task("gov_report", "rouge_l", 512),
+        Task("qmsum", "rouge_l", 512),
+        Task("multi_news", "rouge_l", 512),
+        Task("vcsum", "rouge_l_zh", 512),
+        Task("trec", "classification", 64, chat=False, first_line_only=True),
+        Task("triviaqa", "qa_f1", 32, chat=False, first_line_only=True),
+        Task("samsum", "rouge_l", 128, chat=False, first_line_only=True, stop=("\n",)),
+        Task("lsht", "classification", 64, chat=False, first_line_only=True),
+        Task("passage_count", "count", 32),
+        Task("passage_retrieval_en", "retrieval", 32),
+        Task("passage_retrieval_zh", "retrieval_zh", 32),
+        Task("lcc", "code_similarity", 64, chat=False),
+        Task("repobench-p", "code_similarity", 64, chat=False),
+    )
+}
+GROUPS: dict[str, tuple[str, ...]] = {
+    "single-document QA": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
+    "multi-document QA": ("hotpotqa", "2wikimqa", "musique", "dureader"),
+    "summarization": ("gov_report", "qmsum", "multi_news", "vcsum"),
+    "few-shot learning": ("trec", "triviaqa", "samsum", "lsht"),
+    "synthetic tasks": ("passage_count", "passage_retrieval_en", "passage_retrieval_zh"),
+    "code completion": ("lcc", "repobench-p"),
+}
+CHINESE_TASKS = ("multifieldqa_zh", "dureader", "vcsum", "lsht", "passage_retrieval_zh")
+# The eight tasks that Context Synthesis is measured by (https://arxiv.org/abs/2502.15592).
+CONTEXT_SYNTHESIS_TASKS = (
+    "narrativeqa",
+    "qasper",
+    "hotpotqa",
+    "2wikimqa",
+    "musique",
+    "gov_report",
+    "qmsum",
+    "multi_news",
+)
+# LongBench-E: the same tasks with rows spread evenly over the lengths; named with "_e" behind.
+EVEN_TASKS = tuple(f"{name}_e" for name in TASKS if name not in (*CHINESE_TASKS, "narrativeqa", "musique", "qmsum"))
+NAMED_SETS: dict[str, tuple[str, ...]] = {
+    "all": tuple(TASKS),
+    "context_synthesis": CONTEXT_SYNTHESIS_TASKS,
+    "even": EVEN_TASKS,
+}
+
+
+def find_task(name: str) -> Task:
+    """Return the task of that name, or of its LongBench-E variant.
+
+    Raises:
+        ValueError: no such task; the message names close ones.
+
+    Example:
+
+    >>> find_task("hotpotqa_e") is find_task("hotpotqa")
+    True
+    """
+    if name in EVEN_TASKS:
+        return TASKS[name.removesuffix("_e")]
+    if name not in TASKS:
+        known = [*TASKS, *EVEN_TASKS]
+        close = difflib.get_close_matches(name, known, cutoff=0.5) or known
+        raise ValueError(f"`tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}.")
+    return TASKS[name]
+
+
+def expand_tasks(names: Sequence[str]) -> list[str]:
+    """Return task names for names of tasks and of sets ("all", "context_synthesis", "even"), each once.
+
+    Raises:
+        ValueError: no such task or set, or none at all.
+
+    Example:
+
+    >>> expand_tasks(["context_synthesis", "trec", "qasper"])[-2:]
+    ['multi_news', 'trec']
+    """
+    tasks = list(dict.fromkeys(task for name in names for task in NAMED_SETS.get(name, (name,))))
+    if not tasks:
+        raise ValueError(
+            f"`tasks` must name a task, got {list(names)!r}. Set it to 'context_synthesis', for instance."
+        )
+    for task in tasks:
+        find_task(task)
+    return tasks
