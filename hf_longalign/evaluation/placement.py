@@ -82,7 +82,7 @@ def needle_prompts(
     stack = Haystack(sentences_of(haystack), count)
     plan = _Plan(stack, count, seed, chat, max_new_tokens, wording, pools or Pools())
     for task in chosen:  # too small a length is told now, not after an hour of building prompts
-        plan.check_room(task, min(lengths), 0)
+        plan.check_room(task, min(lengths), range(samples))
     return (
         prompt
         for task in chosen
@@ -213,7 +213,7 @@ class _Plan:
     def prompts(self, task: NeedleTask, length: int, index: int, depths: Sequence[float]) -> Iterator[Prompt]:
         """Yield the prompts of a sample, by depth."""
         sample = self._sample(task, length, index)
-        least = self.check_room(task, length, index)
+        least = self.check_room(task, length, [index])
         budget, slack = length - self.max_new_tokens, int(_SLACK * length)
         guess = sample.stretch.units(budget - least + sample.stretch.tokens(1) - slack / 2)
         # All depths start from the units that fit at depth 0, so that long ones share them.
@@ -233,9 +233,9 @@ class _Plan:
                 depth=float(depth),
             )
 
-    def check_room(self, task: NeedleTask, length: int, index: int) -> int:
-        """Return the tokens of a prompt with a single word of haystack, which must have room."""
-        least = self.count(self._sample(task, length, index).text(1, 0.0))
+    def check_room(self, task: NeedleTask, length: int, indices: Iterable[int]) -> int:
+        """Return the tokens of a prompt with one word of haystack, the most of some samples, which must all fit."""
+        least = max(self.count(self._sample(task, length, index).text(1, 0.0)) for index in indices)
         if least + self.max_new_tokens > length:
             raise ValueError(
                 f"`lengths` must be at least {least + self.max_new_tokens} for the task {task.name!r} (tokens of "

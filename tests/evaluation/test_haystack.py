@@ -1,0 +1,98 @@
+from itertools import repeat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_longalign.evaluation.haystack import read_texts, sentences_of, split_sentences, split_units
+from hf_longalign.evaluation.noise import noise
+
+
+def stripped(text: str) -> list[str]:
+    return [sentence.strip() for sentence in split_sentences(text)]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("Mr. Fox met Dr. J. R. Hare, Sr. at 5 p.m. today.", ["Mr. Fox met Dr. J. R. Hare, Sr. at 5 p.m. today."]),
+        ('He said "Go." She went.', ['He said "Go."', "She went."]),
+        ("It was 3.50... or more. See www.a.org.", ["It was 3.50... or more.", "See www.a.org."]),
+        ("1. Wash. 2. Dry.", ["1. Wash.", "2. Dry."]),
+        ("Él vino. ¿Quién? Ángel. Über allem.", ["Él vino.", "¿Quién?", "Ángel.", "Über allem."]),
+        ("他来了。“真的吗？”她问。然后走了", ["他来了。", "“真的吗？”", "她问。", "然后走了"]),
+        ("Hard\nwrapped   lines. Go on.\r\n", ["Hard wrapped lines.", "Go on."]),
+        (" \n\t ", []),
+    ],
+)  # fmt: skip
+def test_sentences(text, expected):
+    assert stripped(text) == expected
+
+
+def test_paragraphs_stay_and_line_breaks_go():
+    assert "".join(split_sentences("A b.\nC d.\n\n \nE f. G h.")) == "\n\nA b. C d.\n\nE f. G h."
+
+
+def test_a_text_without_full_stops_is_cut_at_blanks():
+    sentences = split_sentences("word " * 1000)
+    assert max(map(len, sentences)) <= 602 and len(sentences) > 5
+    assert "".join(sentences).split() == ["word"] * 1000
+    assert max(map(len, split_sentences("字" * 5000))) <= 602
+
+
+@given(
+    st.text(
+        alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(' \n.!?"。aB9')), max_size=900
+    )
+)
+def test_nothing_is_lost(text):
+    sentences = split_sentences(text)
+    assert "".join(sentences).split() == text.split()
+    for sentence in sentences:
+        assert sentence.strip()
+        assert "".join(split_units(sentence)) == sentence
+
+
+def test_files_are_read_in_order(tmp_path):
+    (tmp_path / "b.txt").write_text("Second.", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\ufeffErste, schöne.", encoding="utf-8")
+    (tmp_path / "c.md").write_text("Not this.")
+    assert read_texts(tmp_path) == ["Erste, schöne.", "Second."]
+    assert read_texts(tmp_path / "c.md") == ["Not this."]
+
+
+def test_files_that_cannot_be_a_haystack_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`haystack` must be a text file.*missing\.txt"):
+        read_texts(tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match=r"\.txt files, got none"):
+        read_texts(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"UTF-8.*latin\.txt', byte 3"):
+        read_texts(tmp_path)
+    (tmp_path / "latin.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"empty file.*latin\.txt"):
+        read_texts(tmp_path)
+
+
+def test_rows_of_a_data_set():
+    rows = [{"text": "A b."}, {"text": ""}, {"text": "C d."}]
+    assert sentences_of(row["text"] for row in rows) == ["\n\nA b.", "\n\nC d."]
+    with pytest.raises(ValueError, match="NoneType at row 1"):
+        sentences_of(["A b.", None])
+    with pytest.raises(ValueError, match="at least one sentence"):
+        sentences_of(["", "  "])
+
+
+def test_an_endless_data_set_is_read_as_far_as_needed():
+    assert len(sentences_of(repeat("x" * 500 + ". " + "y" * 497 + "."))) == 2 * 4000
+
+
+def test_noise():
+    texts = noise(paragraphs=400)
+    assert texts == noise(paragraphs=400) != noise(paragraphs=400, seed=1)
+    everything = " ".join(texts)
+    assert not any(char.isdigit() for char in everything) and "magic" not in everything and "{" not in everything
+    sentences = sentences_of(texts)
+    assert len(set(sentences)) > 0.8 * len(sentences)
+    assert all(sentence.strip()[0].isupper() and sentence.endswith(".") for sentence in sentences)

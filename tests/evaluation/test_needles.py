@@ -1,0 +1,78 @@
+import pytest
+
+from hf_longalign.evaluation.needles import (
+    ONE,
+    SEVERAL,
+    TASKS,
+    NeedleTask,
+    Pools,
+    Wording,
+    draw_needles,
+    seeded_rng,
+    wording_of,
+)
+
+
+@pytest.mark.parametrize(
+    "name, asked, others, queries",
+    [("single", 1, 0, 1), ("multi_key", 1, 3, 1), ("multi_value", 4, 0, 1), ("multi_query", 4, 0, 4)],
+)
+def test_the_four_tasks(name, asked, others, queries):
+    for seed in range(20):
+        needles = draw_needles(TASKS[name], ONE, Pools(), seeded_rng(seed))
+        assert (len(needles.asked), len(needles.others), len(needles.answers)) == (asked, others, asked)
+        sentences = [*needles.asked, *needles.others]
+        keys = [sentence.split("numbers for ")[1].split(" is: ")[0] for sentence in sentences]
+        values = [sentence.split(" is: ")[1].rstrip(".") for sentence in sentences]
+        assert len(set(values)) == len(values) and all(len(value) == 7 for value in map(str, map(int, values)))
+        assert tuple(values[:asked]) == needles.answers
+        assert len(set(keys[:asked])) == queries and len(set(keys)) == queries + others
+        assert needles.keys == ONE.join(list(dict.fromkeys(keys[:asked])))
+
+
+def test_needles_depend_on_the_seed_alone():
+    one, again, other = (draw_needles(TASKS["multi_key"], ONE, Pools(), seeded_rng(seed, "x")) for seed in (0, 0, 1))
+    assert one == again != other
+
+
+def test_wording_follows_the_number_of_values():
+    assert [wording_of(task) for task in TASKS.values()] == [ONE, ONE, SEVERAL, SEVERAL]
+    assert wording_of(NeedleTask("many", distractors=9)) == ONE
+
+
+def test_own_words_in_any_language():
+    wording = Wording(
+        "Merke dir!", "Der Code für {key} lautet {value}.", "Code für {keys}?", "Er lautet {keys}", " und "
+    )
+    pools = Pools(keys=["Köln", "Łódź", "北京"], values=["Grün", "青", "ñandú"])
+    needles = draw_needles(NeedleTask("own", queries=3), wording, pools, seeded_rng(0))
+    assert sorted(needles.answers) == sorted(pools.values)
+    assert needles.keys.count(" und ") == 1 and all(key in needles.keys for key in pools.keys)
+    assert needles.asked[0].startswith("Der Code für ") and needles.answers[0] in needles.asked[0]
+
+
+def drawn(name: str, pools: Pools):
+    return draw_needles(TASKS[name], ONE, pools, seeded_rng(0))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Wording("", "No value for {key}.", "{keys}?", "{keys}"), r"`needle` must hold \{key\} and \{value\}"),
+        (lambda: Wording("", "{key} {value}", "Which?", "{keys}"), r"`question` must hold \{keys\}"),
+        (lambda: Wording("", "{key} {value} {", "{keys}", "{keys}"), r"`needle` must hold"),
+        (lambda: Wording("", "{key} {value}", "{keys}", "{keys} {}"), r"`answer` must hold"),
+        (lambda: Pools(keys=["a", "b", "a"]), r"`keys` must differ, got 'a' twice"),
+        (lambda: Pools(values=["1234567", "1234567"]), r"got '1234567' in '1234567'"),
+        (lambda: Pools(values=["Red", "dark red"]), r"got 'Red' in 'dark red'"),
+        (lambda: Pools(values=[" "]), r"`values` must be texts, got ' '"),
+        (lambda: Pools(values=[1234567]), r"`values` must be texts, got 1234567"),
+        (lambda: NeedleTask("none", queries=0), r"`queries` must be a whole number of at least 1, got 0"),
+        (lambda: NeedleTask("less", distractors=-1), r"`distractors` must be a whole number of at least 0"),
+        (lambda: drawn("multi_key", Pools(keys=["a"])), r"`keys` must be at least 4"),
+        (lambda: drawn("multi_value", Pools(values=["a"])), r"`values` must be at least 4"),
+    ],
+)
+def test_what_cannot_be_asked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
