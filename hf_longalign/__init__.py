@@ -23,6 +23,7 @@ _EXPORTS = {
     "LongAlignSFTTrainer": "trainer",
     "SkipPositionCallback": "callback",
     "SkipPositionDataCollator": "collator",
+    "publish_adapter": "publish.adapter",
     "publish_dataset": "publish.dataset",
     "register_attention": "attention",
     "run_preflight": "preflight",

@@ -1,7 +1,8 @@
-"""A Hub on loopback that the real clients talk to: data set repositories in memory, and faults at its endpoints.
+"""A Hub on loopback that the real clients talk to: models and data sets in memory, and faults at its endpoints.
 
-`Hub.faults` maps an endpoint ("create", "info", "tree", "preupload", "lfs", "put", "commit") to a list of faults to
-play in turn: "500", "429", "reset" (nothing is done), "lost" (it is done, the answer is not sent).
+`Hub.faults` maps an endpoint ("create", "info", "refs", "tree", "resolve", "yaml", "preupload", "lfs", "put",
+"verify", "commit", "branch", "tag", "pulls") to a list of faults to play in turn: a status ("500", "429", "403"),
+"reset" (nothing is done), "lost" (it is done, the answer is not sent), "timeout" (it is done, the client waits in vain).
 """
 
 import base64
@@ -10,54 +11,155 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote
 
 
 TOKEN = "hf_loopback"
+READER = "hf_loopback_reader"  # of the same user, without the right to write
+# Of every token: its user, and the owners whose repositories it may write to.
+USERS = {TOKEN: ("user", {"user", "team"}), READER: ("user", set())}
+LFS = (".parquet", ".safetensors", ".png")
+
+
+class Refused(Exception):
+    """A request that ends with an error."""
+
+    def __init__(self, status, message, code=None):
+        self.status, self.message, self.code = status, message, code
+
+
+class Repo:
+    """Commits are (sha, {path: bytes}), in order; branches, tags and pull requests name them."""
+
+    def __init__(self, private):
+        self.private, self.gated = private, False
+        self.commits, self.tags, self.pulls = [], {}, []
+        self.branches = {"main": self.add({".gitattributes": b"*.parquet filter=lfs"})}
+
+    def add(self, files):
+        sha = hashlib.sha1(f"{len(self.commits)}{sorted(files)}".encode()).hexdigest()
+        self.commits.append((sha, dict(files)))
+        return sha
+
+    def head(self, revision):
+        revision = unquote(revision or "main")
+        if match := re.fullmatch(r"refs/pr/(\d+)", revision):
+            return self.pulls[int(match[1]) - 1]["sha"]
+        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        if sha not in dict(self.commits):
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return sha
+
+    def files(self, revision="main"):
+        return dict(self.commits)[self.head(revision)]
 
 
 class Hub:
-    """Holds `repos`: name -> list of revisions, each (sha, {path: bytes}); the last one is main."""
+    """Holds `repos`: ("models" or "datasets", name) -> `Repo`. `seen` lists the endpoints in the order asked."""
 
     def __init__(self):
-        self.repos, self.blobs, self.faults, self.seen = {}, {}, {}, []
+        self.repos, self.blobs, self.verified, self.faults, self.seen = {}, {}, set(), {}, []
+        self.lock = threading.RLock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
+        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
     def __exit__(self, *exc):
         self.server.shutdown()
         self.server.server_close()
 
-    def files(self, repo):
-        return self.repos[repo][-1][1]
+    def repo(self, name, kind="datasets"):
+        return self.repos[kind, name]
 
-    def revision(self, repo, name):
-        revisions = self.repos[repo]
-        return revisions[-1] if name in (None, "main") else next(r for r in revisions if r[0] == name)
-
-    def commit(self, repo, files):
-        sha = hashlib.sha1(f"{repo}{len(self.repos[repo])}{sorted(files)}".encode()).hexdigest()
-        self.repos[repo].append((sha, files))
-        return sha
+    def files(self, name, kind="datasets", revision="main"):
+        """What a push has written in a revision."""
+        return {path: data for path, data in self.repo(name, kind).files(revision).items() if path != ".gitattributes"}
 
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
+    retry_after = "0"
+    damage = staticmethod(lambda data: data)
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece: two wait for each other's acknowledgement, 40 ms each
+    disable_nagle_algorithm = True
+    # Method, path, endpoint: the endpoint's method of this class gets the path's groups and the body.
+    routes = (
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create"),
+        ("DELETE", r"/api/repos/delete", "delete"),
+        ("POST", r"/api/validate-yaml", "yaml"),
+        ("POST", r"/(?:(datasets)/)?(.+?)\.git/info/lfs/objects/batch", "lfs"),
+        ("PUT", r"/blob/(\w+)", "put"),
+        ("POST", r"/verify", "verify"),
+        ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
+        ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
+        ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/branch/([^/]+)", "branch"),
+        ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/tag/([^/]+)", "tag"),
+        ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", "paths"),
+        ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/discussions/(\d+)/merge", "merge"),
+        ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/discussions", "pulls"),
+        ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/refs", "refs"),
+        ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", "tree"),
+        ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+    )
 
     def log_message(self, *args):
         pass
 
+    def do_GET(self):
+        method = "GET" if self.command == "HEAD" else self.command
+        path, _, query = self.path.partition("?")
+        self.query = parse_qs(query)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.fault = None
+        for verb, pattern, endpoint in self.routes:
+            match = re.fullmatch(pattern, path)
+            if verb == method and match:
+                return self.play(endpoint, match.groups(), body)
+        return self.answer(404, {"error": f"No such page: {path}"}, {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def play(self, endpoint, groups, body):
+        """Answer a request, or play the next fault planned for its endpoint."""
+        with self.hub.lock:
+            self.hub.seen.append(endpoint)
+            planned = self.hub.faults.get(endpoint) or []
+            self.fault = planned.pop(0) if planned else None
+        if self.fault == "reset":
+            return self.hang_up()
+        if self.fault and self.fault.isdigit():
+            return self.answer(int(self.fault), {"error": "fault"}, {"Retry-After": self.retry_after})
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        self.user, self.writes = USERS.get(token, (None, set()))
+        try:
+            if token and token not in USERS:
+                raise Refused(401, "Invalid credentials in Authorization header")
+            with self.hub.lock:
+                answer = getattr(self, endpoint)(*groups, body)
+        except Refused as refused:
+            error = {"X-Error-Message": refused.message, **({"X-Error-Code": refused.code} if refused.code else {})}
+            return self.answer(refused.status, {"error": refused.message}, error)
+        return self.answer(*answer)
+
+    def hang_up(self):
+        self.close_connection = True
+        self.connection.close()
+
     def answer(self, status, body=b"", headers=()):
+        if self.fault == "timeout":
+            self.connection.settimeout(20)
+            self.connection.recv(1)  # until the client gives up
+        if self.fault in ("lost", "timeout"):
+            return self.hang_up()
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        if self.lose:
-            self.close_connection = True
-            self.connection.close()
-            return
         self.send_response(status)
         for name, value in dict(headers).items():
             self.send_header(name, value)
@@ -66,136 +168,203 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def fault(self, endpoint):
-        """Play the next fault of an endpoint; true where the request ends with it."""
-        self.hub.seen.append(endpoint)
-        planned = self.hub.faults.get(endpoint) or []
-        kind = planned.pop(0) if planned else None
-        self.lose = kind == "lost"
-        if kind == "reset":
-            self.close_connection = True
-            self.connection.close()
-        elif kind in ("500", "429"):
-            self.answer(int(kind), {"error": "fault"}, {"Retry-After": "0"})
-        return kind in ("reset", "500", "429")
+    def reach(self, kind, name, write=False, read=False):
+        """The repository, if this user may do this with it."""
+        repo = self.hub.repos.get((kind or "models", name))
+        if repo is None or (repo.private and self.user is None):
+            raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        if (write or repo.private) and self.user is None:
+            raise Refused(401, "Invalid username or password.")
+        if write and name.split("/")[0] not in self.writes:
+            raise Refused(403, "Forbidden: you must use a token with write access.")
+        if read and repo.gated and name.split("/")[0] not in self.writes:
+            raise Refused(403, f"Access to {name} is restricted.", "GatedRepo")
+        return repo
 
-    def do_POST(self):
-        self.lose = False
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.answer(401, {"error": "Invalid credentials"}, {"X-Error-Message": "Invalid credentials"})
-        if self.path == "/api/repos/create":
-            return self.create(json.loads(data))
-        if self.path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        if match := re.fullmatch(r"/datasets/(.+?)\.git/info/lfs/objects/batch", self.path):
-            return None if self.fault("lfs") else self.lfs(json.loads(data))
-        match = re.fullmatch(r"/api/datasets/(.+?)/(preupload|commit)/main", self.path.split("?")[0])
-        if not match:
-            return self.answer(404, {"error": self.path})
-        repo, endpoint = match.groups()
-        if self.fault(endpoint):
-            return None
-        if endpoint == "preupload":
-            files = [
-                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".parquet") else "regular"}
-                for f in json.loads(data)["files"]
-            ]
-            return self.answer(200, {"files": [{**f, "shouldIgnore": False} for f in files]})
-        return self.commit(repo, [json.loads(line) for line in data.splitlines()])
+    def url(self, kind, name):
+        return f"{self.hub.url}/{'' if kind == 'models' else kind + '/'}{name}"
+
+    def whoami(self, body):
+        if self.user is None:
+            raise Refused(401, "Invalid username or password.")
+        return 200, {"type": "user", "name": self.user, "orgs": []}
 
     def create(self, body):
-        if self.fault("create"):
-            return
-        repo = f"{body['organization']}/{body['name']}" if body.get("organization") else body["name"]
-        url = {"url": f"{self.hub.url}/datasets/{repo}", "name": repo, "id": repo}
-        if repo in self.hub.repos:
-            return self.answer(409, {**url, "error": "exists"})
-        self.hub.repos[repo] = []
-        self.hub.commit(repo, {".gitattributes": b"*.parquet filter=lfs"})
-        return self.answer(200, url)
+        body = json.loads(body)
+        if self.user is None:
+            raise Refused(401, "Invalid username or password.")
+        kind, owner = body.get("type", "model") + "s", body.get("organization") or self.user
+        name = f"{owner}/{body['name']}"
+        if owner not in self.writes:
+            raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{owner}"')
+        url = {"url": self.url(kind, name), "name": name, "id": name}
+        if (kind, name) in self.hub.repos:
+            return 409, {**url, "error": "You already created this repo"}
+        self.hub.repos[kind, name] = Repo(body.get("visibility") == "private")
+        return 200, url
 
-    def lfs(self, body):
-        objects = [
-            {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{self.hub.url}/blob/{o['oid']}"}}}
-            for o in body["objects"]
-        ]
-        self.answer(200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
+    def delete(self, body):
+        body = json.loads(body)
+        kind, name = body.get("type", "model") + "s", f"{body.get('organization') or self.user}/{body['name']}"
+        self.reach(kind, name, write=True)
+        del self.hub.repos[kind, name]
+        return (200,)
 
-    def commit(self, repo, lines):
-        header = lines[0]["value"]
-        if header.get("parentCommit") not in (None, self.hub.repos[repo][-1][0]):
-            return self.answer(412, {"error": "A commit has happened since."})
-        files = dict(self.hub.files(repo))
-        for line in lines[1:]:
+    def yaml(self, body):
+        if "\t" in json.loads(body)["content"]:
+            return 400, {"errors": [{"message": "a tab in YAML"}], "warnings": []}
+        return 200, {"errors": [], "warnings": []}
+
+    def preupload(self, kind, name, revision, body):
+        repo = self.reach(kind, name, write="create_pr" not in self.query)
+        held = {path: entry(path, data) for path, data in repo.files(revision).items()}
+        files = []
+        for file in json.loads(body)["files"]:
+            path = file["path"]
+            known = held.get(path, {})
+            oid = known.get("lfs", {}).get("oid") or known.get("oid")
+            mode = "lfs" if path.endswith(LFS) else "regular"
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return 200, {"files": files}
+
+    def lfs(self, kind, name, body):
+        self.reach(kind, name)
+        if self.user is None:
+            raise Refused(401, "Invalid username or password.")
+        objects = []
+        for item in json.loads(body)["objects"]:
+            upload = {"href": f"{self.hub.url}/blob/{item['oid']}"}
+            actions = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify"}}
+            known = item["oid"] in self.hub.verified
+            objects.append({"oid": item["oid"], "size": item["size"], **({} if known else {"actions": actions})})
+        return 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
+
+    def put(self, oid, body):
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise Refused(400, "The hash is another")
+        self.hub.blobs[oid] = body
+        return (200,)
+
+    def verify(self, body):
+        oid = json.loads(body)["oid"]
+        if oid not in self.hub.blobs:
+            raise Refused(404, "No such blob")
+        self.hub.verified.add(oid)
+        return 200, {}
+
+    def commit(self, kind, name, revision, body):
+        pulled = "create_pr" in self.query
+        repo = self.reach(kind, name, write=not pulled)
+        header, *lines = [json.loads(line) for line in body.splitlines()]
+        revision = unquote(revision)
+        if header["value"].get("parentCommit") not in (None, repo.head(revision)):
+            raise Refused(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(repo.files(revision))
+        for line in lines:
             value = line["value"]
             if line["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = self.damage(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.blobs[value["oid"]]
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        sha = self.hub.commit(repo, files)
-        return self.answer(
-            200, {"commitUrl": f"{self.hub.url}/datasets/{repo}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
-        )
+        sha = repo.add(files)
+        answer = {"commitUrl": f"{self.url(kind, name)}/commit/{sha}", "commitOid": sha, "hookOutput": ""}
+        if pulled:
+            repo.pulls.append({"sha": sha, "title": header["value"]["summary"], "status": "open"})
+            answer["pullRequestUrl"] = f"{self.url(kind, name)}/discussions/{len(repo.pulls)}"
+        elif match := re.fullmatch(r"refs/pr/(\d+)", revision):
+            repo.pulls[int(match[1]) - 1]["sha"] = sha
+        else:
+            repo.branches[revision] = sha
+        return 200, answer
 
-    def do_PUT(self):
-        self.lose = False
-        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.fault("put"):
-            return None
-        self.hub.blobs[hashlib.sha256(data).hexdigest()] = data
-        return self.answer(200)
+    def branch(self, kind, name, branch, body):
+        repo, branch = self.reach(kind, name, write=True), unquote(branch)
+        if branch in repo.branches:
+            raise Refused(409, f"Reference already exists: {branch}")
+        repo.branches[branch] = repo.head(json.loads(body or b"{}").get("startingPoint"))
+        return (200,)
 
-    def do_HEAD(self):
-        self.do_GET()
+    def tag(self, kind, name, revision, body):
+        repo, tag = self.reach(kind, name, write=True), json.loads(body)["tag"]
+        if tag in repo.tags:
+            raise Refused(409, f"Tag reference exists already: {tag}")
+        repo.tags[tag] = repo.head(revision)
+        return (200,)
 
-    def do_GET(self):
-        self.lose = False
-        path = self.path.split("?")[0]
-        if match := re.fullmatch(r"/api/datasets/(.+?)/tree/([^/]+)(?:/(.*))?", path):
-            return None if self.fault("tree") else self.tree(*match.groups())
-        if match := re.fullmatch(r"/datasets/(.+?)/resolve/([^/]+)/(.+)", path):
-            return self.resolve(*match.groups())
-        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            return None if self.fault("info") else self.info(*match.groups())
-        return self.answer(404, {"error": path}, {"X-Error-Code": "EntryNotFound"})
+    def refs(self, kind, name, body):
+        repo = self.reach(kind, name)
 
-    def info(self, repo, revision):
-        if repo not in self.hub.repos:
-            return self.answer(404, {"error": "no"}, {"X-Error-Code": "RepoNotFound"})
-        sha, files = self.hub.revision(repo, revision)
-        siblings = [{"rfilename": name} for name in sorted(files)]
-        return self.answer(200, {"id": repo, "sha": sha, "siblings": siblings, "private": False, "tags": []})
+        def refs(folder, found):
+            return [{"name": key, "ref": f"refs/{folder}/{key}", "targetCommit": sha} for key, sha in found.items()]
 
-    def tree(self, repo, revision, folder):
-        _, files = self.hub.revision(repo, revision)
-        prefix = f"{folder}/" if folder else ""
-        entries = []
-        for name, data in sorted(files.items()):
-            rest = name.removeprefix(prefix)
-            if not name.startswith(prefix) or ("/" in rest and "recursive=true" not in self.path.lower()):
-                continue
-            entries.append({"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()})
-        inner = {
-            name.removeprefix(prefix).split("/")[0]
-            for name in files
-            if name.startswith(prefix) and "/" in name[len(prefix) :]
-        }
-        entries += [{"type": "directory", "path": prefix + name, "oid": "0" * 40, "size": 0} for name in sorted(inner)]
-        if not entries:
-            return self.answer(404, {"error": "no entry"}, {"X-Error-Code": "EntryNotFound"})
-        return self.answer(200, entries)
+        return 200, {"branches": refs("heads", repo.branches), "tags": refs("tags", repo.tags), "converts": []}
 
-    def resolve(self, repo, revision, name):
-        sha, files = self.hub.revision(repo, revision)
-        if name not in files:
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
-        data = files[name]
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{hashlib.sha1(data).hexdigest()}"', "Accept-Ranges": "bytes"}
+    def pulls(self, kind, name, body):
+        pulls = [
+            {
+                "num": number,
+                "title": pull["title"],
+                "status": pull["status"],
+                "isPullRequest": True,
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "author": {"name": "user"},
+                "repo": {"name": name, "type": kind[:-1]},
+            }
+            for number, pull in enumerate(self.reach(kind, name).pulls, 1)
+            if pull["status"] in self.query.get("status", ["open"])
+        ]
+        return 200, {"discussions": pulls, "count": len(pulls), "start": 0}
+
+    def merge(self, kind, name, number, body):
+        repo = self.reach(kind, name, write=True)
+        pull = repo.pulls[int(number) - 1]
+        pull["status"], repo.branches["main"] = "merged", pull["sha"]
+        return 200, {}
+
+    def info(self, kind, name, revision, body):
+        repo = self.reach(kind, name)
+        siblings = [{"rfilename": path} for path in sorted(repo.files(revision))]
+        facts = {"id": name, "private": repo.private, "gated": repo.gated, "tags": [], "siblings": siblings}
+        return 200, {**facts, "sha": repo.head(revision)}
+
+    def tree(self, kind, name, revision, folder, body):
+        files = self.reach(kind, name, read=True).files(revision)
+        prefix = f"{unquote(folder)}/" if folder else ""
+        inside = {path: data for path, data in files.items() if path.startswith(prefix)}
+        deep = self.query.get("recursive", ["false"])[0].lower() == "true"
+        entries = [entry(path, inside[path]) for path in sorted(inside) if deep or "/" not in path[len(prefix) :]]
+        folders = {prefix + path[len(prefix) :].split("/")[0] for path in inside if "/" in path[len(prefix) :]}
+        entries += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        if prefix and not entries:
+            raise Refused(404, "No such folder", "EntryNotFound")
+        return 200, entries
+
+    def paths(self, kind, name, revision, body):
+        files = self.reach(kind, name, read=True).files(revision)
+        asked = parse_qs(body.decode())["paths"] if b"=" in body else json.loads(body)["paths"]
+        return 200, [entry(path, files[path]) for path in asked if path in files]
+
+    def resolve(self, kind, name, revision, path, body):
+        repo, path = self.reach(kind or "models", name, read=True), unquote(path)
+        sha, files = repo.head(revision), repo.files(revision)
+        if path not in files:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        data, facts = files[path], entry(path, files[path])
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{facts["oid"]}"', "Accept-Ranges": "bytes"}
+        if "lfs" in facts:
+            headers |= {"X-Linked-ETag": f'"{facts["lfs"]["oid"]}"', "X-Linked-Size": str(len(data))}
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
             start, end = int(match[1]), int(match[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{min(end, len(data) - 1)}/{len(data)}"
-            return self.answer(206, data[start : end + 1], headers)
-        return self.answer(200, data, headers)
+            return 206, data[start : end + 1], headers
+        return 200, data, headers
+
+
+def entry(path, data):
+    """What the Hub tells of a file: its size and git's hash, of an LFS file also the content's own."""
+    facts = {"type": "file", "path": path, "size": len(data)}
+    if path.endswith(LFS):
+        facts["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+    return {**facts, "oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
