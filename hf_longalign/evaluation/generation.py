@@ -1,0 +1,328 @@
+"""Greedy answers of a local model: a beginning that prompts share is read once, answers are written in batches.
+
+Every answer is the one that `generate(do_sample=False)` gives for the prompt alone, token for token up to rounding.
+Prompts are read one at a time in the order in which they share most, each from where it leaves the one before it; what
+was read waits for others of its length and is answered with them.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_longalign.evaluation.batching import Pools, branch_points, reading_order, shared_lengths
+from hf_longalign.evaluation.encoding import decode_answer, encode_text
+from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, join_rows, reuse_problem
+from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.rope import model_range
+
+
+logger = logging.getLogger(__name__)
+
+# Tokens of one forward while reading: its activations and its mask over 128k tokens (512 MiB) stay small.
+_CHUNK = 4096
+_LEAST_CHUNK = 256
+
+
+@dataclass
+class GenerationStats:
+    """What was done and how long it took, counted up over all calls.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts answered.
+        cached_tokens: those of them that were not computed, because the prompt before had them too.
+        generated_tokens: tokens of the answers.
+        seconds: time spent reading and answering.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+
+class _Encoded(NamedTuple):
+    """A prompt and its tokens, int32 `(tokens,)`."""
+
+    prompt: Prompt
+    ids: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Room it needs, its answer included."""
+        return self.ids.size + self.prompt.max_new_tokens
+
+
+class _Waiting(NamedTuple):
+    """A prompt that was read: the first token of its answer, and what is kept of it (`None`: nothing)."""
+
+    number: int
+    encoded: _Encoded
+    cached: int
+    first: torch.Tensor
+    row: Row | None
+
+
+def check_range(config: PretrainedConfig, tokens: int) -> None:
+    """Refuse more tokens than a model is made for, its RoPE scaling included; a model without a limit takes any.
+
+    Args:
+        config: the model's.
+        tokens: of the longest prompt with its answer.
+
+    Raises:
+        ValueError: names length, range and remedy.
+
+    Example:
+
+    >>> from transformers import LlamaConfig
+    >>> check_range(LlamaConfig(max_position_embeddings=4096), 4096)
+    """
+    if not getattr(config.get_text_config(), "max_position_embeddings", None):
+        return
+    reach = model_range(config)
+    if tokens > reach:
+        raise ValueError(
+            f"`length` must be within the model's range of {reach:,} tokens, got {tokens:,} with the answer. Set "
+            "shorter lengths, or scale its RoPE before loading: "
+            f"`from_pretrained(model_id, config=hf_longalign.rope.scale_rope(config, {tokens}))`."
+        )
+
+
+class LocalGenerator:
+    """Answers prompts greedily with a loaded model.
+
+    Sampling settings and penalties in the model's generation config are not used: the answer is the likeliest token
+    each time. Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after
+    another through `generate`, which is logged. On a GPU that runs out of memory the batches are halved; answers that
+    are there already stay.
+
+    Args:
+        model: on its device or devices; an adapter that is turned off stays off.
+        tokenizer: the model's.
+        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens. Beside them the
+            prompt being read is kept.
+        prefix_cache: whether a shared beginning is read once.
+
+    Attributes:
+        stats: counts and seconds so far, see [`GenerationStats`].
+        batch_tokens: as given, or what memory has room for.
+
+    Example:
+
+    ```python
+    generator = LocalGenerator(model, tokenizer)
+    for prompt, completion in generator.generate(prompts):
+        store.add(prompt.key, completion.text)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int = 65_536,
+        prefix_cache: bool = True,
+    ) -> None:
+        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
+            raise ValueError(
+                f"`batch_tokens` must be a positive integer, got {batch_tokens!r}. Set it to what memory has room for."
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.prefix_cache = prefix_cache
+        self.stats = GenerationStats()
+        self._chunk = _CHUNK
+        self._end_ids = end_ids(model, tokenizer)
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
+        """Yield each prompt with its answer as soon as that is there, in the order that shares most.
+
+        Raises:
+            ValueError: a prompt beyond the model's range or without a token, before anything is generated.
+            torch.OutOfMemoryError: a single prompt does not fit.
+        """
+        encoded = [self._encode(prompt) for prompt in prompts]
+        if not encoded:
+            return
+        check_range(self.model.config, max(one.tokens for one in encoded))
+        problem = reuse_problem(self.model)
+        if problem is not None:
+            logger.warning("Prompts are answered one after another, without a shared cache: %s.", problem)
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        start = time.perf_counter()
+        try:
+            for one, tokens in self._one_by_one(encoded) if problem else self._together(encoded):
+                self.stats.prompt_tokens += one.ids.size
+                self.stats.generated_tokens += len(tokens)
+                self.stats.seconds += time.perf_counter() - start
+                yield one.prompt, self._completion(one.prompt, tokens)
+                start = time.perf_counter()
+        finally:
+            for module in training:
+                module.training = True
+
+    def _encode(self, prompt: Prompt) -> _Encoded:
+        ids = np.array(encode_text(self.tokenizer, prompt.text, chat=prompt.chat), dtype=np.int32)
+        if not ids.size or prompt.max_new_tokens < 1:
+            raise ValueError(
+                f"A prompt must have a token and room for an answer, got {ids.size} tokens and `max_new_tokens` "
+                f"{prompt.max_new_tokens!r} for {prompt.text[:50]!r}. Leave it out or set its room."
+            )
+        return _Encoded(prompt, ids)
+
+    def _together(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:
+        """Answer all, in rounds: one that runs out of memory is followed by one that asks for less."""
+        order = reading_order([one.ids for one in encoded])
+        left = dict(enumerate(encoded[number] for number in order))
+        while left:
+            failure = None
+            try:
+                for number, tokens in self._round(list(left.items())):
+                    yield left.pop(number), tokens
+            except torch.OutOfMemoryError as error:
+                failure = str(error)
+            if failure is not None:  # only now that the exception is gone, so is what its frames held
+                self._ask_for_less(left.values(), failure)
+
+    @torch.inference_mode()
+    def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
+        """Read prompts in the order given and answer them, each as soon as its batch is full."""
+        shared = shared_lengths([one.ids for _, one in numbered]) if self.prefix_cache else [0] * len(numbered)
+        memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
+        pools: Pools[_Waiting] = Pools(self.batch_tokens)
+        for index, (number, one) in enumerate(numbered):
+            marks = branch_points(shared, index)
+            logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
+            first = logits.argmax(-1)
+            if 2 * one.tokens > self.batch_tokens:  # no other would fit beside it: no need for a copy
+                yield from self._decode(memory.cache, None, [_Waiting(number, one, shared[index], first, None)])
+                continue
+            waiting = _Waiting(number, one, shared[index], first, memory.copy_row())
+            for batch in pools.add(waiting, one.tokens):
+                yield from self._answer(batch)
+        for batch in pools.empty():
+            yield from self._answer(batch)
+
+    def _answer(self, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
+        most = max(one.encoded.ids.size for one in batch)
+        room = most + max(one.encoded.prompt.max_new_tokens for one in batch)
+        cache, mask = join_rows(self.model.config, [one.row for one in batch if one.row is not None], room)
+        yield from self._decode(cache, mask, batch)
+
+    def _decode(self, cache: Any, mask: torch.Tensor | None, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
+        """Write the answers of a batch; yields the number of each prompt with its tokens as it ends.
+
+        Args:
+            cache: what was read, `(batch, …, tokens, …)`, padded on the left.
+            mask: int64 `(batch, tokens)`, 0 on padding; `None` without padding.
+            batch: the prompts, row by row.
+        """
+        device = self.model.device
+        rows = list(range(len(batch)))  # which prompts the rows of the cache belong to
+        answers: list[list[int]] = [[] for _ in batch]
+        open_rows = set(rows)
+        tokens = torch.stack([one.first for one in batch]).to(device)
+        positions = torch.tensor([one.encoded.ids.size for one in batch], device=device)
+        mask = None if mask is None else mask.to(device)
+        while True:
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                if row in open_rows:
+                    answers[row].append(token)
+                    if self._ended(batch[row].encoded.prompt, answers[row]):
+                        open_rows.remove(row)
+                        self.stats.cached_tokens += batch[row].cached
+                        yield batch[row].number, answers[row]
+            if not open_rows:
+                return
+            if 2 * len(open_rows) <= len(rows):
+                kept = torch.tensor([index for index, row in enumerate(rows) if row in open_rows], device=device)
+                rows = [row for row in rows if row in open_rows]
+                tokens, positions = tokens[kept], positions[kept]
+                mask = None if mask is None else mask[kept]
+                cache.batch_select_indices(kept)
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self.model(
+                input_ids=tokens[:, None],
+                attention_mask=mask,
+                position_ids=positions[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            tokens, positions = logits[:, -1].argmax(-1).to(device), positions + 1
+
+    def _ended(self, prompt: Prompt, tokens: list[int]) -> bool:
+        if tokens[-1] in self._end_ids or len(tokens) >= prompt.max_new_tokens:
+            return True
+        if not prompt.stop:
+            return False
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return any(stop in text for stop in prompt.stop)
+
+    def _completion(self, prompt: Prompt, tokens: list[int]) -> Completion:
+        words = tokens[:-1] if tokens[-1] in self._end_ids else tokens
+        return Completion(decode_answer(self.tokenizer, words, prompt.stop), len(tokens))
+
+    @torch.inference_mode()
+    def _one_by_one(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:
+        """Answer through `generate`, which knows every model."""
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        pad = self.tokenizer.pad_token_id
+        own = base.generation_config
+        for one in encoded:
+
+            def stopped(ids: torch.Tensor, scores: Any, one: _Encoded = one, **kwargs: Any) -> torch.Tensor:
+                ended = self._ended(one.prompt, ids[0, one.ids.size :].tolist())
+                return torch.tensor([ended], device=ids.device)
+
+            # What `generate` is not given it takes from the model's own config, penalties included.
+            base.generation_config = GenerationConfig(eos_token_id=sorted(self._end_ids) or None)
+            try:
+                ids = torch.as_tensor(one.ids, dtype=torch.long, device=base.device)[None]
+                model: Any = self.model
+                model(input_ids=ids[:, :1], use_cache=False)  # "dynamic" RoPE forgets the longer text before it
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=one.prompt.max_new_tokens,
+                    pad_token_id=pad if pad is not None else 0,
+                    stopping_criteria=[stopped],
+                )
+            finally:
+                base.generation_config = own
+            yield one, output[0, one.ids.size :].tolist()
+
+    def _ask_for_less(self, left: Any, failure: str) -> None:
+        """Halve the batches, and once every prompt is alone, the pieces in which it is read."""
+        torch.cuda.empty_cache()
+        sizes = [one.tokens for one in left]
+        if self.batch_tokens >= 2 * min(sizes):
+            self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
+            logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
+        elif self._chunk > _LEAST_CHUNK:
+            self._chunk //= 2
+            logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
+        else:
+            raise torch.OutOfMemoryError(
+                f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
+                f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
+            )
+
+
+def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end an answer: those of the model's generation config, and the tokenizer's."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    ids = base.generation_config.eos_token_id if base.generation_config is not None else None
+    listed = ids if isinstance(ids, list | tuple) else [ids]
+    return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)

@@ -1,0 +1,266 @@
+"""Keys and values of what was read: a beginning that prompts share is computed once.
+
+Prompts are read one at a time, which needs neither padding nor a padding mask; what was read is then answered in
+batches, padded on the left. Both are what `generate` computes for a prompt alone, up to rounding.
+"""
+
+import inspect
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_longalign.exactness import ATTENTION_NAME, layer_kinds
+
+
+ATTENTIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", ATTENTION_NAME})
+_KINDS = frozenset({"full_attention", "sliding_attention"})
+# They change layers, each token by itself; prompt learning, X-LoRA and activated LoRA look at the text.
+_ADAPTERS = frozenset({"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "VERA", "LN_TUNING"})
+_ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"})
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+State = list[Pair]
+
+
+class RoomLayer(DynamicLayer):
+    """Keys and values of a layer of full attention in a buffer with room to grow.
+
+    A `DynamicLayer` copies all of them for every new token; this one writes the new token alone, and going back to an
+    earlier length costs nothing.
+
+    Args:
+        room: tokens there is room for.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.length = 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make the buffers, zero because a masked value still counts as 0 times itself."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.buffers = tuple(
+            states.new_zeros(*states.shape[:2], self.room, states.shape[-1]) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new tokens `(batch, heads, tokens, width)` and return all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        self.show(end)
+        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
+
+    def show(self, length: int) -> None:
+        """Hold the first `length` tokens of the buffers."""
+        self.length = length
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+    def get_seq_length(self) -> int:
+        """Return the tokens held."""
+        return self.length
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the batch."""
+        self.buffers = tuple(buffer[indices] for buffer in self.buffers)
+        self.show(self.length)
+
+
+class Row(NamedTuple):
+    """A copy of what is held of one prompt: keys and values `(1, heads, tokens, width)` by layer, and its length."""
+
+    state: State
+    length: int
+
+
+class PrefixCache:
+    """What was read last, of which the next prompt keeps the beginning they share.
+
+    Layers with a sliding window forget what has left the window, so their state is put aside at the lengths to which
+    later prompts go back.
+
+    Args:
+        config: the model's.
+        room: tokens of the longest prompt with its answer.
+    """
+
+    def __init__(self, config: PretrainedConfig, room: int) -> None:
+        self.cache = new_cache(config, room)
+        self._windows = {
+            index: layer.sliding_window
+            for index, layer in enumerate(self.cache.layers)
+            if isinstance(layer, DynamicSlidingWindowLayer)
+        }
+        self._marks: dict[int, State] = {}
+        self._length = 0
+
+    def read(
+        self, model: PreTrainedModel | PeftModel, ids: np.ndarray, *, keep: int, marks: Iterable[int], chunk: int
+    ) -> torch.Tensor:
+        """Read a prompt of which the first tokens are held already, and return the logits after it, `(vocabulary,)`.
+
+        Args:
+            model: the model.
+            ids: int `(tokens,)` the whole prompt.
+            keep: how many tokens of it are those of the prompt before it: 0 or one of that one's `marks`.
+            marks: the lengths to which later prompts go back.
+            chunk: the most tokens of one forward.
+        """
+        self._go_back(keep)
+        marks = set(marks)
+        for start, end in _pieces(keep, ids.size, marks, chunk):
+            positions = torch.arange(start, end, device=model.device)[None]
+            logits = model(
+                input_ids=torch.as_tensor(ids[start:end], dtype=torch.long, device=model.device)[None],
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            if end in marks:
+                self._marks[end] = [_copy(self.cache.layers[index]) for index in self._windows]
+        self._length = ids.size
+        return logits[0, -1]
+
+    def copy_row(self) -> Row:
+        """Return a copy of what is held, to be answered later."""
+        return Row([_copy(layer) for layer in self.cache.layers], self._length)
+
+    def _go_back(self, length: int) -> None:
+        self._marks = {mark: state for mark, state in self._marks.items() if mark <= length}
+        for layer in self.cache.layers:
+            if isinstance(layer, RoomLayer) and layer.is_initialized:
+                layer.show(length)
+        for number, (index, window) in enumerate(self._windows.items()):
+            self.cache.layers[index] = DynamicSlidingWindowLayer(window)
+            if length:
+                _fill(self.cache.layers[index], self._marks[length][number], length)
+
+
+def _pieces(start: int, end: int, marks: Iterable[int], chunk: int) -> list[tuple[int, int]]:
+    """Cut what is to be read into pieces of at most `chunk` tokens that end at every mark.
+
+    >>> _pieces(2, 12, {2, 5}, 4)
+    [(2, 5), (5, 9), (9, 12)]
+    """
+    cuts = sorted({start, end, *(mark for mark in marks if start < mark < end)})
+    return [(first, min(first + chunk, stop)) for cut, stop in pairwise(cuts) for first in range(cut, stop, chunk)]
+
+
+def new_cache(config: PretrainedConfig, room: int) -> DynamicCache:
+    """Make an empty cache for a model: layers of full attention with room, those with a sliding window as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def join_rows(config: PretrainedConfig, rows: Sequence[Row], room: int) -> tuple[DynamicCache, torch.Tensor | None]:
+    """Join prompts that were read into one batch, padded on the left; the rows' states are used up.
+
+    Args:
+        config: the model's.
+        rows: what was read.
+        room: tokens there is to be room for, padding included.
+
+    Returns:
+        The cache, and the mask, int64 `(rows, tokens)` with 0 on padding, `None` where nothing is padded.
+    """
+    cache = new_cache(config, room)
+    lengths = [row.length for row in rows]
+    most = max(lengths)
+    for layer in cache.layers:
+        states = [row.state.pop(0) for row in rows]  # so that memory holds one layer twice, not all of them
+        held = min(most, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else most
+        keys, values = (_stack([state[side] for state in states], held) for side in (0, 1))
+        _fill(layer, (keys, values), most)
+    if min(lengths) == most:
+        return cache, None
+    columns = torch.arange(most)
+    return cache, torch.stack([columns >= most - length for length in lengths]).long()
+
+
+def _stack(states: list[torch.Tensor], length: int) -> torch.Tensor:
+    """Stack `(1, heads, tokens, width)` as rows of `length` tokens, with zeros on the left."""
+    stacked = states[0].new_zeros(len(states), states[0].shape[1], length, states[0].shape[-1])
+    for row, state in zip(stacked, states, strict=True):
+        row[:, length - state.shape[-2] :] = state[0]
+    return stacked
+
+
+def _copy(layer: Any) -> Pair:
+    return layer.keys.clone(), layer.values.clone()
+
+
+def _fill(layer: Any, pair: Pair, length: int) -> None:
+    """Give an empty layer what a layer that has seen so many tokens holds."""
+    layer.update(*pair)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length
+
+
+def reuse_problem(model: PreTrainedModel | PeftModel) -> str | None:
+    """Say why what a model has read cannot be kept for another prompt or joined into a batch; `None` where it can.
+
+    Only what is known to be exact: rotary positions whose angles do not depend on the length of the text, attention
+    over everything or over a window, transformers' own model code, adapters that look at one token at a time.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    >>> dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    >>> ordinary = LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1))
+    >>> reuse_problem(ordinary) is None
+    True
+    >>> reuse_problem(LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1, rope_parameters=dynamic)))
+    'the angles of its RoPE ("dynamic") depend on the length of the text'
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return _adapter_problem(model) or _class_problem(base) or _config_problem(base.config)
+
+
+def _adapter_problem(model: PreTrainedModel | PeftModel) -> str | None:
+    if not isinstance(model, PeftModel):
+        return None
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.peft_type not in _ADAPTERS or getattr(config, "alora_invocation_tokens", None):
+            return f"its adapter ({config.peft_type}) is not known to look at one token at a time"
+    return None
+
+
+def _class_problem(base: torch.nn.Module) -> str | None:
+    if not type(base).__module__.startswith("transformers."):
+        return f"{type(base).__name__} is not transformers' own code"
+    missing = sorted(_ARGUMENTS - set(inspect.signature(base.forward).parameters))
+    return f"{type(base).__name__} takes no {', '.join(missing)}" if missing else None
+
+
+def _config_problem(config: PretrainedConfig) -> str | None:
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        return "it is a multimodal model"
+    if config._attn_implementation not in ATTENTIONS:
+        return f'its attention "{config._attn_implementation}" is not one of {", ".join(sorted(ATTENTIONS))}'
+    foreign = sorted(layer_kinds(config) - _KINDS)
+    if foreign:
+        return f"it has {', '.join(foreign)} layers"
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=text).layers):
+        return "some of its layers keep another kind of state than keys and values"
+    rope = getattr(text, "rope_parameters", None)
+    if not rope or getattr(text, "alibi", False):
+        return "its positions are not rotary"
+    for parameters in [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            return f'the angles of its RoPE ("{parameters["rope_type"]}") depend on the length of the text'
+    return None
