@@ -40,6 +40,10 @@ class SynthesizeArguments:
         default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
     )
     journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the data set, as the Hub names it: cc-by-4.0, apache-2.0 …"}
+    )
+    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, for the card."})
     generator: str = field(
         default="documents",
         metadata={
@@ -161,7 +165,16 @@ def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArg
     for name, builder in builders.items():
         builder.download_and_prepare(num_proc=args.num_proc)
         data[name] = builder.as_dataset()
-    return save(args.output_dir, data, builders["chat"].config)
+    stage = builders["chat"].stage
+    return save(
+        args.output_dir,
+        data,
+        stage.config,
+        journal=stage.journal,
+        budget=stage.budget,
+        license=args.license,
+        seeds_license=args.seeds_license,
+    )
 
 
 def main() -> int:

@@ -1,32 +1,41 @@
-"""Writing a prepared data set to a folder: Parquet files by configuration and split, and a card."""
+"""Writing a prepared data set to a folder: Parquet files by configuration and split, a card and its picture."""
 
+import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from hf_longalign.synthesis.card import dataset_card
+from hf_longalign.publish.cards.dataset import DatasetFacts, dataset_card
+from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.schema import CONFIGS
+from hf_longalign.synthesis.facts import dataset_facts
+from hf_longalign.synthesis.plots import plot_lengths
 
+
+logger = logging.getLogger(__name__)
 
 # Few enough that a push of some hundred GB stays below 50 files, small enough to be read in parts.
 SHARD_BYTES = 500_000_000
 _BATCH_ROWS = 100
-_WRITING = ("context_words", "facts_first", "temperature", "top_p", "max_tokens", "sampling_seed", "retries")
-_SETTINGS = (
-    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by", "reference", "checks"),
-    *("min_words", "difficulty", "difficulty_use", "difficulty_share", "general_share", "test_share", "seed"),
-)
+PICTURE = "assets/lengths.png"
 
 
-def save(folder: str | Path, data: Mapping[str, Mapping[str, Dataset]], config: ContextSynthesisConfig) -> Path:
+def save(
+    folder: str | Path,
+    data: Mapping[str, Mapping[str, Dataset]],
+    config: ContextSynthesisConfig,
+    *,
+    journal: str | Path | None = None,
+    budget: Budget | None = None,
+    license: str | None = None,
+    seeds_license: str | None = None,
+) -> Path:
     """Write the configurations and their card; `load_dataset(folder, "chat")` reads them, as does the Hub.
 
     The folder appears whole or not at all, and equal data gives equal bytes. A configuration without rows is left out:
@@ -36,6 +45,10 @@ def save(folder: str | Path, data: Mapping[str, Mapping[str, Dataset]], config: 
         folder: where to; it must be absent, empty, or written by this function.
         data: data sets by configuration and split.
         config: the settings the card names.
+        journal: the journal of the replies, for the card's cost.
+        budget: the prices of tokens, for the card's cost.
+        license: licence of the data set, as the Hub names it.
+        seeds_license: licence of the seeds.
 
     Raises:
         ValueError: the folder holds something else.
@@ -53,7 +66,10 @@ def save(folder: str | Path, data: Mapping[str, Mapping[str, Dataset]], config: 
             (unfinished / name).mkdir(parents=True)
             for split, dataset in splits.items():
                 _write_split(unfinished / name, split, dataset)
-        (unfinished / "README.md").write_text(_card(data, config), encoding="utf-8")
+        facts = dataset_facts(
+            data, config, journal=journal, budget=budget, license=license, seeds_license=seeds_license
+        )
+        (unfinished / "README.md").write_text(dataset_card(_draw(facts, unfinished)), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
     finally:
@@ -82,24 +98,11 @@ def _text_bytes(table: pa.Table) -> int:
     return sum(size(chunk) for column in table.columns for chunk in column.chunks)
 
 
-def _card(data: Mapping[str, Mapping[str, Dataset]], config: ContextSynthesisConfig) -> str:
-    chat = list(data["chat"].values())
-    tasks = Counter(task or "general data" for dataset in chat for task in dataset["task"])
-    reasons = Counter(
-        reason.split(":")[0] for dataset in data.get("rejected", {}).values() for reason in dataset["reason"]
-    )
-    given = config.method == "context" and config.generator == "documents"
-    names = _SETTINGS if given else _WRITING + _SETTINGS
-    return dataset_card(
-        method="given" if given else config.method,
-        model=config.model,
-        splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
-        tasks=dict(sorted(tasks.items())),
-        rejected=dict(reasons.most_common()),
-        tokens=[tokens for dataset in chat for tokens in dataset["total_tokens"] if tokens is not None],
-        settings={name: _plain(getattr(config, name)) for name in names},
-    )
-
-
-def _plain(value: Any) -> Any:
-    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else value
+def _draw(facts: DatasetFacts, folder: Path) -> DatasetFacts:
+    """Draw lengths and depths where matplotlib is there, and say where the picture is."""
+    try:
+        plot_lengths(facts.lengths, facts.depths, folder / PICTURE, unit=facts.unit)
+    except ImportError as error:
+        logger.warning("The card goes without its picture. %s", error)
+        return facts
+    return replace(facts, picture=PICTURE)

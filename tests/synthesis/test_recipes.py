@@ -10,6 +10,7 @@ from fake_endpoint import FakeEndpoint
 
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.coherence import compare, without_contexts
+from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.stage import Team
 
 from .fakes import FakeGenerator, make_pairs, make_text
@@ -58,13 +59,15 @@ def test_documents_are_composed_written_and_loaded(tmp_path, monkeypatch, given,
         arguments = ("--seeds", given, "--cache_dir", tmp_path / folder, "--output_dir", tmp_path / f"{folder}-out")
         assert run(monkeypatch, "synthesize", *arguments, *DOCUMENTS, "--num_proc", num_proc, "--test_share", 0.2) == 0
     written = files(tmp_path / "one-out")
-    assert written == files(tmp_path / "two-out") and len(written) == 5
+    assert written == files(tmp_path / "two-out") and len(written) == 6
     out = str(tmp_path / "one-out")
     chat = load_dataset(out, "chat", cache_dir=tmp_path / "hf")
     assert set(chat) == {"train", "test"} and len(chat["train"]) + len(chat["test"]) == 24
     card = (tmp_path / "one-out" / "README.md").read_text()
     assert "No seed was rejected." in card and "config_name: rejected" not in card
-    assert "| narrativeqa | 24 |" in card and "no model wrote any of it" in card and str(tmp_path) not in card
+    assert "task narrativeqa." in card and "no model wrote any of it" in card and str(tmp_path) not in card
+    assert "| `pairs.jsonl` | narrativeqa | 24 |" in card and "license:" not in card and "| cost |" not in card
+    assert "![Lengths and depths](assets/lengths.png)" in card and "language:\n- en\n" in card
 
 
 def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, capsys):
@@ -75,10 +78,18 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
                 *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
                 *("--checks", "duplicate", "--n_distractors", 3, "--cache_dir", tmp_path / "cache"),
                 *("--output_dir", tmp_path / folder, "--prompt_price", 1, "--completion_price", 2),
+                *("--license", "cc-by-4.0", "--seeds_license", "mine"),
             )
             assert run(monkeypatch, "synthesize", *arguments) == 0
         assert len(server.log) == 12
     assert files(tmp_path / "one") == files(tmp_path / "two")
+    card = (tmp_path / "one" / "README.md").read_text()
+    with Journal(next((tmp_path / "cache").rglob("journal.sqlite"))) as journal:
+        entries = list(journal.entries())
+    sent, got = (sum(entry[name] for entry in entries) for name in ("prompt_tokens", "completion_tokens"))
+    cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, ${(sent + 2 * got) / 1e6:,.2f}"
+    assert cost in card and "license: cc-by-4.0" in card and "Licence of the seeds: mine." in card
+    assert "| written by | `tiny`, OpenAI-compatible endpoint |" in card and server.url not in card
     rows = load_dataset(str(tmp_path / "one"), "chat", split="train", cache_dir=tmp_path / "hf")
     assert set(rows["model"]) == {"tiny"} and set(rows["generator"]) == {"openai"}
     journal = next((tmp_path / "cache").rglob("journal.sqlite"))

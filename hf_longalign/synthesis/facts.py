@@ -1,0 +1,155 @@
+"""What the card of a data set tells, gathered from its rows, its settings and the journal of replies."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hf_longalign.publish.cards.dataset import DatasetFacts, Source
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.language import majority_language
+from hf_longalign.synthesis.schema import CONFIGS
+from hf_longalign.synthesis.text import digest, word_count
+from hf_longalign.version import __version__
+
+
+Data = Mapping[str, Mapping[str, Dataset]]
+
+_SAMPLING = ("temperature", "top_p", "max_tokens", "sampling_seed", "retries")
+_WRITING = ("context_words", "facts_first")
+_SETTINGS = (
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by", "reference", "min_words"),
+    *("difficulty", "difficulty_use", "difficulty_share", "general_share", "test_share", "seed"),
+)
+
+
+def dataset_facts(
+    data: Data,
+    config: ContextSynthesisConfig,
+    *,
+    journal: str | Path | None = None,
+    budget: Budget | None = None,
+    license: str | None = None,
+    seeds_license: str | None = None,
+) -> DatasetFacts:
+    """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone.
+
+    Args:
+        data: data sets by configuration and split, none without rows.
+        config: the settings it was made with.
+        journal: the journal of the replies; without it nothing is said of cost.
+        budget: the prices of tokens.
+        license: licence of the data set, as the Hub names it.
+        seeds_license: licence of the seeds.
+    """
+    chat = list(data["chat"].values())
+    given = config.method == "context" and config.generator == "documents"
+    lengths, unit = _lengths(chat)
+    contexts = [number for rows in chat for number in rows["n_contexts"] if number]
+    hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
+    language = config.language or majority_language(_texts(data))
+    return DatasetFacts(
+        method="given" if given else config.method,
+        splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
+        tasks=dict(sorted(Counter(task or "general data" for rows in chat for task in rows["task"]).items())),
+        rejected=_rejected(data),
+        generator=config.generator,
+        model=config.model,
+        judge_model=config.judge_model,
+        sampling={} if given else {name: getattr(config, name) for name in _SAMPLING},
+        prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
+        checks=config.checks,
+        lengths=lengths,
+        unit=unit,
+        depths=_depths(chat),
+        contexts=(min(contexts), max(contexts)) if contexts else None,
+        seeds=_sources(data, config),
+        seeds_license=seeds_license,
+        decontaminated=[Path(name).name for name in config.decontaminate_against],
+        ngram=config.decontaminate_ngram,
+        cost=_cost(data, journal, budget),
+        settings={name: getattr(config, name) for name in (() if given else _WRITING) + _SETTINGS},
+        sample=next(iter(data["chat"].values()))[0],
+        license=license,
+        languages=(language,) if language else (),
+        version=__version__,
+    )
+
+
+def _outcomes(data: Data) -> Iterator[Dataset]:
+    for name in ("contexts", "rejected"):
+        yield from data.get(name, {}).values()
+
+
+def _texts(data: Data) -> Iterator[str]:
+    for rows in data.get("contexts", {}).values():
+        for row in rows.select_columns(["instruction", "answer", "context"]):
+            yield f"{row['instruction']} {row['answer']} {row['context'][:200]}"
+
+
+def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
+    tokens = [number for rows in chat for number in rows["total_tokens"]]
+    if None not in tokens:
+        return tokens, "tokens"
+    messages = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
+    return [sum(word_count(message["content"]) for message in row) for row in messages], "words"
+
+
+def _depths(chat: list[Dataset]) -> list[float]:
+    return [
+        depth
+        for rows in chat
+        for number, depth in zip(rows["n_contexts"], rows["gold_depth"], strict=True)
+        if number > 1 and depth is not None
+    ]
+
+
+def _rejected(data: Data) -> dict[str, int]:
+    reasons = Counter(reason.split(":")[0] for rows in data.get("rejected", {}).values() for reason in rows["reason"])
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _sources(data: Data, config: ContextSynthesisConfig) -> list[Source]:
+    """The files and Hub data sets of the seeds with the rows read from each; no folder of this machine."""
+    named = config.seeds if config.method == "context" else config.documents
+    if not isinstance(named, list) or not all(isinstance(source, str) for source in named):
+        return []  # rows in memory, whose origin nobody knows
+    names = [source.rpartition("=")[2] for source in named]
+    on_hub = {Path(name).name: name for name in names if not Path(name).exists() and not Path(name).suffix}
+    # A row that is over the budget stands among the contexts and among the rejected.
+    origins = {
+        (task, origin) for rows in _outcomes(data) for task, origin in zip(rows["task"], rows["origin"], strict=True)
+    }
+    counts = Counter((origin.rpartition(":")[0], task) for task, origin in origins)
+    return [
+        Source(_repository(on_hub[file]) if file in on_hub else file, rows, task, on_hub=file in on_hub)
+        for (file, task), rows in sorted(counts.items())
+        if file
+    ]
+
+
+def _repository(source: str) -> str:
+    """`user/name:config@split` -> `user/name`."""
+    return source.partition("@")[0].partition(":")[0]
+
+
+def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> dict[str, float]:
+    """What the replies behind the rows took; nothing where the journal does not hold them all."""
+    keys = {key for rows in _outcomes(data) for found in rows["journal_keys"] for key in found}
+    if not keys or journal is None or not Path(journal).is_file():
+        return {}
+    with Journal(journal) as held:
+        replies = [held.get(key) for key in sorted(keys)]
+    known = [reply for reply in replies if reply is not None]
+    if len(known) < len(keys):
+        return {}
+    prompt = sum(reply.prompt_tokens for reply in known)
+    completion = sum(reply.completion_tokens for reply in known)
+    cost: dict[str, Any] = {"replies": len(known), "prompt_tokens": prompt, "completion_tokens": completion}
+    if budget is not None and (budget.prompt_price or budget.completion_price):
+        cost["usd"] = budget.cost(prompt, completion).usd
+    return cost
