@@ -18,7 +18,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from hf_longalign.evaluation.batching import Pools, branch_points, reading_order, shared_lengths
 from hf_longalign.evaluation.encoding import decode_answer, encode_text
-from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, join_rows, reuse_problem
+from hf_longalign.evaluation.eval_mode import eval_mode
+from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, forget_longer_texts, join_rows, reuse_problem
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.rope import model_range
 
@@ -157,19 +158,14 @@ class LocalGenerator:
         problem = reuse_problem(self.model)
         if problem is not None:
             logger.warning("Prompts are answered one after another, without a shared cache: %s.", problem)
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         start = time.perf_counter()
-        try:
+        with eval_mode(self.model):
             for one, tokens in self._one_by_one(encoded) if problem else self._together(encoded):
                 self.stats.prompt_tokens += one.ids.size
                 self.stats.generated_tokens += len(tokens)
                 self.stats.seconds += time.perf_counter() - start
                 yield one.prompt, self._completion(one.prompt, tokens)
                 start = time.perf_counter()
-        finally:
-            for module in training:
-                module.training = True
 
     def _encode(self, prompt: Prompt) -> _Encoded:
         ids = np.array(encode_text(self.tokenizer, prompt.text, chat=prompt.chat), dtype=np.int32)
@@ -290,7 +286,7 @@ class LocalGenerator:
             try:
                 ids = torch.as_tensor(one.ids, dtype=torch.long, device=base.device)[None]
                 model: Any = self.model
-                model(input_ids=ids[:, :1], use_cache=False)  # "dynamic" RoPE forgets the longer text before it
+                forget_longer_texts(self.model)
                 output = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

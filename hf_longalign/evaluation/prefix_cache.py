@@ -210,6 +210,12 @@ def _fill(layer: Any, pair: Pair, length: int) -> None:
         layer.cumulative_length = length
 
 
+def forget_longer_texts(model: PreTrainedModel | PeftModel) -> None:
+    """Make "dynamic" RoPE, which keeps the angles of the longest text so far, forget them, by reading a short one."""
+    if any(rope.get("rope_type") == "dynamic" for rope in _ropes(model.config)):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+
+
 def reuse_problem(model: PreTrainedModel | PeftModel) -> str | None:
     """Say why what a model has read cannot be kept for another prompt or joined into a batch; `None` where it can.
 
@@ -257,10 +263,16 @@ def _config_problem(config: PretrainedConfig) -> str | None:
         return f"it has {', '.join(foreign)} layers"
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=text).layers):
         return "some of its layers keep another kind of state than keys and values"
-    rope = getattr(text, "rope_parameters", None)
-    if not rope or getattr(text, "alibi", False):
+    if not getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
         return "its positions are not rotary"
-    for parameters in [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            return f'the angles of its RoPE ("{parameters["rope_type"]}") depend on the length of the text'
+    for rope in _ropes(config):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return f'the angles of its RoPE ("{rope["rope_type"]}") depend on the length of the text'
     return None
+
+
+def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """RoPE parameters, of each layer type where these differ."""
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    inner = [value for value in parameters.values() if isinstance(value, dict)]
+    return inner or [parameters]

@@ -1,0 +1,191 @@
+"""Perplexity by position: how well a model predicts a token from so many tokens before it.
+
+Long documents are cut into windows, and each window is read alone, from position 0. The token at place i of a window
+is predicted from the i tokens before it, so its loss counts at position i. With a stride below the window the same
+text is scored at several positions, and the curve compares positions instead of texts. For a comparison of two models,
+or of an adapter turned on and off, give both the same documents, window and stride.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_longalign.evaluation.eval_mode import eval_mode
+from hf_longalign.evaluation.generation import check_range
+from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
+
+
+# Logits of so many tokens exist at once in the model's precision, of so many in float32.
+_CHUNK, _ROWS = 2048, 256
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Losses by position; those of several documents add up.
+
+    Attributes:
+        edges: int64 `(bins + 1,)`, ascending; bin i holds positions from `edges[i]` to `edges[i + 1] - 1`.
+        sums: float64 `(bins,)` sum of the negative log-likelihoods, in nats.
+        counts: int64 `(bins,)` tokens predicted.
+
+    Example:
+
+    >>> one = PositionLoss(np.array([0, 2, 4]), np.array([1.0, 2.0]), np.array([1, 2]))
+    >>> (one + one).nll, (one + one).counts
+    (array([1., 1.]), array([2, 4]))
+    """
+
+    edges: np.ndarray
+    sums: np.ndarray
+    counts: np.ndarray
+
+    def __add__(self, other: "PositionLoss") -> "PositionLoss":
+        if not np.array_equal(self.edges, other.edges):
+            raise ValueError(f"`edges` must be the same, got {self.edges.tolist()} and {other.edges.tolist()}.")
+        return PositionLoss(self.edges, self.sums + other.sums, self.counts + other.counts)
+
+    @property
+    def nll(self) -> np.ndarray:
+        """Mean negative log-likelihood by bin in nats, float64 `(bins,)`; NaN where nothing was predicted."""
+        return np.divide(self.sums, self.counts, out=np.full(self.sums.shape, np.nan), where=self.counts > 0)
+
+    @property
+    def perplexity(self) -> np.ndarray:
+        """Exponential of [`nll`], float64 `(bins,)`; NaN where nothing was predicted."""
+        return np.exp(self.nll)
+
+
+def position_edges(window: int) -> list[int]:
+    """Return edges of up to eight bins that double in width, over positions 0 to `window - 1`.
+
+    >>> position_edges(131072)
+    [0, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072]
+    >>> position_edges(6)
+    [0, 3, 6]
+    """
+    return sorted({0, *(window >> halvings for halvings in range(8))} - {1})
+
+
+def perplexity_by_position(
+    model: PreTrainedModel | PeftModel,
+    documents: Sequence[ArrayLike],
+    *,
+    window: int,
+    stride: int,
+    edges: Sequence[int] | None = None,
+    bos_token_id: int | None = None,
+    progress: bool = True,
+) -> PositionLoss:
+    """Return the losses of documents by position, see [`document_loss`], which does one of them.
+
+    Args:
+        model: a causal language model; an adapter that is turned off stays off.
+        documents: token ids, int `(tokens,)` each.
+        window: tokens of a window.
+        stride: tokens from one window to the next.
+        edges: see [`document_loss`].
+        bos_token_id: see [`document_loss`].
+        progress: show a bar.
+    """
+    if not len(documents):
+        raise ValueError("`documents` must hold at least one, got none. Give documents longer than the window.")
+    for number, ids in enumerate(documents):
+        _check_document(number, np.size(ids), window, bos_token_id)
+    bar = tqdm(documents, desc="perplexity", unit="document", disable=not progress)
+    losses = [
+        document_loss(model, ids, window=window, stride=stride, edges=edges, bos_token_id=bos_token_id) for ids in bar
+    ]
+    return sum(losses[1:], start=losses[0])
+
+
+def document_loss(
+    model: PreTrainedModel | PeftModel,
+    ids: ArrayLike,
+    *,
+    window: int,
+    stride: int,
+    edges: Sequence[int] | None = None,
+    bos_token_id: int | None = None,
+) -> PositionLoss:
+    """Return the losses of one document by position.
+
+    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole. The losses are computed in float32; the
+    logits of a whole window never exist at once, except for models that cannot be read in pieces exactly, see
+    [`reuse_problem`].
+
+    Args:
+        model: a causal language model.
+        ids: int `(tokens,)`; without special tokens where `bos_token_id` is given.
+        window: tokens of a window, the one `bos_token_id` adds included.
+        stride: tokens from one window to the next, at most the window.
+        edges: ascending, from 0 or 1 to at least the window; `None`: those of [`position_edges`].
+        bos_token_id: token that begins every window, for models that were trained so.
+
+    Raises:
+        ValueError: a document shorter than the window, a window beyond the model's range, bad edges or stride.
+    """
+    array = np.asarray(ids)
+    bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
+    _check_request(window, stride, bounds)
+    _check_document(0, array.size, window, bos_token_id)
+    check_range(model.config, window)
+    text = window - (bos_token_id is not None)
+    starts = range(0, array.size - text + 1, stride)
+    sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
+    bins = np.searchsorted(bounds, np.arange(1, window), side="right") - 1
+    pieces = _CHUNK if reuse_problem(model) is None else window
+    with eval_mode(model):
+        for start in starts:
+            content = array[start : start + text]
+            losses = _losses(model, content if bos_token_id is None else np.append(bos_token_id, content), pieces)
+            sums += np.bincount(bins, losses, minlength=sums.size)
+            counts += np.bincount(bins, minlength=sums.size)
+    return PositionLoss(bounds, sums, counts)
+
+
+@torch.inference_mode()
+def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) -> np.ndarray:
+    """Negative log-likelihood of every token but the first, float64 `(tokens - 1,)`, read in pieces of so many."""
+    tokens = torch.as_tensor(ids, dtype=torch.long, device=model.device)
+    losses: list[torch.Tensor] = []
+    forget_longer_texts(model)
+    cache = new_cache(model.config, tokens.numel()) if pieces < tokens.numel() else None
+    for start in range(0, tokens.numel(), pieces):
+        piece = tokens[start : start + pieces]
+        known: dict[str, Any] = {}
+        if cache is not None:
+            places = torch.arange(start, start + piece.numel(), device=model.device)
+            known = {"position_ids": places[None], "past_key_values": cache}
+        logits = model(input_ids=piece[None], use_cache=cache is not None, **known).logits[0]
+        targets = tokens[start + 1 : start + 1 + piece.numel()].to(logits.device)
+        for some, wanted in zip(logits[: targets.numel()].split(_ROWS), targets.split(_ROWS), strict=True):
+            losses.append(torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none").cpu())
+    return torch.cat(losses).double().numpy()
+
+
+def _check_request(window: int, stride: int, edges: np.ndarray) -> None:
+    if window < 2:
+        raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
+    if not 1 <= stride <= window:
+        raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
+    if edges.ndim != 1 or edges.size < 2 or edges[0] not in (0, 1) or edges[-1] < window or (np.diff(edges) < 1).any():
+        raise ValueError(
+            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {edges.tolist()}. Leave them "
+            "out for bins that double."
+        )
+
+
+def _check_document(number: int, tokens: int, window: int, bos_token_id: int | None) -> None:
+    least = window - (bos_token_id is not None)
+    if tokens < least:
+        raise ValueError(
+            f"`documents` must be as long as the window, {least:,} tokens, got one of {tokens:,} (number {number}). "
+            "Leave it out, join documents, or set a smaller window."
+        )

@@ -1,0 +1,116 @@
+"""Losses by position are those of a plain forward over each window, for models read in pieces and for all others."""
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_model
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+
+from hf_longalign.evaluation import perplexity
+from hf_longalign.evaluation.perplexity import document_loss, perplexity_by_position, position_edges
+
+
+def document(length, seed=0):
+    return np.random.default_rng(seed).integers(3, 32, length)
+
+
+def naive_loss(model, documents, window, stride, edges, bos=None):
+    """Mean loss and number of tokens of each bin, token by token from full logits."""
+    found = [[] for _ in edges[1:]]
+    for ids in documents:
+        text = window if bos is None else window - 1
+        for start in range(0, len(ids), stride):
+            content = ids[start : start + text]
+            if len(content) < text:
+                continue
+            tokens = torch.tensor([[bos, *content] if bos is not None else [*content]])
+            with torch.no_grad():
+                likelihoods = model(tokens).logits[0].double().log_softmax(-1)
+            for place in range(1, window):
+                loss = -likelihoods[place - 1, tokens[0, place]].item()
+                (one,) = (i for i in range(len(edges) - 1) if edges[i] <= place < edges[i + 1])
+                found[one].append(loss)
+    return [np.mean(losses) for losses in found], [len(losses) for losses in found]
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(perplexity, "_CHUNK", 7)
+    monkeypatch.setattr(perplexity, "_ROWS", 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt_oss", "lfm2", "qwen3_next"])
+@pytest.mark.parametrize("bos", [None, 1])
+def test_losses_are_those_of_a_plain_forward(family, bos, small_pieces):
+    model, documents = tiny_model(family), [document(90), document(71, seed=1)]
+    options = {"window": 40, "stride": 15, "edges": [1, 5, 16, 40]}
+    found = perplexity_by_position(model, documents, **options, bos_token_id=bos, progress=False)
+    nll, counts = naive_loss(model, documents, *options.values(), bos=bos)
+    assert found.counts.tolist() == counts
+    np.testing.assert_allclose(found.nll, nll, rtol=1e-4)
+    np.testing.assert_allclose(found.perplexity, np.exp(nll), rtol=1e-3)
+
+
+def test_the_whole_window_is_never_in_the_logits(small_pieces):
+    model, most = tiny_model("llama"), []
+    hook = model.register_forward_hook(lambda module, inputs, output: most.append(output.logits.shape[1]))
+    try:
+        document_loss(model, document(100), window=100, stride=100)
+    finally:
+        hook.remove()
+    assert max(most) == 7 and sum(most) == 100
+
+
+def test_an_adapter_on_and_off():
+    torch.manual_seed(0)
+    base = tiny_llama(vocab_size=32)
+    before = document_loss(base, document(60), window=60, stride=60).nll
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    flags = [module.training for module in model.modules()]
+    after = document_loss(model, document(60), window=60, stride=60).nll
+    with model.disable_adapter():
+        np.testing.assert_array_equal(document_loss(model, document(60), window=60, stride=60).nll, before)
+    assert np.abs(after - before).max() > 1e-3
+    assert [module.training for module in model.modules()] == flags
+
+
+def test_half_precision_is_summed_in_float32():
+    model = tiny_llama(vocab_size=32).to(torch.bfloat16).eval()
+    ids = document(50)
+    found = document_loss(model, ids, window=50, stride=50, edges=[0, 50])
+    logits = model(torch.tensor(ids)[None]).logits[0, :-1].float()
+    assert logits.dtype == torch.float32 and model.dtype == torch.bfloat16
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))
+    assert found.nll[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_positions_without_tokens_have_no_perplexity():
+    found = document_loss(tiny_model("llama"), document(10), window=10, stride=10, edges=[0, 1, 10])
+    assert found.counts.tolist() == [0, 9] and np.isnan(found.perplexity[0]) and found.perplexity[1] > 1
+    doubled = found + found
+    assert doubled.counts.tolist() == [0, 18]
+    with pytest.raises(ValueError, match="`edges` must be the same"):
+        found + document_loss(tiny_model("llama"), document(10), window=10, stride=10, edges=[0, 10])
+
+
+def test_bad_requests_are_refused():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"20 tokens, got one of 19 \(number 1\)"):
+        perplexity_by_position(model, [document(20), document(19)], window=20, stride=10, progress=False)
+    with pytest.raises(ValueError, match="`documents` must hold at least one"):
+        perplexity_by_position(model, [], window=20, stride=10)
+    with pytest.raises(ValueError, match="range of 256 tokens, got 300"):
+        document_loss(model, document(300), window=300, stride=10)
+    with pytest.raises(ValueError, match="`stride` must be from 1 to the window, 20, got 21"):
+        document_loss(model, document(40), window=20, stride=21)
+    with pytest.raises(ValueError, match="`window` must be at least 2"):
+        document_loss(model, document(40), window=1, stride=1)
+    for edges in ([2, 20], [0, 19], [0, 10, 10, 20], [0]):
+        with pytest.raises(ValueError, match="`edges` must ascend"):
+            document_loss(model, document(40), window=20, stride=20, edges=edges)
+    assert position_edges(4096)[-2:] == [2048, 4096]
