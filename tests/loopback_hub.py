@@ -2,7 +2,7 @@
 
 `Hub.faults` maps an endpoint ("create", "info", "refs", "tree", "resolve", "yaml", "preupload", "lfs", "put",
 "verify", "commit", "branch", "tag", "pulls") to a list of faults to play in turn: a status ("500", "429", "403"),
-"reset" (nothing is done), "lost" (it is done, the answer is not sent), "timeout" (it is done, the client waits in vain).
+"reset" (nothing is done), "lost" (it is done, the answer is not sent), "timeout" (it is done, nobody answers).
 """
 
 import base64

@@ -22,7 +22,8 @@ PUBLISHED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
-    *("report.json", "report.md", "*.png"),
+    *("additional_chat_templates/*.jinja", "report.json", "report.md", "*.png", "assets/*.png"),
+    *("evaluation/report.json", "evaluation/report.md", "evaluation/*.png"),
 )
 # Where a base model's name stands.
 _NAMES = {
@@ -90,13 +91,14 @@ def publish_adapter(
 
 
 def _is_published(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in PUBLISHED)
+    return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in PUBLISHED)
 
 
 def _select(folder: Path) -> dict[str, Path]:
     """The files to publish by name; what stays is logged."""
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = {path.name: path for path in entries if path.is_file() and _is_published(path.name)}
+    entries = [*sorted(folder.glob("*")), *sorted(folder.glob("*/*"))]
+    names = {path.relative_to(folder).as_posix(): path for path in entries}
+    files = {name: path for name, path in names.items() if path.is_file() and _is_published(name)}
     config = "adapter_config.json" if "adapter_model.safetensors" in files else "config.json"
     if config not in files or CARD not in files or not any(fnmatch(n, p) for n in files for p in WEIGHTS):
         raise ValueError(
@@ -108,7 +110,10 @@ def _select(folder: Path) -> dict[str, Path]:
             f"`folder` must hold at most {MAX_FILES} files to be pushed as one commit, got {len(files)}. "
             "Save the model with a larger `max_shard_size`."
         )
-    left = [f"{path.name}/" if path.is_dir() else path.name for path in entries if path.name not in files]
+    used = {*files, *(name.split("/")[0] for name in files)}
+    left = [
+        f"{name}/" if path.is_dir() else name for name, path in names.items() if "/" not in name and name not in used
+    ]
     if left:
         logger.info("Not published: %s.", ", ".join(left))
     return files

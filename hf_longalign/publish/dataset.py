@@ -9,6 +9,8 @@ from hf_longalign.publish.push import CARD, MAX_FILES, Destination, push, write_
 from hf_longalign.publish.scan import check_private
 
 
+# What a folder may hold.
+_PUBLISHED = re.compile(r"README\.md|.+\.parquet|assets/[^/]+\.png")
 # A shard as the synthesis and `datasets` name it: <configuration>/<split>-00000-of-00001.parquet
 _SHARD = re.compile(r"[^/]+/[^/]+-\d{5}-of-\d{5}\.parquet")
 
@@ -35,7 +37,7 @@ def publish_dataset(
     repeated over failures that pass; after a commit whose answer was lost the repetition changes nothing.
 
     Args:
-        folder: holds `README.md` and a folder of Parquet files per configuration.
+        folder: holds `README.md`, a folder of Parquet files per configuration, and the card's pictures in `assets`.
         repo_id: `user/name` or `organisation/name`; made if it is not there.
         private: whether a new repository is private; one that is there must be as said. `None`: its owner's default.
         branch: pushed to instead of main; made from main if it is not there.
@@ -72,9 +74,11 @@ def publish_dataset(
 def _check(folder: Path, files: Collection[str]) -> None:
     if CARD not in files or not any(name.endswith(".parquet") for name in files):
         raise ValueError(f"`folder` must hold README.md and Parquet files, got {folder}. Write it with the synthesis.")
-    other = sorted(name for name in files if name != CARD and not name.endswith(".parquet"))
+    other = sorted(name for name in files if not _PUBLISHED.fullmatch(name))
     if other:
-        raise ValueError(f"`folder` must hold README.md and Parquet files alone, got {other[0]}. Move it elsewhere.")
+        raise ValueError(
+            f"`folder` must hold README.md, Parquet files and assets/*.png alone, got {other[0]}. Move it elsewhere."
+        )
     if len(files) > MAX_FILES:
         raise ValueError(
             f"`folder` must hold at most {MAX_FILES} files to be pushed as one commit, got {len(files)}. "

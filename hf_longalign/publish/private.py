@@ -11,6 +11,7 @@ import socket
 import string
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def find_private(text: str, patterns: Mapping[str, str], allow: Collection[str] 
     for kind, pattern in patterns.items():
         for match in re.finditer(pattern, text, re.ASCII):
             found = match[match.lastindex or 0]
-            if found not in allow and _is_meant(kind, found):
+            if not _is_allowed(found, allow) and _is_meant(kind, found):
                 yield Find(kind, found)
 
 
@@ -155,14 +156,21 @@ def find_in_text(text: str, machine: Machine, allow: Collection[str] = ()) -> It
     >>> [find.shown for find in find_in_text("run on gpu-node-17 from /home/me/llama in a/b", machine)]
     ['gpu-node-17', '/home/me/llama']
     """
-    found = list(find_private(text, {**row_patterns(machine), **PATHS}, allow))
-    yield from found
-    if machine.looks_at_disk:
-        seen = [find.text for find in found]
-        for match in _LOCAL.finditer(text):
-            path = match[1]
-            if path not in allow and not any(path in text for text in seen) and _is_here(path):
-                yield Find("a path of this machine", path)
+    seen: list[str] = []
+    for find in chain(find_private(text, {**row_patterns(machine), **PATHS}, allow), _find_here(text, machine, allow)):
+        if not any(find.text in other or other in find.text for other in seen):  # one thing, under its first kind
+            seen.append(find.text)
+            yield find
+
+
+def _find_here(text: str, machine: Machine, allow: Collection[str]) -> Iterator[Find]:
+    for match in _LOCAL.finditer(text) if machine.looks_at_disk else ():
+        if not _is_allowed(match[1], allow) and _is_here(match[1]):
+            yield Find("a path of this machine", match[1])
+
+
+def _is_allowed(found: str, allow: Collection[str]) -> bool:
+    return any(found in text for text in allow)
 
 
 def _is_meant(kind: str, found: str) -> bool:
