@@ -27,8 +27,8 @@ import numpy as np
 import torch
 import transformers
 import trl
-from quickstart_model import DEPTHS, FACTORS, examine, make_model, make_trainer
-from quickstart_task import TRAIN_TOKENS, make_chats, make_tokenizer
+from quickstart_model import examine, make_model, make_trainer
+from quickstart_task import EXAM_DEPTHS, EXAM_LENGTHS, TRAIN_TOKENS, make_chats, make_prompts, make_tokenizer
 from tqdm.auto import tqdm
 
 from hf_longalign.evaluation.plots import plot_accuracy_by_length, plot_heatmap
@@ -38,7 +38,6 @@ from hf_longalign.positions import STRATEGIES
 DEFAULT_STRATEGY = "skip_all"
 ORDINARY = "none"
 BASE = "base"
-LENGTHS = tuple(factor * TRAIN_TOKENS for factor in FACTORS)
 # The base first meets short samples: a curriculum that makes every seed learn to look a code up.
 EASY = {"count": 3_200, "tokens": 20, "turns": 4}
 ROWS = 9_600
@@ -153,7 +152,7 @@ def train_base(plan: Plan, seed: int) -> tuple[int, str, np.ndarray]:
     prepared = trainer.train_dataset.select(range(EASY["count"], len(rows)))
     prepared = prepared.select_columns(["input_ids", "labels"]).to_dict()
     torch.save({"model": model.state_dict(), "rows": prepared}, plan.folder / f"base-{seed}.pt")
-    return seed, BASE, examine(model, tokenizer, samples=plan.samples, seed=seed)
+    return seed, BASE, examine(model, tokenizer, make_prompts(seed, plan.samples))
 
 
 def align(plan: Plan, seed: int, strategy: str) -> tuple[int, str, np.ndarray]:
@@ -173,7 +172,7 @@ def align(plan: Plan, seed: int, strategy: str) -> tuple[int, str, np.ndarray]:
         skip_strategy=strategy,
     )
     trainer.train()
-    return seed, strategy, examine(model, tokenizer, samples=plan.samples, seed=seed)
+    return seed, strategy, examine(model, tokenizer, make_prompts(seed, plan.samples))
 
 
 def report(plan: Plan, results: dict[int, dict[str, np.ndarray]], strategies: list[str], seconds: float) -> None:
@@ -182,7 +181,11 @@ def report(plan: Plan, results: dict[int, dict[str, np.ndarray]], strategies: li
     grids = {name: np.stack([results[seed][name] for seed in results]) for name in names}  # (seeds, lengths, depths)
     curves = {label(name): grid.mean((0, 2)) for name, grid in grids.items()}
     print(f"\nAccuracy by length, mean of {len(results)} seed(s); trained on {TRAIN_TOKENS} tokens\n")
-    print(f"{'':<20}" + "".join(f"{length:>8,}" for length in LENGTHS) + f"{'minimum at ' + f'{LENGTHS[-1]:,}':>20}")
+    print(
+        f"{'':<20}"
+        + "".join(f"{length:>8,}" for length in EXAM_LENGTHS)
+        + f"{'minimum at ' + f'{EXAM_LENGTHS[-1]:,}':>20}"
+    )
     for name, grid in grids.items():
         row = "".join(f"{value:>8.2f}" for value in grid.mean((0, 2)))
         print(f"{label(name):<20}{row}{grid[:, -1].mean(-1).min():>20.2f}")
@@ -190,16 +193,16 @@ def report(plan: Plan, results: dict[int, dict[str, np.ndarray]], strategies: li
     pictures = [
         plot_accuracy_by_length(
             curves,
-            LENGTHS,
+            EXAM_LENGTHS,
             plan.folder / "accuracy_by_length.png",
-            title=f"Trained on {TRAIN_TOKENS} tokens, asked over {LENGTHS[-1]:,}",
+            title=f"Trained on {TRAIN_TOKENS} tokens, asked over {EXAM_LENGTHS[-1]:,}",
             train_length=TRAIN_TOKENS,
             highlight=[label(name) for name in shown],
         ),
         plot_heatmap(
             {label(name): grids[name].mean(0).T for name in shown or [BASE]},
-            LENGTHS,
-            DEPTHS,
+            EXAM_LENGTHS,
+            EXAM_DEPTHS,
             plan.folder / "heatmap.png",
             title="Where the fact stands, and how long the context is",
         ),
@@ -230,8 +233,8 @@ def as_json(plan: Plan, grids: dict[str, np.ndarray], seeds: list[int], seconds:
         "base_steps": plan.base_steps,
         "steps": plan.steps,
         "samples_per_cell": plan.samples,
-        "lengths": LENGTHS,
-        "depths": DEPTHS,
+        "lengths": EXAM_LENGTHS,
+        "depths": EXAM_DEPTHS,
         "accuracy": {name: np.round(grid, 4).tolist() for name, grid in grids.items()},
         "axes": ["seed", "length", "depth"],
     }

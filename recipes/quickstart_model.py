@@ -1,13 +1,13 @@
 """The quickstart's model: a tiny Llama from scratch, its training by the package's trainer, and its exam."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from quickstart_task import TRAIN_TOKENS, make_prompts
+from quickstart_task import EXAM_LENGTHS, TRAIN_TOKENS
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     LlamaConfig,
@@ -19,11 +19,13 @@ from transformers import (
 )
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
+from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.needle_scoring import score_needle
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.results import suite_results
 
 
-FACTORS = (1, 2, 4, 8, 16)
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TARGET_TOKENS = TRAIN_TOKENS * FACTORS[-1]
+TARGET_TOKENS = EXAM_LENGTHS[-1]
 BATCH = 32
 WARMUP_STEPS = 50
 
@@ -132,25 +134,13 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * (0.1 + 0.9 * cosine)
 
 
-@torch.no_grad()
-def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, *, samples: int, seed: int) -> np.ndarray:
+def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]) -> np.ndarray:
     """Ask for facts in ordinary long texts, all with ordinary positions.
 
-    The answer is one word, so greedy decoding is the largest logit after the question; it is right if it is the word.
-
     Returns:
-        float `(len(FACTORS), len(DEPTHS))`: share of right answers.
+        float `(lengths, depths)`: share of right answers.
     """
-    model.eval()
-    accuracy = np.empty((len(FACTORS), len(DEPTHS)))
-    rng = np.random.default_rng(seed)
-    for row, factor in enumerate(FACTORS):
-        for column, depth in enumerate(DEPTHS):
-            prompts = make_prompts(samples, rng, tokens=factor * TRAIN_TOKENS, depth=depth)
-            chats = [[{"role": "user", "content": prompt.text}] for prompt in prompts]
-            ids = tokenizer.apply_chat_template(chats, return_tensors="pt", return_dict=True)["input_ids"]
-            logits = [model(input_ids=part, logits_to_keep=1, use_cache=False).logits[:, -1] for part in ids.split(16)]
-            answers = tokenizer.convert_ids_to_tokens(torch.cat(logits).argmax(-1).tolist())
-            right = [answer == prompt.answer for answer, prompt in zip(answers, prompts, strict=True)]
-            accuracy[row, column] = np.mean(right)
-    return accuracy
+    answers = {prompt.key: answer.text for prompt, answer in LocalGenerator(model, tokenizer).generate(prompts)}
+    texts = {"model": [answers[prompt.key] for prompt in prompts]}
+    grid = suite_results("needle", prompts, texts, score_needle)["tasks"][0]["grid"]
+    return np.array(grid["model"]).T

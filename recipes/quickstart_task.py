@@ -12,14 +12,22 @@ A training sample is a conversation of at most 64 tokens, here with line breaks 
 Codes and their meanings come from one list of words, so that only the text of the notes tells the answer.
 """
 
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hf_longalign.evaluation.encoding import token_counter
+from hf_longalign.evaluation.needles import NeedleTask, Pools, Wording
+from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.prompt import Prompt
+
 
 TRAIN_TOKENS = 64
+EXAM_LENGTHS = tuple(factor * TRAIN_TOKENS for factor in (1, 2, 4, 8, 16))
+EXAM_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAX_FACTS = 8
 NOTES = 4
 CODES = (
@@ -42,13 +50,6 @@ CHAT_TEMPLATE = (
     "{{ '\n' }}"
     "{% endfor %}"
 )
-
-
-class Prompt(NamedTuple):
-    """A question over a text of any length: the user's message and the one word that answers it."""
-
-    text: str
-    answer: str
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -99,24 +100,28 @@ def _chat(rng: np.random.Generator, note_tokens: int, turns: int) -> dict[str, A
     return {"messages": messages, "parts": parts}
 
 
-def make_prompts(count: int, rng: np.random.Generator, *, tokens: int, depth: float) -> list[Prompt]:
-    """Make questions over long notes: as many facts as a training sample has at most, the rest is filler.
+@lru_cache
+def make_prompts(seed: int, samples: int) -> tuple[Prompt, ...]:
+    """Make the exam: needle prompts whose needles are facts, one of as many as a training sample has at most.
 
     Args:
-        count: number of prompts.
-        rng: source of randomness.
-        tokens: largest length, the answer included; all prompts of a call are equally long.
-        depth: place of the fact that is asked for: 0 at the beginning, 1 right before the question. The other facts
-            lie anywhere.
+        seed: source of randomness.
+        samples: prompts per length and depth.
     """
-    prompts = []
-    for _ in range(count):
-        (code, meaning), *others = _facts(rng, MAX_FACTS)
-        room = tokens - WORDS_IN_QUESTION - 1
-        sentences = _shuffled(rng, [_fact(*pair) for pair in others] + _filler(rng, room, MAX_FACTS))
-        sentences.insert(round(depth * len(sentences)), _fact(code, meaning))
-        prompts.append(Prompt(f"{' '.join(sentences)}\nFind {code}", meaning))
-    return prompts
+    sentences = " ".join(_filler(np.random.default_rng(seed), 4 * EXAM_LENGTHS[-1], 0))
+    prompts = needle_prompts(
+        haystack=[sentences],
+        count=token_counter(make_tokenizer(), chat=True),
+        lengths=EXAM_LENGTHS,
+        depths=EXAM_DEPTHS,
+        tasks=[NeedleTask("multi_key", distractors=MAX_FACTS - 1)],
+        samples=samples,
+        seed=seed,
+        max_new_tokens=1,
+        wording=Wording(header="", needle="{key}: {value}.", question="Find {keys}", answer="{keys}"),
+        pools=Pools(keys=CODES[: len(CODES) // 2], values=CODES[len(CODES) // 2 :]),
+    )
+    return tuple(prompts)
 
 
 def _facts(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:

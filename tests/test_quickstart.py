@@ -44,17 +44,20 @@ def test_samples_answer_from_their_notes_and_fit(task):
         assert tokenizer.unk_token_id not in ids
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_prompts_are_long_and_hold_the_fact_at_its_depth(task, depth):
+def test_prompts_are_long_and_hold_the_fact_at_its_depth(task):
     tokenizer = task.make_tokenizer()
-    for prompt in task.make_prompts(20, np.random.default_rng(1), tokens=512, depth=depth):
-        notes, question = prompt.text.rsplit("\n", 1)
+    prompts = task.make_prompts(1, 4)
+    assert len(prompts) == 4 * len(task.EXAM_LENGTHS) * len(task.EXAM_DEPTHS)
+    for prompt in prompts:
+        notes, question = prompt.text.rsplit("\n\n", 1)
         code = question.removeprefix("Find ")
-        assert meanings(notes)[code] == prompt.answer
+        assert (meanings(notes)[code],) == prompt.answers
         assert len(meanings(notes)) == task.MAX_FACTS
-        length = len(tokenizer(prompt.text)["input_ids"]) + 1
-        assert 0.98 * 512 <= length <= 512
-        assert notes.lower().index(f"{code}:") / len(notes) == pytest.approx(depth, abs=0.05)
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], return_dict=True)["input_ids"]
+        assert 0.98 * prompt.length <= len(ids) + 1 <= prompt.length
+        assert tokenizer.unk_token_id not in ids
+        sentence = 4 / prompt.length + task.MAX_FACTS * 2 / prompt.length  # of filler, and the other facts
+        assert notes.index(f"{code}:") / len(notes) == pytest.approx(prompt.depth, abs=sentence + 0.02)
 
 
 def test_a_short_run_writes_table_pictures_and_json(tmp_path):
