@@ -24,6 +24,7 @@ from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
 from hf_longalign.marker import BlockMarker
 from hf_longalign.observer import PositionObserver
+from hf_longalign.provenance import base_source, hardware, run_facts, versions
 from hf_longalign.record import save_record
 from hf_longalign.rope import model_range, rope_record
 from hf_longalign.version import __version__
@@ -50,6 +51,10 @@ class LongAlignSFTTrainer(SFTTrainer):
             is taken only with `skip_strategy="none"`.
         **kwargs: every other argument of `SFTTrainer`.
 
+    Attributes:
+        data_source: Hub id of the training data with `revision`, `config` and `split`, where known, for the record;
+            set it before training, as `recipes/sft.py` does.
+
     Raises:
         ValueError: the model cannot be trained exactly this way; the message names backend, layer kind and remedy.
 
@@ -69,6 +74,7 @@ class LongAlignSFTTrainer(SFTTrainer):
     args: LongAlignSFTConfig
     model: Any
     data_collator: Any
+    data_source: dict[str, Any] | None = None
 
     _tag_names = ["trl", "sft", "hf_longalign", "skipalign"]  # noqa: RUF012 - TRL's attribute
     _name = "SFT"
@@ -99,6 +105,7 @@ class LongAlignSFTTrainer(SFTTrainer):
             )
         self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
         self._collates = data_collator is own_collator
+        self._resumed = False
         super().__init__(model, args=args, data_collator=data_collator, **kwargs)
         # Before anything is wrapped, sharded or trained.
         self._base_weights = weights_sample(self.model.get_base_model()) if is_peft_model(self.model) else {}
@@ -314,6 +321,13 @@ class LongAlignSFTTrainer(SFTTrainer):
             "max_length": self.args.max_length,
             "attention": base.config.get_text_config()._attn_implementation,
         }
+        record["run"] = run_facts(self.args, self.state, resumed=self._resumed)
+        record["hardware"], record["versions"] = hardware(self.args), versions()
+        options = self.args.model_init_kwargs
+        revision = options.get("revision") if isinstance(options, dict) else None
+        for name, source in (("base", base_source(base.config, revision)), ("data", self.data_source)):
+            if source is not None:
+                record[name] = source
         return record
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -328,6 +342,7 @@ class LongAlignSFTTrainer(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed = checkpoint is not None
         if self.observer is not None and checkpoint is not None:
             self.observer.load(checkpoint)
 

@@ -8,8 +8,10 @@ the YAML or on the command line, which wins.
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoConfig, AutoTokenizer
@@ -76,6 +78,23 @@ def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
+
+
+def data_source(args: DataArguments, dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
+    """Return what the training record tells of the data: its Hub id and commit; `None` for files of this machine."""
+    if Path(args.dataset_name).exists():
+        return None
+    # datasets keeps what it loads from the Hub in a folder named after the commit.
+    files = dataset.cache_files if isinstance(dataset, Dataset) else []
+    commits = {part for file in files for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)}
+    revision = commits.pop() if len(commits) == 1 else args.dataset_revision
+    found = {
+        "name": args.dataset_name,
+        "revision": revision,
+        "config": args.dataset_config,
+        "split": args.dataset_train_split,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
@@ -154,6 +173,7 @@ def main(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.data_source = data_source(data_args, dataset[data_args.dataset_train_split])
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
     trainer.save_model(training_args.output_dir)

@@ -41,6 +41,7 @@ TRAINER_MAY_IMPORT = {
     "observer",
     "positions",
     "preflight",
+    "provenance",
     "record",
     "rope",
     "version",

@@ -1,0 +1,77 @@
+import importlib.util
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_trainer import make_trainer
+from transformers import PretrainedConfig, TrainerState, TrainingArguments
+
+from hf_longalign import provenance
+from hf_longalign.publish.cards.adapter import adapter_card
+from hf_longalign.publish.cards.facts import adapter_facts
+
+
+COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
+
+
+def test_a_run_tells_its_length_batch_and_time(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.data_source = {"name": "org/rows", "revision": COMMIT}
+    trainer.train()
+    record = trainer.training_record()
+    assert record["run"]["steps"] == trainer.state.global_step > 0
+    assert record["run"]["batch_size"] == trainer.args.per_device_train_batch_size
+    assert record["run"]["seconds"] > 0 and record["run"]["schedule"] == "linear"
+    assert record["hardware"] == "1 x CPU" and record["versions"]["torch"] == torch.__version__
+    assert record["data"] == {"name": "org/rows", "revision": COMMIT} and "base" not in record
+    text = adapter_card(adapter_facts(record))
+    assert "| hardware | 1 x CPU |" in text and f"org/rows) (revision `{COMMIT}`)" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_time_of_a_resumed_run_is_not_known():
+    args = TrainingArguments(use_cpu=True, report_to="none", bf16=False)
+    state = TrainerState(global_step=3, epoch=0.5, log_history=[{"loss": 1.0}, {"train_runtime": 12.5}, {"loss": 2.0}])
+    assert provenance.run_facts(args, state, resumed=False)["seconds"] == 12.5
+    found = provenance.run_facts(args, state, resumed=True)
+    assert "seconds" not in found and "precision" not in found and found["epochs"] == 0.5
+
+
+def test_a_base_is_named_only_where_the_cache_knows_its_commit(tmp_path, monkeypatch):
+    file = tmp_path / "snapshots" / COMMIT / "config.json"
+    monkeypatch.setattr(provenance, "try_to_load_from_cache", lambda name, file_name, revision: str(file))
+    config = PretrainedConfig(name_or_path="org/model")
+    assert provenance.base_source(config) == {"name": "org/model", "revision": COMMIT}
+    assert provenance.base_source(PretrainedConfig(name_or_path=str(tmp_path))) is None
+    assert provenance.base_source(PretrainedConfig()) is None
+    monkeypatch.undo()
+    assert provenance.base_source(config) is None
+    assert provenance.base_source(PretrainedConfig(name_or_path="out/run/last")) is None
+
+
+@pytest.fixture
+def recipe():
+    spec = importlib.util.spec_from_file_location("sft", Path(__file__).parents[1] / "recipes" / "sft.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recipe_names_data_of_the_hub_alone(tmp_path, recipe):
+    args = recipe.DataArguments(dataset_name="org/rows", dataset_config="chat", dataset_revision="v2")
+    found = {"name": "org/rows", "config": "chat", "split": "train"}
+    assert recipe.data_source(args, SimpleNamespace()) == {**found, "revision": "v2"}
+    rows = make_rows(tmp_path / "org___rows" / "chat" / "0.0.0" / COMMIT)
+    assert recipe.data_source(args, rows) == {**found, "revision": COMMIT}
+    args.dataset_name = str(tmp_path)
+    assert recipe.data_source(args, rows) is None
+
+
+def make_rows(folder):
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(folder)
+    logging.getLogger("datasets").setLevel(logging.WARNING)
+    return Dataset.load_from_disk(folder)
