@@ -267,7 +267,9 @@ class _Plan:
             if high is not None and high - low <= 1:
                 return low
             step = sample.stretch.units(max(0.0, sample.stretch.tokens(units) + gap - slack / 2))
-            units = max(step, low + 1) if high is None else min(max(step, low + 1), high - 1)
+            if high is not None and not low < step < high:  # the estimate is of no more use
+                step = (low + high) // 2
+            units = max(step, low + 1)
 
 
 def _task(task: str | NeedleTask) -> NeedleTask:

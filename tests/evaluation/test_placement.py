@@ -159,6 +159,20 @@ def test_short_prompts_are_exact_to_the_word():
         assert words(prompt.text) + 20 == length
 
 
+@pytest.mark.parametrize("misled, most", [(False, 1.5), (True, 4)], ids=["additive", "misleading"])
+def test_whole_prompts_are_counted_few_times(misled, most):
+    """Even where the tokens of a sentence alone tell nothing of those in a text."""
+    counted = []
+
+    def count(text: str) -> int:
+        counted.append(words(text))
+        return 1 if misled and words(text) < 30 else words(text)
+
+    prompts = grid(count=count, lengths=[8000], depths=[0.0, 0.25, 0.5, 0.75, 1.0], samples=2)
+    assert all(7920 <= words(prompt.text) + 20 <= 8000 for prompt in prompts)
+    assert sum(number > 1000 for number in counted) <= most * len(prompts)
+
+
 def test_depths_share_the_beginning():
     prompts = grid(lengths=[4000], depths=[0.25, 0.5, 0.75, 1.0], tasks=list(TASKS))
     for one, other in pairwise(prompts):
