@@ -135,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == "reset":
             return self.hang_up()
         if self.fault and self.fault.isdigit():
-            return self.answer(int(self.fault), {"error": "fault"}, {"Retry-After": self.retry_after})
+            return self.answer(int(self.fault), b"<html>fault</html>", {"Retry-After": self.retry_after})
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         self.user, self.writes = USERS.get(token, (None, set()))
         try:
@@ -265,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 files[value["path"]] = self.damage(base64.b64decode(value["content"]))
             elif line["key"] == "lfsFile":
-                files[value["path"]] = self.hub.blobs[value["oid"]]
+                files[value["path"]] = self.damage(self.hub.blobs[value["oid"]])
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         sha = repo.add(files)

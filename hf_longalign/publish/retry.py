@@ -104,4 +104,6 @@ def _message(error: BaseException, repo_id: str, resume_command: str | None) -> 
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "what the Hub answered is not JSON"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -223,6 +223,12 @@ def test_bad_calls_are_named(publish, write, tmp_path, monkeypatch):
         publish(folder)
 
 
+def test_a_card_the_hub_refuses_is_said_before_anything_is_uploaded(hub, publish, write):
+    with pytest.raises(ValueError, match=r"Invalid metadata in README.md"):
+        publish(write("a", [1], card="---\nlicense:\tmit\n---\n# hf_longalign\n"))
+    assert not UPLOADS & set(hub.seen)
+
+
 def test_offline_is_said_at_once(publish, write, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(PublishError, match=r"Unset `HF_HUB_OFFLINE`"):
