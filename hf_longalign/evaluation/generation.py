@@ -8,7 +8,6 @@ was read waits for others of its length and is answered with them.
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from hf_longalign.evaluation.encoding import decode_answer, encode_text
 from hf_longalign.evaluation.eval_mode import eval_mode
 from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, forget_longer_texts, join_rows, reuse_problem
 from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.stats import GenerationStats
 from hf_longalign.rope import model_range
 
 
@@ -29,23 +29,6 @@ logger = logging.getLogger(__name__)
 # Tokens of one forward while reading: its activations and its mask over 128k tokens (512 MiB) stay small.
 _CHUNK = 4096
 _LEAST_CHUNK = 256
-
-
-@dataclass
-class GenerationStats:
-    """What was done and how long it took, counted up over all calls.
-
-    Attributes:
-        prompt_tokens: tokens of the prompts answered.
-        cached_tokens: those of them that were not computed, because the prompt before had them too.
-        generated_tokens: tokens of the answers.
-        seconds: time spent reading and answering.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
 
 
 class _Encoded(NamedTuple):

@@ -1,0 +1,224 @@
+"""Answers through an endpoint: what is sent, how faults are met, what an error says and what it must not say."""
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from fake_endpoint import FakeEndpoint
+from tiny_chat import make_tiny_chat
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_longalign.evaluation.endpoint import EndpointError, EndpointGenerator
+from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.prompt import Prompt
+
+
+pytest.importorskip("openai", reason='needs pip install "hf_longalign[eval]"')
+
+
+def prompt_of(text, **fields):
+    return Prompt("needle", "single", 0, text, ("a",), fields.pop("max_new_tokens", 16), **fields)
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def echo():
+    """A server whose answers say which route they came by; `server.asked` holds path, body and headers."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.asked.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
+            text = f"{self.path.rpartition('/v1')[2]} END and more"
+            choice = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+            details = {"prompt_tokens_details": {"cached_tokens": 3}}
+            usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, **details}
+            answer = {"id": "1", "object": "o", "created": 0, "model": "tiny"}
+            answer |= {"choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": usage}
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_chat_and_plain_prompts_take_their_routes(echo):
+    generator = EndpointGenerator("tiny", f"http://127.0.0.1:{echo.server_port}")
+    prompts = [prompt_of("b", stop=("END",)), prompt_of("a", chat=False, max_new_tokens=7)]
+    found = dict(generator.generate(prompts))
+    assert found[prompts[0]].text == "/chat/completions " and found[prompts[0]].tokens == 2
+    assert found[prompts[1]].text == "/completions END and more"
+    bodies = {path: body for path, body, _ in echo.asked}
+    assert bodies["/v1/chat/completions"] == {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "b"}],
+        "temperature": 0.0,
+        "max_tokens": 16,
+        "stop": ["END"],
+    }
+    assert bodies["/v1/completions"] == {"model": "tiny", "prompt": "a", "temperature": 0.0, "max_tokens": 7}
+    stats = generator.stats
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.generated_tokens) == (10, 6, 4) and stats.seconds > 0
+    assert list(generator.generate([])) == []
+
+
+def test_a_login_in_the_url_is_sent_and_not_shown(echo, caplog, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
+    generator = EndpointGenerator("tiny", f"http://me:s%40cret@127.0.0.1:{echo.server_port}/v1/")
+    with caplog.at_level(logging.DEBUG):
+        list(generator.generate([prompt_of("a")]))
+    assert generator.url == f"http://127.0.0.1:{echo.server_port}/v1"
+    assert echo.asked[0][2]["authorization"] == "Basic bWU6c0BjcmV0"
+    assert "cret" not in caplog.text and "bWU6c0BjcmV0" not in caplog.text
+
+
+def test_no_more_than_so_many_at_once_and_prompts_that_share_stand_together():
+    prompts = [prompt_of(f"{kind} {number}") for number in range(10) for kind in "ab"]
+    with FakeEndpoint(slots=3, latency=(0.01, 0.02)) as server:
+        found = dict(EndpointGenerator("tiny", server.url, concurrency=3).generate(prompts))
+    assert set(found) == set(prompts) and server.most_at_once == 3
+    assert not any(entry.fault for entry in server.log)
+    order = [entry.prompt[0] for entry in server.log]
+    assert order[:8] == ["a"] * 8 and order[-8:] == ["b"] * 8
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "reset", "cut"])
+def test_faults_that_pass_are_asked_again(fault):
+    prompts = [prompt_of(f"[[{fault}]] one"), prompt_of("two")]
+    with FakeEndpoint() as server:
+        found = dict(EndpointGenerator("tiny", server.url).generate(prompts))
+    assert set(found) == set(prompts) and server.asked()[prompts[0].text] == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        ("400", "max-model-len"),
+        ("401", "Set the environment variable EVAL_KEY"),
+        ("404", "Set the model to one it serves"),
+        ("500*9", "overloaded or broken"),
+        ("hang*9", "Raise `timeout`"),
+        ("html", "OpenAI-compatible server"),
+        ("nochoices", "OpenAI-compatible server"),
+        ("error200", "OpenAI-compatible server"),
+    ],
+)
+def test_an_error_says_what_to_do_after_the_finished_answers(fault, remedy):
+    prompts = [prompt_of("a fine"), prompt_of(f"b [[{fault}]]"), prompt_of("c fine")]
+    done = []
+    with FakeEndpoint(latency=(0.05, 0.05)) as server:
+        generator = EndpointGenerator(
+            "tiny", server.url, api_key_env="EVAL_KEY", concurrency=3, timeout=0.5, max_retries=1
+        )
+        with pytest.raises(EndpointError, match=remedy):
+            done += (prompt.text for prompt, _ in generator.generate(prompts))
+    # A list that is extended keeps what came before the error.
+    assert sorted(done) == ["a fine", "c fine"]
+
+
+def test_after_a_failure_nothing_more_is_sent():
+    prompts = [prompt_of("[[400]] first"), *(prompt_of(f"later {number}") for number in range(20))]
+    with FakeEndpoint() as server:
+        with pytest.raises(EndpointError):
+            list(EndpointGenerator("tiny", server.url, concurrency=1).generate(prompts))
+        assert len(server.log) == 1
+
+
+def test_a_caller_may_leave_early_and_may_have_a_running_event_loop():
+    prompts = [prompt_of("a"), prompt_of("b [[hang*9]]")]
+    with FakeEndpoint() as server:
+        generator = EndpointGenerator("tiny", server.url)
+
+        async def first():
+            answers = generator.generate(prompts)
+            prompt, _ = next(answers)
+            answers.close()  # does not wait for the other
+            return prompt
+
+        assert asyncio.run(first()) == prompts[0]
+
+
+def test_an_absent_server_and_a_refused_key(monkeypatch, caplog):
+    monkeypatch.setenv("EVAL_KEY", "sk-very-secret")
+    with pytest.raises(EndpointError, match="cannot be reached"):
+        list(EndpointGenerator("tiny", "http://127.0.0.1:9", max_retries=0).generate([prompt_of("a")]))
+    with FakeEndpoint(key="sk-right") as server, caplog.at_level(logging.DEBUG):
+        generator = EndpointGenerator("tiny", server.url, api_key_env="EVAL_KEY")
+        with pytest.raises(EndpointError, match="the key is refused") as caught:
+            list(generator.generate([prompt_of("a")]))
+    assert "very-secret" not in str(caught.value) and "***" in str(caught.value)
+    assert "very-secret" not in caplog.text
+    with FakeEndpoint(key="sk-very-secret") as server:
+        generator = EndpointGenerator("tiny", server.url, api_key_env="EVAL_KEY")
+        assert len(list(generator.generate([prompt_of("a")]))) == 1
+
+
+def test_answers_without_content_are_empty_and_told(caplog):
+    with FakeEndpoint() as server:
+        ((_, completion),) = EndpointGenerator("tiny", server.url).generate([prompt_of("[[null]]")])
+    assert completion.text == "" and "has no content" in caplog.text
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://me:pw@host/v1?key=1"])
+def test_bad_urls_are_refused_without_their_login(url):
+    with pytest.raises(ValueError, match="`base_url` must be a URL") as caught:
+        EndpointGenerator("tiny", url)
+    assert "pw" not in str(caught.value) and "key" not in str(caught.value)
+    with pytest.raises(ValueError, match="`concurrency` must be a positive integer"):
+        EndpointGenerator("tiny", "http://host", concurrency=0)
+
+
+def test_a_real_server_answers_as_the_local_generator(tmp_path):
+    for module in ("fastapi", "uvicorn"):
+        pytest.importorskip(module, reason='needs pip install "transformers[serving]"')
+    folder = make_tiny_chat(tmp_path / "tiny")
+    (tmp_path / "hub").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    prompts = [prompt_of("Which town was warned first?"), prompt_of("Context: a long text about", chat=False)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        served = dict(EndpointGenerator(str(folder), f"http://127.0.0.1:{port}").generate(prompts))
+    finally:
+        process.terminate()
+        process.wait(30)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    local = dict(LocalGenerator(model, tokenizer).generate(prompts))
+    assert {p.text: c.text for p, c in served.items()} == {p.text: c.text for p, c in local.items()}
