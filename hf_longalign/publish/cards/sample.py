@@ -30,13 +30,20 @@ def show_sample(row: Mapping[str, Any]) -> str:
 
 
 def shorten(text: str, head: int = _HEAD, tail: int = _TAIL) -> str:
-    """Return the beginning and the end of a long text.
+    r"""Return about so many characters of the beginning and the end of a long text, whole words where it has blanks.
 
-    >>> shorten("abcdefghij", head=3, tail=2)
-    'abc\\n\\n[... 5 more characters ...]\\n\\nij'
+    >>> shorten("one two three four five", head=6, tail=6)
+    'one\n\n[... 16 more characters ...]\n\nfive'
     """
-    left_out = len(text) - head - tail
-    return text if left_out < 1 else f"{text[:head]}\n\n[... {left_out:,} more characters ...]\n\n{text[-tail:]}"
+    if len(text) <= head + tail:
+        return text
+    blank = text.rfind(" ", head // 2, head)
+    first = text[: blank if blank > 0 else head]
+    start = len(text) - tail
+    blank = text.find(" ", start, start + tail // 2) if tail else -1
+    last = text[blank + 1 if blank > 0 else start :]
+    note = f"[... {len(text) - len(first) - len(last):,} more characters ...]"
+    return "\n\n".join(filter(None, [first, note, last]))
 
 
 def _wrapped(text: str) -> str:
