@@ -37,8 +37,8 @@ class Task:
 
 
 # The few-shot tasks continue a list of examples, and the code tasks a file: a chat template would be in the way.
-# In SAMSum the model would go on with further dialogues, so the end of the line ends the answer. LongBench's script also
-# forbids an answer to begin with it; here such an answer is empty.
+# In SAMSum the model would go on with further dialogues, so the end of the line ends the answer. LongBench's script
+# also forbids an answer to begin with it; here such an answer is empty.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
