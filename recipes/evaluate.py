@@ -106,6 +106,7 @@ class SuiteArguments:
         default_factory=lambda: ["single", "multi_key", "multi_value", "multi_query"],
         metadata={"help": "Needle tasks."},
     )
+    max_new_tokens: int = field(default=128, metadata={"help": "Room for the answer to a needle question, in tokens."})
     haystack: str | None = field(
         default=None, metadata={"help": "A text file, a folder of them or a data set; unset: the built-in noise."}
     )
@@ -129,6 +130,9 @@ class SuiteArguments:
         default=None, metadata={"help": "Tokens of a perplexity window; unset: the largest of `lengths`."}
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Publish in this repository of the adapter."})
+    base_name: str | None = field(
+        default=None, metadata={"help": "What the published adapter calls its base, where that is a local folder."}
+    )
     private: bool = field(default=False, metadata={"help": "Whether a repository that is new on the Hub is private."})
 
 
@@ -201,6 +205,7 @@ def make_suites(
                 samples=args.samples,
                 seed=args.seed,
                 chat=chat,
+                max_new_tokens=args.max_new_tokens,
             )
             suites[name] = PromptSuite(name, list(prompts), score_needle, metric="exact_match")
         elif name == "longbench":
@@ -286,8 +291,8 @@ def make_report(
     }
     if "perplexity" in found:
         report["perplexity"] = found["perplexity"]
-    if setting.args.endpoint is None and prompts:
-        report["speed"] = {examinee.label: vars(examinee.generator.stats) for examinee in who}
+    stats = {examinee.label: vars(examinee.generator.stats) for examinee in who}
+    report["speed"] = {label: counts for label, counts in stats.items() if counts["prompt_tokens"]}
     return report
 
 
@@ -323,13 +328,13 @@ def publish_report(args: ModelArguments, suite_args: SuiteArguments, report: dic
             shutil.copy(Path(suite_args.output_dir) / name, staged)
         read = {name: json.loads((staged / f"{name}_config.json").read_text()) for name in ("longalign", "adapter")}
         facts = adapter_facts(
-            read["longalign"], read["adapter"], report, repo_id=suite_args.push_to_hub, base_model=args.base_name
+            read["longalign"], read["adapter"], report, repo_id=suite_args.push_to_hub, base_model=suite_args.base_name
         )
         (staged / "README.md").write_text(adapter_card(facts), encoding="utf-8")
         return publish_adapter(
             staged,
             suite_args.push_to_hub,
-            base_model=args.base_name,
+            base_model=suite_args.base_name,
             private=suite_args.private or None,
             resume_command=shlex.join(["accelerate", "launch", *sys.argv]),
         )
@@ -341,7 +346,8 @@ def main() -> None:
     names = check_suites(args, model_args.endpoint)
     if args.push_to_hub is not None and model_args.adapter is None:
         raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
-    state = PartialState()
+    # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     setting = Setting(model_args, state)
     with ResultStore(Path(args.output_dir) / "answers", state.process_index) as store:
         who = setting.examinees()

@@ -1,0 +1,168 @@
+"""The evaluation recipe as a user runs it: base and adapter, killed and resumed, on two processes, published."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from loopback_hub import TOKEN, Hub
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama, tiny_tokenizer
+
+from hf_longalign.base_weights import weights_sample
+from hf_longalign.distances import DistanceCoverage
+from hf_longalign.record import save_record
+from hf_longalign.rope import rope_record
+
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "evaluate.py"
+QUESTIONS = ["--suite", "needle,perplexity", "--lengths", "512", "1024", "--depths", "0", "1", "--samples", "2"]
+QUESTIONS += ["--max_new_tokens", "16"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = tiny_llama(initializer_range=0.3)
+    base.save_pretrained(folder / "base")
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder / "adapter")
+    coverage = DistanceCoverage(1024)
+    coverage.add([0, 1, 2, 500, 501])
+    record = {"rope": rope_record(base.config), "base_weights": weights_sample(model.get_base_model())}
+    save_record(folder / "adapter", {**record, "coverage": coverage.state()})
+    for name in ("base", "adapter"):
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def command(models, output, *more, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        config = ROOT / "recipes" / "accelerate" / "cpu.yaml"
+        launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
+    arguments = [
+        "--model",
+        models / "base",
+        "--adapter",
+        models / "adapter",
+        "--output_dir",
+        output,
+        *QUESTIONS,
+        *more,
+    ]
+    return [*launcher, str(RECIPE), *map(str, arguments)]
+
+
+def environment(**more):
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", **more}
+
+
+def run(models, output, *more, processes=1, env=None):
+    return subprocess.run(
+        command(models, output, *more, processes=processes),
+        env=env or environment(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def report_of(output):
+    report = json.loads((output / "report.json").read_text())
+    return {name: value for name, value in report.items() if name not in ("speed", "date")}
+
+
+def keys_of(output):
+    files = sorted((output / "answers").glob("*.jsonl"))
+    return [json.loads(line)["key"] for file in files for line in file.read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    done = run(models, output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def test_the_report_compares_base_and_adapter(whole):
+    report = report_of(whole)
+    assert [model["label"] for model in report["models"]] == ["base", "adapter"]
+    assert [model["name"] for model in report["models"]] == ["base", "adapter"]  # no path of this machine
+    tasks = report["suites"][0]["tasks"]
+    assert [task["task"] for task in tasks] == ["single", "multi_key", "multi_value", "multi_query"]
+    assert all(task["samples"] == 8 and set(task["scores"]) == {"base", "adapter"} for task in tasks)
+    perplexity = report["perplexity"]["perplexity"]
+    assert perplexity["base"] != perplexity["adapter"]
+    assert {"needle_heatmap.png", "needle_accuracy.png", "perplexity.png", "coverage.png"} <= set(report["images"])
+    assert all((whole / name).is_file() for name in (*report["images"], "report.md"))
+    assert str(whole.parent) not in (whole / "report.json").read_text() + (whole / "report.md").read_text()
+
+
+def test_killed_it_goes_on_with_what_is_left(models, whole, tmp_path):
+    process = subprocess.Popen(command(models, tmp_path), env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while len(keys_of(tmp_path) if (tmp_path / "answers").is_dir() else []) < 5:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = keys_of(tmp_path)
+    assert not (tmp_path / "report.json").exists()
+    done = run(models, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = keys_of(tmp_path)
+    assert set(before) < set(after) and len(after) == len(set(after)), "nothing is asked twice"
+    assert report_of(tmp_path) == report_of(whole)
+
+
+def test_two_processes_equal_one(models, whole, tmp_path):
+    done = run(models, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = sorted(path.name for path in (tmp_path / "answers").iterdir())
+    assert files == ["results-0.jsonl", "results-1.jsonl"]
+    assert sorted(keys_of(tmp_path)) == sorted(keys_of(whole))
+    assert report_of(tmp_path) == report_of(whole)
+
+
+def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
+    with Hub() as hub:
+        env = environment(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+        done = run(models, whole, "--push_to_hub", "user/adapter", "--base_name", "org/base", env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"{hub.url}/user/adapter" in done.stdout
+        files = hub.repos["models", "user/adapter"].files()
+    names = {"adapter_model.safetensors", "adapter_config.json", "longalign_config.json", "README.md", "report.json"}
+    assert names | {"report.md", "needle_heatmap.png", "coverage.png"} <= set(files)
+    assert files["adapter_model.safetensors"] == (models / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    card = files["README.md"].decode()
+    assert "base_model: org/base" in card and "model-index" in card and "![" in card
+    assert str(models) not in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--suite", "needles"], "`suite` must be among needle"),
+        (["--lengths", "2048"], "within the model's range of 1,024 tokens, got 2,048"),
+        (["--suite", "ruler", "--endpoint", "http://localhost:1/v1"], "needs the model itself, got an endpoint"),
+        (["--haystack", "missing.txt"], "missing.txt"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
+    done = run(models, tmp_path, *options)
+    assert done.returncode != 0 and message in done.stderr
