@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from huggingface_hub import get_token
 from trl import TrlParser
@@ -182,7 +183,8 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     args, options = TrlParser((SynthesizeArguments, SynthesisOptions)).parse_args_and_config()
-    state = PartialState()
+    # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     if args.output_dir is None and not args.dry_run and args.num_shards == 1:
         raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
     if args.push_to_hub is not None and not args.dry_run and get_token() is None:

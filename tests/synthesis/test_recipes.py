@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -105,6 +106,23 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
     assert (tmp_path / "replies.jsonl").read_bytes() == (tmp_path / "merged.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="no such journal"):
         run(monkeypatch, "journal", "list", tmp_path / "none.sqlite")
+
+
+def test_two_processes_on_cpus_ask_once(tmp_path):
+    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", RECIPES / "accelerate" / "cpu.yaml", RECIPES / "synthesize.py"]
+    with FakeEndpoint() as server:
+        arguments = (
+            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
+            *("--checks", "duplicate", "--n_distractors", 3, "--cache_dir", tmp_path / "cache"),
+            *("--output_dir", tmp_path / "out"),
+        )
+        command = list(map(str, [*launcher, *arguments]))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(server.log) == 12
+    assert done.stdout.count("Wrote ") == 1
 
 
 def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, monkeypatch, capsys):
