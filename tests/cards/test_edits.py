@@ -133,6 +133,10 @@ def test_a_card_that_cannot_be_read_is_refused(remote, message):
         merge_card(SECOND, remote)
 
 
+def test_a_generated_card_without_sections_keeps_what_people_wrote():
+    assert "Mine." in merge_card(assemble({}, {}), assemble({}, {"intro": "# Rows"}) + "\nMine.\n")
+
+
 def test_a_person_s_own_new_card_is_taken_as_it_is():
     assert merge_card("# Mine\n", FIRST) == "# Mine\n"
 

@@ -107,7 +107,7 @@ def merge_card(new: str, remote: str | None) -> str:
     (True, True, True)
     """
     ours = _parse(new, "new")
-    if remote is None or not remote.strip() or not ours.ledger:
+    if remote is None or not remote.strip() or not _LEDGER.search(new):
         return new
     theirs = _parse(remote.replace("\r\n", "\n"), "published")
     if not theirs.ledger and is_trl_card("\n".join(part.text for part in theirs.parts)):
