@@ -119,7 +119,7 @@ class PrefixCache:
             chunk: the most tokens of one forward.
         """
         self._go_back(keep)
-        marks = set(marks)
+        marks = set(marks) if self._windows else set()
         for start, end in _pieces(keep, ids.size, marks, chunk):
             positions = torch.arange(start, end, device=model.device)[None]
             logits = model(
