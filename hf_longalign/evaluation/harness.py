@@ -40,6 +40,8 @@ RULER_TASKS = (
     "ruler_qa_hotpot",
 )
 RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+# RULER's lengths count neither the chat template nor the beginning of the answer that it puts into the model's mouth.
+RULER_EXTRA = 256
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SUITES: dict[str, tuple[str, ...]] = {"ruler": RULER_TASKS, "short": ("mmlu_pro", "gsm8k", "ifeval")}
 
@@ -96,7 +98,8 @@ def run_harness(
         model: loaded, with or without an adapter; it is set to evaluation mode.
         tokenizer: the model's.
         tasks: names of lm-eval's tasks and groups, or of `SUITES`: "ruler", "short".
-        max_length: tokens the model reads and writes together.
+        max_length: tokens the model reads and writes together; a RULER sample of that length may take up to
+            `RULER_EXTRA` more.
         ruler_lengths: lengths in tokens of RULER's samples; `None`: all of `RULER_LENGTHS` up to `max_length`.
         limit: questions of each task (of each member of a group), the first ones; `None`: all.
         batch_size: prompts at once.
@@ -146,7 +149,8 @@ class _Harness:
         self.lm_eval, self.version = lm_eval, str(lm_eval.__version__)
         self.tokenizer, self.limit, self.chat = tokenizer, limit, chat
         self.own = None if include_path is None else _tasks_in(include_path)
-        self.lm = _counting_lm(model, tokenizer, max_length, batch_size)
+        self.max_length = max_length
+        self.lm = _counting_lm(model, tokenizer, batch_size)
 
     def manager(self, name: str) -> Any:
         return self.own if self.own is not None and name in self.own.all_tasks else _tasks_of_lm_eval()
@@ -182,6 +186,7 @@ class _Harness:
 
     def run(self, name: str, manager: Any, length: int | None = None) -> list[HarnessResult]:
         self.lm.cut = 0
+        self.lm.room = max(self.max_length, 0 if length is None else length + RULER_EXTRA)
         try:
             with _only_process():
                 found = self.lm_eval.simple_evaluate(
@@ -240,14 +245,17 @@ def _tasks_in(folder: str | Path, metadata: dict[str, Any] | None = None) -> Any
     return TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
 
 
-def _counting_lm(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
-) -> Any:
-    """lm-eval's model around a loaded one, which counts the prompts that are too long in `cut`."""
+def _counting_lm(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """lm-eval's model around a loaded one: reads and writes `room` tokens, counts the longer prompts in `cut`."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):
         cut = 0
+        room = 0
+
+        @property
+        def max_length(self) -> int:
+            return self.room
 
         def tok_batch_encode(
             self,
@@ -267,9 +275,7 @@ def _counting_lm(
             return super()._loglikelihood_tokens(requests, *args, **options)
 
     # The tokenizer is copied because lm-eval gives it a padding token.
-    return CountingLM(
-        pretrained=model, tokenizer=copy.deepcopy(tokenizer), max_length=max_length, batch_size=batch_size
-    )
+    return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
 def _metrics(values: Mapping[str, Any], length: int | None) -> dict[str, float]:

@@ -145,6 +145,9 @@ def test_ruler_makes_its_texts_at_each_length_asked(model, monkeypatch, tmp_path
     assert [(result.length, result.metric) for result in results] == [(480, "480,none"), (512, "512,none")]
     assert all(result.error is None and result.samples == 1 for result in results)
     assert [result.value for result in results] == [0.0, 0.0]
+    # At the model's own length the template and the answer's beginning come on top, and nothing is lost.
+    (full,) = _run(model, ["niah_single_1"], ruler_lengths=[480], max_length=480, limit=20)
+    assert (full.samples, full.cut) == (20, 0)
 
 
 def test_names_lengths_and_templates_are_checked_before_anything_runs(model):
