@@ -113,7 +113,11 @@ def _without_package(facts: AdapterFacts, adapter: str) -> list[str]:
         lines.append(f"config.max_position_embeddings = {rope['max_position_embeddings']}")
     lines += [
         "model = AutoModelForCausalLM.from_pretrained(",
-        f'    name{revision}, config=config, dtype="auto", device_map="auto"',
+        "    name,",
+        *(["    revision=revision,"] if revision else []),
+        "    config=config,",
+        '    dtype="auto",',
+        '    device_map="auto",',
         ")",
         f'model = PeftModel.from_pretrained(model, "{adapter}")',
     ]
