@@ -7,11 +7,8 @@ Every answer is on disk as soon as it is there: the same command goes on where a
 share the questions. The options below can stand in a YAML (`--config`) or on the command line, which wins.
 """
 
-import json
 import logging
-import shlex
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from datetime import date
@@ -24,6 +21,7 @@ import transformers
 from accelerate import PartialState
 from datasets import load_dataset
 from huggingface_hub import snapshot_download
+from publishing import AdapterPublishArguments
 from transformers import AutoConfig, BitsAndBytesConfig
 from trl import TrlParser
 
@@ -46,8 +44,7 @@ from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.write import write_report
 from hf_longalign.publish.adapter import publish_adapter
-from hf_longalign.publish.cards.adapter import adapter_card
-from hf_longalign.publish.cards.facts import adapter_facts
+from hf_longalign.publish.card_file import write_adapter_card
 from hf_longalign.rope import model_range
 from hf_longalign.version import __version__
 
@@ -130,10 +127,6 @@ class SuiteArguments:
         default=None, metadata={"help": "Tokens of a perplexity window; unset: the largest of `lengths`."}
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Publish in this repository of the adapter."})
-    base_name: str | None = field(
-        default=None, metadata={"help": "What the published adapter calls its base, where that is a local folder."}
-    )
-    private: bool = field(default=False, metadata={"help": "Whether a repository that is new on the Hub is private."})
 
 
 class Setting:
@@ -317,35 +310,37 @@ def public_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def publish_report(args: ModelArguments, suite_args: SuiteArguments, report: dict[str, Any]) -> str:
-    """Publish the adapter with its report and a card that shows it, and return the URL."""
-    adapter = Path(args.adapter)
-    source = adapter if adapter.is_dir() else Path(snapshot_download(args.adapter, revision=args.adapter_revision))
+def publish_report(
+    model_args: ModelArguments, args: SuiteArguments, publish_args: AdapterPublishArguments, report: dict[str, Any]
+) -> str:
+    """Publish the adapter with its report and a card that shows it, and return what to tell the user."""
+    adapter, revision = model_args.adapter, model_args.adapter_revision
+    source = adapter if Path(adapter).is_dir() else snapshot_download(adapter, revision=revision)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / "adapter"
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report["images"]):
-            shutil.copy(Path(suite_args.output_dir) / name, staged)
-        read = {name: json.loads((staged / f"{name}_config.json").read_text()) for name in ("longalign", "adapter")}
-        facts = adapter_facts(
-            read["longalign"], read["adapter"], report, repo_id=suite_args.push_to_hub, base_model=suite_args.base_name
-        )
-        (staged / "README.md").write_text(adapter_card(facts), encoding="utf-8")
-        return publish_adapter(
+            shutil.copy(Path(args.output_dir) / name, staged)
+        write_adapter_card(staged, repo_id=args.push_to_hub, **publish_args.card())
+        url = publish_adapter(
             staged,
-            suite_args.push_to_hub,
-            base_model=suite_args.base_name,
-            private=suite_args.private or None,
-            resume_command=shlex.join(["accelerate", "launch", *sys.argv]),
+            args.push_to_hub,
+            base_model=publish_args.base_name,
+            private=args.private or None,
+            **publish_args.options(),
         )
+    return publish_args.told(url)
 
 
 def main() -> None:
     """Ask, score, report, publish."""
-    model_args, args = TrlParser((ModelArguments, SuiteArguments)).parse_args_and_config()
+    parser = TrlParser((ModelArguments, SuiteArguments, AdapterPublishArguments))
+    model_args, args, publish_args = parser.parse_args_and_config()
     names = check_suites(args, model_args.endpoint)
     if args.push_to_hub is not None and model_args.adapter is None:
         raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
+    if args.push_to_hub is not None:
+        publish_args.check(base=model_args.model if Path(model_args.adapter).is_dir() else None)
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     setting = Setting(model_args, state)
@@ -363,7 +358,7 @@ def main() -> None:
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {args.output_dir}")
     if args.push_to_hub is not None:
-        print(f"Published {publish_report(model_args, args, report)}")
+        print(publish_report(model_args, args, publish_args, report))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/sft.py --config recipes/qwen2.5-0.5b/sft_skipalign.yaml --output_dir outputs/qwen
 
-Every option of TRL's `ScriptArguments`, `LongAlignSFTConfig`, `ModelConfig` and of the two classes below can stand in
+Every option of TRL's `ScriptArguments`, `LongAlignSFTConfig`, `ModelConfig` and of the classes below can stand in
 the YAML or on the command line, which wins.
 """
 
@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from publishing import AdapterPublishArguments
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
+from hf_longalign.evaluation.coverage_plot import plot_coverage
+from hf_longalign.publish.adapter import publish_adapter
+from hf_longalign.publish.card_file import write_adapter_card
+from hf_longalign.publish.main_process import on_main_process
+from hf_longalign.publish.push import CARD
 from hf_longalign.rope import scale_rope
 
 
@@ -51,6 +57,9 @@ class RopeArguments:
             "choices": ["yarn", "linear", "dynamic", "llama3"],
         },
     )
+
+
+ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, RopeArguments, AdapterPublishArguments)
 
 
 def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -143,13 +152,55 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+def finish(trainer: LongAlignSFTTrainer, own_card: bytes | None, pushes: bool, args: AdapterPublishArguments) -> str:
+    """Write the card, publish if asked to, and return what to tell the user."""
+    training_args = trainer.args
+    folder = Path(training_args.output_dir)
+    if (folder / "adapter_config.json").is_file():
+        (folder / CARD).unlink(missing_ok=True)
+        if own_card is not None:
+            (folder / CARD).write_bytes(own_card)
+        coverage = trainer.training_record().get("coverage")
+        if coverage is not None:
+            draw_coverage(coverage, folder / "assets" / "coverage.png")
+        write_adapter_card(folder, **args.card())
+    else:
+        trainer.create_model_card(dataset_name=(trainer.data_source or {}).get("name"))
+    if not pushes:
+        return f"Saved to {folder}"
+    url = publish_adapter(
+        folder,
+        training_args.hub_model_id or folder.resolve().name,
+        base_model=args.base_name,
+        private=training_args.hub_private_repo,
+        token=training_args.hub_token,
+        **args.options("--resume_from_checkpoint", "auto"),
+    )
+    return args.told(url)
+
+
+def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
+    """Draw what the positions covered, where matplotlib is installed."""
+    try:
+        plot_coverage(coverage, path, title="Relative distances covered in training")
+    except ImportError as error:
+        logger.warning("The card has no picture: %s", error)
+
+
 def main(
     data_args: DataArguments,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
     rope_args: RopeArguments,
+    publish_args: AdapterPublishArguments,
 ) -> None:
-    """Train, evaluate, save."""
+    """Train, evaluate, save, publish."""
+    # Not by the trainer, which would push every checkpoint, optimiser state and all, and swallow what fails.
+    pushes, training_args.push_to_hub = training_args.push_to_hub, False
+    if pushes:
+        publish_args.check(training_args.hub_token, model_args.model_name_or_path)
+    own_card = Path(training_args.output_dir, CARD)
+    own_card = own_card.read_bytes() if own_card.is_file() else None  # PEFT writes into it when it saves
     training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
@@ -177,12 +228,7 @@ def main(
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
     trainer.save_model(training_args.output_dir)
-    # A local path says nothing to a reader of the card.
-    dataset_name = None if Path(data_args.dataset_name).exists() else data_args.dataset_name
-    trainer.create_model_card(dataset_name=dataset_name)
-    trainer.accelerator.print(f"Saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=dataset_name)
+    trainer.accelerator.print(on_main_process(lambda: finish(trainer, own_card, pushes, publish_args)))
     # The wrapper goes before the process group: the last to hold a gloo group, it would close it without ever letting
     # go of Python's lock, for which a thread of that group may be waiting.
     trainer.model_wrapped = trainer.model
@@ -193,4 +239,4 @@ def main(
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main(*TrlParser((DataArguments, LongAlignSFTConfig, ModelConfig, RopeArguments)).parse_args_and_config())
+    main(*TrlParser(ARGUMENTS).parse_args_and_config())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import get_token
+from publishing import PublishArguments
 from trl import TrlParser
 
 from hf_longalign.publish.dataset import publish_dataset
@@ -182,13 +182,14 @@ def main() -> int:
     """Run the recipe; the exit status is 1 where it stopped and a rerun goes on."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    args, options = TrlParser((SynthesizeArguments, SynthesisOptions)).parse_args_and_config()
+    parser = TrlParser((SynthesizeArguments, SynthesisOptions, PublishArguments))
+    args, options, publish_args = parser.parse_args_and_config()
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if args.output_dir is None and not args.dry_run and args.num_shards == 1:
         raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
-    if args.push_to_hub is not None and not args.dry_run and get_token() is None:
-        raise ValueError("`push_to_hub` needs a token with the right to write, got none. Run `hf auth login` first.")
+    if args.push_to_hub is not None and not args.dry_run:
+        publish_args.check()
     builders = make_builders(args, options)
     if args.dry_run:
         if state.is_main_process:
@@ -205,7 +206,9 @@ def main() -> int:
             folder = write_data(builders, args)
             print(f"Wrote {folder}.")
             if args.push_to_hub is not None:
-                print(f"Published {publish_dataset(folder, args.push_to_hub, private=args.private)}")
+                private = args.private or None
+                url = publish_dataset(folder, args.push_to_hub, private=private, **publish_args.options())
+                print(publish_args.told(url))
     except (RunStopped, KeyboardInterrupt) as stop:
         print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
         return 1

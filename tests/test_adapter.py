@@ -104,5 +104,5 @@ def test_a_base_with_other_weights(trained, tmp_path):
     other = tmp_path / "other"
     tiny_llama(seed=1, max_position_embeddings=64, initializer_range=0.3).save_pretrained(other)
     load_adapter(adapter)
-    with pytest.raises(ValueError, match="got others in `model.embed_tokens.weight`"):
+    with pytest.raises(ValueError, match=r"got others in `model\.embed_tokens\.weight`"):
         load_adapter(adapter, base_model=other)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
+from loopback_hub import TOKEN, Hub
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tiny import chats, tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
-from hf_longalign import LongAlignSFTConfig
 from hf_longalign.adapter import load_adapter
 from hf_longalign.rope import scale_rope
 
@@ -87,7 +87,7 @@ def record(output):
 
 
 def parse(*arguments):
-    parser = TrlParser((sft.DataArguments, LongAlignSFTConfig, ModelConfig, sft.RopeArguments))
+    parser = TrlParser(sft.ARGUMENTS)
     return parser.parse_args_and_config([str(argument) for argument in arguments])
 
 
@@ -201,7 +201,7 @@ def test_data_set_in_no_format_is_named(files, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/sft*.yaml")), ids=lambda path: path.parent.name)
 def test_model_files_hold_known_options_and_name_their_hardware(path, tmp_path):
-    data, training, model, _ = parse("--config", path, "--output_dir", tmp_path, "--bf16", "false")
+    data, training, model, *_ = parse("--config", path, "--output_dir", tmp_path, "--bf16", "false")
     assert model.model_name_or_path and data.dataset_name and training.skip_target_length
     head = path.read_text().split("\n\n")[0]
     assert "Hardware: " in head and str(path.relative_to(RECIPES.parent)) in head
@@ -225,3 +225,33 @@ def test_adapter_loads_back(uninterrupted):
     assert (uninterrupted / "tokenizer.json").exists()
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_the_adapter_is_published_once_with_its_card(files, tmp_path):
+    with Hub() as hub:
+        names = ("--push_to_hub", "true", "--hub_model_id", "user/adapter", "--base_name", "org/base")
+        options = ("--max_steps", "2", "--adapter_license", "mit", "--languages", "en", "--tag", "v1")
+        command = [sys.executable, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(tmp_path)]
+        hub_settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        environment = {**os.environ, **hub_settings, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        run = subprocess.run(
+            [*command, *names, *options], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert f"Published {hub.url}/user/adapter" in run.stdout
+        repo = hub.repos["models", "user/adapter"]
+        pushed, commits = repo.files(), hub.seen.count("commit")
+        assert repo.tags["v1"] == repo.branches["main"] and commits == 1
+    assert pushed["adapter_model.safetensors"] == (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert not [name for name in pushed if "checkpoint" in name or name.endswith((".pt", ".bin", ".pth"))]
+    card = pushed["README.md"].decode()
+    assert "base_model: org/base" in card and "license: mit" in card and "(assets/coverage.png)" in card
+    assert 'load_adapter("user/adapter"' in card and str(files) not in card
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+
+
+def test_a_push_that_cannot_be_is_refused_before_training(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with pytest.raises(ValueError, match="`base_name` must be given"):
+        sft.main(*parse("--config", files / "config.yaml", "--output_dir", tmp_path, "--push_to_hub", "true"))

@@ -1,0 +1,59 @@
+"""Writing an adapter's card from the files beside it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_longalign.publish.cards.adapter import adapter_card
+from hf_longalign.publish.cards.edits import merge_card
+from hf_longalign.publish.cards.facts import adapter_facts
+from hf_longalign.publish.push import CARD
+
+
+def write_adapter_card(
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+) -> Path:
+    """Write the README.md of an adapter from what lies in its folder, and return its path.
+
+    Read are `adapter_config.json`, `longalign_config.json`, an evaluation's `report.json`, and the pictures in the
+    folder and in its `assets`. What a person wrote into the card that is there stays, see [`merge_card`].
+
+    Args:
+        folder: what `LongAlignSFTTrainer` saved.
+        repo_id: where it will be published; a push fills it in otherwise.
+        base_model: Hub id of the base model, where the adapter names a local folder.
+        license: licence of the adapter, as the Hub names it.
+        languages: ISO 639 codes.
+
+    Raises:
+        ValueError: no adapter in the folder, or a card whose front matter or marks cannot be read.
+    """
+    folder = Path(folder)
+    config = _read(folder / "adapter_config.json")
+    if config is None:
+        raise ValueError(f"`folder` must hold an adapter, got {folder} without adapter_config.json. Save one into it.")
+    images = [*sorted(folder.glob("assets/*.png")), *sorted(folder.glob("*.png"))]
+    facts = adapter_facts(
+        _read(folder / "longalign_config.json") or {},
+        config,
+        _read(folder / "report.json"),
+        repo_id=repo_id,
+        base_model=base_model,
+        license=license,
+        languages=languages,
+        images=[path.relative_to(folder).as_posix() for path in images],
+    )
+    path = folder / CARD
+    present = path.read_text(encoding="utf-8") if path.is_file() else None
+    path.write_text(merge_card(adapter_card(facts), present), encoding="utf-8")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
