@@ -2,12 +2,12 @@
 
     python benchmarks/generation.py    # on the GPU if there is one, else on the CPU
 
-Both answer the same prompts with the same model in turn in one process, so that noise meets both: a haystack, the same
-for all lengths and depths of a sample, with a needle put in and a question after it. What counts is the ratio, `x`.
-`cached` is the share of prompt tokens that were not computed; `equal` the share of answers that are the same, token for
-token, which rounding lets fall short of 1 in half precision, above all with random weights. On CUDA peak memory is what
-torch allocated at most beside the weights. The last row asks all lengths at once. `load_average_before` beyond the
-number of cores tells that the machine had other work.
+Both answer the same prompts with the same model in turn in one process, so that noise meets both: a haystack, the
+same for all lengths and depths of a sample, with a needle put in and a question after it. What counts is the ratio,
+`x`. `cached` is the share of prompt tokens that were not computed; `equal` the share of answers that are the same,
+token for token, which rounding lets fall short of 1 in half precision, above all with random weights. The last row
+asks all lengths at once. On a CPU times are CPU seconds, which other work on the machine lengthens less; on CUDA they
+are wall-clock, and peak memory is what torch allocated at most beside the weights.
 """
 
 import argparse
@@ -96,17 +96,18 @@ def answer_naively(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 def measured(answer: Any) -> tuple[Any, float, int]:
     """What a function returns, its seconds, and on CUDA the bytes it allocated at most."""
     cuda = torch.cuda.is_available()
+    clock = time.perf_counter if cuda else time.process_time
     before = 0
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
+    start = clock()
     result = answer()
     if cuda:
         torch.cuda.synchronize()
-    return result, time.perf_counter() - start, torch.cuda.max_memory_allocated() - before if cuda else 0
+    return result, clock() - start, torch.cuda.max_memory_allocated() - before if cuda else 0
 
 
 def compare(model: LlamaForCausalLM, prompts: list[Prompt], repeats: int, batch_tokens: int) -> dict[str, Any]:
