@@ -65,6 +65,13 @@ def test_metadata_of_people_survives_and_what_describes_the_files_does_not():
     assert merge_card(SECOND, merged) == merged
 
 
+def test_deleted_metadata_stays_away_unless_the_files_need_it():
+    edited = FIRST.replace("license: mit\n", "").replace("configs:\n- config_name: chat\n", "")
+    merged = merge_card(SECOND, edited)
+    assert "license: mit" not in merged and "config_name: chat" in merged
+    assert merge_card(SECOND, merged) == merged
+
+
 def test_scores_of_an_earlier_push_go_with_it():
     before = assemble({"model-index": [{"name": "x"}], "license": "mit"}, {"evaluation": "0.9"})
     merged = merge_card(assemble({"license": "mit"}, {"intro": "# New"}), before)
