@@ -127,6 +127,7 @@ class SuiteArguments:
         default=None, metadata={"help": "Tokens of a perplexity window; unset: the largest of `lengths`."}
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "Publish in this repository of the adapter."})
+    private: bool = field(default=False, metadata={"help": "Whether a repository that is new on the Hub is private."})
 
 
 class Setting:

@@ -79,6 +79,10 @@ class HarnessSuite:
                         task["error"] = found["error"]
                         continue
                     task.update(metric=found["metric"], samples=found["samples"])
+                    if found["cut"]:
+                        task["error"] = (
+                            f"{found['cut']:,} prompts were longer than the model's range and lost their beginning"
+                        )
                     task["scores"][examinee.label] = _with_error(found["value"], found["stderr"])
         for task in tasks.values():
             values = [score["value"] for score in task["scores"].values()]
