@@ -69,6 +69,7 @@ _REPLY = "text, finish_reason, prompt_tokens, completion_tokens, reply_model"
 # A full disk must stop the run before the next request is paid for, with room left for the replies under way.
 _DISK_RESERVE = 64 * 2**20
 _FLUSH_SECONDS = 1.0
+_PATIENCE_SECONDS = 60
 # Pages of 4 KiB in the write-ahead log after which a commit moves them into the file itself, should the thread lag.
 _LONGEST_LOG = 20_000
 
@@ -223,9 +224,9 @@ class Journal:
         self.close()
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            _use_write_ahead_log(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_LONGEST_LOG}")
             _prepare(connection)
@@ -272,6 +273,19 @@ class Journal:
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:
     row = connection.execute(f"SELECT {_REPLY} FROM replies WHERE key = ?", (key,)).fetchone()
     return Reply(*row) if row else None
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Turn it on. Where others open a new journal at the same moment, SQLite does not wait for them by itself."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _prepare(connection: sqlite3.Connection) -> None:

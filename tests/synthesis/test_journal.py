@@ -268,3 +268,23 @@ def test_what_put_has_returned_survives_a_kill(path):
     assert len(keys) == 100
     with Journal(path) as journal:
         assert all(journal.get(key) for key in keys)
+
+
+def test_a_journal_that_another_is_making_is_waited_for(tmp_path, monkeypatch):
+    """SQLite says so at once, not after its time-out, when two turn on the write-ahead log together."""
+    refusals = ["database is locked"] * 3
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *arguments):
+            if statement.startswith("PRAGMA journal_mode") and refusals:
+                raise sqlite3.OperationalError(refusals.pop())
+            return super().execute(statement, *arguments)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    with Journal(tmp_path / "journal.sqlite") as journal:
+        assert journal.totals().replies == 0
+    assert not refusals
+    refusals.append("disk I/O error")
+    with pytest.raises(JournalError, match="disk I/O error"):
+        Journal(tmp_path / "journal.sqlite")

@@ -209,7 +209,7 @@ def test_every_recipe_is_complete(tmp_path, monkeypatch, path, given, capsys, to
 
 
 def test_processes_that_ask_together_ask_each_thing_once(tmp_path):
-    barrier, asked, found = threading.Barrier(2), [], {}
+    barrier, asked, found = threading.Barrier(2, timeout=60), [], {}
 
     def process(rank):
         generator = FakeGenerator(fail=[5])
