@@ -1,6 +1,6 @@
 """Train a tiny model on short samples, align it once per skip strategy, and ask it for facts at 16 times the length.
 
-    python recipes/quickstart.py                 # under 3 minutes on 2 CPU cores, nothing is downloaded
+    python recipes/quickstart.py                 # under 4 minutes on 2 CPU cores, nothing is downloaded
     python recipes/quickstart.py --seeds 3       # the same for seeds 0, 1 and 2
 
 A base is trained from scratch with ordinary positions. Then the very same data, steps and seed align it with ordinary
