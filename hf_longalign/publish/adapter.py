@@ -7,9 +7,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from hf_longalign.publish.card_file import renewed_card
+from hf_longalign.publish.cards.edits import is_own_card
 from hf_longalign.publish.private import Machine
 from hf_longalign.publish.push import CARD, MAX_FILES, Destination, push, write_dry_run
 from hf_longalign.publish.scan import check_private
+from hf_longalign.record import RECORD_NAME
 
 
 logger = logging.getLogger(__name__)
@@ -25,6 +28,8 @@ PUBLISHED = (
     *("additional_chat_templates/*.jinja", "report.json", "report.md", "*.png", "assets/*.png"),
     *("evaluation/report.json", "evaluation/report.md", "evaluation/*.png"),
 )
+# Pictures that are drawn for a report or a card; others in a repository are a person's.
+_DRAWN = ("needle_*.png", "perplexity.png", "coverage.png")
 # Where a base model's name stands.
 _NAMES = {
     "adapter_config.json": "base_model_name_or_path",
@@ -51,11 +56,13 @@ def publish_adapter(
     """Push an adapter or a whole model as one commit, compare what arrived, and return its URL.
 
     Weights, configuration, tokenizer, card, training record and evaluation report go (`PUBLISHED`), all else of the
-    folder stays and is named in the log. Where the base model was a local folder, `base_model` takes its place in what
-    is pushed; the folder itself is not touched. For the rest see [`publish_dataset`].
+    folder stays and is named in the log. The card is README.md, renewed as `write_adapter_card` does it; one without
+    any section of this package is a person's own and goes as it is, unless TRL or PEFT wrote it. Where the base model
+    was a local folder, `base_model` takes its place in what is pushed; the folder itself is not touched. For the rest
+    see [`publish_dataset`].
 
     Args:
-        folder: what `LongAlignSFTTrainer` saved, with a `README.md`.
+        folder: what `LongAlignSFTTrainer` saved.
         repo_id: `user/name` or `organisation/name`; made if it is not there.
         base_model: Hub id, or any neutral name, of the base model; needed where the adapter names a local folder.
             Readers load a neutral name through `load_adapter(…, base_model=…)`.
@@ -70,8 +77,8 @@ def publish_adapter(
         endpoint: the same.
 
     Raises:
-        ValueError: no weights or no card in the folder, a base model that is a local folder, something private in
-            what is about to go, or a repository that holds something else.
+        ValueError: no weights in the folder, neither a card nor the record to write it from, a base model that is a
+            local folder, something private in what is about to go, or a repository that holds something else.
         PublishError: the push did not arrive whole; the message names what goes on with it.
 
     Example:
@@ -83,15 +90,28 @@ def publish_adapter(
     folder = Path(folder)
     selected = _select(folder)
     files: dict[str, Path | bytes] = {**selected, **_neutral(selected, base_model)}
+    if CARD not in selected or not is_own_card(selected[CARD].read_text(encoding="utf-8")):
+        if RECORD_NAME not in selected:
+            raise ValueError(
+                f"`folder` must hold README.md, or {RECORD_NAME} to write it from, got {folder} with neither. Write a "
+                "card into it."
+            )
+        files[CARD] = renewed_card(folder, base_model=base_model).encode("utf-8")
     to = Destination(repo_id, "model", private, branch, create_pr, tag, token, endpoint)
     check_private(files, Machine.here(repo_id, base_model, token=token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
-    return push(files, to, owned=_is_published, resume_command=resume_command)
+    return push(files, to, owned=_is_owned, resume_command=resume_command)
 
 
 def _is_published(name: str) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in PUBLISHED)
+
+
+def _is_owned(name: str) -> bool:
+    """Whether a later push may delete it: a picture that a person put there for the card is nothing of ours."""
+    drawn = any(fnmatch(name.split("/")[-1], pattern) for pattern in _DRAWN)
+    return _is_published(name) and (drawn or not name.endswith(".png"))
 
 
 def _select(folder: Path) -> dict[str, Path]:
@@ -100,10 +120,10 @@ def _select(folder: Path) -> dict[str, Path]:
     names = {path.relative_to(folder).as_posix(): path for path in entries}
     files = {name: path for name, path in names.items() if path.is_file() and _is_published(name)}
     config = "adapter_config.json" if "adapter_model.safetensors" in files else "config.json"
-    if config not in files or CARD not in files or not any(fnmatch(n, p) for n in files for p in WEIGHTS):
+    if config not in files or not any(fnmatch(n, p) for n in files for p in WEIGHTS):
         raise ValueError(
-            f"`folder` must hold weights as safetensors, their {config} and README.md, got {folder} with "
-            f"{sorted(files)}. Save the model into it with `trainer.save_model` and write its card."
+            f"`folder` must hold weights as safetensors and their {config}, got {folder} with {sorted(files)}. "
+            "Save the model into it with `trainer.save_model`."
         )
     if len(files) > MAX_FILES:
         raise ValueError(
@@ -140,7 +160,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
                 new["base_model_name_or_path"] = base_model
             if new != value:
                 changed[name] = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-        elif "hf_longalign:ledger" not in text:  # a card of ours names it as it should, and knows its own text again
+        else:
             for path in sorted(local, key=len, reverse=True):
                 text = text.replace(path, str(base_model))
             if text != texts[name]:

@@ -92,9 +92,7 @@ def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
     The card holds the edits of the one published now; if the Hub cannot be asked, a warning says that it does not.
     """
     to.check()
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"`dry_run` must be a folder that is absent or empty, got {folder}. Choose another.")
+    folder = check_dry_run(folder)
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +104,14 @@ def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
             shutil.copy2(content, path)
     logger.info("Dry run: what would go to %s is in %s.", to.repo_id, folder)
     return str(folder)
+
+
+def check_dry_run(folder: str | Path) -> Path:
+    """Return the folder of a dry run; raise a ValueError unless it is absent or empty."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`dry_run` must be a folder that is absent or empty, got {folder}. Choose another.")
+    return folder
 
 
 class _Attempt:
@@ -127,6 +133,8 @@ class _Attempt:
                 f"`repo_id` must be new or an earlier push, got {self.to.repo_id}, whose {stale[0]} is another's and "
                 "would have to go. Choose another name, or delete it there."
             )
+        if stale:
+            logger.info("Deleted with this push, as it is of an earlier one: %s.", ", ".join(stale))
         tagged = self.to.tag is None or self._is_tagged(self.to.tag, additions)
         if stale or not _same(held, additions):
             if self.to.create_pr:

@@ -268,6 +268,9 @@ EXAMPLES = {
     "adapter_record_alone": AdapterFacts(
         {name: RECORD[name] for name in ("hf_longalign", "rope", "seed", "positions", "training")}
     ),
+    "adapter_whole_model": adapter_facts(
+        RECORD, base_model="Qwen/Qwen2.5-0.5B-Instruct", images=["assets/coverage.png"]
+    ),
     "dataset_context": WRITTEN,
     "dataset_given": GIVEN,
     "dataset_instruction": INSTRUCTION,

@@ -53,6 +53,16 @@ def test_both_ways_to_load_an_adapter_give_the_trained_model(adapter):
         torch.testing.assert_close(logits(names["model"]), logits(trained), rtol=0, atol=0)
 
 
+def test_a_whole_model_loads_as_its_card_says(tmp_path):
+    base = make_tiny_chat(tmp_path / "base", positions=64)
+    facts = AdapterFacts({"rope": {}}, whole=True)
+    (code,) = code_of(name_repository(adapter_card(facts), str(base)))
+    names = {}
+    exec(code, names)
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in names["model"].state_dict().items())
+
+
 def test_the_data_set_loads_as_its_card_says(tmp_path, capsys):
     rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]}]
     (tmp_path / "rows" / "chat").mkdir(parents=True)

@@ -1,10 +1,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
 from trl.trainer.utils import generate_model_card
 
 from hf_longalign.publish.cards.dataset import dataset_card
 from hf_longalign.publish.cards.edits import assemble, merge_card, name_repository
+from hf_longalign.publish.cards.templates import is_template
 
 from .examples import EXAMPLES
 
@@ -118,6 +122,47 @@ def test_trls_own_card_makes_room_unless_somebody_wrote_into_it(changed):
     assert "- trl" in merged and "base_model: org/model" in merged
 
 
+@pytest.fixture(scope="module")
+def peft_saves(tmp_path_factory):
+    """Save an adapter of a local base model into a folder, README.md and all."""
+    base = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(base)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+
+    def save(folder):
+        model.save_pretrained(folder)
+        card = (folder / "README.md").read_text()
+        assert str(base) in card and "- PEFT " in card
+        return card, str(base)
+
+    return save
+
+
+def test_pefts_own_card_makes_room_with_the_paths_in_it(peft_saves, tmp_path):
+    card, base = peft_saves(tmp_path)
+    assert "[More Information Needed]" in card and is_template(card.split("---\n", 2)[2])
+    merged = merge_card(SECOND, card)
+    assert "More Information" not in merged and base not in merged and "3 rows" in merged
+    assert "- lora" in merged and "library_name: peft" in merged
+    written = merge_card(SECOND, card.replace("## Uses", "## Uses\n\nFor cooking."))
+    assert "For cooking." in written and base not in written
+
+
+def test_what_peft_adds_to_a_card_does_not_stay(peft_saves, tmp_path):
+    (tmp_path / "README.md").write_text(f"{FIRST}\nMine.\n")
+    card, base = peft_saves(tmp_path)
+    merged = merge_card(SECOND, card)
+    assert base not in merged and "Mine." in merged and "3 rows" in merged and "license: mit" in merged
+
+
+def test_licence_and_languages_stay_until_others_come():
+    first = assemble({"license": "mit", "language": ["en"]}, {"intro": "# A"})
+    second = merge_card(assemble({}, {"intro": "# B"}), first)
+    assert "license: mit" in second and "- en" in second and "# B" in second
+    third = merge_card(assemble({"license": "apache-2.0"}, {"intro": "# C"}), second)
+    assert "license: apache-2.0" in third and "mit" not in third
+
+
 @pytest.mark.parametrize(
     ("remote", "message"),
     [
@@ -182,5 +227,6 @@ def test_merging_again_changes_nothing_and_no_text_of_a_person_is_lost(first, ol
 
 @given(metadata, texts, metadata, texts)
 def test_an_unedited_card_holds_exactly_what_is_new(first, old, second, new):
-    merged, card = merge_card(assemble(second, new), assemble(first, old)), assemble(second, new)
+    lasting = {key: first[key] for key in ("license",) if key in first}
+    merged, card = merge_card(assemble(second, new), assemble(first, old)), assemble({**lasting, **second}, new)
     assert sorted(merged.splitlines()) == sorted(card.splitlines())

@@ -71,6 +71,17 @@ def test_what_is_not_known_leaves_no_section():
     assert "## Positions" not in bare and "## Training" not in bare and "load_adapter" in bare
 
 
+def test_modules_of_all_layers_are_named_once():
+    layers = [f"model.layers.{number}.self_attn.{name}" for number in range(24) for name in ("q_proj", "v_proj")]
+    facts = AdapterFacts(RECORD, {**ADAPTER_CONFIG, "target_modules": layers})
+    assert "on `q_proj` and `v_proj` (48 modules) |" in adapter_card(facts)
+
+
+def test_what_was_not_trained_here_is_not_said_to_be():
+    card = adapter_card(AdapterFacts({}, ADAPTER_CONFIG, base_model="org/base"))
+    assert "A LoRA adapter of [org/base](https://huggingface.co/org/base). Made" in card and "# base\n" in card
+
+
 def test_facts_leave_out_what_only_this_machine_knows():
     facts = adapter_facts(
         {**RECORD, "base": {"name": "/models/q", "revision": None}, "data": {"name": "/data/rows", "revision": None}},

@@ -8,6 +8,7 @@ from loopback_hub import TOKEN
 from safetensors.numpy import save_file
 
 from hf_longalign.publish.adapter import publish_adapter
+from hf_longalign.publish.card_file import write_adapter_card
 from publish.conftest import held
 
 
@@ -115,9 +116,53 @@ def test_a_dry_run_writes_the_renamed_files(publish_model, write_adapter, tmp_pa
     assert not set(held(tmp_path / "look")) & set(LEFT)
 
 
-@pytest.mark.parametrize("missing", ["README.md", "adapter_config.json", "adapter_model.safetensors"])
+def test_pictures_that_a_person_put_there_stay(hub, publish_model, write_adapter):
+    first, second = write_adapter("a"), write_adapter("b", values=(3.0,))
+    (first / "needle_single.png").write_bytes(b"drawn")
+    publish_model(first)
+    repo = hub.repo("user/adapter", "models")
+    repo.branches["main"] = repo.add({**repo.files(), "mine.png": b"photo", "assets/mine.png": b"photo"})
+    publish_model(second)
+    files = hub.files("user/adapter", "models")
+    assert files["mine.png"] == files["assets/mine.png"] == b"photo" and "needle_single.png" not in files
+
+
+@pytest.mark.parametrize("card", [None, "# Model Card for Model ID\n\n[More Information Needed]\n"])
+def test_a_folder_without_a_card_of_its_own_gets_one(hub, publish_model, write_adapter, tmp_path, card):
+    (tmp_path / "base").mkdir()
+    folder = write_adapter("a", base=tmp_path / "base", card=card or "")
+    if card is None:
+        (folder / "README.md").unlink()
+    before = held(folder)
+    publish_model(folder, base_model="org/base")
+    text = hub.files("user/adapter", "models")["README.md"].decode()
+    assert "base_model: org/base" in text and 'load_adapter("user/adapter"' in text and "More Inf" not in text
+    assert held(folder) == before
+    (folder / "longalign_config.json").unlink()
+    with pytest.raises(ValueError, match=r"must hold README\.md, or longalign_config\.json to write it from"):
+        publish_model(folder, base_model="org/base")
+
+
+def test_a_card_of_ours_gets_the_base_it_lacks_and_keeps_its_licence(hub, publish_model, write_adapter, tmp_path):
+    (tmp_path / "base").mkdir()
+    folder = write_adapter("a", base=tmp_path / "base", card="")
+    write_adapter_card(folder, license="mit")
+    assert "base_model" not in (folder / "README.md").read_text()
+    publish_model(folder, base_model="org/base")
+    text = hub.files("user/adapter", "models")["README.md"].decode()
+    assert "base_model: org/base\n" in text and "license: mit\n" in text
+
+
+def test_a_relative_base_folder_is_no_hub_id_in_the_card(write_adapter, tmp_path, monkeypatch):
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    path = write_adapter_card(write_adapter("a", base="models/base", card=""))
+    assert "models/base" not in path.read_text()
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_folder_that_is_no_adapter_is_named(publish_model, write_adapter, missing):
     folder = write_adapter("a")
     (folder / missing).unlink()
-    with pytest.raises(ValueError, match=r"`folder` must hold weights as safetensors, their .* and README.md, got"):
+    with pytest.raises(ValueError, match=r"`folder` must hold weights as safetensors and their .*config.json, got"):
         publish_model(folder)

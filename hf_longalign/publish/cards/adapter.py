@@ -1,4 +1,4 @@
-"""The card of a trained adapter: what it is, how to load it, how good it is, and how it was made."""
+"""The card of a trained adapter or whole model: what it is, how to load it, how good it is, and how it was made."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from hf_longalign.publish.cards.training import positions_section, training_sect
 
 
 def adapter_card(facts: AdapterFacts) -> str:
-    """Return the README.md of an adapter.
+    """Return the README.md of an adapter or a whole model.
 
     Example:
 
@@ -40,10 +40,10 @@ def _metadata(facts: AdapterFacts) -> dict[str, Any]:
     skipped = facts.record.get("positions", {}).get("strategy", "none").startswith("skip_")
     name = facts.repo_id or REPOSITORY
     metadata = {
-        "library_name": "peft",
+        "library_name": "transformers" if facts.whole else "peft",
         "pipeline_tag": "text-generation",
         "base_model": facts.base_model,
-        "base_model_relation": "adapter" if facts.base_model else None,
+        "base_model_relation": ("finetune" if facts.whole else "adapter") if facts.base_model else None,
         "datasets": [facts.data.name] if facts.data else None,
         "license": facts.license,
         "language": list(facts.languages),
@@ -54,12 +54,17 @@ def _metadata(facts: AdapterFacts) -> dict[str, Any]:
 
 
 def _intro(facts: AdapterFacts) -> str:
-    kind = {"LORA": "LoRA adapter"}.get(str(facts.adapter_config.get("peft_type")), "adapter")
+    kind = "A LoRA adapter" if facts.adapter_config.get("peft_type") == "LORA" else "An adapter"
+    if facts.whole:
+        kind = "A fine-tuned version" if facts.base_model else "A model"
     base = f" of {model_link(facts.base_model)}" if facts.base_model else ""
-    title = f"{facts.base_model.split('/')[-1]} for long contexts" if facts.base_model else "Long-context adapter"
+    title = f"Long-context {'model' if facts.whole else 'adapter'}"
+    if facts.base_model:
+        title = facts.base_model.split("/")[-1] + (" for long contexts" if facts.record else "")
     positions = facts.record.get("positions", {})
     target, most = positions.get("target_length"), facts.record.get("training", {}).get("max_length")
-    sentences = [f"A {kind}{base}, trained for long contexts." if kind == "LoRA adapter" else f"An {kind}{base}."]
+    trained = ", trained for long contexts" if facts.record and kind != "An adapter" else ""
+    sentences = [f"{kind}{base}{trained}."]
     if facts.data:
         sentences[0] = sentences[0].removesuffix(".") + f" on {data_link(Data(facts.data.name))}."
     if target and positions.get("strategy") != "none":
@@ -74,17 +79,27 @@ def _intro(facts: AdapterFacts) -> str:
 
 def _use(facts: AdapterFacts) -> str:
     name = facts.repo_id or REPOSITORY
-    load = f"""\
+    if facts.whole:
+        head = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")"""
+    else:
+        head = f"""\
 from hf_longalign.adapter import load_adapter
 from transformers import AutoTokenizer
 
-model = load_adapter("{name}", dtype="auto", device_map="auto")
+model = load_adapter("{name}", dtype="auto", device_map="auto")"""
+    load = f"""\
+{head}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 messages = [{{"role": "user", "content": "Your long text, then your question."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 output = model.generate(**inputs.to(model.device), max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+    if facts.whole:
+        return join("## How to use it", "The RoPE it was trained with stands in its config:", fenced("python", load))
     return join(
         "## How to use it",
         "The adapter needs the RoPE it was trained with, set before the base model is loaded; set afterwards it does "

@@ -218,6 +218,11 @@ def _arrangement(facts: DatasetFacts) -> str:
     if facts.contexts is None or facts.contexts[1] < 2:
         return "Each row holds one context that answers among others that distract."
     low, high = facts.contexts
+    if low == 1:
+        return (
+            f"Each row holds up to {high:,} contexts, one that answers and, where there is room, some that "
+            "distract, in an order drawn at random."
+        )
     number = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     return (
         f"Each row holds {number} contexts, one that answers among others that distract, in an order drawn at random."

@@ -13,9 +13,9 @@ from its own:
 - a section that was changed by hand stays as it is, one that was deleted stays away, the others are written anew. An
   emptied section is filled again;
 - the same holds for metadata, except for what must agree with the files beside the card (`REFRESHED`): that is always
-  written anew. Tags are united;
-- a card without any section, a user's own, is kept whole, and the sections follow it, unless TRL wrote it and nobody
-  touched it: then they take its place.
+  written anew. Tags are united, and licence and languages go only when others come;
+- a card without any section, a user's own, is kept whole, and the sections follow it, unless TRL or PEFT wrote it and
+  nobody touched it: then they take its place. What these two add to a card that is there does not stay either.
 """
 
 import hashlib
@@ -25,13 +25,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_longalign.publish.cards.front_matter import Entry, list_items, split_card, split_entries, to_yaml
-from hf_longalign.publish.cards.trl_card import is_trl_card
+from hf_longalign.publish.cards.templates import is_template, public_entries
 
 
 logger = logging.getLogger(__name__)
 
 # What the Hub and its clients read beside the files: stale values would show old scores, or load the wrong files.
 REFRESHED = {"base_model", "configs", "datasets", "library_name", "model-index", "size_categories"}
+# What is told once, to one recipe, and is true of what another one adds.
+LASTING = {"license", "language"}
 # The place of a repository's name in a card that is written before the repository is known.
 REPOSITORY = "<this repository>"
 
@@ -110,14 +112,23 @@ def merge_card(new: str, remote: str | None) -> str:
     if remote is None or not remote.strip() or not _LEDGER.search(new):
         return new
     theirs = _parse(remote.replace("\r\n", "\n"), "published")
-    if not theirs.ledger and is_trl_card("\n".join(part.text for part in theirs.parts)):
-        theirs = Card(theirs.entries, [], {})
+    own = [part for part in theirs.parts if part.name or not is_template(part.text)]
+    theirs = Card(public_entries(theirs.entries), own, theirs.ledger)
     entries = _merge_entries(ours, theirs)
     parts = _merge_parts(ours, theirs)
     names = {_name(entry) for entry in entries} | {part.name for part in parts}
     # What is gone and was not deleted by hand must be able to come back.
     kept = {name: digest for name, digest in theirs.ledger.items() if name in names or _was_deleted(name, theirs)}
     return _render(Card(entries, parts, {**kept, **ours.ledger}))
+
+
+def is_own_card(card: str) -> bool:
+    """Return whether a card is a person's alone: this package has no part in it, and no template is left as it was.
+
+    >>> is_own_card("# Mine"), is_own_card(assemble({}, {"intro": "# Rows"})), is_own_card("[More Information Needed]")
+    (True, False, False)
+    """
+    return not _LEDGER.search(card) and bool(card.strip()) and not is_template(split_card(card)[1])
 
 
 def name_repository(card: str, repo_id: str) -> str:
@@ -185,7 +196,8 @@ def _merge_entries(ours: Card, theirs: Card) -> list[Entry]:
     for entry in theirs.entries:
         mine = new.get(entry.key)
         touched = _digest(entry.text) != theirs.ledger.get(f"{entry.key}:")
-        if entry.key is None or (mine is None and touched and not _is_stale(entry, ours, theirs)):
+        lasts = touched or entry.key in LASTING
+        if entry.key is None or (mine is None and lasts and not _is_stale(entry, ours, theirs)):
             kept.append(entry)
         elif mine is not None and touched and entry.key == "tags":
             kept.append(_united(entry, mine))

@@ -30,7 +30,7 @@ class Data:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """What is known of an adapter; what is empty or `None` is not known and does not stand in the card.
+    """What is known of an adapter or a whole model; what is empty or `None` is not known and not in the card.
 
     Attributes:
         record: `longalign_config.json`, see `LongAlignSFTTrainer.training_record`.
@@ -42,6 +42,7 @@ class AdapterFacts:
         license: licence of the adapter, as the Hub names it.
         languages: ISO 639 codes.
         repo_id: `user/name`; a placeholder stands there until the adapter is pushed.
+        whole: whether all weights are there, and no adapter.
     """
 
     record: Mapping[str, Any]
@@ -54,6 +55,7 @@ class AdapterFacts:
     license: str | None = None
     languages: Sequence[str] = ()
     repo_id: str | None = None
+    whole: bool = False
 
 
 def adapter_facts(
@@ -68,11 +70,11 @@ def adapter_facts(
     languages: Sequence[str] = (),
     images: Sequence[str] | None = None,
 ) -> AdapterFacts:
-    """Return the facts that the files of an adapter hold.
+    """Return the facts that the files of an adapter or a whole model hold.
 
     Args:
         record: `longalign_config.json`.
-        adapter_config: `adapter_config.json`.
+        adapter_config: `adapter_config.json`; `None` of a whole model.
         report: `report.json`.
         repo_id: `user/name` of the adapter.
         base_model: Hub id of the base model, where the files name a local folder.
@@ -108,6 +110,7 @@ def adapter_facts(
         license=license,
         languages=languages,
         repo_id=repo_id,
+        whole=adapter_config is None,
     )
 
 

@@ -79,12 +79,13 @@ def training_section(facts: AdapterFacts) -> str:
 def _lora(config: Mapping[str, Any]) -> str:
     if config.get("peft_type") != "LORA":
         return str(config.get("peft_type") or "")
-    targets = config.get("target_modules")
-    names = [targets] if isinstance(targets, str) else sorted(targets or [])
+    targets = config.get("target_modules") or []
+    names = [targets] if isinstance(targets, str) else sorted({name.rsplit(".", 1)[-1] for name in targets})
     parts = [f"LoRA of rank {config['r']}" if "r" in config else "LoRA"]
     parts += [f"alpha {config['lora_alpha']}" if config.get("lora_alpha") is not None else ""]
     parts += [f"dropout {config['lora_dropout']:g}" if config.get("lora_dropout") else ""]
-    parts += [f"on {listed([code(name) for name in names])}" if names else ""]
+    modules = "" if isinstance(targets, str) or len(targets) == len(names) else f" ({len(targets):,} modules)"
+    parts += [f"on {listed([code(name) for name in names])}{modules}" if names else ""]
     return ", ".join(part for part in parts if part)
 
 
@@ -110,12 +111,16 @@ def _run(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
     seconds = run.get("seconds")
     return [
         ("length", length),
-        ("batch", f"{run['batch_size']:,} rows a step" if run.get("batch_size") else ""),
+        ("batch", _rows(run.get("batch_size"))),
         ("optimiser", code(run["optimiser"]) if run.get("optimiser") else ""),
         ("learning rate", rate),
         ("precision", run.get("precision", "")),
-        ("time", duration(seconds) if seconds else ""),
+        ("time", duration(seconds) if seconds and seconds >= 1 else ""),
     ]
+
+
+def _rows(number: int | None) -> str:
+    return "" if not number else "1 row a step" if number == 1 else f"{number:,} rows a step"
 
 
 def duration(seconds: float) -> str:
