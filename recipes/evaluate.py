@@ -7,8 +7,8 @@ Every answer is on disk as soon as it is there: the same command goes on where a
 share the questions. The options below can stand in a YAML (`--config`) or on the command line, which wins.
 """
 
-import logging
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from datetime import date
@@ -21,7 +21,7 @@ import transformers
 from accelerate import PartialState
 from datasets import load_dataset
 from huggingface_hub import snapshot_download
-from publishing import AdapterPublishArguments
+from publishing import AdapterPublishArguments, same_command, start_logging
 from transformers import AutoConfig, BitsAndBytesConfig
 from trl import TrlParser
 
@@ -45,6 +45,7 @@ from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.write import write_report
 from hf_longalign.publish.adapter import publish_adapter
 from hf_longalign.publish.card_file import write_adapter_card
+from hf_longalign.publish.retry import PublishError
 from hf_longalign.rope import model_range
 from hf_longalign.version import __version__
 
@@ -323,14 +324,14 @@ def publish_report(
         for name in ("report.json", "report.md", *report["images"]):
             shutil.copy(Path(args.output_dir) / name, staged)
         write_adapter_card(staged, repo_id=args.push_to_hub, **publish_args.card())
-        url = publish_adapter(
+        return publish_args.push(
+            publish_adapter,
             staged,
             args.push_to_hub,
             base_model=publish_args.base_name,
             private=args.private or None,
-            **publish_args.options(),
+            resume_command=same_command(),
         )
-    return publish_args.told(url)
 
 
 def main() -> None:
@@ -341,7 +342,8 @@ def main() -> None:
     if args.push_to_hub is not None and model_args.adapter is None:
         raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
     if args.push_to_hub is not None:
-        publish_args.check(base=model_args.model if Path(model_args.adapter).is_dir() else None)
+        base = model_args.model if Path(model_args.adapter).is_dir() else None
+        publish_args.check(args.push_to_hub, base=base)
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     setting = Setting(model_args, state)
@@ -363,5 +365,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main()
+    start_logging()
+    try:
+        main()
+    except PublishError as error:
+        sys.exit(str(error))

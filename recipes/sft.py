@@ -9,12 +9,13 @@ the YAML or on the command line, which wins.
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from publishing import AdapterPublishArguments
+from publishing import AdapterPublishArguments, start_logging
 from transformers import AutoConfig, AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
@@ -25,6 +26,7 @@ from hf_longalign.publish.adapter import publish_adapter
 from hf_longalign.publish.card_file import write_adapter_card
 from hf_longalign.publish.main_process import on_main_process
 from hf_longalign.publish.push import CARD
+from hf_longalign.publish.retry import PublishError
 from hf_longalign.rope import scale_rope
 
 
@@ -156,27 +158,28 @@ def finish(trainer: LongAlignSFTTrainer, own_card: bytes | None, pushes: bool, a
     """Write the card, publish if asked to, and return what to tell the user."""
     training_args = trainer.args
     folder = Path(training_args.output_dir)
-    if (folder / "adapter_config.json").is_file():
-        (folder / CARD).unlink(missing_ok=True)
-        if own_card is not None:
-            (folder / CARD).write_bytes(own_card)
-        coverage = trainer.training_record().get("coverage")
-        if coverage is not None:
-            draw_coverage(coverage, folder / "assets" / "coverage.png")
-        write_adapter_card(folder, **args.card())
-    else:
-        trainer.create_model_card(dataset_name=(trainer.data_source or {}).get("name"))
+    (folder / CARD).unlink(missing_ok=True)
+    if own_card is not None:
+        (folder / CARD).write_bytes(own_card)
+    coverage = trainer.training_record().get("coverage")
+    if coverage is not None:
+        draw_coverage(coverage, folder / "assets" / "coverage.png")
+    write_adapter_card(folder, **args.card())
     if not pushes:
         return f"Saved to {folder}"
-    url = publish_adapter(
+    return args.push(
+        publish_adapter,
         folder,
-        training_args.hub_model_id or folder.resolve().name,
+        repository(training_args),
         base_model=args.base_name,
         private=training_args.hub_private_repo,
         token=training_args.hub_token,
-        **args.options("--resume_from_checkpoint", "auto"),
     )
-    return args.told(url)
+
+
+def repository(args: LongAlignSFTConfig) -> str:
+    """Return the name of the repository to push to; unset, it is that of the output folder."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
 def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
@@ -198,9 +201,9 @@ def main(
     # Not by the trainer, which would push every checkpoint, optimiser state and all, and swallow what fails.
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
     if pushes:
-        publish_args.check(training_args.hub_token, model_args.model_name_or_path)
+        publish_args.check(repository(training_args), training_args.hub_token, model_args.model_name_or_path)
     own_card = Path(training_args.output_dir, CARD)
-    own_card = own_card.read_bytes() if own_card.is_file() else None  # PEFT writes into it when it saves
+    own_card = own_card.read_bytes() if own_card.is_file() else None  # TRL and PEFT write into it
     training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
@@ -238,5 +241,8 @@ def main(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main(*TrlParser(ARGUMENTS).parse_args_and_config())
+    start_logging()
+    try:
+        main(*TrlParser(ARGUMENTS).parse_args_and_config())
+    except PublishError as error:
+        sys.exit(str(error))

@@ -7,17 +7,17 @@ wins. `--dry_run` prints the plan, three prompts and what the run would cost. A 
 reason, goes on where it stopped when it is started again.
 """
 
-import logging
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from publishing import PublishArguments
+from publishing import PublishArguments, start_logging
 from trl import TrlParser
 
 from hf_longalign.publish.dataset import publish_dataset
+from hf_longalign.publish.retry import PublishError
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
@@ -180,8 +180,7 @@ def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArg
 
 def main() -> int:
     """Run the recipe; the exit status is 1 where it stopped and a rerun goes on."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    start_logging()
     parser = TrlParser((SynthesizeArguments, SynthesisOptions, PublishArguments))
     args, options, publish_args = parser.parse_args_and_config()
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
@@ -189,7 +188,7 @@ def main() -> int:
     if args.output_dir is None and not args.dry_run and args.num_shards == 1:
         raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
     if args.push_to_hub is not None and not args.dry_run:
-        publish_args.check()
+        publish_args.check(args.push_to_hub)
     builders = make_builders(args, options)
     if args.dry_run:
         if state.is_main_process:
@@ -207,10 +206,12 @@ def main() -> int:
             print(f"Wrote {folder}.")
             if args.push_to_hub is not None:
                 private = args.private or None
-                url = publish_dataset(folder, args.push_to_hub, private=private, **publish_args.options())
-                print(publish_args.told(url))
+                print(publish_args.push(publish_dataset, folder, args.push_to_hub, private=private))
     except (RunStopped, KeyboardInterrupt) as stop:
         print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
+        return 1
+    except PublishError as error:
+        print(error, file=sys.stderr)
         return 1
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -251,7 +252,45 @@ def test_the_adapter_is_published_once_with_its_card(files, tmp_path):
     assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "org/base"
 
 
-def test_a_push_that_cannot_be_is_refused_before_training(files, tmp_path, monkeypatch):
+def test_after_a_failed_push_the_command_told_trains_nothing(files, tmp_path):
+    output = tmp_path / "model"
+    names = ("--push_to_hub", "true", "--hub_model_id", "user/model", "--base_name", "org/base", "--tag", "v1")
+    options = ("--use_peft", "false", "--learning_rate", "0.01", "--max_steps", "1", "--save_strategy", "no")
+    options += ("--hub_token", TOKEN, "--eval_strategy", "no")
+    command = [sys.executable, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(output)]
+    with Hub() as hub:
+        hub_settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        environment = {**os.environ, **hub_settings, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+        hub.faults["commit"] = ["403"]
+        run = subprocess.run([*command, *names, *options], **done)
+        told = run.stderr.split("To go on, run: ")[1].strip()
+        assert run.returncode == 1 and "Traceback" not in run.stderr and TOKEN not in run.stderr
+        assert set(hub.repos["models", "user/model"].files()) == {".gitattributes"}
+        weights = (output / "model.safetensors").read_bytes()
+        again = subprocess.run(told.replace("python", shlex.quote(sys.executable), 1), shell=True, **done)
+        assert again.returncode == 0 and again.stdout == f"{hub.url}/user/model\n", again.stderr[-3000:]
+        repo = hub.repos["models", "user/model"]
+        pushed = repo.files()
+        assert repo.tags["v1"] == repo.branches["main"]
+    assert pushed["model.safetensors"] == (output / "model.safetensors").read_bytes() == weights
+    card = pushed["README.md"].decode()
+    assert "library_name: transformers" in card and "base_model_relation: finetune" in card
+    assert 'AutoModelForCausalLM.from_pretrained("user/model"' in card and "None" not in card
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "`base_name` must be given"),
+        (["--base_name", "org/base", "--hub_model_id", "a/b/c"], "Repo id must"),
+        (["--base_name", "org/base", "--create_pr", "true", "--tag", "v1"], "`create_pr` must be alone"),
+        (["--base_name", "org/base", "--push_dry_run", str(RECIPES)], "`dry_run` must be a folder that is absent"),
+    ],
+)
+def test_a_push_that_cannot_be_is_refused_before_training(files, tmp_path, monkeypatch, options, message):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
-    with pytest.raises(ValueError, match="`base_name` must be given"):
-        sft.main(*parse("--config", files / "config.yaml", "--output_dir", tmp_path, "--push_to_hub", "true"))
+    config = ("--config", files / "config.yaml", "--output_dir", tmp_path, "--push_to_hub", "true")
+    with pytest.raises(ValueError, match=message):
+        sft.main(*parse(*config, *options))
