@@ -27,12 +27,21 @@ def base_source(config: PretrainedConfig, revision: str | None = None) -> dict[s
     name = str(getattr(config, "_name_or_path", "") or "")
     if not name or Path(name).is_absolute() or Path(name).exists():
         return None
+    commit = loaded_commit(name, "config.json", revision)
+    return None if commit is None else {"name": name, "revision": commit}
+
+
+def loaded_commit(name: str, file: str, revision: str | None = None) -> str | None:
+    """Return the commit at which this machine last loaded a file of the Hub; `None` where it did not.
+
+    >>> loaded_commit("org/never-loaded", "config.json")
+    """
     try:
-        path = try_to_load_from_cache(name, "config.json", revision=revision)
+        path = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:  # no name that a repository can have
         return None
-    # A model that came from the Hub left its config in the cache, in a folder named after the commit.
-    return {"name": name, "revision": Path(path).parent.name} if isinstance(path, str) else None
+    # What came from the Hub is in the cache, in a folder named after the commit.
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def versions() -> dict[str, str]:

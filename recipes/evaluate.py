@@ -43,6 +43,7 @@ from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.write import write_report
+from hf_longalign.provenance import loaded_commit
 from hf_longalign.publish.adapter import publish_adapter
 from hf_longalign.publish.card_file import write_adapter_card
 from hf_longalign.publish.retry import PublishError
@@ -316,8 +317,11 @@ def publish_report(
     model_args: ModelArguments, args: SuiteArguments, publish_args: AdapterPublishArguments, report: dict[str, Any]
 ) -> str:
     """Publish the adapter with its report and a card that shows it, and return what to tell the user."""
-    adapter, revision = model_args.adapter, model_args.adapter_revision
-    source = adapter if Path(adapter).is_dir() else snapshot_download(adapter, revision=revision)
+    source = model_args.adapter
+    if not Path(source).is_dir():
+        # What was evaluated, and not what somebody may have pushed since.
+        commit = loaded_commit(source, "adapter_config.json", model_args.adapter_revision)
+        source = snapshot_download(source, revision=commit or model_args.adapter_revision)
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / "adapter"
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))

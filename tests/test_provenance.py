@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants, hf_hub_download
+from loopback_hub import TOKEN, Hub
 from test_trainer import make_trainer
 from transformers import PretrainedConfig, TrainerState, TrainingArguments
 
@@ -51,8 +53,23 @@ def test_a_base_is_named_only_where_the_cache_knows_its_commit(tmp_path, monkeyp
     assert provenance.base_source(PretrainedConfig(name_or_path="out/run/last")) is None
 
 
+def test_the_commit_loaded_is_not_one_pushed_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with Hub() as hub:
+        api = HfApi(hub.url, token=TOKEN)
+        api.create_repo("user/adapter")
+        first = api.upload_file(path_or_fileobj=b"{}", path_in_repo="adapter_config.json", repo_id="user/adapter").oid
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        hf_hub_download("user/adapter", "adapter_config.json", endpoint=hub.url, cache_dir=tmp_path)
+        api.upload_file(path_or_fileobj=b"{1}", path_in_repo="adapter_config.json", repo_id="user/adapter")
+        assert api.repo_info("user/adapter").sha != first
+        assert provenance.loaded_commit("user/adapter", "adapter_config.json") == first
+        assert provenance.loaded_commit("user/other", "adapter_config.json") is None
+
+
 @pytest.fixture
-def recipe():
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
     spec = importlib.util.spec_from_file_location("sft", Path(__file__).parents[1] / "recipes" / "sft.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
