@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from hf_longalign.publish.cards.markdown import table
+
 
 TITLES = {
     "needle": "Needle in a haystack",
@@ -49,24 +51,6 @@ def render_report(report: Mapping[str, Any]) -> str:
         parts += ["## Speed", _speed(report["speed"])]
     parts += ["## Settings", table(("setting", "value"), list(report["settings"].items())), _comparable(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a Markdown table.
-
-    >>> print(table(("a", "b"), [(1, "x|y")]))
-    | a | b |
-    | --- | --- |
-    | 1 | x\\|y |
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        value = ", ".join(map(str, value))
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def _models(models: Sequence[Mapping[str, Any]]) -> str:
