@@ -8,9 +8,10 @@ import copy
 import difflib
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Real
@@ -19,6 +20,8 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_longalign.evaluation.ruler import SeededLengths, least_length
 
 
 logger = logging.getLogger(__name__)
@@ -150,7 +153,8 @@ class _Harness:
         self.tokenizer, self.limit, self.chat = tokenizer, limit, chat
         self.own = None if include_path is None else _tasks_in(include_path)
         self.max_length = max_length
-        self.lm = _counting_lm(model, tokenizer, batch_size)
+        with _quiet():
+            self.lm = _counting_lm(model, tokenizer, batch_size)
 
     def manager(self, name: str) -> Any:
         return self.own if self.own is not None and name in self.own.all_tasks else _tasks_of_lm_eval()
@@ -179,7 +183,7 @@ class _Harness:
                 # takes the first questions of all lengths together, so each length has a manager of its own.
                 self.tokenizer.save_pretrained(folder)
                 ruler = Path(self.lm_eval.__file__).parent / "tasks/ruler"
-                manager = _tasks_in(ruler, metadata={"max_seq_lengths": [length], "tokenizer": folder})
+                manager = _tasks_in(ruler, metadata={"max_seq_lengths": SeededLengths([length]), "tokenizer": folder})
                 for name in names:
                     if name in RULER_TASKS:
                         yield from self.run(name, manager, length)
@@ -188,7 +192,9 @@ class _Harness:
         self.lm.cut = 0
         self.lm.room = max(self.max_length, 0 if length is None else length + RULER_EXTRA)
         try:
-            with _only_process():
+            if length is not None:
+                self._check_length(name, length)
+            with _only_process(), _quiet():
                 found = self.lm_eval.simple_evaluate(
                     self.lm,
                     tasks=[name],
@@ -198,11 +204,19 @@ class _Harness:
                     log_samples=False,
                 )
         except Exception as error:  # each task's code and data raise their own; the others go on
-            logger.warning("lm-eval could not run %s", name, exc_info=True)
-            return [HarnessResult(name, length, version=self.version, error=_explained(name, error))]
+            told = _explained(name, error)
+            logger.warning("%s", told)
+            logger.debug("lm-eval's error in %s", name, exc_info=True)
+            return [HarnessResult(name, length, version=self.version, error=told)]
         if self.lm.cut:
             logger.warning("%s: %d prompts are longer than `max_length` and lost their beginning", name, self.lm.cut)
         return self._read(name, length, found)
+
+    def _check_length(self, name: str, length: int) -> None:
+        least = least_length(name, length, lambda text: len(self.tokenizer(text)["input_ids"]))
+        if length < least:
+            needed = "a tokenizer with longer tokens" if least == sys.maxsize else f"at least {least:,} tokens"
+            raise ValueError(f"its samples need {needed}, got a length of {length:,}")
 
     def _read(self, name: str, length: int | None, found: Mapping[str, Any]) -> list[HarnessResult]:
         by_task = {task: _metrics(values, length) for task, values in found["results"].items()}
@@ -293,9 +307,26 @@ def _metrics(values: Mapping[str, Any], length: int | None) -> dict[str, float]:
 def _explained(name: str, error: Exception) -> str:
     first_line = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return (
-        f"{name} was not run: {type(error).__name__}: {first_line[:300]}. If its data could not be fetched, run it "
-        "once where the Hub is reached, with the same HF_HOME, or leave it out."
+        f"{name} was not run: {type(error).__name__}: {first_line[:300].rstrip('.')}. If its data could not be "
+        "fetched, run it once where the Hub is reached, with the same HF_HOME, or leave it out."
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's remarks on what is meant to be so, such as a loaded model; its `print` goes to stderr."""
+    levels = {"lm_eval": logging.WARNING, "lm_eval.models.huggingface": logging.ERROR, "lm_eval.api": logging.ERROR}
+    if logger.isEnabledFor(logging.DEBUG):
+        levels = {}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.harness import RULER_TASKS, SUITES, run_harness
@@ -60,8 +61,10 @@ class HarnessSuite:
     def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
         """Run this process's share of the tasks."""
         jobs = [(examinee, unit) for unit in self.units for examinee in examinees]
-        for examinee, unit in jobs[rank::processes]:
+        bar = tqdm(jobs[rank::processes], desc=self.name, unit="task", disable=rank != 0)
+        for examinee, unit in bar:
             key = self._keys[examinee.label, unit]
+            bar.set_postfix_str(f"{examinee.label}, {_title(*unit)}")
             if key not in store:
                 with examinee.active():
                     store.add(key, [asdict(result) for result in self._run(*unit)])
@@ -73,14 +76,14 @@ class HarnessSuite:
         for unit in self.units:
             for examinee in examinees:
                 for found in store.get(self._keys[examinee.label, unit]):
-                    name = found["task"] if found["length"] is None else f"{found['task']}, {found['length']:,} tokens"
+                    name = _title(found["task"], found["length"])
                     task = tasks.setdefault(name, {"task": name, "metric": None, "samples": 0, "scores": {}})
                     if found["error"] is not None:
                         task["error"] = found["error"]
                         continue
                     task.update(metric=found["metric"], samples=found["samples"])
                     if found["cut"]:
-                        task["error"] = (
+                        task["note"] = (
                             f"{found['cut']:,} prompts were longer than the model's range and lost their beginning"
                         )
                     task["scores"][examinee.label] = _with_error(found["value"], found["stderr"])
@@ -108,6 +111,10 @@ class HarnessSuite:
             if key not in store or not any(result["error"] for result in store.get(key)):
                 return key
             attempt += 1
+
+
+def _title(task: str, length: int | None) -> str:
+    return task if length is None else f"{task}, {length:,} tokens"
 
 
 def _with_error(value: float, stderr: float | None) -> dict[str, float]:

@@ -2,6 +2,9 @@
 
 import json
 import random
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +15,18 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
 
-from hf_longalign.evaluation.harness import RULER_TASKS, SUITES, _tasks_of_lm_eval, run_harness
+from hf_longalign.evaluation.harness import (
+    RULER_TASKS,
+    SUITES,
+    HarnessResult,
+    _tasks_in,
+    _tasks_of_lm_eval,
+    run_harness,
+)
+from hf_longalign.evaluation.harness_suite import HarnessSuite
+from hf_longalign.evaluation.ruler import SeededLengths
+from hf_longalign.evaluation.runner import Examinee
+from hf_longalign.evaluation.store import ResultStore
 
 
 TASK = """
@@ -128,9 +142,11 @@ def test_prompts_longer_than_max_length_are_counted(model, tmp_path):
     assert chosen.metric == "acc,none"
 
 
-def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, tmp_path):
+def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, tmp_path, caplog):
     _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
     gone, there = _run(model, ["gsm8k", "towns"], include_path=tmp_path)
+    (told,) = [record for record in caplog.records if record.levelname == "WARNING"]  # one line, no traceback
+    assert told.getMessage() == gone.error and told.exc_info is None
     assert (gone.task, gone.value, gone.metric) == ("gsm8k", None, None)
     assert "openai/gsm8k" in gone.error
     assert "run it once where the Hub is reached, with the same HF_HOME, or leave it out" in gone.error
@@ -148,6 +164,60 @@ def test_ruler_makes_its_texts_at_each_length_asked(model, monkeypatch, tmp_path
     # At the model's own length the template and the answer's beginning come on top, and nothing is lost.
     (full,) = _run(model, ["niah_single_1"], ruler_lengths=[480], max_length=480, limit=20)
     assert (full.samples, full.cut) == (20, 0)
+
+
+def test_every_model_is_asked_the_same_ruler_questions(tmp_path):
+    # `ruler_cwe` has a generator that lm-eval seeds once, and imports draw from the global one.
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ruler = Path(sys.modules["lm_eval"].__file__).parent / "tasks/ruler"
+    asked = []
+    for _ in range(2):
+        manager = _tasks_in(ruler, metadata={"max_seq_lengths": SeededLengths([1600]), "tokenizer": str(tmp_path)})
+        (task,) = manager.load(["ruler_cwe"])["tasks"].values()
+        asked.append([doc["input"] for doc in task.test_docs()])
+        random.random()
+    assert asked[0] == asked[1] and len(set(asked[0])) == 500
+
+
+@pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "ruler_fwe"])
+def test_ruler_samples_that_would_be_sought_for_ever_are_refused(model, task):
+    (result,) = _run(model, [task], ruler_lengths=[256], limit=1)
+    assert result.value is None and f"{task} was not run: ValueError: its samples need" in result.error
+
+
+def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, monkeypatch):
+    found = {"base": HarnessResult("towns", metric="acc,none", value=0.25, stderr=0.1, samples=4, cut=2)}
+    found["adapter"] = HarnessResult("towns", metric="acc,none", value=0.5, stderr=0.1, samples=4, cut=2)
+    gone = HarnessResult("gsm8k", error="no network")
+    asked = []
+
+    def run(model, tokenizer, tasks, **options):
+        asked.extend(tasks if speaking else [])
+        return iter([found[speaking[-1]] if task == "towns" else gone for task in tasks]) if speaking else iter(())
+
+    @contextmanager
+    def as_(label):
+        speaking.append(label)
+        yield
+        speaking.pop()
+
+    speaking: list[str] = []
+    monkeypatch.setattr("hf_longalign.evaluation.harness_suite.run_harness", run)
+    who = [Examinee(label, label, None, lambda label=label: as_(label)) for label in ("base", "adapter")]
+
+    def evaluated():
+        with ResultStore(tmp_path) as store:
+            suite = HarnessSuite("short", ["towns", "gsm8k"], model, tiny_tokenizer(), store, who, max_length=64)
+            suite.work(who, store, rank=0, processes=1)
+            return suite.results(who, store)
+
+    results = evaluated()
+    towns, gsm8k = results["tasks"]
+    assert towns["difference"] == {"value": 0.25} and "2 prompts were longer" in towns["note"] and "error" not in towns
+    assert gsm8k == {"task": "gsm8k", "metric": None, "samples": 0, "scores": {}, "error": "no network"}
+    assert asked == ["towns", "towns", "gsm8k", "gsm8k"]
+    assert evaluated() == results
+    assert asked[4:] == ["gsm8k", "gsm8k"]  # what succeeded is not asked again
 
 
 def test_names_lengths_and_templates_are_checked_before_anything_runs(model):

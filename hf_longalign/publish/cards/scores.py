@@ -126,9 +126,16 @@ def _means(suite: Mapping[str, Any], labels: Sequence[str]) -> list[float]:
 
 
 def failures(suite: Mapping[str, Any]) -> str:
-    """Return the tasks that could not be measured; the reasons may hold paths and stay in the report."""
-    failed = [code(task["task"]) for task in suite["tasks"] if task.get("error")]
-    return f"Not measured: {listed(failed)}." if failed else ""
+    """Return the tasks that could not be measured, or not as meant; the reasons stay in the report.
+
+    >>> failures({"tasks": [{"task": "gsm8k", "error": "no network"}, {"task": "ifeval", "note": "2 were cut"}]})
+    'Not measured: `gsm8k`. With a note in the report: `ifeval`.'
+    """
+    found = []
+    for key, told in (("error", "Not measured"), ("note", "With a note in the report")):
+        tasks = [code(task["task"]) for task in suite["tasks"] if task.get(key)]
+        found += [f"{told}: {listed(tasks)}."] if tasks else []
+    return " ".join(found)
 
 
 def _metrics_differ(suite: Mapping[str, Any]) -> bool:
