@@ -20,6 +20,7 @@ def load_adapter(
     *,
     base_model: str | Path | PreTrainedModel | None = None,
     revision: str | None = None,
+    base_revision: str | None = None,
     **model_kwargs: Any,
 ) -> PeftModel:
     """Load an adapter on its base model, with RoPE scaled before loading as in training.
@@ -31,7 +32,8 @@ def load_adapter(
         adapter: directory or Hub id of an adapter that `LongAlignSFTTrainer` saved.
         base_model: directory or Hub id of the base model, or the loaded model, whose RoPE is then checked; the one
             named by the adapter when `None`.
-        revision: revision of the adapter; the base model's is in the adapter's config.
+        revision: revision of the adapter.
+        base_revision: revision of the base model; the one in the adapter's config when `None`.
         **model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`,
             `quantization_config` …).
 
@@ -50,15 +52,18 @@ def load_adapter(
         check_rope(record["rope"], base_model.config)
         check_rope_reached(base_model)
     else:
-        base_model = _load_base(
-            record["rope"], PeftConfig.from_pretrained(str(adapter), revision=revision), base_model, model_kwargs
-        )
+        adapter_config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+        base_model = _load_base(record["rope"], adapter_config, base_model, base_revision, model_kwargs)
     check_weights(record.get("base_weights", {}), base_model)
     return PeftModel.from_pretrained(base_model, str(adapter), revision=revision)
 
 
 def _load_base(
-    record: dict[str, Any], adapter_config: PeftConfig, base_model: str | Path | None, model_kwargs: dict[str, Any]
+    record: dict[str, Any],
+    adapter_config: PeftConfig,
+    base_model: str | Path | None,
+    base_revision: str | None,
+    model_kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     named = adapter_config.base_model_name_or_path
     model_id = str(base_model or named or "")
@@ -66,7 +71,7 @@ def _load_base(
         raise ValueError("`base_model` must be given, got None: the adapter does not name one. Set it to its base.")
     if named and model_id != named:
         logger.warning("The adapter was trained on %s and is loaded on %s.", named, model_id)
-    revision = adapter_config.revision if model_id == named else None
+    revision = base_revision or (adapter_config.revision if model_id == named else None)
     hub_kwargs = {key: model_kwargs[key] for key in ("token", "trust_remote_code", "cache_dir") if key in model_kwargs}
     config = apply_rope(record, AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs))
     return AutoModelForCausalLM.from_pretrained(model_id, config=config, revision=revision, **model_kwargs)

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_longalign.adapter import load_adapter
 from hf_longalign.evaluation.runner import Examinee, Generator
 from hf_longalign.record import load_record
-from hf_longalign.rope import rope_record
+from hf_longalign.rope import apply_rope, rope_record
 
 
 logger = logging.getLogger(__name__)
@@ -45,14 +52,63 @@ def load_model(
     """
     if adapter is None:
         return AutoModelForCausalLM.from_pretrained(model, revision=revision, **kwargs).eval()
-    config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
     record = record_of(adapter, adapter_revision)
-    check_base(config, model, revision, known_by_weights="base_weights" in record)
+    revision = base_revision(model, adapter, revision, adapter_revision)
     if record:
-        return load_adapter(adapter, base_model=model, revision=adapter_revision, **kwargs).eval()
+        return load_adapter(
+            adapter, base_model=model, revision=adapter_revision, base_revision=revision, **kwargs
+        ).eval()
     logger.warning("%s has no record of its training: whether it had this RoPE cannot be told.", adapter)
-    base = AutoModelForCausalLM.from_pretrained(model, revision=revision or config.revision, **kwargs)
+    base = AutoModelForCausalLM.from_pretrained(model, revision=revision, **kwargs)
     return PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
+
+
+def load_config(
+    model: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    **kwargs: Any,
+) -> PretrainedConfig:
+    """Return the config of a model that is served, with the RoPE its adapter was trained with; see [`load_model`]."""
+    revision = base_revision(model, adapter, revision, adapter_revision)
+    config = AutoConfig.from_pretrained(model, revision=revision, **kwargs)
+    record = record_of(adapter, adapter_revision)
+    return apply_rope(record["rope"], config) if record else config
+
+
+def base_revision(model: str, adapter: str | None, revision: str | None, adapter_revision: str | None) -> str | None:
+    """Return the revision of a base: the one given, else the one its adapter names.
+
+    Raises:
+        ValueError: the adapter was trained on another base or revision, see [`check_base`].
+    """
+    if adapter is None:
+        return revision
+    config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
+    check_base(config, model, revision, known_by_weights="base_weights" in record_of(adapter, adapter_revision))
+    return revision or (config.revision if model == config.base_model_name_or_path else None)
+
+
+def check_there(**names: str | None) -> None:
+    """Refuse names that are paths to nothing; the libraries would call them bad Hub ids.
+
+    Raises:
+        ValueError: names the option and its value.
+
+    Example:
+
+    >>> check_there(model="org/model", adapter=None)
+    >>> check_there(adapter="./gone")
+    Traceback (most recent call last):
+    ValueError: `adapter` must be a folder or a Hub id, got './gone', which is not there. Correct the path.
+    """
+    for option, name in names.items():
+        if name is not None and not Path(name).exists() and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+            raise ValueError(
+                f"`{option}` must be a folder or a Hub id, got {name!r}, which is not there. Correct the path."
+            )
 
 
 def record_of(adapter: str | None, revision: str | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Only what may be compared is loaded: the right base, revision, RoPE and tokenizer; identities tell models apart."""
 
+import json
 import logging
 
 import pytest
@@ -9,7 +10,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_longalign.base_weights import weights_sample
-from hf_longalign.evaluation.models import examinees, load_model, load_tokenizer
+from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
 from hf_longalign.record import load_record, save_record
 from hf_longalign.rope import rope_record, scale_rope
 
@@ -100,6 +101,36 @@ def test_another_revision_is_refused(trained):
     config.write_text(config.read_text().replace('"revision": null', '"revision": "v1"'))
     with pytest.raises(ValueError, match="`model_revision` must be the adapter's, 'v1', got 'v2'"):
         load_model(str(base), adapter=str(adapter), revision="v2")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(("given", "named", "expected"), [("v2", None, "v2"), (None, "v1", "v1"), (None, None, None)])
+def test_the_revision_that_was_asked_for_is_the_one_loaded(trained, monkeypatch, recorded, given, named, expected):
+    base, adapter = trained
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "revision": named}))
+    if not recorded:
+        (adapter / "longalign_config.json").unlink()
+    asked = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def load(*args, revision=None, **kwargs):
+        asked.append(revision)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    load_model(str(base), adapter=str(adapter), revision=given)
+    assert asked == [expected]
+
+
+def test_a_served_adapter_has_the_range_it_was_trained_for(trained):
+    base, adapter = trained
+    assert load_config(str(base)).max_position_embeddings == 64
+    assert load_config(str(base), adapter=str(adapter)).max_position_embeddings == 256
+    with pytest.raises(ValueError, match="`model_revision` must be the adapter's, 'v1'"):
+        config = adapter / "adapter_config.json"
+        config.write_text(config.read_text().replace('"revision": null', '"revision": "v1"'))
+        load_config(str(base), adapter=str(adapter), revision="v2")
 
 
 def test_another_chat_template_is_refused_until_one_is_chosen(trained):
