@@ -80,6 +80,7 @@ def run(models, output, *more, processes=1, env=None):
 
 def report_of(output):
     report = json.loads((output / "report.json").read_text())
+    assert report["settings"].pop("processes")
     return {name: value for name, value in report.items() if name not in ("speed", "date")}
 
 
@@ -136,6 +137,9 @@ def test_two_processes_equal_one(models, whole, tmp_path):
     assert files == ["results-0.jsonl", "results-1.jsonl"]
     assert sorted(keys_of(tmp_path)) == sorted(keys_of(whole))
     assert report_of(tmp_path) == report_of(whole)
+    one, two = (json.loads((output / "report.json").read_text())["speed"] for output in (whole, tmp_path))
+    for label, counts in two.items():  # of both processes
+        assert counts["prompt_tokens"] == one[label]["prompt_tokens"] > 0 and counts["seconds"] > 0
 
 
 def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
@@ -160,9 +164,22 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
         (["--suite", "needles"], "`suite` must be among needle"),
         (["--lengths", "2048"], "within the model's range of 1,024 tokens, got 2,048"),
         (["--suite", "ruler", "--endpoint", "http://localhost:1/v1"], "needs the model itself, got an endpoint"),
-        (["--haystack", "missing.txt"], "missing.txt"),
+        (["--haystack", "missing.txt"], "`haystack` must be a text file or a folder, got 'missing.txt'"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
     done = run(models, tmp_path, *options)
     assert done.returncode != 0 and message in done.stderr
+    assert not any(tmp_path.glob("answers/*.jsonl")) or not keys_of(tmp_path), "refused before anything is asked"
+
+
+def test_options_are_checked_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE.parent))
+    from evaluation_options import SuiteArguments, check_output, check_suites
+
+    assert check_suites(SuiteArguments(suite="needle, short"), None) == ["needle", "short"]
+    with pytest.raises(ValueError, match="`limit` must be at least 1, got 0"):
+        check_suites(SuiteArguments(limit=0), None)
+    check_output(str(tmp_path / "new" / "report"))
+    with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):
+        check_output(__file__)

@@ -53,12 +53,13 @@ class _Waiting(NamedTuple):
     row: Row | None
 
 
-def check_range(config: PretrainedConfig, tokens: int) -> None:
+def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> None:
     """Refuse more tokens than a model is made for, its RoPE scaling included; a model without a limit takes any.
 
     Args:
         config: the model's.
         tokens: of the longest prompt with its answer.
+        name: what the caller calls them.
 
     Raises:
         ValueError: names length, range and remedy.
@@ -73,7 +74,7 @@ def check_range(config: PretrainedConfig, tokens: int) -> None:
     reach = model_range(config)
     if tokens > reach:
         raise ValueError(
-            f"`length` must be within the model's range of {reach:,} tokens, got {tokens:,} with the answer. Set "
+            f"`{name}` must be within the model's range of {reach:,} tokens, got {tokens:,} with the answer. Set "
             "shorter lengths, or scale its RoPE before loading: "
             f"`from_pretrained(model_id, config=hf_longalign.rope.scale_rope(config, {tokens}))`."
         )

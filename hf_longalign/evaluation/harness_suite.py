@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -69,6 +70,10 @@ class HarnessSuite:
                 with examinee.active():
                     store.add(key, [asdict(result) for result in self._run(*unit)])
 
+    def asked(self) -> list[str]:
+        """Return the tasks with lm-eval's version and what their questions depend on."""
+        return [f"lm-eval/{version('lm-eval')}/{self.options}/{unit}" for unit in self.units]
+
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
         """Return the value of every task with the interval of its standard error, or why it was not run."""
         store.wait_for(self._keys.values())
@@ -78,6 +83,8 @@ class HarnessSuite:
                 for found in store.get(self._keys[examinee.label, unit]):
                     name = _title(found["task"], found["length"])
                     task = tasks.setdefault(name, {"task": name, "metric": None, "samples": 0, "scores": {}})
+                    if found["length"] is not None:
+                        task["length"] = found["length"]
                     if found["error"] is not None:
                         task["error"] = found["error"]
                         continue

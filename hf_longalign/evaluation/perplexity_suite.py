@@ -8,6 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.perplexity import PositionLoss, document_loss, position_edges
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
@@ -28,10 +29,11 @@ class PerplexitySuite:
         window: tokens of a window.
 
     Raises:
-        ValueError: the texts together are shorter than the window.
+        ValueError: the texts together are shorter than the window, or it is beyond the model's range.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], *, window: int) -> None:
+        check_range(model.config, window, "perplexity_window")  # before other suites take their hours
         self.model, self.window, self.edges = model, window, position_edges(window)
         # Llama, Gemma and others were trained with this token before every text, and read badly without it.
         first = tokenizer("a")["input_ids"][0]
@@ -50,6 +52,10 @@ class PerplexitySuite:
                         )
                         value = {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
                         store.add(self._key(examinee, ids), value)
+
+    def asked(self) -> list[str]:
+        """Return what tells the documents and how they are read."""
+        return [self._unit(ids) for ids in self.documents]
 
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
         """Return `edges`, `window`, number of `documents`, and `perplexity` per bin by label."""
@@ -71,8 +77,10 @@ class PerplexitySuite:
         return PositionLoss(np.array(self.edges), np.array(value["sums"]), np.array(value["counts"]))
 
     def _key(self, examinee: Examinee, ids: np.ndarray) -> str:
-        digest = hashlib.sha256(ids.tobytes()).hexdigest()
-        return examinee.key(f"perplexity/{self.window}/{self.bos}/{digest}")
+        return examinee.key(self._unit(ids))
+
+    def _unit(self, ids: np.ndarray) -> str:
+        return f"perplexity/{self.window}/{self.bos}/{hashlib.sha256(ids.tobytes()).hexdigest()}"
 
 
 def join_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int) -> list[np.ndarray]:

@@ -62,10 +62,13 @@ class Completion:
     tokens: int
 
 
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """Return the SHA-256 of a set of prompts, 64 hexadecimal digits: runs are comparable where it is the same.
+def fingerprint(keys: Iterable[str]) -> str:
+    """Return the SHA-256 of all that was asked, 64 hexadecimal digits: runs are comparable where it is the same.
+
+    Args:
+        keys: one per question, such as [`Prompt.key`].
 
     >>> fingerprint([]) == fingerprint(()), len(fingerprint([]))
     (True, 64)
     """
-    return hashlib.sha256("\n".join(sorted(prompt.key for prompt in prompts)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()

@@ -25,8 +25,8 @@ def render_report(report: Mapping[str, Any]) -> str:
     """Return `report.md` for a report; what was not measured is left out.
 
     Args:
-        report: `models` (`label`, `name`, `revision`), `suites` (see [`suite_results`]), `settings`, `prompts` (their
-            fingerprint), and optionally `perplexity`, `speed`, `images`.
+        report: `models` (`label`, `name`, `revision`), `suites` (see [`suite_results`]), `settings`, `prompts` (the
+            fingerprint of all that was asked), and optionally `perplexity`, `speed`, `images`.
 
     Example:
 
@@ -43,6 +43,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     for suite in report["suites"]:
         parts += [f"## {TITLES.get(suite['suite'], suite['suite'])}", *_suite(suite, labels)]
         parts += _pictures(report, ("needle_accuracy", "needle_heatmap") if suite["suite"] == "needle" else ())
+        parts += _task_pictures(report, suite)
     if report.get("perplexity"):
         parts += ["## Perplexity by position", _perplexity(report["perplexity"], labels)]
     parts += _pictures(report, ("perplexity",))
@@ -67,17 +68,29 @@ def _suite(suite: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
         rows.append(
             [task["task"], task["metric"], task["samples"], *scores, *([_difference(task)] if compares else [])]
         )
+        for metric, values in task.get("others", {}).items():
+            means = [values.get(label) for label in labels]
+            rows.append([task["task"], metric, task["samples"], *_means(means, compares)])
     for group in suite["groups"]:
-        values = [group["scores"].get(label) for label in labels]
-        change = f"{100 * (values[1] - values[0]):+.1f}" if compares and None not in values[:2] else ""
-        shown = ["" if value is None else f"**{100 * value:.1f}**" for value in values]
-        rows.append([f"**{group['group']}**", "", "", *shown, *([change] if compares else [])])
+        means = [group["scores"].get(label) for label in labels]
+        rows.append([f"**{group['group']}**", "", "", *_means(means, compares, mark="**")])
     parts = [table(head, rows)] if rows else []
     parts += [_by_length(task, labels) for task in tasks if task.get("grid")]
-    failed = [task for task in suite["tasks"] if task.get("error")]
-    if failed:
-        parts.append("Not run:\n\n" + "\n".join(f"- {task['task']}: {task['error']}" for task in failed))
+    for title, key in (("Not run:", "error"), ("Notes:", "note")):
+        told = [f"- {task['task']}: {task[key]}" for task in suite["tasks"] if task.get(key)]
+        parts += [f"{title}\n\n" + "\n".join(told)] if told else []
     return parts
+
+
+def _means(values: Sequence[float | None], compares: bool, mark: str = "") -> list[str]:
+    shown = ["" if value is None else f"{mark}{100 * value:.1f}{mark}" for value in values]
+    change = "" if not compares or values[0] is None or values[1] is None else _signed(values[1] - values[0])
+    return [*shown, change] if compares else shown
+
+
+def _signed(value: float) -> str:
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def _score(score: Mapping[str, float] | None) -> str:
@@ -93,9 +106,9 @@ def _difference(task: Mapping[str, Any]) -> str:
     if change is None:
         return ""
     if change.get("low") is None:
-        return f"{100 * change['value']:+.1f}"
+        return _signed(change["value"])
     sure = change["low"] > 0 or change["high"] < 0
-    text = f"{100 * change['value']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    text = f"{_signed(change['value'])} ({_signed(change['low'])} to {_signed(change['high'])})"
     return f"**{text}**" if sure else text
 
 
@@ -126,8 +139,9 @@ def _speed(speed: Mapping[str, Mapping[str, Any]]) -> str:
         )
         for label, counts in speed.items()
     ]
-    head = ("this run", "prompt tokens", "of them from the cache", "generated", "seconds", "prompt tokens/s")
-    return table(head, rows)
+    head = ("", "prompt tokens", "of them from the cache", "generated", "seconds", "prompt tokens/s")
+    note = "Needle and LongBench, all runs and processes: seconds are summed over processes, tokens/s are of one."
+    return f"{note}\n\n{table(head, rows)}"
 
 
 def _pictures(report: Mapping[str, Any], stems: Sequence[str], title: str | None = None) -> list[str]:
@@ -140,8 +154,14 @@ def _pictures(report: Mapping[str, Any], stems: Sequence[str], title: str | None
     return [title, *shown] if title and shown else shown
 
 
+def _task_pictures(report: Mapping[str, Any], suite: Mapping[str, Any]) -> list[str]:
+    """The heatmap of each task, folded away."""
+    shown = _pictures(report, [f"{suite['suite']}_{task['task']}" for task in suite["tasks"]])
+    return ["<details><summary>Each task by depth and length</summary>", *shown, "</details>"] if shown else []
+
+
 def _comparable(report: Mapping[str, Any]) -> str:
     return (
         "Scores are percentages with 95 % intervals; a difference in bold is larger than chance at that level. "
-        f"Reports compare where the fingerprint of their prompts is the same: `{report['prompts']}`."
+        f"Reports compare where the fingerprint of all that was asked is the same: `{report['prompts']}`."
     )

@@ -2,16 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields
 from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
 from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.stats import GenerationStats
 from hf_longalign.evaluation.store import ResultStore
 
 
 class Generator(Protocol):
-    """Answers prompts greedily, each as soon as it is answered."""
+    """Answers prompts greedily, each as soon as it is answered, and counts in `stats` what that takes."""
+
+    stats: GenerationStats
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
         """Yield each prompt with its completion, in any order."""
@@ -72,7 +76,8 @@ def ask(
     Args:
         examinee: the model.
         prompts: all prompts, the same in every process.
-        store: gets `{"text": …, "tokens": …}` under `examinee.key(prompt.key)`.
+        store: gets `{"text": …, "tokens": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what it took,
+            see [`GenerationStats`]. Prompts that were answered together share it by chance: only sums mean something.
         rank: number of this process.
         processes: number of processes.
         progress: show a bar per task, with the length and depth of the latest answer.
@@ -88,8 +93,13 @@ def ask(
             disable=not progress,
         )
         with bar, examinee.active():
+            before = asdict(examinee.generator.stats)
             for prompt, completion in examinee.generator.generate(open_prompts):
-                store.add(examinee.key(prompt.key), {"text": completion.text, "tokens": completion.tokens})
+                now = asdict(examinee.generator.stats)
+                spent = {name: now[name] - before[name] for name in now}
+                value = {"text": completion.text, "tokens": completion.tokens, "spent": spent}
+                store.add(examinee.key(prompt.key), value)
+                before = now
                 bar.set_postfix_str(_place(prompt), refresh=False)
                 bar.update()
 
@@ -99,6 +109,12 @@ def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -
     keys = [examinee.key(prompt.key) for prompt in prompts]
     store.wait_for(keys)
     return [store.get(key)["text"] for key in keys]
+
+
+def spent(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> GenerationStats:
+    """Return what all answers took together, those of earlier runs and of other processes too."""
+    found = [store.get(examinee.key(prompt.key))["spent"] for prompt in prompts]
+    return GenerationStats(**{field.name: sum(one[field.name] for one in found) for field in fields(GenerationStats)})
 
 
 def _place(prompt: Prompt) -> str:

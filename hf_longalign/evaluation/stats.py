@@ -11,7 +11,7 @@ class GenerationStats:
         prompt_tokens: tokens of the prompts answered.
         cached_tokens: those of them that were not computed, because an earlier prompt had them too.
         generated_tokens: tokens of the answers.
-        seconds: time spent reading and answering.
+        seconds: time spent reading and answering; of several processes the sum.
     """
 
     prompt_tokens: int = 0

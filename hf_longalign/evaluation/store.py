@@ -1,11 +1,15 @@
 """Results on disk the moment they are there, so that a killed run goes on where it stopped."""
 
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+logger = logging.getLogger(__name__)
 
 
 class ResultStore:
@@ -75,23 +79,23 @@ class ResultStore:
                 self._values[entry["key"]] = entry["value"]
             self._read[path] = self._read.get(path, 0) + whole
 
-    def wait_for(
-        self, keys: Iterable[str], *, every: float = 0.5, tell: Callable[[int], None] = lambda missing: None
-    ) -> None:
+    def wait_for(self, keys: Iterable[str], *, every: float = 0.5, tell_every: float = 60.0) -> None:
         """Wait until other processes have added all keys: no collective operation, so no time-out.
 
         Args:
             keys: what must be there.
             every: seconds between two looks.
-            tell: is told after each look how many keys are missing.
+            tell_every: seconds between two log lines with how many are missing.
         """
-        missing = set(keys)
+        missing, told = set(keys), -tell_every
         while True:
             self.refresh()
             missing = {key for key in missing if key not in self._values}
-            tell(len(missing))
             if not missing:
                 return
+            if time.monotonic() - told >= tell_every:
+                told = time.monotonic()
+                logger.info("Waiting for %d results of other processes in %s.", len(missing), self.folder)
             time.sleep(every)
 
     def _cut_off_torn_line(self) -> None:

@@ -20,6 +20,10 @@ class Suite(Protocol):
         """Wait for all shares and return what goes into the report."""
         ...
 
+    def asked(self) -> list[str]:
+        """Return what tells each question from every other: equal where two reports asked the same."""
+        ...
+
 
 class PromptSuite:
     """Prompts that are answered and scored: needle and LongBench.
@@ -47,6 +51,10 @@ class PromptSuite:
         """Have each model answer this process's share of the prompts."""
         for examinee in examinees:
             ask(examinee, self.prompts, store, rank=rank, processes=processes, progress=rank == 0)
+
+    def asked(self) -> list[str]:
+        """Return the keys of the prompts."""
+        return [prompt.key for prompt in self.prompts]
 
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
         """Return the scores of all prompts; see [`suite_results`]."""

@@ -29,7 +29,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         images = draw_pictures(report, folder)
-        if coverage is not None:
+        if coverage is not None and (coverage.get("histogram") or {}).get("pairs"):
             images.append(_draw_coverage(report, coverage, folder).name)
     except ImportError as error:
         logger.warning("The report has no pictures: %s", error)
@@ -41,10 +41,12 @@ def write_report(
 
 
 def _draw_coverage(report: Mapping[str, Any], coverage: Mapping[str, Any], folder: Path) -> Path:
-    grids = [task["grid"] for suite in report["suites"] for task in suite["tasks"] if task.get("grid")]
-    lengths = sorted({length for grid in grids for length in grid["lengths"]})
+    tasks = [task for suite in report["suites"] for task in suite["tasks"]]
+    lengths = {length for task in tasks for length in (task.get("grid") or {}).get("lengths", [])}
+    lengths |= {task["length"] for task in tasks if task.get("length")}
+    lengths |= {report["perplexity"]["window"]} if report.get("perplexity") else set()
     title = "Relative distances covered in training"
-    return plot_coverage(dict(coverage), folder / "coverage.png", evaluated_lengths=lengths, title=title)
+    return plot_coverage(dict(coverage), folder / "coverage.png", evaluated_lengths=sorted(lengths), title=title)
 
 
 def _replace(path: Path, text: str) -> None:

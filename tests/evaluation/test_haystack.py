@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from hf_longalign.evaluation.haystack import read_texts, sentences_of, split_sentences, split_units
 from hf_longalign.evaluation.noise import noise
+from hf_longalign.evaluation.texts import load_texts
 
 
 def stripped(text: str) -> list[str]:
@@ -32,6 +33,27 @@ def test_sentences(text, expected):
 
 def test_paragraphs_stay_and_line_breaks_go():
     assert "".join(split_sentences("A b.\nC d.\n\n \nE f. G h.")) == "\n\nA b. C d.\n\nE f. G h."
+
+
+def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("One.", encoding="utf-8")
+    assert list(load_texts(str(tmp_path))) == ["One."]
+    monkeypatch.setattr(
+        "hf_longalign.evaluation.texts.load_dataset", lambda *args, **options: iter([{"text": "Two.", "id": 1}])
+    )
+    assert list(load_texts("org/data")) == ["Two."]
+    with pytest.raises(ValueError, match="`haystack_column` must be one of text, id, got 'body'"):
+        list(load_texts("org/data", column="body"))
+    for gone in ("gone.txt", str(tmp_path / "gone")):
+        with pytest.raises(ValueError, match="which is not there"):
+            load_texts(gone)
+
+    def unreachable(*args, **options):
+        raise OSError("offline")
+
+    monkeypatch.setattr("hf_longalign.evaluation.texts.load_dataset", unreachable)
+    with pytest.raises(ConnectionError, match=r"`haystack` must be .* got 'org/gone': .* \(OSError: offline\)"):
+        load_texts("org/gone")
 
 
 def test_a_text_without_full_stops_is_cut_at_blanks():

@@ -5,10 +5,11 @@ import pytest
 import torch
 from families import tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.evaluation import perplexity
 from hf_longalign.evaluation.perplexity import document_loss, perplexity_by_position, position_edges
+from hf_longalign.evaluation.perplexity_suite import PerplexitySuite
 
 
 def document(length, seed=0):
@@ -96,6 +97,11 @@ def test_positions_without_tokens_have_no_perplexity():
     assert doubled.counts.tolist() == [0, 18]
     with pytest.raises(ValueError, match="`edges` must be the same"):
         found + document_loss(tiny_model("llama"), document(10), window=10, stride=10, edges=[0, 10])
+
+
+def test_a_window_beyond_the_range_is_refused_before_any_suite_works():
+    with pytest.raises(ValueError, match="`perplexity_window` must be within the model's range of 256"):
+        PerplexitySuite(tiny_model("llama"), tiny_tokenizer(), ["text " * 400], window=300)
 
 
 def test_bad_requests_are_refused():

@@ -102,6 +102,35 @@ def test_the_folder_holds_numbers_text_and_pictures(tmp_path):
 
 
 def test_what_failed_is_named_and_the_rest_stays():
-    failed = {"suite": "short", "metric": None, "groups": [], "tasks": [{"task": "gsm8k", "error": "no network"}]}
-    text = render_report({**report(), "suites": [suite(), failed]})
-    assert "- gsm8k: no network" in text and "| single |" in text
+    score = {"value": 0.5}
+    cut = {"task": "ifeval", "metric": "acc", "samples": 4, "scores": {"base": score, "adapter": score}}
+    cut |= {"difference": {"value": -0.0001}, "note": "2 prompts were cut"}
+    short = {"suite": "short", "metric": None, "groups": [], "tasks": [{"task": "gsm8k", "error": "no network"}, cut]}
+    text = render_report({**report(), "suites": [suite(), short]})
+    assert "Not run:\n\n- gsm8k: no network\n" in text and "| single |" in text
+    assert "Notes:\n\n- ifeval: 2 prompts were cut\n" in text
+    assert "| ifeval | acc | 4 | 50.0 | 50.0 | 0.0 |" in text  # and not -0.0
+
+
+def test_partial_recall_and_the_picture_of_each_task_are_shown(tmp_path):
+    write_report(tmp_path, report())
+    text = (tmp_path / "report.md").read_text()
+    assert "| single | recall | 12 | 25.0 | 66.7 | +41.7 |" in text
+    assert "](needle_single.png)" in text and "](needle_multi_key.png)" in text
+
+
+def test_a_record_without_distances_costs_no_report(tmp_path):
+    written = write_report(tmp_path, report(), coverage={"target_length": 64})
+    assert "coverage.png" not in written["images"] and (tmp_path / "report.md").exists()
+
+
+def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "hf_longalign.evaluation.write.plot_coverage", lambda coverage, path, **options: drawn.update(options) or path
+    )
+    ruler = {"suite": "ruler", "metric": None, "groups": [], "tasks": [{"task": "vt", "length": 512, "error": "x"}]}
+    found = {"edges": [0, 1024], "documents": 1, "window": 1024, "perplexity": {"base": [2.0], "adapter": [2.0]}}
+    everything = {**report(perplexity=found), "suites": [suite(), ruler]}
+    write_report(tmp_path, everything, coverage={"histogram": {"pairs": [1]}})
+    assert drawn["evaluated_lengths"] == [128, 256, 512, 1024]

@@ -3,7 +3,8 @@
 import pytest
 
 from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.evaluation.runner import Examinee, answers, ask, share
+from hf_longalign.evaluation.runner import Examinee, answers, ask, share, spent
+from hf_longalign.evaluation.stats import GenerationStats
 from hf_longalign.evaluation.store import ResultStore
 
 
@@ -20,13 +21,15 @@ class Echo:
     """Answers with the prompt's own text and notes what it was asked; dies after so many answers."""
 
     def __init__(self, dies_after=None):
-        self.asked, self.dies_after = [], dies_after
+        self.asked, self.dies_after, self.stats = [], dies_after, GenerationStats()
 
     def generate(self, prompts):
         for prompt in reversed(prompts):
             if self.dies_after is not None and len(self.asked) == self.dies_after:
                 raise KeyboardInterrupt
             self.asked.append(prompt)
+            self.stats.prompt_tokens += 10
+            self.stats.seconds += 0.5
             yield prompt, Completion(f"echo {prompt.text}", 3)
 
 
@@ -49,6 +52,8 @@ def test_an_interrupted_run_asks_only_what_is_left(tmp_path):
         assert answers(examinee, PROMPTS, store) == [f"echo {prompt.text}" for prompt in PROMPTS]
         ask(examinee, PROMPTS, store, progress=False)
     assert len(killed.asked) + len(goes_on.asked) == len(PROMPTS)
+    total = spent(examinee, PROMPTS, store)  # of both runs
+    assert (total.prompt_tokens, total.seconds) == (10 * len(PROMPTS), 0.5 * len(PROMPTS))
 
 
 def test_another_model_does_not_read_these_answers(tmp_path):
