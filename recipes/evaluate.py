@@ -7,6 +7,7 @@ Every answer is on disk as soon as it is there: the same command goes on where a
 share the questions. The options below can stand in a YAML (`--config`) or on the command line, which wins.
 """
 
+import logging
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness_suite import HarnessSuite
 from hf_longalign.evaluation.longbench.prompts import longbench_prompts
 from hf_longalign.evaluation.longbench.scoring import score_longbench
-from hf_longalign.evaluation.longbench.tasks import GROUPS
+from hf_longalign.evaluation.longbench.tasks import GROUPS, expand_tasks
 from hf_longalign.evaluation.models import (
     ADAPTER,
     BASE,
@@ -48,7 +49,7 @@ from hf_longalign.evaluation.needle_scoring import score_needle
 from hf_longalign.evaluation.noise import noise
 from hf_longalign.evaluation.perplexity_suite import PerplexitySuite
 from hf_longalign.evaluation.placement import needle_prompts
-from hf_longalign.evaluation.prompt import fingerprint
+from hf_longalign.evaluation.prompt import Prompt, fingerprint
 from hf_longalign.evaluation.runner import Examinee, spent
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite, Suite
@@ -60,6 +61,9 @@ from hf_longalign.publish.card_file import write_adapter_card
 from hf_longalign.publish.retry import PublishError
 from hf_longalign.rope import model_range
 from hf_longalign.version import __version__
+
+
+logger = logging.getLogger(__name__)
 
 
 class Setting:
@@ -151,15 +155,7 @@ def make_suites(
             )
             suites[name] = PromptSuite(name, made, score_needle, metric="exact_match")
         elif name == "longbench":
-            prompts = longbench_prompts(
-                args.longbench_tasks,
-                tokenizer=setting.tokenizer,
-                max_length=setting.reach,
-                source=args.longbench_source,
-                limit=args.limit,
-                chat=chat,
-            )
-            suites[name] = PromptSuite(name, list(prompts), score_longbench, groups=GROUPS)
+            suites[name] = longbench_suite(setting, args, chat=chat)
         elif name == "perplexity":
             suites[name] = PerplexitySuite(
                 setting.model,
@@ -181,6 +177,27 @@ def make_suites(
                 chat=chat,
             )
     return suites
+
+
+def longbench_suite(setting: Setting, args: SuiteArguments, *, chat: bool) -> PromptSuite:
+    """Make LongBench's prompts; tasks whose data cannot be had are left out, and told."""
+    source = args.longbench_source
+    prompts: list[Prompt] = []
+    missing: dict[str, str] = {}
+    for task in expand_tasks(args.longbench_tasks):
+        try:
+            prompts += longbench_prompts(
+                [task],
+                tokenizer=setting.tokenizer,
+                max_length=setting.reach,
+                source=source,
+                limit=args.limit,
+                chat=chat,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            missing[task] = str(error).replace(source, public_name(source))
+            logger.warning("%s is left out: %s", task, error)
+    return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
 
 
 def default_lengths(reach: int) -> list[int]:

@@ -97,6 +97,12 @@ def check_suites(args: SuiteArguments, endpoint: str | None) -> list[str]:
                 f"`suite` {name!r} needs the model itself, got an endpoint, which has needle and longbench alone. "
                 "Leave `endpoint` out."
             )
+    source = Path(args.longbench_source)
+    if "longbench" in names and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
+        raise ValueError(
+            f"`longbench_source` must be a Hub id, data.zip or a folder, got {str(source)!r}, which is not there. "
+            "Correct the path."
+        )
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {args.limit}. Leave it out to ask all.")
     return names

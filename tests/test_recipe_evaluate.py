@@ -180,6 +180,8 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path, monkeypatch):
     assert check_suites(SuiteArguments(suite="needle, short"), None) == ["needle", "short"]
     with pytest.raises(ValueError, match="`limit` must be at least 1, got 0"):
         check_suites(SuiteArguments(limit=0), None)
+    with pytest.raises(ValueError, match=r"`longbench_source` must be .* which is not there"):
+        check_suites(SuiteArguments(suite="longbench", longbench_source=str(tmp_path / "gone")), None)
     check_output(str(tmp_path / "new" / "report"))
     with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):
         check_output(__file__)

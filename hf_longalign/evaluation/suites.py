@@ -34,6 +34,7 @@ class PromptSuite:
         scorer: scores an answer.
         metric: the metric to report first; `None`: each task its own.
         groups: tasks by group.
+        missing: tasks that could not be asked, and why.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class PromptSuite:
         *,
         metric: str | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
+        missing: Mapping[str, str] | None = None,
     ) -> None:
+        self.missing = missing or {}
         self.name, self.prompts, self.scorer, self.metric, self.groups = name, prompts, scorer, metric, groups
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
@@ -59,4 +62,6 @@ class PromptSuite:
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
         """Return the scores of all prompts; see [`suite_results`]."""
         texts = {examinee.label: answers(examinee, self.prompts, store) for examinee in examinees}
-        return suite_results(self.name, self.prompts, texts, self.scorer, metric=self.metric, groups=self.groups)
+        found = suite_results(self.name, self.prompts, texts, self.scorer, metric=self.metric, groups=self.groups)
+        found["tasks"] += [{"task": task, "error": error} for task, error in self.missing.items()]
+        return found

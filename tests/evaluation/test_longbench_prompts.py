@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -169,6 +170,16 @@ def test_without_the_hub_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=r"'nobody/nothing'.*Download its data\.zip .* set `source`"):
         _prompts(["musique"], "nobody/nothing")
+
+
+def test_a_missing_word_cutter_is_told_before_anything_is_asked(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    row = _row(answers=["段落1"])
+    for task in ("dureader", "passage_retrieval_zh"):
+        _write(tmp_path / f"{task}.jsonl", row)
+    with pytest.raises(ImportError, match="need jieba"):
+        _prompts(["dureader"], tmp_path)
+    assert _prompts(["passage_retrieval_zh"], tmp_path)
 
 
 def test_sets_of_tasks():

@@ -8,6 +8,9 @@ import pytest
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.evaluation.report import render_report
 from hf_longalign.evaluation.results import suite_results
+from hf_longalign.evaluation.runner import Examinee
+from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.suites import PromptSuite
 from hf_longalign.evaluation.write import write_report
 
 
@@ -117,6 +120,17 @@ def test_partial_recall_and_the_picture_of_each_task_are_shown(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "| single | recall | 12 | 25.0 | 66.7 | +41.7 |" in text
     assert "](needle_single.png)" in text and "](needle_multi_key.png)" in text
+
+
+def test_a_suite_tells_what_could_not_be_asked(tmp_path):
+    who = Examinee("base", "id", None)
+    with ResultStore(tmp_path) as store:
+        store.add(who.key(PROMPTS[0].key), {"text": "yes"})
+        found = PromptSuite("longbench", PROMPTS[:1], score, missing={"lcc": "offline"}).results([who], store)
+        nothing = PromptSuite("longbench", [], score, missing={"lcc": "offline"}).results([who], store)
+    assert [task["task"] for task in found["tasks"]] == ["single", "lcc"]
+    assert nothing["tasks"] == [{"task": "lcc", "error": "offline"}]
+    assert "- lcc: offline" in render_report({**report(), "suites": [nothing]})
 
 
 def test_a_record_without_distances_costs_no_report(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_longalign.evaluation.longbench.chinese import words
 from hf_longalign.evaluation.longbench.data import HUB_ID, read_rows
 from hf_longalign.evaluation.longbench.tasks import expand_tasks, find_task
 from hf_longalign.evaluation.longbench.truncation import cut_middle
@@ -35,10 +36,13 @@ def longbench_prompts(
         ValueError: an unknown task, a bad row, or a `max_length` without room.
         FileNotFoundError: the source does not have a task.
         ConnectionError: the Hub could not be asked.
+        ImportError: a task whose answers are scored word by word in Chinese, without jieba.
     """
     for name in expand_tasks(tasks):
         task = find_task(name)
         with_template = chat and task.chat
+        if task.metric in ("qa_f1_zh", "rouge_l_zh"):
+            words("")  # told now that jieba is missing, and not when all is answered
         for index, row in enumerate(islice(read_rows(name, source), limit)):
             text = task.template.format(context=row.context, input=row.input)
             yield Prompt(
