@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.harness import RULER_TASKS, SUITES, run_harness
-from hf_longalign.evaluation.intervals import Z
+from hf_longalign.evaluation.intervals import Z, mean_interval
 from hf_longalign.evaluation.results import group_means
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
@@ -88,12 +88,14 @@ class HarnessSuite:
                     if found["error"] is not None:
                         task["error"] = found["error"]
                         continue
-                    task.update(metric=found["metric"], samples=found["samples"])
+                    # RULER's metrics are called by their length in lm-eval.
+                    metric = found["metric"] if found["length"] is None else "string_match"
+                    task.update(metric=metric, samples=found["samples"])
                     if found["cut"]:
                         task["note"] = (
                             f"{found['cut']:,} prompts were longer than the model's range and lost their beginning"
                         )
-                    task["scores"][examinee.label] = _with_error(found["value"], found["stderr"])
+                    task["scores"][examinee.label] = _with_error(found["value"], found["stderr"], found["samples"])
         for task in tasks.values():
             values = [score["value"] for score in task["scores"].values()]
             if len(values) == len(examinees) == 2:
@@ -124,7 +126,10 @@ def _title(task: str, length: int | None) -> str:
     return task if length is None else f"{task}, {length:,} tokens"
 
 
-def _with_error(value: float, stderr: float | None) -> dict[str, float]:
+def _with_error(value: float, stderr: float | None, samples: int) -> dict[str, float]:
     if stderr is None:
         return {"value": value}
+    if stderr == 0:  # all questions scored alike, which few questions easily do: no proof that others would
+        low, high = mean_interval([value] * samples)
+        return {"value": value, "low": low, "high": high}
     return {"value": value, "low": max(0.0, value - Z * stderr), "high": min(1.0, value + Z * stderr)}

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,26 @@ def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, mo
     assert asked == ["towns", "towns", "gsm8k", "gsm8k"]
     assert evaluated() == results
     assert asked[4:] == ["gsm8k", "gsm8k"]  # what succeeded is not asked again
+
+
+def test_ruler_has_a_metric_s_name_and_no_interval_of_no_width(tmp_path):
+    found = HarnessResult("niah_single_1", 512, metric="512,none", value=1.0, stderr=0.0, samples=4)
+    examinee = Examinee("base", "id", None)
+    with ResultStore(tmp_path) as store:
+        suite = HarnessSuite(
+            "ruler",
+            ["niah_single_1"],
+            tiny_llama(),
+            tiny_tokenizer(),
+            store,
+            [examinee],
+            max_length=512,
+            lengths=[512],
+        )
+        store.add(suite._keys["base", ("niah_single_1", 512)], [asdict(found)])
+        (task,) = suite.results([examinee], store)["tasks"]
+    assert (task["task"], task["metric"]) == ("niah_single_1, 512 tokens", "string_match")
+    assert task["scores"]["base"]["high"] == 1.0 and 0.3 < task["scores"]["base"]["low"] < 0.6  # Wilson's, 4 of 4
 
 
 def test_names_lengths_and_templates_are_checked_before_anything_runs(model):
