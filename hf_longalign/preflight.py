@@ -24,8 +24,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel, is_peft_model
 from transformers import PretrainedConfig
 
+from hf_longalign.attention.support import exactness_problem, has_recurrent_layers, layer_kinds
 from hf_longalign.collator import SkipPositionDataCollator
-from hf_longalign.exactness import exactness_problem, has_recurrent_layers, layer_kinds
 from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, Probe
 from hf_longalign.rope import check_rope_reached, model_range
 

@@ -21,9 +21,9 @@ from hf_longalign.blocks import TARGET_MARK
 from hf_longalign.callback import SkipPositionCallback
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
+from hf_longalign.coverage import PositionObserver
 from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
 from hf_longalign.marker import BlockMarker
-from hf_longalign.observer import PositionObserver
 from hf_longalign.provenance import base_source, hardware, run_facts, versions
 from hf_longalign.record import save_record
 from hf_longalign.rope import model_range, rope_record

@@ -1,9 +1,6 @@
-import importlib.util
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download
 from loopback_hub import TOKEN, Hub
@@ -11,8 +8,9 @@ from test_trainer import make_trainer
 from transformers import PretrainedConfig, TrainerState, TrainingArguments
 
 from hf_longalign import provenance
-from hf_longalign.publish.cards.adapter import adapter_card
-from hf_longalign.publish.cards.facts import adapter_facts
+from hf_longalign.cards.adapter import adapter_card
+from hf_longalign.cards.facts import adapter_facts
+from hf_longalign.commands import sft
 
 
 COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
@@ -67,23 +65,14 @@ def test_the_commit_loaded_is_not_one_pushed_since(tmp_path, monkeypatch):
         assert provenance.loaded_commit("user/other", "adapter_config.json") is None
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
-    spec = importlib.util.spec_from_file_location("sft", Path(__file__).parents[1] / "recipes" / "sft.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_recipe_names_data_of_the_hub_alone(tmp_path, recipe):
-    args = recipe.DataArguments(dataset_name="org/rows", dataset_config="chat", dataset_revision="v2")
+def test_the_recipe_names_data_of_the_hub_alone(tmp_path):
+    args = sft.DataArguments(dataset_name="org/rows", dataset_config="chat", dataset_revision="v2")
     found = {"name": "org/rows", "config": "chat", "split": "train"}
-    assert recipe.data_source(args, SimpleNamespace()) == {**found, "revision": "v2"}
+    assert sft.data_source(args, SimpleNamespace()) == {**found, "revision": "v2"}
     rows = make_rows(tmp_path / "org___rows" / "chat" / "0.0.0" / COMMIT)
-    assert recipe.data_source(args, rows) == {**found, "revision": COMMIT}
+    assert sft.data_source(args, rows) == {**found, "revision": COMMIT}
     args.dataset_name = str(tmp_path)
-    assert recipe.data_source(args, rows) is None
+    assert sft.data_source(args, rows) is None
 
 
 def make_rows(folder):

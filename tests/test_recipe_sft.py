@@ -21,15 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import TrlParser
 
 from hf_longalign.adapter import load_adapter
+from hf_longalign.commands import sft
 from hf_longalign.rope import scale_rope
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 RECIPE = RECIPES / "sft.py"
 STEPS = 6
-
-sys.path.insert(0, str(RECIPES))
-import sft  # noqa: E402 - a script, not a module of the package
 
 
 @pytest.fixture(scope="module")

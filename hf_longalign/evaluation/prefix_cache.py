@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_longalign.exactness import ATTENTION_NAME, layer_kinds
+from hf_longalign.attention.support import ATTENTION_NAME, layer_kinds
 
 
 ATTENTIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", ATTENTION_NAME})

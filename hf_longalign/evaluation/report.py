@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from hf_longalign.publish.cards.markdown import table
+from hf_longalign.cards.markdown import table
 
 
 TITLES = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_longalign.publish.cards.dataset import DatasetFacts, Source
+from hf_longalign.cards.dataset import DatasetFacts, Source
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.journal import Journal

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from hf_longalign.publish.cards.dataset import DatasetFacts, dataset_card
+from hf_longalign.cards.dataset import DatasetFacts, dataset_card
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.facts import dataset_facts

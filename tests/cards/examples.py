@@ -1,8 +1,8 @@
 """Realistic facts, one set per golden file. The numbers are made up; nothing here is a result."""
 
-from hf_longalign.publish.cards.adapter import AdapterFacts
-from hf_longalign.publish.cards.dataset import DatasetFacts, Source
-from hf_longalign.publish.cards.facts import adapter_facts
+from hf_longalign.cards.adapter import AdapterFacts
+from hf_longalign.cards.dataset import DatasetFacts, Source
+from hf_longalign.cards.facts import adapter_facts
 
 
 CONTEXT = (

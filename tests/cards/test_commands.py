@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_longalign.publish.cards.adapter import adapter_card
-from hf_longalign.publish.cards.dataset import DatasetFacts, dataset_card
-from hf_longalign.publish.cards.edits import name_repository
-from hf_longalign.publish.cards.facts import AdapterFacts
+from hf_longalign.cards.adapter import adapter_card
+from hf_longalign.cards.dataset import DatasetFacts, dataset_card
+from hf_longalign.cards.edits import name_repository
+from hf_longalign.cards.facts import AdapterFacts
 from hf_longalign.record import load_record, save_record
 from hf_longalign.rope import rope_record, scale_rope
 

@@ -6,9 +6,9 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import generate_model_card
 
-from hf_longalign.publish.cards.dataset import dataset_card
-from hf_longalign.publish.cards.edits import assemble, merge_card, name_repository
-from hf_longalign.publish.cards.templates import is_template
+from hf_longalign.cards.dataset import dataset_card
+from hf_longalign.cards.edits import assemble, merge_card, name_repository
+from hf_longalign.cards.templates import is_template
 
 from .examples import EXAMPLES
 

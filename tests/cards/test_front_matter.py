@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.publish.cards.front_matter import split_card, split_entries, to_yaml
+from hf_longalign.cards.front_matter import split_card, split_entries, to_yaml
 
 
 scalars = (

@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
-from hf_longalign.publish.cards.adapter import adapter_card
-from hf_longalign.publish.cards.dataset import dataset_card
-from hf_longalign.publish.cards.edits import REPOSITORY, merge_card, name_repository
-from hf_longalign.publish.cards.facts import AdapterFacts, adapter_facts
+from hf_longalign.cards.adapter import adapter_card
+from hf_longalign.cards.dataset import dataset_card
+from hf_longalign.cards.edits import REPOSITORY, merge_card, name_repository
+from hf_longalign.cards.facts import AdapterFacts, adapter_facts
 
 from .examples import ADAPTER_CONFIG, EXAMPLES, RECORD, REPORT
 

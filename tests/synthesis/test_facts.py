@@ -2,7 +2,7 @@ import sys
 
 from datasets import Dataset
 
-from hf_longalign.publish.cards.dataset import Source
+from hf_longalign.cards.dataset import Source
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.facts import dataset_facts
 from hf_longalign.synthesis.generators.base import Reply, Request

@@ -1,8 +1,8 @@
-import importlib.util
 import json
 import subprocess
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,12 +24,8 @@ DOCUMENTS = ("--min_words", 20, "--n_distractors", 4)
 
 
 def run(monkeypatch, name, *arguments):
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(RECIPES)
-    spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return module.main()
+    return import_module(f"hf_longalign.commands.{name}").main()
 
 
 def files(folder):

@@ -1,0 +1,288 @@
+"""Exact causal attention over a packed row, by the fastest kernel that gives it.
+
+| what | how |
+| --- | --- |
+| CUDA, half precision, nothing unusual | torch's variable-length FlashAttention over the whole row |
+| elsewhere | scaled_dot_product_attention, segment by segment (one batched call when all are of one length) |
+| a window that counts positions | the same over blocks of queries, each with the keys its window can reach |
+| attention sinks | one more key of value zero, so the kernels above serve |
+| softcap | the formula itself over blocks of queries, recomputed in the backward pass |
+
+Memory is linear in the length everywhere. Tensors are (tokens, heads, width) for a packed row and (batch, heads,
+length, width) otherwise; keys and values may have fewer heads than queries, values another width.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from hf_longalign.attention.packing import Segments
+
+
+QUERY_BLOCK = 1024
+# Scores held at once by the softcap formula: 2**26 float32 values are 256 MB.
+MAX_SCORES = 2**26
+FLASH_MAX_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores become weights: what a layer sets once.
+
+    Args:
+        scale: factor on query-key products.
+        dropout: probability of dropping a weight.
+        softcap: scores pass through `softcap * tanh(score / softcap)`; None for no cap. Not together with sinks.
+        sinks: (heads,) logits of a key that every query sees and that carries no value; None for none.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring
+) -> torch.Tensor:
+    """Attend within each segment of a packed row.
+
+    Args:
+        query: (tokens, heads, width).
+        key: (tokens, key heads, width).
+        value: (tokens, key heads, value width).
+        segments: the stretches to keep apart, with their window.
+        scoring: how scores become weights.
+
+    Returns:
+        (tokens, heads, value width).
+    """
+    if _flash_serves(query, value, segments, scoring):
+        return _flash(query, key, value, segments, scoring)
+    if segments.uniform:
+        rows = [states.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2) for states in (query, key, value)]
+        return causal_attention(rows[0], rows[1], rows[2], scoring).transpose(1, 2).flatten(0, 1)
+    pieces = []
+    for i, (q, k, v) in enumerate(_split(segments, query, key, value)):
+        window, places = (None, None) if segments.plain[i] else (segments.window, segments.places(i))
+        pieces.append(causal_attention(_row(q), _row(k), _row(v), scoring, window, places)[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+def _split(segments: Segments, *states: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    # Not by slices: the backward of each would write a gradient of the whole row.
+    return zip(*(tensor.split(segments.lengths) for tensor in states), strict=True)
+
+
+def _row(states: torch.Tensor) -> torch.Tensor:
+    return states.transpose(0, 1)[None]
+
+
+def causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scoring: Scoring,
+    window: int | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend causally within each row, as many queries as keys.
+
+    Args:
+        query: (batch, heads, length, width); key and value accordingly.
+        scoring: how scores become weights.
+        window: a query at position p sees the keys at p - window + 1 … p; None for all before it.
+        positions: (length,), strictly rising; None for 0, 1, 2 …
+
+    Returns:
+        (batch, heads, length, value width).
+    """
+    if window is None and scoring.softcap is None:
+        return _kernel(query, key, value, scoring, causal=True)
+    length = query.shape[2]
+    places = torch.arange(length, device=query.device) if positions is None else positions
+    block = _block(query.shape[1], length, window, scoring)
+    pieces = []
+    for start, part in zip(range(0, length, block), query.split(block, dim=2), strict=True):
+        stop = start + part.shape[2]
+        # positions rise by at least one per token, so the window reaches back at most window - 1 tokens
+        first = 0 if window is None else max(0, start - window + 1)
+        visible = _visible(places[start:stop], places[first:stop], window)
+        pieces.append(masked_attention(part, key[:, :, first:stop], value[:, :, first:stop], scoring, visible))
+    return torch.cat(pieces, dim=2)
+
+
+def cached_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scoring: Scoring,
+    window: int | None = None,
+    padding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from the last tokens to all: generation with a cache, where the window counts tokens.
+
+    Args:
+        query: (batch, heads, queries, width).
+        key: (batch, key heads, keys, width), the last `queries` of them belonging to the queries.
+        value: (batch, key heads, keys, value width).
+        scoring: how scores become weights.
+        window: keys a query sees, itself included; None for all before it.
+        padding: (batch, keys), false for keys to hide; None hides none.
+
+    Returns:
+        (batch, heads, queries, value width).
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if queries == 1 and padding is None and (window is None or keys <= window):
+        return masked_attention(query, key, value, scoring, None)
+    places = torch.arange(keys, device=query.device)
+    visible = _visible(places[keys - queries :], places, window)[None, None]
+    if padding is not None:
+        visible = visible & padding[:, None, None]
+    return masked_attention(query, key, value, scoring, visible)
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """Attend where `visible`, bool and broadcastable to (batch, heads, queries, keys), is true; None sees all."""
+    if scoring.softcap is None:
+        return _kernel(query, key, value, scoring, visible)
+    if torch.is_grad_enabled():
+        # Kept for the backward pass, the scores of all blocks would be quadratic in the length.
+        return checkpoint(_formula, query, key, value, scoring, visible, use_reentrant=False)
+    return _formula(query, key, value, scoring, visible)
+
+
+def _visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    distance = queries[:, None] - keys
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _block(heads: int, length: int, window: int | None, scoring: Scoring) -> int:
+    if scoring.softcap is None:
+        return QUERY_BLOCK
+    keys = length if window is None else min(length, window + QUERY_BLOCK)
+    return min(QUERY_BLOCK, max(1, MAX_SCORES // (heads * keys)))
+
+
+def _formula(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, visible: torch.Tensor | None
+) -> torch.Tensor:
+    """Softmax in float32 at least, as the models' own eager attention has it."""
+    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    scores = query @ key.transpose(2, 3) * scoring.scale
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return F.dropout(weights, scoring.dropout) @ value
+
+
+def _kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scoring: Scoring,
+    visible: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    value_width = value.shape[-1]
+    if scoring.sinks is not None:
+        query, key, value = _with_sink(query, key, value, scoring.sinks / scoring.scale)
+        if causal:
+            # The sink is the first key: a first query of its own keeps the triangle aligned.
+            query = F.pad(query, (0, 0, 1, 0))
+        elif visible is not None:
+            visible = F.pad(visible, (1, 0), value=True)
+    query, key, value = _same_width(query, key, value)
+    # Only the CPU kernel groups heads under a mask too; the others would fall back to quadratic memory.
+    grouped = query.device.type == "cpu"
+    if not grouped:
+        key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    out = F.scaled_dot_product_attention(
+        query, key, value, visible, scoring.dropout, causal, scale=scoring.scale, enable_gqa=grouped
+    )
+    if causal and scoring.sinks is not None:
+        out = out[:, :, 1:]
+    return out[..., :value_width]
+
+
+def _with_sink(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Put a key before all others whose product with a query is the head's sink, and whose value is zero."""
+    batch, heads, queries, width = query.shape
+    column = sinks.to(query.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
+    # One more coordinate, and zeros up to the next step of eight, which kernels want.
+    spare = 7 - width % 8
+    query = F.pad(torch.cat([query, column], dim=-1), (0, spare))
+    sink = F.one_hot(torch.tensor(width, device=key.device), width + 1 + spare).to(key.dtype)
+    key = F.pad(key, (0, 1 + spare))
+    key = torch.cat([sink.expand(batch, key.shape[1], 1, -1), key], dim=2)
+    return query, key, F.pad(value, (0, 0, 1, 0))
+
+
+def _same_width(*states: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
+    """Pad query, key and value with zeros to one width; the fused kernels take no others (MLA)."""
+    width = max(tensor.shape[-1] for tensor in states)
+    width += -width % step
+    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in states]
+
+
+def _repeat(states: torch.Tensor, heads: int, dim: int = 1) -> torch.Tensor:
+    groups = heads // states.shape[dim]
+    return states if groups == 1 else states.repeat_interleave(groups, dim)
+
+
+@lru_cache(maxsize=1)
+def _flash_parameters() -> frozenset[str]:
+    """What torch's variable-length attention takes: it has gained `window_size` and `enable_gqa` over the versions."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _flash_serves(query: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and max(query.shape[-1], value.shape[-1]) <= FLASH_MAX_WIDTH
+        and scoring.softcap is None
+        and scoring.sinks is None
+        and scoring.dropout == 0
+        and segments.positions is None
+        and {"window_size", "scale"} <= _flash_parameters()
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    value_width = value.shape[-1]
+    query, key, value = _same_width(query, key, value, step=8)
+    options: dict[str, Any] = {"scale": scoring.scale, "window_size": (-1, 0)}
+    if segments.window is not None and not all(segments.plain):
+        # (w, 0) lets a query see w keys before its own, (-1, 0) all of them.
+        options["window_size"] = (segments.window - 1, 0)
+    if "enable_gqa" in _flash_parameters():
+        options["enable_gqa"] = True
+    else:
+        key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    starts, longest = segments.cumulative(query.device), max(segments.lengths)
+    out: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
+    return out[..., :value_width]

@@ -1,0 +1,89 @@
+"""Look into the journal of a synthesis: what was asked, what came back, what it cost.
+
+python recipes/journal.py list journal.sqlite --purpose context
+python recipes/journal.py show journal.sqlite 3f9a
+python recipes/journal.py export journal.sqlite replies.jsonl
+python recipes/journal.py merge journal.sqlite shard-0.sqlite shard-1.sqlite
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from hf_longalign.synthesis.journal import Journal
+
+
+def open_journal(path: str) -> Journal:
+    """Open a journal that is there; to look must not make one."""
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: no such journal.")
+    return Journal(path)
+
+
+def list_replies(args: argparse.Namespace) -> None:
+    """Print a line per reply, then the totals."""
+    purposes: Counter[str] = Counter()
+    with open_journal(args.journal) as journal:
+        for entry in journal.entries():
+            if args.purpose in (None, entry["purpose"]):
+                purposes[entry["purpose"]] += 1
+                start = " ".join(entry["text"].split())[:60]
+                tokens = f"{entry['prompt_tokens']:>6} + {entry['completion_tokens']:<6}"
+                print(f"{entry['key'][:12]}  {entry['purpose']:<12} {entry['model']:<24} {tokens} {start}")
+        totals = journal.totals()
+    listed = ", ".join(f"{number:,} {purpose}" for purpose, number in purposes.most_common())
+    print(f"{listed or 'no replies'}; in all {totals.replies:,} replies, {totals.faults:,} faults, "
+          f"{totals.spend.tokens:,} tokens, ${totals.spend.usd:,.2f}")  # fmt: skip
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the prompt and the reply of every key that begins so."""
+    with open_journal(args.journal) as journal:
+        entries = [entry for entry in journal.entries() if entry["key"].startswith(args.key)]
+    if not entries:
+        raise SystemExit(f"No key begins with {args.key}.")
+    for entry in entries:
+        print(f"{entry['key']}  {entry['purpose']}  {entry['model']}  {entry['sampling']}  {entry['finish_reason']}")
+        for role, content in entry["messages"]:
+            print(f"\n[{role}]\n{content}")
+        print(f"\n[reply]\n{entry['text']}\n")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write every reply as a line of JSON."""
+    with open_journal(args.journal) as journal:
+        print(f"{args.output}: {journal.export(args.output):,} replies")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Take over the replies of other journals, such as those of shards."""
+    with Journal(args.journal) as journal:
+        for other in args.others:
+            print(f"{other}: {journal.merge(other):,} new replies")
+
+
+def main() -> int:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for run, name, more in (
+        (list_replies, "list", ()),
+        (show, "show", ("key",)),
+        (export, "export", ("output",)),
+        (merge, "merge", ()),
+    ):
+        command = commands.add_parser(name, help=run.__doc__)
+        command.add_argument("journal")
+        for argument in more:
+            command.add_argument(argument)
+        if name == "list":
+            command.add_argument("--purpose", help="only replies asked for this purpose")
+        if name == "merge":
+            command.add_argument("others", nargs="+")
+        command.set_defaults(run=run)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except BrokenPipeError:  # `| head`
+        return 0
+    return 0

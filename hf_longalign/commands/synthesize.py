@@ -1,0 +1,216 @@
+"""Turn short instruction-answer pairs into long-context chat data.
+
+    accelerate launch recipes/synthesize.py --config recipes/synthesis/openai.yaml --output_dir outputs/contexts
+
+Every field of `SynthesizeArguments` and of `SynthesisOptions` can stand in the YAML or on the command line, which
+wins. `--dry_run` prints the plan, three prompts and what the run would cost. A run that was interrupted, for whatever
+reason, goes on where it stopped when it is started again.
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from trl import TrlParser
+
+from hf_longalign.commands.publishing import PublishArguments, start_logging
+from hf_longalign.hub.dataset import publish_dataset
+from hf_longalign.hub.retry import PublishError
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.synthesis.estimate import estimate, planned_requests
+from hf_longalign.synthesis.generators.base import Generator, RunStopped
+from hf_longalign.synthesis.generators.openai import OpenAIGenerator
+from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+from hf_longalign.synthesis.save import save
+from hf_longalign.synthesis.schema import CONFIGS
+from hf_longalign.synthesis.stage import Team
+
+
+@dataclass
+class SynthesizeArguments:
+    """Who writes, what it may cost, and where everything goes."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the Parquet files and the card."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Publish as this data set, `user/name`."})
+    private: bool = field(default=False, metadata={"help": "Whether a data set that is new on the Hub is private."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
+    )
+    journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the data set, as the Hub names it: cc-by-4.0, apache-2.0 …"}
+    )
+    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, for the card."})
+    generator: str = field(
+        default="documents",
+        metadata={
+            "help": "Who writes: an endpoint, a local model, or nobody, where the seeds have their contexts.",
+            "choices": ["openai", "transformers", "documents"],
+        },
+    )
+    model: str | None = field(default=None, metadata={"help": "The model that writes."})
+    endpoints: list[str] = field(
+        default_factory=lambda: ["http://localhost:8000/v1"],
+        metadata={"help": "Base URLs of OpenAI-compatible endpoints that serve the model."},
+    )
+    api_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "The environment variable that holds the key; the key itself never."},
+    )
+    max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
+    batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
+    judge_model: str | None = field(
+        default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
+    )
+    judge_endpoints: list[str] = field(
+        default_factory=list, metadata={"help": "Base URLs of its endpoints; unset: a local model."}
+    )
+    prompt_price: float = field(default=0.0, metadata={"help": "Dollars per million prompt tokens."})
+    completion_price: float = field(default=0.0, metadata={"help": "Dollars per million completion tokens."})
+    budget_tokens: int | None = field(default=None, metadata={"help": "Stop before more tokens are spent."})
+    budget_usd: float | None = field(default=None, metadata={"help": "Stop before more dollars are spent."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that compose rows."})
+    num_shards: int = field(
+        default=1,
+        metadata={
+            "help": "Ask for one of so many parts of the seeds, compose nothing; merge the journals afterwards."
+        },
+    )
+    shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
+
+
+def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | str, Generator | None]:
+    """Return who writes and who judges."""
+    judge = None
+    if args.judge_model is not None:
+        judge = make_generator(args, args.judge_model, args.judge_endpoints, rank)
+    if args.generator == "documents":
+        return "documents", judge
+    if args.model is None:
+        raise ValueError(
+            f"`model` must be given with generator {args.generator!r}, got None. Name the one that writes."
+        )
+    return make_generator(args, args.model, args.endpoints if args.generator == "openai" else [], rank), judge
+
+
+def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
+    """Return the generator of a model: its endpoints', or a local one on this process's own device."""
+    if endpoints:
+        return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=args.max_concurrency)
+    state = PartialState()
+    device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
+    return TransformersGenerator(model, batch_size=args.batch_size, device=device)
+
+
+def make_builders(args: SynthesizeArguments, options: SynthesisOptions) -> dict[str, ContextSynthesisBuilder]:
+    """Return a builder for every configuration; they share journal, generators and files."""
+    state = PartialState()
+    generator, judge = make_generators(args, state.process_index)
+    budget = Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price)
+    builders = {
+        name: ContextSynthesisBuilder(
+            generator=generator,
+            judge=judge,
+            journal=args.journal,
+            budget=budget,
+            show_progress=None if state.is_main_process else False,
+            cache_dir=args.cache_dir,
+            config_name=name,
+            **asdict(options),
+        )
+        for name in CONFIGS
+    }
+    for builder in builders.values():
+        builder.stage.shard = (args.shard_index, args.num_shards)
+    if state.num_processes > 1:
+        builders["chat"].stage.team = Team(state.process_index, state.num_processes, state.wait_for_everyone)
+    return builders
+
+
+def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, options: SynthesisOptions) -> None:
+    """Print what a run would do, and ask nothing."""
+    stage = builder.stage
+    stage.check()
+    seeds, plan = stage.seeds, stage.plan
+    writes = args.generator != "documents"
+    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    count = stage.counter.count if stage.counter else None
+    found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
+    tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
+    print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
+    for reason, number in stage.all_seeds.skipped.most_common():
+        print(f"skipped    {number:,}: {reason}")
+    print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
+    requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())
+    print(f"requests   {requests or 'none'}")
+    print(f"tokens     about {found.prompt_tokens:,} in and {found.completion_tokens:,} out, without retries")
+    print(
+        f"cost       about ${found.spend.usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit"
+    )
+    if plan.judge:
+        print("           and what the judge is asked where an answer does not stand in its context word for word")
+    for number, seed in enumerate(seeds[:: max(1, len(seeds) // 3)][:3], 1):
+        for planned in planned_requests(seed, plan, options, writes=writes):
+            print(f"\n--- seed {number} of 3, {seed.origin}: {planned.purpose} ---")
+            print("\n\n".join(f"[{role}]\n{content}" for role, content in planned.messages))
+
+
+def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArguments) -> Path:
+    """Prepare every configuration and write it."""
+    data = {}
+    for name, builder in builders.items():
+        builder.download_and_prepare(num_proc=args.num_proc)
+        data[name] = builder.as_dataset()
+    stage = builders["chat"].stage
+    return save(
+        args.output_dir,
+        data,
+        stage.config,
+        journal=stage.journal,
+        budget=stage.budget,
+        license=args.license,
+        seeds_license=args.seeds_license,
+    )
+
+
+def main() -> int:
+    """Run the recipe; the exit status is 1 where it stopped and a rerun goes on."""
+    start_logging()
+    parser = TrlParser((SynthesizeArguments, SynthesisOptions, PublishArguments))
+    args, options, publish_args = parser.parse_args_and_config()
+    # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if args.output_dir is None and not args.dry_run and args.num_shards == 1:
+        raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
+    if args.push_to_hub is not None and not args.dry_run:
+        publish_args.check(args.push_to_hub)
+    builders = make_builders(args, options)
+    if args.dry_run:
+        if state.is_main_process:
+            print_plan(builders["chat"], args, options)
+        return 0
+    try:
+        if args.num_shards > 1:
+            # Its replies are all a shard leaves behind: the outcomes on disk are those of all seeds.
+            builders["chat"].stage.run()
+            print(f"Shard {args.shard_index} of {args.num_shards} is in {builders['chat'].stage.journal.name}.")
+            return 0
+        builders["chat"].prepare_outcomes()
+        if state.is_main_process:
+            folder = write_data(builders, args)
+            print(f"Wrote {folder}.")
+            if args.push_to_hub is not None:
+                private = args.private or None
+                print(publish_args.push(publish_dataset, folder, args.push_to_hub, private=private))
+    except (RunStopped, KeyboardInterrupt) as stop:
+        print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
+        return 1
+    except PublishError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,287 @@
+"""Pushing files into a repository of the Hub: complete or not at all."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from httpx2 import HTTPError, Request, Timeout
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils.sha import git_hash
+
+from hf_longalign.cards.edits import REPOSITORY, merge_card, name_repository
+from hf_longalign.hub.retry import PublishError, repeat
+
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+MESSAGE = "Publish with hf_longalign"
+# Few enough for one commit, so that no reader sees half a push.
+MAX_FILES = 50
+# Seconds without a byte after which a request is given up; the client itself waits forever.
+TIMEOUT = 300.0
+Files = Mapping[str, Path | bytes]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a push goes; the fields are arguments of `publish_dataset`, `repo_type` is "dataset" or "model"."""
+
+    repo_id: str
+    repo_type: str
+    private: bool | None = None
+    branch: str | None = None
+    create_pr: bool = False
+    tag: str | None = None
+    token: str | None = None
+    endpoint: str | None = None
+
+    def check(self) -> None:
+        """Raise a ValueError for what no Hub could do."""
+        validate_repo_id(self.repo_id)
+        if self.create_pr and (self.branch or self.tag):
+            raise ValueError(
+                "`create_pr` must be alone: a pull request goes to main and is tagged once it is merged, got "
+                f"`branch={self.branch!r}` and `tag={self.tag!r}` with it. Leave them out."
+            )
+
+
+def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_command: str | None = None) -> str:
+    """Push files and a card as one commit, compare what arrived, and return its URL.
+
+    Data and card travel in the same commit, and what an earlier push left behind is deleted in it: a reader sees the
+    old repository or the new one. The whole push is repeated over failures that pass. It starts by looking at what is
+    there, so a repetition after a lost answer, in this run or a later one, changes nothing.
+
+    Args:
+        files: path in the repository -> file or content, `README.md` among them.
+        to: where to.
+        owned: whether a path of the repository is written by pushes of this kind alone: it is deleted if it is not in
+            `files`.
+        resume_command: named in the error, see [`repeat`].
+
+    Raises:
+        ValueError: the repository holds something else, or another visibility or tag than asked for.
+        PublishError: the push did not arrive whole.
+    """
+    to.check()
+    _check_process()
+    if get_token() is None and to.token is None:
+        raise ValueError("`token` must have the right to write, got none. Run `hf auth login` first, or set it.")
+    api = HfApi(endpoint=to.endpoint, token=to.token)
+
+    def attempt() -> str:
+        with _patience():
+            return _Attempt(api, to, files, owned).run()
+
+    return repeat(attempt, to.repo_id, resume_command)
+
+
+def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
+    """Write exactly the files that `push` would push into an absent or empty folder, and return it.
+
+    The card holds the edits of the one published now; if the Hub cannot be asked, a warning says that it does not.
+    """
+    to.check()
+    folder = check_dry_run(folder)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name == CARD:
+            path.write_bytes(_merged(content, to.repo_id, _published_card(to)))
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            shutil.copy2(content, path)
+    logger.info("Dry run: what would go to %s is in %s.", to.repo_id, folder)
+    return str(folder)
+
+
+def check_dry_run(folder: str | Path) -> Path:
+    """Return the folder of a dry run; raise a ValueError unless it is absent or empty."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"`dry_run` must be a folder that is absent or empty, got {folder}. Choose another.")
+    return folder
+
+
+class _Attempt:
+    """One run through all steps of a push; any of them may fail, and the next attempt starts over."""
+
+    def __init__(self, api: HfApi, to: Destination, files: Files, owned: Callable[[str], bool]) -> None:
+        self.api, self.to, self.files, self.owned = api, to, files, owned
+        self.repo: dict[str, Any] = {"repo_type": to.repo_type}
+
+    def run(self) -> str:
+        url = self._create()
+        head = self._head()
+        held = self._held(head)
+        card = _read_card(self.api, self.to, self.repo["repo_id"], head) if CARD in held else None
+        additions = self._additions(card)
+        stale = [name for name in sorted(held) if self.owned(name) and name not in self.files]
+        if stale and "hf_longalign" not in (card or ""):
+            raise ValueError(
+                f"`repo_id` must be new or an earlier push, got {self.to.repo_id}, whose {stale[0]} is another's and "
+                "would have to go. Choose another name, or delete it there."
+            )
+        if stale:
+            logger.info("Deleted with this push, as it is of an earlier one: %s.", ", ".join(stale))
+        tagged = self.to.tag is None or self._is_tagged(self.to.tag, additions)
+        if stale or not _same(held, additions):
+            if self.to.create_pr:
+                return self._pull_request(additions, stale, head)
+            head = self._commit(additions, stale, head).oid
+            self._compare(head, additions, stale)
+        if not tagged:
+            self.api.create_tag(**self.repo, tag=str(self.to.tag), revision=head)
+        return f"{url}/tree/{quote(self.to.branch, safe='')}" if self.to.branch else url
+
+    def _create(self) -> str:
+        """Create the repository unless it is there, and return its URL."""
+        to = self.to
+        self.repo["repo_id"] = to.repo_id if "/" in to.repo_id else f"{self.api.whoami()['name']}/{to.repo_id}"
+        info: Any
+        try:
+            info = self.api.repo_info(**self.repo)
+        except RepositoryNotFoundError:
+            self.api.create_repo(**self.repo, private=to.private, exist_ok=True)
+            info = self.api.repo_info(**self.repo)
+        if to.private is not None and info.private is not None and bool(info.private) != to.private:
+            present = "private" if info.private else "public"
+            raise ValueError(
+                f"`private` must be what {to.repo_id} is, {present}, got {to.private}. Change it in the settings on "
+                "the Hub, or leave `private` out."
+            )
+        kind = "datasets/" if to.repo_type == "dataset" else ""
+        return f"{self.api.endpoint}/{kind}{self.repo['repo_id']}"
+
+    def _head(self) -> str:
+        if self.to.branch is not None:
+            self.api.create_branch(**self.repo, branch=self.to.branch, exist_ok=True)
+        info: Any = self.api.repo_info(**self.repo, revision=self.to.branch)
+        return str(info.sha)
+
+    def _held(self, revision: str) -> dict[str, RepoFile]:
+        tree = self.api.list_repo_tree(**self.repo, recursive=True, revision=revision)
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+    def _additions(self, card: str | None) -> list[CommitOperationAdd]:
+        merged = _merged(self.files[CARD], self.repo["repo_id"], card)
+        data = {name: content for name, content in sorted(self.files.items()) if name != CARD}
+        return [CommitOperationAdd(name, content) for name, content in {**data, CARD: merged}.items()]
+
+    def _commit(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> Any:
+        return self.api.create_commit(
+            **self.repo,
+            operations=[*map(CommitOperationDelete, stale), *additions],
+            commit_message=MESSAGE,
+            revision=self.to.branch,
+            create_pr=self.to.create_pr,
+            parent_commit=head,  # of two pushes at once one wins, whole; the other is repeated on top of it
+        )
+
+    def _pull_request(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> str:
+        """The URL of the open pull request that holds exactly this: an earlier one, or one made now."""
+        pulls = self.api.get_repo_discussions(**self.repo, discussion_type="pull_request", discussion_status="open")
+        for pull in pulls:
+            if pull.title == MESSAGE:
+                held = self._held(f"refs/pr/{pull.num}")
+                if _same(held, additions) and not held.keys() & set(stale):
+                    return str(pull.url)
+        commit = self._commit(additions, stale, head)
+        self._compare(commit.pr_revision, additions, stale)
+        return str(commit.pr_url)
+
+    def _compare(self, revision: str, additions: list[CommitOperationAdd], stale: list[str]) -> None:
+        """Raise unless the revision holds the files that were meant, with their sizes and hashes."""
+        held = self._held(revision)
+        wrong = [item.path_in_repo for item in additions if not _same(held, [item])]
+        wrong += [name for name in stale if name in held]
+        if wrong:
+            raise PublishError(f"the remote differs from what was meant in {', '.join(sorted(wrong)[:5])}")
+
+    def _is_tagged(self, tag: str, additions: list[CommitOperationAdd]) -> bool:
+        """Whether an earlier attempt has set the tag; refuse one that stands for something else."""
+        tags = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(**self.repo).tags}
+        if tag in tags and not _same(self._held(tags[tag]), additions):
+            raise ValueError(
+                f"`tag` must be new, got {tag!r}, with which {self.to.repo_id} has other files. Choose another tag."
+            )
+        return tag in tags
+
+
+def _same(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> bool:
+    return all(item.path_in_repo in held and _is_same(held[item.path_in_repo], item) for item in additions)
+
+
+def _is_same(file: RepoFile, item: CommitOperationAdd) -> bool:
+    if file.size != item.upload_info.size:
+        return False
+    if file.lfs is not None:
+        return file.lfs.sha256 == item.upload_info.sha256.hex()
+    with item.as_file() as content:
+        return file.blob_id == git_hash(content.read())
+
+
+def _merged(card: Path | bytes, repo_id: str, published: str | None) -> bytes:
+    text = (card if isinstance(card, bytes) else card.read_bytes()).decode("utf-8")
+    if REPOSITORY in text:
+        text = name_repository(text, repo_id)
+    return merge_card(text, published).encode("utf-8")
+
+
+def _read_card(api: HfApi, to: Destination, repo_id: str, revision: str | None) -> str:
+    url = hf_hub_url(repo_id, CARD, repo_type=to.repo_type, revision=revision, endpoint=api.endpoint)
+    response = get_session().get(url, headers=build_hf_headers(token=to.token))
+    hf_raise_for_status(response)
+    return response.content.decode("utf-8")
+
+
+def _published_card(to: Destination) -> str | None:
+    api = HfApi(endpoint=to.endpoint, token=to.token)
+    try:
+        with _patience():
+            if not api.file_exists(to.repo_id, CARD, repo_type=to.repo_type, revision=to.branch):
+                return None
+            return _read_card(api, to, to.repo_id, to.branch)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return None
+    except (HTTPError, OSError) as error:
+        logger.warning("The card published now cannot be read, so edits of it are not in the dry run: %s", error)
+        return None
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Give requests that get no answer up after `TIMEOUT` seconds.
+
+    By a hook, as the client asks for no time-out in so many words (`HfApi.list_repo_tree` and others).
+    """
+    session = get_session()
+    before = session.event_hooks
+
+    def limit(request: Request) -> None:
+        request.extensions = {**request.extensions, "timeout": Timeout(TIMEOUT).as_dict()}
+
+    session.event_hooks = {**before, "request": [*before["request"], limit]}
+    try:
+        yield
+    finally:
+        session.event_hooks = before
+
+
+def _check_process() -> None:
+    if int(os.environ.get("RANK") or 0) != 0:
+        raise ValueError(
+            f"Only the main process must push, got process {os.environ['RANK']}. Call it through "
+            "`hf_longalign.hub.main_process.on_main_process` in every process."
+        )

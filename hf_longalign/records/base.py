@@ -1,0 +1,98 @@
+"""Dataclasses as JSON and back, nested ones included."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+
+Self = TypeVar("Self", bound="Record")
+
+
+class Record:
+    """Gives a dataclass `to_json` and `from_json`.
+
+    Fields may be strings, numbers, booleans, `None`, records, and lists, tuples and string-keyed dicts of these. What
+    is `None` is left out of the JSON. A key that no field has is ignored, so that a file of a newer release with more
+    fields can be read; one with a larger `version` cannot, as its fields may mean something else.
+
+    Example:
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Point(Record):
+    ...     x: int
+    ...     y: int | None = None
+    >>> Point(1).to_json(), Point.from_json({"x": 1, "y": 2, "z": 3})
+    ({'x': 1}, Point(x=1, y=2))
+    """
+
+    VERSION: ClassVar[int | None] = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-able values."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type] # every subclass is a dataclass
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def from_json(cls: type[Self], value: Any) -> Self:
+        """Return the record that `to_json` gave.
+
+        Raises:
+            ValueError: not an object, a field without a value, a value of the wrong type, or a newer version.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError(f"A {cls.__name__} must be a JSON object, got {type(value).__name__}. Write it again.")
+        if cls.VERSION is not None and value.get("version", 1) > cls.VERSION:
+            raise ValueError(
+                f"A {cls.__name__} of version {value['version']} is newer than this package, which knows version "
+                f"{cls.VERSION}. Update it: pip install -U hf_longalign"
+            )
+        hints, given = get_type_hints(cls), {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.name in value:
+                given[field.name] = _typed(hints[field.name], value[field.name], f"{cls.__name__}.{field.name}")
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ValueError(f"A {cls.__name__} must hold `{field.name}`, got {sorted(value)}. Write it again.")
+        return cls(**given)
+
+
+def dumps(record: Record) -> str:
+    """Return a record as the text of a file: two runs that know the same write the same bytes."""
+    return json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` as `hint` says it: records made of objects, tuples of lists."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return _typed(next(part for part in inner if part is not NoneType), value, where)
+    if isinstance(hint, type) and issubclass(hint, Record):
+        return hint.from_json(value)
+    kind = origin or hint
+    if isinstance(value, dict) and kind is dict:
+        return {key: _typed(inner[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple) and kind in (list, tuple):
+        # tuple[int, int] names each place, list[int] and tuple[int, ...] one kind for all.
+        hints = inner if kind is tuple and Ellipsis not in inner else [inner[0]] * len(value)
+        return kind(_typed(part, item, where) for part, item in zip(hints, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"`{where}` must be {getattr(kind, '__name__', kind)}, got {value!r}. Write the file again.")
+    return value

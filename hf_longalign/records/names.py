@@ -1,0 +1,60 @@
+"""The one table of suites and metrics: what a report, a picture and a card call them, and what the Hub does."""
+
+from typing import NamedTuple
+
+
+class Suite(NamedTuple):
+    """A suite: its title, and the id by which the Hub knows the data behind it ("": the task's own name)."""
+
+    title: str
+    dataset: str = ""
+
+
+class Metric(NamedTuple):
+    """A metric: its title, and its id on the Hub (https://huggingface.co/metrics)."""
+
+    title: str
+    hub_id: str
+
+
+SUITES = {
+    "needle": Suite("Needle in a haystack", "needle-in-a-haystack"),
+    "longbench": Suite("LongBench", "THUDM/LongBench"),
+    "ruler": Suite("RULER", "ruler"),
+    "short": Suite("Short contexts"),
+}
+METRICS = {
+    "exact_match": Metric("exact match", "exact_match"),
+    "found": Metric("share of values found", "recall"),
+    "string_match": Metric("string match", "exact_match"),
+    "qa_f1": Metric("F1", "f1"),
+    "qa_f1_zh": Metric("F1", "f1"),
+    "rouge_l": Metric("ROUGE-L", "rouge"),
+    "rouge_l_zh": Metric("ROUGE-L", "rouge"),
+    "classification": Metric("accuracy", "accuracy"),
+    "count": Metric("share of right counts", "accuracy"),
+    "retrieval": Metric("accuracy", "accuracy"),
+    "retrieval_zh": Metric("accuracy", "accuracy"),
+    "code_similarity": Metric("edit similarity", "code_eval"),
+    "acc": Metric("accuracy", "accuracy"),
+    "acc_norm": Metric("length-normalised accuracy", "accuracy"),
+}
+
+
+def suite_of(name: str) -> Suite:
+    """Return a suite; one that the table does not know is called by its name.
+
+    >>> suite_of("ruler").title, suite_of("mine").title
+    ('RULER', 'mine')
+    """
+    return SUITES.get(name, Suite(name))
+
+
+def metric_of(key: str) -> Metric:
+    """Return a metric; lm-eval's names carry a filter behind a comma, which is not part of it.
+
+    >>> metric_of("exact_match,strict-match").title, metric_of("rouge_l").title, metric_of("my_score")
+    ('exact match', 'ROUGE-L', Metric(title='my score', hub_id='my_score'))
+    """
+    name = key.partition(",")[0]
+    return METRICS.get(name, Metric(name.replace("_", " "), name))

@@ -1,0 +1,159 @@
+"""`Report`: what an evaluation measured, `report.json`; its Markdown, its pictures and the card are made from it."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_longalign.records.base import Record
+
+
+@dataclass(frozen=True)
+class EvaluatedModel(Record):
+    """A model that was asked; scores name it by `label`. `what` says in words what it is."""
+
+    label: str
+    name: str
+    revision: str | None = None
+    what: str = ""
+
+
+@dataclass(frozen=True)
+class Score(Record):
+    """A mean of scores from 0 to 1 with its 95 % interval, where there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Difference(Record):
+    """The score of the model `label` less that of the model `reference` on the same prompts."""
+
+    label: str
+    reference: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True)
+class Grid(Record):
+    """Scores by depth and length (tokens): `cells` `(depths, lengths)` and `by_length`, by label of the model."""
+
+    lengths: list[int]
+    depths: list[float]
+    cells: dict[str, list[list[float]]]
+    by_length: dict[str, list[Score]]
+
+
+@dataclass(frozen=True)
+class TaskResult(Record):
+    """The results of one task.
+
+    Attributes:
+        task: its name.
+        metric: the key of its metric in `hf_longalign.records.names.METRICS`; `None` where nothing was measured.
+        samples: questions asked, counted once, not per depth.
+        scores: of its metric, by label of the model.
+        others: means of its further metrics, by metric and label.
+        differences: between models, on the same prompts.
+        grid: by depth and length, where prompts have both.
+        length: of the prompts in tokens, where all have the same.
+        cut_answers: answers that ended at the limit of new tokens, by label.
+        cut_prompts: prompts that were shortened to fit.
+        left_out: prompts that were not asked.
+        error: why it was not measured.
+        note: what a reader must know of the number.
+    """
+
+    task: str
+    metric: str | None = None
+    samples: int = 0
+    scores: dict[str, Score] = field(default_factory=dict)
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    grid: Grid | None = None
+    length: int | None = None
+    cut_answers: dict[str, int] = field(default_factory=dict)
+    cut_prompts: int = 0
+    left_out: int = 0
+    error: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class GroupResult(Record):
+    """The mean over the tasks of a group ("average": over all), by label of the model."""
+
+    group: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SuiteResult(Record):
+    """The results of a suite, a key of `hf_longalign.records.names.SUITES`."""
+
+    suite: str
+    tasks: list[TaskResult]
+    groups: list[GroupResult] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PerplexityResult(Record):
+    """Perplexity by position: `edges` `(bins + 1,)` in tokens, and by label one value per bin, `None` where empty."""
+
+    edges: list[int]
+    window: int
+    documents: int
+    values: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Speed(Record):
+    """What answering took: tokens read, of them taken from the cache, tokens written, seconds over all processes."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """The report of an evaluation.
+
+    Attributes:
+        models: what was asked, the reference first and the model of interest last.
+        suites: results by suite.
+        prompts: fingerprint of all that was asked; reports with the same one compare.
+        settings: what a reader must know to ask the same again.
+        date: ISO 8601.
+        perplexity: by position, where it was measured.
+        speed: by label of the model.
+        images: file names of the pictures beside `report.json`.
+        hf_longalign: version of this package.
+        version: of this format.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    models: list[EvaluatedModel]
+    suites: list[SuiteResult]
+    prompts: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    date: str | None = None
+    perplexity: PerplexityResult | None = None
+    speed: dict[str, Speed] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+    hf_longalign: str | None = None
+    version: int = 1
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the models, in order."""
+        return [model.label for model in self.models]

@@ -1,0 +1,120 @@
+"""`TrainingRecord`: what a reader of a trained model or adapter must know to load, repeat and judge it."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_longalign.records.base import Record
+
+
+@dataclass(frozen=True)
+class RopeRecord(Record):
+    """What defines a model's positions, named as in transformers' config."""
+
+    model_type: str
+    max_position_embeddings: int | None = None
+    rope_parameters: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class PositionsRecord(Record):
+    """How positions were skipped; of ordinary positions ("none") only the strategy is known."""
+
+    strategy: str = "none"
+    target_length: int | None = None
+    skip_probability: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Histogram(Record):
+    """Relative distances by bin: `edges` `(bins + 1,)`, `pairs` of tokens, share of distances `covered`."""
+
+    edges: list[int] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
+    covered: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CoverageRecord(Record):
+    """Which relative distances below `target_length` a run has trained; spans and distances are in positions."""
+
+    target_length: int
+    documents: int = 0
+    skip_share: float = 0.0
+    skip_span_mean: float = 0.0
+    skip_span_max: int = 0
+    skip_distance_max: int = 0
+    skip_distance_coverage: float = 0.0
+    histogram: Histogram = field(default_factory=Histogram)
+
+
+@dataclass(frozen=True)
+class BatchesRecord(Record):
+    """How rows became batches and a loss; `max_length` in tokens."""
+
+    loss_weighting: str = "token"
+    packing: bool = False
+    padding_free: bool = False
+    max_length: int | None = None
+    attention: str | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord(Record):
+    """How a run went; `batch_size` in rows a step over all devices, `seconds` only where it ran from start to end."""
+
+    steps: int = 0
+    epochs: float | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    schedule: str | None = None
+    optimizer: str | None = None
+    precision: str | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class HubSource(Record):
+    """A model or data set of the Hub: never a path of a machine. `revision` is a commit."""
+
+    name: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainingRecord(Record):
+    """The record of a training run: `longalign_config.json` beside the weights.
+
+    Attributes:
+        rope: the RoPE of the base model, as trained.
+        positions: how positions were skipped.
+        training: batches and loss.
+        run: steps, batch, optimizer, time.
+        seed: of the trainer.
+        base: the base model, where it came from the Hub.
+        data: the data set, where it came from the Hub.
+        coverage: relative distances trained; `None` with ordinary positions.
+        base_weights: a sample of the base model's weights, see `hf_longalign.adapter.weights_sample`.
+        hardware: number and name of the devices.
+        versions: of the libraries.
+        hf_longalign: version of this package.
+        version: of this format.
+    """
+
+    VERSION: ClassVar[int] = 1
+
+    rope: RopeRecord
+    positions: PositionsRecord = field(default_factory=PositionsRecord)
+    training: BatchesRecord = field(default_factory=BatchesRecord)
+    run: RunRecord = field(default_factory=RunRecord)
+    seed: int | None = None
+    base: HubSource | None = None
+    data: HubSource | None = None
+    coverage: CoverageRecord | None = None
+    base_weights: dict[str, list[float]] = field(default_factory=dict)
+    hardware: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hf_longalign: str | None = None
+    version: int = 1
