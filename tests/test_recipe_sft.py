@@ -128,7 +128,7 @@ def test_two_processes_have_the_losses_and_positions_of_one(files, uninterrupted
 def run(folder, *options):
     """The recipe in this process, on the shared configuration."""
     output = folder / "output"
-    sft.main(*parse("--config", folder / "config.yaml", "--output_dir", output, "--max_steps", 2, *options))
+    sft.run(*parse("--config", folder / "config.yaml", "--output_dir", output, "--max_steps", 2, *options))
     return output
 
 
@@ -188,14 +188,14 @@ def test_files_folders_and_streams(files, tmp_path, place, streaming):
 )
 def test_bad_options_are_named(files, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        sft.main(*parse("--config", files / "config.yaml", "--output_dir", tmp_path, *options))
+        sft.run(*parse("--config", files / "config.yaml", "--output_dir", tmp_path, *options))
 
 
 def test_data_set_in_no_format_is_named(files, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     options = ("--dataset_name", tmp_path / "data.jsonl", "--test_size", 0)
     with pytest.raises(ValueError, match=r"must have a column 'text'.*got \['question', 'answer'\]"):
-        sft.main(*parse("--config", files / "config.yaml", "--output_dir", tmp_path, *options))
+        sft.run(*parse("--config", files / "config.yaml", "--output_dir", tmp_path, *options))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*/sft*.yaml")), ids=lambda path: path.parent.name)
@@ -291,4 +291,4 @@ def test_a_push_that_cannot_be_is_refused_before_training(files, tmp_path, monke
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     config = ("--config", files / "config.yaml", "--output_dir", tmp_path, "--push_to_hub", "true")
     with pytest.raises(ValueError, match=message):
-        sft.main(*parse(*config, *options))
+        sft.run(*parse(*config, *options))

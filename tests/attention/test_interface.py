@@ -17,7 +17,6 @@ from transformers import (
     StaticCache,
 )
 
-import hf_longalign.attention as attention
 from hf_longalign.attention.interface import ATTENTION_NAME, longalign_attention, longalign_mask, register_attention
 from hf_longalign.attention.packing import window_segments
 
@@ -211,7 +210,7 @@ def test_norms_kept_in_float32_do_not_mix_dtypes():
 
 def test_boundaries_are_laid_out_once_per_forward(monkeypatch):
     calls = []
-    monkeypatch.setattr(attention, "window_segments", lambda *a: calls.append(a[2]) or window_segments(*a))
+    monkeypatch.setattr(interface, "window_segments", lambda *a: calls.append(a[2]) or window_segments(*a))
     batch_logits(tiny_model("mistral_window", ATTENTION_NAME), make_documents("mixed"), packed=True)
     assert calls == [8]
 
