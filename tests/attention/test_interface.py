@@ -17,6 +17,7 @@ from transformers import (
     StaticCache,
 )
 
+from hf_longalign.attention import interface
 from hf_longalign.attention.interface import ATTENTION_NAME, longalign_attention, longalign_mask, register_attention
 from hf_longalign.attention.packing import window_segments
 
