@@ -24,9 +24,8 @@ from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.language import majority_language
 from hf_longalign.synthesis.outcome import Outcome, accepted
 from hf_longalign.synthesis.pairs import write_pair
-from hf_longalign.synthesis.progress import Progress
 from hf_longalign.synthesis.prompts import check_template
-from hf_longalign.synthesis.runner import Runner
+from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import TokenCounter
