@@ -138,7 +138,12 @@ class Journal:
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
-        self._refuse_half_a_copy()
+        if _lacks_its_log(self.path):
+            logger.warning(
+                "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
+                "another program has opened it after a kill. Every other reply is there.",
+                self.path.name,
+            )
         self._connection = self._connect()
         self._closing = threading.Event()
         self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
@@ -234,6 +239,13 @@ class Journal:
         """
         if not Path(path).is_file():
             raise JournalError(f"The journal `{Path(path).name}` does not exist.")
+        if _lacks_its_log(Path(path)):
+            name = Path(path).name
+            raise JournalError(
+                f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
+                f"without its last replies. Copy `{name}-wal` along with it, or copy it once its run has ended. If it "
+                f"is no copy, open it once (`hf-longalign journal list {name}`) and merge it then."
+            )
         with Journal(path) as other:
             other._check_all_pages()
             with self._locked() as connection:
@@ -341,17 +353,6 @@ class Journal:
                 )
         mark.write_text(host, encoding="utf-8")
 
-    def _refuse_half_a_copy(self) -> None:
-        """A copy of a journal that was in use, without its log, lacks the last replies, and sqlite does not mind."""
-        deadline = time.monotonic() + 2  # another process may be opening or closing the file just now
-        while _lacks_its_log(self.path):
-            if time.monotonic() > deadline:
-                raise JournalError(
-                    f"The journal `{self.path.name}` is a copy of one that was in use, without its log. Copy "
-                    f"`{self.path.name}-wal` along with it, or copy it once its run has ended."
-                )
-            time.sleep(0.05)
-
     def _check_all_pages(self) -> None:
         """Raise `JournalError` where the file was cut or torn by copying."""
         with self._locked() as connection:
@@ -394,11 +395,16 @@ def network_file_system(folder: Path) -> str | None:
 
 def _lacks_its_log(path: Path) -> bool:
     """Whether the header says that there is a log (bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html)."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        header = file.read(100)
+    for _ in range(10):  # another process may be opening or closing the file just now
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            header = file.read(100)
         ours = header.startswith(b"SQLite format 3\0") and header[60:64] == _VERSION.to_bytes(4, "big")
-        return ours and header[18] == 2 and not path.with_name(f"{path.name}-wal").exists()
-    return False
+        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:
