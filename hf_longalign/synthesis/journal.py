@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import claims
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.generators.base import Fault, Reply, Request, RunStopped
 
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from contextlib import closing
 
 import pytest
 
+from hf_longalign.endpoint.protocol import Fault, Reply, Request, Sampling
 from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.claims import BudgetExceeded, Claim
-from hf_longalign.synthesis.generators.base import Fault, Reply, Request, Sampling
 from hf_longalign.synthesis.journal import Journal, JournalError
 
 
@@ -72,7 +72,7 @@ def test_two_journals_claim_a_key_once(path):
 _CLAIM_AND_DIE = """
 import os, signal, sys
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.generators.base import Request, Sampling
+from hf_longalign.endpoint.protocol import Request, Sampling
 from hf_longalign.synthesis.journal import Journal
 request = Request((("user", "prompt 0"),), "tiny", Sampling(max_tokens=10))
 assert Journal(sys.argv[1]).claim(request, Budget(tokens=1000)).value == "mine"
@@ -250,7 +250,7 @@ def test_a_forked_journal_is_refused(path):
 
 _PUT_AND_DIE = """
 import os, signal, sys
-from hf_longalign.synthesis.generators.base import Reply, Request
+from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.synthesis.journal import Journal
 journal = Journal(sys.argv[1])
 for number in range(100):
