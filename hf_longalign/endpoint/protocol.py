@@ -143,8 +143,9 @@ class Request:
 class Reply:
     """What came back.
 
-    `model` is the name the server gave; `finish_reason` "length" is a reply cut off. `cached_tokens` are those of the
-    prompt that the server did not compute anew, as far as it says; they are not kept in the journal.
+    `model` is the name the server gave; `finish_reason` "length" is a reply cut off. With `confirmed=False` the server
+    did not say what was used, and the tokens are the most it can be. `cached_tokens` are those of the prompt that it
+    did not compute anew, as far as it says. The last two are not kept in the journal.
     """
 
     text: str
@@ -153,6 +154,7 @@ class Reply:
     completion_tokens: int
     model: str
     cached_tokens: int = field(default=0, compare=False)
+    confirmed: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True)

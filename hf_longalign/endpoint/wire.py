@@ -150,7 +150,7 @@ def read_reply(body: bytes, request: Request, accepted: tuple[str, ...]) -> Repl
     recorded = (PurePath(model).name if is_local_path(model) else model) or request.model
     details = usage.get("prompt_tokens_details")
     cached = _number(details, "cached_tokens", 0) if isinstance(details, dict) else 0
-    reply = Reply(text, finish, used.prompt_tokens, used.completion_tokens, recorded, cached)
+    reply = Reply(text, finish, used.prompt_tokens, used.completion_tokens, recorded, cached, used.confirmed)
     # Gateways answer so while the server behind them is away. A greedy model that ends at once would do so for ever.
     silent = not text and not reply.completion_tokens and finish in (None, "", "stop")
     if silent and (request.sampling.temperature != 0 or finish != "stop"):
@@ -290,8 +290,10 @@ def _plain(page: bytes) -> str:
 def _used(usage: Mapping[str, Any], request: Request, text: str, kind: str) -> Fault:
     """The tokens that `usage` tells. Where it tells none: one token a byte is the most it can have been."""
     limit = min(len(text.encode("utf-8", "replace")), request.sampling.token_limit)
-    prompt = _number(usage, "prompt_tokens", request.most_prompt_tokens)
-    return Fault(kind, prompt, _number(usage, "completion_tokens", limit))
+    told = [_number(usage, name, -1) for name in ("prompt_tokens", "completion_tokens")]
+    bounds = (request.most_prompt_tokens, limit)
+    prompt, completion = (bound if one < 0 else one for one, bound in zip(told, bounds, strict=True))
+    return Fault(kind, prompt, completion, confirmed=min(told) >= 0)
 
 
 def _number(told: Mapping[str, Any], name: str, otherwise: int) -> int:
