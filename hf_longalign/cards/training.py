@@ -112,7 +112,7 @@ def _run(run: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [
         ("length", length),
         ("batch", _rows(run.get("batch_size"))),
-        ("optimiser", code(run["optimiser"]) if run.get("optimiser") else ""),
+        ("optimiser", code(run["optimizer"]) if run.get("optimizer") else ""),
         ("learning rate", rate),
         ("precision", run.get("precision", "")),
         ("time", duration(seconds) if seconds and seconds >= 1 else ""),

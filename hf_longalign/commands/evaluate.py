@@ -58,8 +58,8 @@ from hf_longalign.evaluation.texts import load_texts
 from hf_longalign.evaluation.write import write_report
 from hf_longalign.hub.adapter import publish_adapter
 from hf_longalign.hub.retry import PublishError
-from hf_longalign.provenance import loaded_commit
 from hf_longalign.rope import model_range
+from hf_longalign.run_record import loaded_commit
 from hf_longalign.version import __version__
 
 
@@ -324,8 +324,8 @@ def run() -> None:
         if not state.is_main_process:
             return
         report = make_report(suites, who, setting, args, store)
-    coverage = record_of(model_args.adapter, model_args.adapter_revision).get("coverage")
-    report = write_report(args.output_dir, report, coverage=coverage)
+    record = record_of(model_args.adapter, model_args.adapter_revision)
+    report = write_report(args.output_dir, report, coverage=record.coverage if record else None)
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {args.output_dir}")
     if args.push_to_hub is not None:

@@ -8,11 +8,9 @@ the YAML or on the command line, which wins.
 
 import json
 import logging
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoConfig, AutoTokenizer
@@ -27,6 +25,7 @@ from hf_longalign.hub.adapter import publish_adapter
 from hf_longalign.hub.main_process import on_main_process
 from hf_longalign.hub.push import CARD
 from hf_longalign.hub.retry import PublishError
+from hf_longalign.records.training import CoverageRecord
 from hf_longalign.rope import scale_rope
 
 
@@ -91,23 +90,6 @@ def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
     return dataset
 
 
-def data_source(args: DataArguments, dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
-    """Return what the training record tells of the data: its Hub id and commit; `None` for files of this machine."""
-    if Path(args.dataset_name).exists():
-        return None
-    # datasets keeps what it loads from the Hub in a folder named after the commit.
-    files = dataset.cache_files if isinstance(dataset, Dataset) else []
-    commits = {part for file in files for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)}
-    revision = commits.pop() if len(commits) == 1 else args.dataset_revision
-    found = {
-        "name": args.dataset_name,
-        "revision": revision,
-        "config": args.dataset_config,
-        "split": args.dataset_train_split,
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
     """Refuse a data set that is in none of TRL's formats."""
     columns = get_dataset_column_names(dataset)
@@ -161,7 +143,7 @@ def finish(trainer: LongAlignSFTTrainer, own_card: bytes | None, pushes: bool, a
     (folder / CARD).unlink(missing_ok=True)
     if own_card is not None:
         (folder / CARD).write_bytes(own_card)
-    coverage = trainer.training_record().get("coverage")
+    coverage = trainer.training_record().coverage
     if coverage is not None:
         draw_coverage(coverage, folder / "assets" / "coverage.png")
     write_adapter_card(folder, **args.card())
@@ -182,7 +164,7 @@ def repository(args: LongAlignSFTConfig) -> str:
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
+def draw_coverage(coverage: CoverageRecord, path: Path) -> None:
     """Draw what the positions covered, where matplotlib is installed."""
     try:
         plot_coverage(coverage, path, title="Relative distances covered in training")
@@ -227,7 +209,6 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.data_source = data_source(data_args, dataset[data_args.dataset_train_split])
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
     trainer.save_model(training_args.output_dir)

@@ -12,7 +12,7 @@ from hf_longalign.cards.edits import is_own_card
 from hf_longalign.hub.private import Machine
 from hf_longalign.hub.push import CARD, MAX_FILES, Destination, push, write_dry_run
 from hf_longalign.hub.scan import check_private
-from hf_longalign.record import RECORD_NAME
+from hf_longalign.run_record import RECORD_NAME
 
 
 logger = logging.getLogger(__name__)

@@ -176,7 +176,7 @@ RECORD = {
         "batch_size": 16,
         "learning_rate": 0.0002,
         "schedule": "cosine",
-        "optimiser": "adamw_torch_fused",
+        "optimizer": "adamw_torch_fused",
         "precision": "bfloat16",
         "seconds": 6731.2,
     },
