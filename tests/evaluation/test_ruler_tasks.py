@@ -43,7 +43,9 @@ QUESTIONS = [
     Question(f"What does town {n} sell?", (f"ware {n}",), (f"Town {n}\nTown {n} sells ware {n} and nothing else.",))
     for n in range(300)
 ]
-PAIRS = [Question(q.query, q.answers, (*q.documents, f"Region {n}\nIt has town {n}.")) for n, q in enumerate(QUESTIONS)]
+PAIRS = [
+    Question(q.query, q.answers, (*q.documents, f"Region {n}\nIt has town {n}.")) for n, q in enumerate(QUESTIONS)
+]
 
 
 def builder(name, length, **options):
