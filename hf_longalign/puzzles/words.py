@@ -11,8 +11,10 @@ import numpy as np
 
 
 PARTS = ("evaluation", "training")
-_ONSETS = ("B", "BR", "C", "CL", "D", "DR", "F", "FL", "G", "GR", "H", "J", "K", "KL", "L", "M", "N", "P", "PR", "R")
-_ONSETS += ("S", "ST", "T", "TR", "V", "Z")
+_ONSETS = (
+    *("B", "BR", "C", "CL", "D", "DR", "F", "FL", "G", "GR", "H", "J", "K", "KL", "L", "M", "N", "P", "PR", "R"),
+    *("S", "ST", "T", "TR", "V", "Z"),
+)
 _VOWELS = ("A", "E", "I", "O", "U")
 _CODAS = ("B", "D", "F", "G", "K", "L", "M", "N", "P", "R", "S", "T", "X")
 
