@@ -26,10 +26,10 @@ from hf_longalign.rope import model_range
 
 logger = logging.getLogger(__name__)
 
-# Tokens of one forward while reading. After a beginning that is held, attention needs a mask, and under a mask a kernel
-# computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12 against
-# 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096 tokens over
-# 128k (512 MiB) must stay small.
+# Tokens of one forward while reading. After a beginning that is held, attention needs a mask, and under a mask a
+# kernel computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12
+# against 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096
+# tokens over 128k (512 MiB) must stay small.
 _CHUNK = {"cpu": 512}
 _CHUNK_ELSEWHERE = 4096
 _LEAST_CHUNK = 256
