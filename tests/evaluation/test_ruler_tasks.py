@@ -23,7 +23,7 @@ def words(text):
     return len(text.split())
 
 
-# SHA-256 of the first four samples of https://github.com/NVIDIA/RULER (seed 42, words for tokens): its scripts were run.
+# SHA-256 of the first four samples that the scripts of https://github.com/NVIDIA/RULER made (seed 42, words as tokens).
 OFFICIAL = {
     ("niah_single_1", 1024): "4adf73d597037929",
     ("niah_single_1", 4096): "3a9dbba4e54dc24c",
@@ -118,7 +118,7 @@ def test_what_is_missing_or_too_short_is_named():
     with pytest.raises(ValueError, match="`questions` must be given for 'ruler_qa_squad', got none"):
         builder("ruler_qa_squad", 4096, questions=())
     for name in TASKS:
-        with pytest.raises(ValueError, match=f"`lengths` must .*'{name}', got 90. Set a larger length"):
+        with pytest.raises(ValueError, match=rf"`lengths` must .*'{name}', got 90. Set a larger length"):
             list(builder(name, 90).samples(1))
 
 
