@@ -23,7 +23,7 @@ def words(text):
     return len(text.split())
 
 
-# SHA-256 of the first four samples that the scripts of https://github.com/NVIDIA/RULER made (seed 42, words as tokens).
+# SHA-256 of the first four samples that https://github.com/NVIDIA/RULER made with seed 42, words as tokens.
 OFFICIAL = {
     ("niah_single_1", 1024): "4adf73d597037929",
     ("niah_single_1", 4096): "3a9dbba4e54dc24c",
@@ -113,7 +113,7 @@ def test_essay_needles_lie_at_depths_drawn_uniformly():
 
 
 def test_what_is_missing_or_too_short_is_named():
-    with pytest.raises(ValueError, match="`essays` must be given for 'niah_single_2', got none. Set `haystack`"):
+    with pytest.raises(ValueError, match=r"`essays` must be given for 'niah_single_2', got none. Set `haystack`"):
         builder("niah_single_2", 4096, essays=())
     with pytest.raises(ValueError, match="`questions` must be given for 'ruler_qa_squad', got none"):
         builder("ruler_qa_squad", 4096, questions=())
