@@ -4,13 +4,43 @@ python recipes/journal.py list journal.sqlite --purpose context
 python recipes/journal.py show journal.sqlite 3f9a
 python recipes/journal.py export journal.sqlite replies.jsonl
 python recipes/journal.py merge journal.sqlite shard-0.sqlite shard-1.sqlite
+python recipes/journal.py drop journal.sqlite --reason empty
 """
 
 import argparse
 from collections import Counter
 from pathlib import Path
 
-from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.journal import Entry, Journal
+from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_pair, read_verdict
+
+
+READERS = {
+    **dict.fromkeys(("context", "section"), read_context),
+    "facts": read_facts,
+    "pair": read_pair,
+    "judge": read_verdict,
+}
+
+
+def is_unreadable(entry: Entry) -> bool:
+    """Whether the reply does not hold what it was asked for."""
+    try:
+        READERS.get(entry.purpose, str)(entry.text)
+    except ReplyError:
+        return True
+    return False
+
+
+# Why a reply may be unwanted.
+REASONS = {
+    "empty": lambda entry: not entry.text.strip() and entry.finish_reason != "content_filter",
+    "error": lambda entry: entry.finish_reason == "error",
+    "filtered": lambda entry: entry.finish_reason == "content_filter",
+    "cut": lambda entry: entry.finish_reason == "length",
+    "page": lambda entry: entry.text.lstrip()[:9].lower().startswith(("<html", "<!doctype")),
+    "unreadable": is_unreadable,
+}
 
 
 def open_journal(path: str) -> Journal:
@@ -25,11 +55,11 @@ def list_replies(args: argparse.Namespace) -> None:
     purposes: Counter[str] = Counter()
     with open_journal(args.journal) as journal:
         for entry in journal.entries():
-            if args.purpose in (None, entry["purpose"]):
-                purposes[entry["purpose"]] += 1
-                start = " ".join(entry["text"].split())[:60]
-                tokens = f"{entry['prompt_tokens']:>6} + {entry['completion_tokens']:<6}"
-                print(f"{entry['key'][:12]}  {entry['purpose']:<12} {entry['model']:<24} {tokens} {start}")
+            if args.purpose in (None, entry.purpose):
+                purposes[entry.purpose] += 1
+                start = " ".join(entry.text.split())[:60]
+                tokens = f"{entry.prompt_tokens:>6} + {entry.completion_tokens:<6}"
+                print(f"{entry.key[:12]}  {entry.purpose:<12} {entry.model:<24} {tokens} {start}")
         totals = journal.totals()
     listed = ", ".join(f"{number:,} {purpose}" for purpose, number in purposes.most_common())
     print(f"{listed or 'no replies'}; in all {totals.replies:,} replies, {totals.faults:,} faults, "
@@ -39,14 +69,14 @@ def list_replies(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """Print the prompt and the reply of every key that begins so."""
     with open_journal(args.journal) as journal:
-        entries = [entry for entry in journal.entries() if entry["key"].startswith(args.key)]
+        entries = [entry for entry in journal.entries() if entry.key.startswith(args.key)]
     if not entries:
         raise SystemExit(f"No key begins with {args.key}.")
     for entry in entries:
-        print(f"{entry['key']}  {entry['purpose']}  {entry['model']}  {entry['sampling']}  {entry['finish_reason']}")
-        for role, content in entry["messages"]:
+        print(f"{entry.key}  {entry.purpose}  {entry.model}  {entry.sampling}  {entry.finish_reason}")
+        for role, content in entry.messages:
             print(f"\n[{role}]\n{content}")
-        print(f"\n[reply]\n{entry['text']}\n")
+        print(f"\n[reply]\n{entry.text}\n")
 
 
 def export(args: argparse.Namespace) -> None:
@@ -62,6 +92,15 @@ def merge(args: argparse.Namespace) -> None:
             print(f"{other}: {journal.merge(other):,} new replies")
 
 
+def drop(args: argparse.Namespace) -> None:
+    """Forget the replies that are unwanted for a reason, so that the next run asks for them again."""
+    with open_journal(args.journal) as journal:
+        number = journal.drop(REASONS[args.reason])
+    print(f"{number:,} replies dropped; what they have cost stays counted.")
+    if number:
+        print("If rows were made from them, remove the folders `outcomes-*` and the prepared data beside the journal.")
+
+
 def main() -> int:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +110,7 @@ def main() -> int:
         (show, "show", ("key",)),
         (export, "export", ("output",)),
         (merge, "merge", ()),
+        (drop, "drop", ()),
     ):
         command = commands.add_parser(name, help=run.__doc__)
         command.add_argument("journal")
@@ -80,6 +120,8 @@ def main() -> int:
             command.add_argument("--purpose", help="only replies asked for this purpose")
         if name == "merge":
             command.add_argument("others", nargs="+")
+        if name == "drop":
+            command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
         command.set_defaults(run=run)
     args = parser.parse_args()
     try:

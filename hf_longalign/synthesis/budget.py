@@ -13,7 +13,7 @@ import uuid
 from dataclasses import dataclass
 from enum import Enum
 
-from hf_longalign.synthesis.generators.base import Request, RunStopped
+from hf_longalign.endpoint.protocol import Request, RunStopped
 
 
 # A process on another host (a container on the same disk) cannot be looked up: its claims end by the clock.

@@ -19,6 +19,7 @@ import pyarrow as pa
 # A table is read row by row: by number, from batches of this many rows.
 _BATCH = 1000
 _OLD_SECONDS = 24 * 3600.0
+_NETWORK = ("nfs", "lustre", "gpfs", "cifs", "smb", "fuse.", "ceph", "beegfs", "glusterfs", "afs", "9p", "virtiofs")
 
 
 @contextmanager
@@ -122,3 +123,13 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def read_array(path: Path) -> np.ndarray:
     """Map an array into memory."""
     return np.load(path, mmap_mode="r")
+
+
+def network_file_system(folder: Path) -> str | None:
+    """Return the type of the network's file system that `folder` lies on, or `None` for a disk of this machine."""
+    import psutil
+
+    folder = folder.resolve()
+    mounted = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
+    return kind if kind.startswith(_NETWORK) else None

@@ -14,16 +14,16 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import budget as claims
 from hf_longalign.synthesis.budget import Budget, Claim, Spend
-from hf_longalign.synthesis.disk import whole
-from hf_longalign.synthesis.generators.base import Fault, Reply, Request, RunStopped
+from hf_longalign.synthesis.disk import network_file_system, whole
 
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,6 @@ _EVERY_SECONDS = 1.0
 _PATIENCE_SECONDS = 60
 # Pages of 4 KiB in the write-ahead log after which a commit moves them into the file itself, should the thread lag.
 _LONGEST_LOG = 20_000
-# The log is shared through mapped memory, which the disk of another machine does not give: https://sqlite.org/wal.html
-_NETWORK = ("nfs", "lustre", "gpfs", "cifs", "smb", "fuse.", "ceph", "beegfs", "glusterfs", "afs", "9p", "virtiofs")
 # After so long without a sign of it, another machine is taken to have left the journal.
 _HOST_SECONDS = 300
 
@@ -135,6 +133,8 @@ class Journal:
         self.owner = claims.new_owner()
         self._lock = threading.Lock()
         self._lost: JournalError | None = None
+        # sqlite shares its log through mapped memory, which the disk of another machine does not give
+        # (https://sqlite.org/wal.html). There it is left out, each commit is flushed, and one machine works at a time.
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
@@ -198,6 +198,28 @@ class Journal:
         )
         with self._transaction() as connection:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
+
+    def drop(self, unwanted: Callable[[Entry], bool]) -> int:
+        """Forget the replies whose entries (see `entries`) are `unwanted`, and return how many.
+
+        They are asked for again; what they have cost stays counted, as faults named "dropped".
+        """
+        keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
+        with self._transaction() as connection:
+            for key in keys:
+                connection.execute(
+                    "UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (SELECT totals.replies - 1, "
+                    "totals.prompt_tokens - r.prompt_tokens, totals.completion_tokens - r.completion_tokens, "
+                    "totals.usd - r.usd FROM replies AS r WHERE r.key = ?)",
+                    key,
+                )
+                connection.execute(
+                    "INSERT INTO faults SELECT key || '@' || at, key, 'dropped', model, purpose, "
+                    "prompt_tokens, completion_tokens, usd, 1, at FROM replies WHERE key = ?",
+                    key,
+                )
+            connection.executemany("DELETE FROM replies WHERE key = ?", keys)
+        return len(keys)
 
     def totals(self) -> Totals:
         """What the journal holds, in numbers."""
@@ -369,28 +391,20 @@ class Journal:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")
 
 
-# A payment is known by its key and time: in `replies` the one whose reply is kept, in `faults` every other one.
+# A payment is known by its key and time: in `replies` where its reply is kept, in `faults` where it is not.
 _MERGE = (
     """
-    INSERT OR IGNORE INTO faults SELECT * FROM other.faults AS theirs WHERE kind != 'paid_twice'
+    INSERT OR IGNORE INTO faults SELECT * FROM other.faults AS theirs WHERE kind NOT IN ('paid_twice', 'dropped')
         OR NOT EXISTS (SELECT 1 FROM main.replies AS ours WHERE ours.key = theirs.key AND ours.at = theirs.at)""",
     """
     INSERT OR IGNORE INTO faults
         SELECT theirs.key || '@' || theirs.at, theirs.key, 'paid_twice', theirs.model, theirs.purpose,
             theirs.prompt_tokens, theirs.completion_tokens, theirs.usd, 1, theirs.at
         FROM other.replies AS theirs JOIN main.replies AS ours ON ours.key = theirs.key WHERE ours.at != theirs.at""",
-    "INSERT OR IGNORE INTO replies SELECT * FROM other.replies",
+    """
+    INSERT OR IGNORE INTO replies SELECT * FROM other.replies AS theirs
+        WHERE NOT EXISTS (SELECT 1 FROM main.faults AS ours WHERE ours.id = theirs.key || '@' || theirs.at)""",
 )
-
-
-def network_file_system(folder: Path) -> str | None:
-    """Return the type of the network's file system that `folder` lies on, or `None` for a disk of this machine."""
-    import psutil
-
-    folder = folder.resolve()
-    mounted = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
-    kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
-    return kind if kind.startswith(_NETWORK) else None
 
 
 def _lacks_its_log(path: Path) -> bool:

@@ -15,9 +15,10 @@ from contextlib import closing
 
 import pytest
 
+from hf_longalign.endpoint.protocol import Fault, Reply, Request, Sampling
 from hf_longalign.synthesis.budget import Budget, BudgetExceeded, Claim, Spend
-from hf_longalign.synthesis.generators.base import Fault, Reply, Request, Sampling
-from hf_longalign.synthesis.journal import Journal, JournalError, network_file_system
+from hf_longalign.synthesis.disk import network_file_system
+from hf_longalign.synthesis.journal import Journal, JournalError
 
 
 NO_BUDGET = Budget()
@@ -61,6 +62,29 @@ def test_totals_count_replies_and_faults(path):
     assert totals.spend == Spend(50, 1.75) and totals.unconfirmed == Spend(27, 1.0)
 
 
+def test_what_is_dropped_is_asked_again_and_what_it_cost_stays_counted(path, tmp_path):
+    with Journal(path) as journal:
+        for number in range(4):
+            text = "" if number % 2 else "fine"
+            journal.put(_request(number), Reply(text, "stop", 5, 3, "tiny"), Spend(8, 0.25))
+        with Journal(tmp_path / "copy.sqlite") as copy:
+            copy.merge(path)
+        before = journal.totals()
+        assert journal.drop(lambda entry: not entry.text) == 2
+        after = journal.totals()
+        assert (after.replies, after.faults, after.spend) == (2, 2, before.spend) and not after.unconfirmed.tokens
+        assert journal.get(_request(1).key) is None and journal.get(_request(2).key).text == "fine"
+        # It does not come back with a copy from before, nor is it counted again.
+        assert journal.merge(tmp_path / "copy.sqlite") == 0 and journal.totals() == after
+        assert journal.claim(_request(1), NO_BUDGET) is Claim.MINE
+        journal.put(_request(1), _reply(), Spend(8, 0.25))
+        assert journal.totals().spend == Spend(40, 1.25)
+        assert journal.drop(lambda entry: False) == 0
+    with Journal(tmp_path / "other.sqlite") as other:
+        other.merge(path)
+        assert other.totals().spend == Spend(40, 1.25)
+
+
 def test_two_journals_claim_a_key_once(path):
     with Journal(path) as one, Journal(path) as two:
         assert one.claim(_request(), NO_BUDGET) is Claim.MINE
@@ -74,7 +98,7 @@ def test_two_journals_claim_a_key_once(path):
 _CLAIM_AND_DIE = """
 import os, signal, sys
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.generators.base import Request, Sampling
+from hf_longalign.endpoint.protocol import Request, Sampling
 from hf_longalign.synthesis.journal import Journal
 request = Request((("user", "prompt 0"),), "tiny", Sampling(max_tokens=10))
 assert Journal(sys.argv[1]).claim(request, Budget(tokens=1000)).value == "mine"
@@ -228,7 +252,7 @@ def test_what_two_shards_have_paid_for_counts_twice_and_a_copy_once(tmp_path):
 
 _PUT_TWO_AND_WAIT = """
 import sys, time
-from hf_longalign.synthesis.generators.base import Reply, Request
+from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.synthesis.journal import Journal
 journal = Journal(sys.argv[1])
 for number in range(2):
@@ -363,23 +387,11 @@ def test_what_put_has_returned_survives_a_kill_on_a_network_s_disk(path):
 
 
 def test_file_systems_are_known_by_the_mount_that_a_folder_lies_on(tmp_path, monkeypatch):
-    def mounts(**_):
-        kinds = {"/": "ext4", str(tmp_path): "xfs", str(tmp_path / "home"): "nfs4", str(tmp_path / "home/local"): "ext4",
-                 str(tmp_path / "work"): "lustre", str(tmp_path / "s3"): "fuse.s3fs"}  # fmt: skip
-        return [type("disk", (), {"mountpoint": place, "fstype": kind}) for place, kind in kinds.items()]
-
-    monkeypatch.setattr("psutil.disk_partitions", mounts)
-    found = {
-        name: network_file_system(tmp_path / name) for name in ("a", "home", "home/me", "home/local/b", "work", "s3")
-    }
-    assert found == {
-        "a": None,
-        "home": "nfs4",
-        "home/me": "nfs4",
-        "home/local/b": None,
-        "work": "lustre",
-        "s3": "fuse.s3fs",
-    }
+    kinds = {"": "xfs", "home": "nfs4", "home/local": "ext4", "work": "lustre", "s3": "fuse.s3fs"}
+    mounts = [type("disk", (), {"mountpoint": str(tmp_path / name), "fstype": kinds[name]}) for name in kinds]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    expected = {**kinds, "": None, "home/local": None, "home/me": "nfs4", "home/local/b": None, "other": None}
+    assert {name: network_file_system(tmp_path / name) for name in expected} == expected
 
 
 def test_a_full_disk_is_said_and_survived(path, monkeypatch):
@@ -434,7 +446,7 @@ def test_a_forked_journal_is_refused(path):
 
 _PUT_AND_DIE = """
 import os, signal, sys
-from hf_longalign.synthesis.generators.base import Reply, Request
+from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.synthesis.journal import Journal
 journal = Journal(sys.argv[1])
 for number in range(100):
