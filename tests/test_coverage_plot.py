@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hf_longalign.distances import DistanceCoverage
 from hf_longalign.coverage_plot import plot_coverage
+from hf_longalign.distances import DistanceCoverage
 from hf_longalign.records.training import CoverageRecord
 
 
