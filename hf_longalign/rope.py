@@ -218,13 +218,9 @@ def _scaled(
 def rope_record(config: PretrainedConfig) -> RopeRecord:
     """Return what defines a model's positions: model type, RoPE parameters, `max_position_embeddings`."""
     text_config = config.get_text_config()
-    parameters = getattr(text_config, "rope_parameters", None)
-    return RopeRecord(
-        model_type=text_config.model_type,
-        max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
-        # As JSON gives it back: with lists for tuples, and a copy that no later change of the config reaches.
-        rope_parameters=json.loads(json.dumps(parameters)),
-    )
+    # Through JSON, so that a record from a file and one from a config compare equal: no tuples, no NumPy numbers.
+    parameters = json.loads(json.dumps(getattr(text_config, "rope_parameters", None)))
+    return RopeRecord(text_config.model_type, getattr(text_config, "max_position_embeddings", None), parameters)
 
 
 def apply_rope(record: RopeRecord, config: PretrainedConfig) -> PretrainedConfig:
@@ -259,7 +255,7 @@ def check_rope(record: RopeRecord, config: PretrainedConfig) -> None:
     if differing:
         raise ValueError(
             f"The base model must have the RoPE its adapter was trained with, got {'; '.join(differing)}. Load both "
-            "with `hf_longalign.adapter.load_adapter`, which sets it before loading; afterwards it does nothing."
+            "with `hf_longalign.load_adapter`, which sets it before loading; afterwards it does nothing."
         )
 
 

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
 from trl import SFTConfig
 
+from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, register_attention
-from hf_longalign.base_weights import weights_sample
 from hf_longalign.blocks import TARGET_MARK
 from hf_longalign.callback import SkipPositionCallback
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
-from hf_longalign.coverage import PositionObserver
+from hf_longalign.coverage import CoverageCallback
 from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
 from hf_longalign.marker import BlockMarker
 from hf_longalign.publishing import PublishingSFTTrainer
@@ -103,7 +103,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = self._make_collator()
-        self.observer: PositionObserver | None = None
+        self.coverage: CoverageCallback | None = None
         if isinstance(self.data_collator, SkipPositionDataCollator):
             self._use_collator(self.data_collator)
         self._check_parallelism()
@@ -133,8 +133,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self._choose_attention(collator)
         if collator.strategy != "none":
             self._check_lengths(collator.target_length)
-            self.observer = PositionObserver(collator.target_length)
-            self.add_callback(self.observer)
+            self.coverage = CoverageCallback(collator.target_length)
+            self.add_callback(self.coverage)
         self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight))
 
     def _choose_attention(self, collator: SkipPositionDataCollator) -> None:
@@ -272,8 +272,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a batch, weighted by token or by sequence; see [`trl.SFTTrainer.compute_loss`]."""
-        if self.model.training and self.observer is not None:
-            self.observer.observe(inputs)
+        if self.model.training and self.coverage is not None:
+            self.coverage.observe(inputs)
         if self.args.loss_weighting == "sequence":
             model = SequenceWeightedModel(model, inputs, num_items_in_batch)
         return super().compute_loss(
@@ -282,8 +282,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding to a training log what the positions of all processes covered since the last one."""
-        if self.model.training and self.observer is not None:
-            logs.update(self.observer.metrics())
+        if self.model.training and self.coverage is not None:
+            logs.update(self.coverage.metrics())
         super().log(logs, start_time)
 
     def training_record(self) -> TrainingRecord:
@@ -291,10 +291,10 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         collator = self.data_collator
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         positions, coverage = PositionsRecord(), None
-        if self.observer is not None:
+        if self.coverage is not None:
             strategy = collator.strategy if isinstance(collator.strategy, str) else "callable"
             positions = PositionsRecord(strategy, collator.target_length, collator.skip_probability, collator.seed)
-            coverage = self.observer.state()
+            coverage = self.coverage.record()
         options = self.args.model_init_kwargs
         return TrainingRecord(
             rope=rope_record(base.config),
@@ -319,14 +319,14 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.observer is not None and self.args.should_save:
-            self.observer.save(output_dir)
+        if self.coverage is not None and self.args.should_save:
+            self.coverage.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed = checkpoint is not None
-        if self.observer is not None and checkpoint is not None:
-            self.observer.load(checkpoint)
+        if self.coverage is not None and checkpoint is not None:
+            self.coverage.load(checkpoint)
 
 
 def _as_config(args: SFTConfig | TrainingArguments | None, model: Any) -> LongAlignSFTConfig:

@@ -9,8 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
-from hf_longalign.adapter import load_adapter
-from hf_longalign.base_weights import weights_sample
+from hf_longalign.adapter import check_weights, load_adapter, weights_sample
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
@@ -108,3 +107,29 @@ def test_a_base_with_other_weights(trained, tmp_path):
     load_adapter(adapter)
     with pytest.raises(ValueError, match=r"got others in `model\.embed_tokens\.weight`"):
         load_adapter(adapter, base_model=other)
+
+
+def test_the_same_weights_pass_in_any_precision():
+    sample = weights_sample(tiny_llama())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_weights(sample, tiny_llama().to(dtype))
+
+
+def test_an_adapter_changes_no_sample():
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    assert weights_sample(model.get_base_model()) == weights_sample(tiny_llama())
+
+
+def test_new_tokens_change_no_sample():
+    grown = tiny_llama()
+    grown.resize_token_embeddings(400)
+    check_weights(weights_sample(tiny_llama()), grown)
+
+
+@pytest.mark.parametrize("change", ["seed", "layers"])
+def test_other_weights_are_refused(change):
+    sample = weights_sample(tiny_llama())
+    other = tiny_llama(seed=1) if change == "seed" else tiny_llama(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="must have the weights"):
+        check_weights(sample, other)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 
+from hf_longalign.endpoint.protocol import RunStopped
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-from hf_longalign.synthesis.generators.base import RunStopped
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.rows import BadRowError
 
@@ -366,7 +366,7 @@ def test_a_judge_decides_where_strings_do_not_tell(tmp_path):
 
 
 def test_replies_of_a_real_model_that_cannot_write_are_all_rejected(tmp_path, tiny_model):
-    from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+    from hf_longalign.synthesis.local import TransformersGenerator
 
     generator = TransformersGenerator(tiny_model, batch_size=8, device="cpu")
     options = {"seeds": PAIRS[:6], "generator": generator, "max_tokens": 8, "retries": 1}

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 from fake_endpoint import FakeEndpoint, answer_text
 
-from hf_longalign.synthesis.generators.base import (
+from hf_longalign.endpoint import Endpoint, OpenAIGenerator
+from hf_longalign.endpoint.protocol import (
     EndpointError,
     GenerationError,
     NoReplyError,
@@ -13,7 +14,6 @@ from hf_longalign.synthesis.generators.base import (
     RunStopped,
     Sampling,
 )
-from hf_longalign.synthesis.generators.openai import Endpoint, OpenAIGenerator
 
 
 pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
@@ -21,7 +21,7 @@ pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
 
 @pytest.fixture(autouse=True)
 def _short_backoff(monkeypatch):
-    monkeypatch.setattr("hf_longalign.synthesis.waiting._FIRST", 0.02)
+    monkeypatch.setattr("hf_longalign.endpoint.pacing._FIRST_WAIT", 0.02)
 
 
 def _request(prompt="Hi", **sampling):
@@ -77,10 +77,17 @@ def test_a_reply_comes_with_its_text_tokens_and_model(server):
         ("503*2", ["overloaded"] * 2, False),
         ("reset", ["reset"], True),
         ("truncated", ["bad_body"], True),
-        ("html", ["bad_body"], True),
+        ("html", ["web_page"], False),
         ("cut", ["reset"], True),
-        ("nochoices", ["bad_body"], True),
-        ("error200", ["server_error"], False),
+        ("nochoices", ["bad_body"], False),
+        ("nullchoices", ["bad_body"], False),
+        ("error200*2", ["server_error"] * 2, False),
+        ("limit200", ["rate_limit"], False),
+        ("errorfinish*3", ["server_error"] * 3, False),
+        ("errorchoice", ["server_error"], False),
+        ("nofinish", ["empty"], False),
+        ("empty*2", ["empty"] * 2, False),
+        ("null", ["empty"], False),
         ("wrong*2", ["wrong_model"] * 2, False),
     ],
 )
@@ -93,10 +100,13 @@ def test_a_passing_fault_is_named_counted_and_tried_again(server, mark, kinds, u
     assert server.asked()[prompt] == len(kinds) + 1
     if unconfirmed:
         assert faults[0].prompt_tokens >= len(prompt) and faults[0].completion_tokens == 50
-    elif mark.startswith("wrong"):
-        assert faults[0].completion_tokens == 17
-    else:
-        assert faults[0].prompt_tokens == faults[0].completion_tokens == 0
+    else:  # what the server says was used, even where it gave nothing for it
+        used = _USED.get(mark.split("*")[0], (0, 0))
+        assert (faults[0].prompt_tokens > 0, faults[0].completion_tokens) == used
+
+
+_USED = {"wrong": (True, 17), "errorchoice": (True, 17), "nochoices": (True, 17), "nullchoices": (True, 17)}
+_USED |= dict.fromkeys(("empty", "null", "nofinish", "errorfinish"), (True, 0))
 
 
 @pytest.mark.parametrize("mark", ["hang", "dribble"])
@@ -133,12 +143,24 @@ def test_retry_after_holds_back_the_whole_endpoint(server):
 
 @pytest.mark.parametrize(
     ("mark", "text", "reason"),
-    [("empty", "", "stop"), ("null", "", "stop"), ("unparsable", "As you wish.", "stop"), ("length", None, "length")],
+    [("ended", "", "stop"), ("unparsable", "As you wish.", "stop"), ("length", None, "length")],
 )
 def test_an_odd_reply_that_was_paid_for_is_a_reply(server, mark, text, reason):
     (reply,), faults = _ask(server, f"[[{mark}]]")
     assert (reply.finish_reason, faults) == (reason, [])
     assert text is None or reply.text == text
+
+
+def test_what_stays_empty_is_a_reply_after_all_attempts(server):
+    (reply,), faults = _ask(server, "[[empty*99]]", max_attempts=3)
+    assert (reply.text, reply.finish_reason, len(faults)) == ("", "stop", 2)
+
+
+def test_an_outage_that_answers_200_loses_no_reply():
+    with FakeEndpoint(latency=(0.01, 0.02)) as server:
+        marks = ["errorfinish*3", "error200*3", "html*3", "nullchoices*3", "empty*3"]
+        replies, _ = _ask(server, *(f"{number} [[{marks[number % 5]}]]" for number in range(50)))
+    assert all(reply.text.startswith("Context: ") for reply in replies)
 
 
 def test_a_reply_without_usage_counts_as_one_token_a_byte(server):
@@ -154,11 +176,131 @@ def test_a_content_filter_is_one_request_s_end(server):
     assert fine.text
 
 
-def test_a_bad_request_is_one_request_s_end_and_many_are_the_run_s(server):
-    (error,), _ = _ask(server, "[[400*9]]")
-    assert isinstance(error, GenerationError) and error.kind == "bad_request" and "8192 tokens" in str(error)
-    errors, _ = _ask(server, *(f"{number} [[400*9]]" for number in range(8)))
-    assert sum(isinstance(error, EndpointError) for error in errors) == 1
+def test_a_bad_request_is_one_request_s_end_and_says_what_the_server_said_once(server, caplog):
+    marks = ["400", "odd400"]
+    errors, _ = _ask(server, *(f"{number} [[{marks[number % 2]}*9]]" for number in range(8)), "fine")
+    assert errors.pop().text
+    assert [error.kind for error in errors] == ["too_long", "bad_request"] * 4
+    assert all(isinstance(error, GenerationError) for error in errors)
+    assert errors[0].told == "This model's maximum context length is 8192 tokens"
+    assert errors[1].told == "Invalid value for field 'logit_bias'" and server.url not in errors[1].told
+    assert caplog.text.count("8192 tokens") == 1 and "max_tokens" in caplog.text
+    assert caplog.text.count("logit_bias") == 1
+
+
+_RENAMED = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+
+
+def _sampled(server, *prompts, extra=None, **sampling):
+    """The replies to prompts asked one after another with a sampling of their own, by one generator."""
+
+    async def ask():
+        generator = OpenAIGenerator("tiny", server.url)
+        found = []
+        for prompt in prompts:
+            drawn = Sampling(**{"max_tokens": 50, "extra": extra or {}, **sampling})
+            found.append(await generator.reply(Request((("user", prompt),), "tiny", drawn)))
+            await generator.close()  # what was learnt outlives the connections
+        return found
+
+    return asyncio.run(ask())
+
+
+def test_a_server_that_takes_only_max_completion_tokens_is_asked_so_from_then_on():
+    with FakeEndpoint(refuses={"max_tokens": _RENAMED}) as server:
+        replies = _sampled(server, "a", "b")
+    assert all(reply.text.startswith("Context: ") for reply in replies)
+    assert [entry.fault for entry in server.log] == ["option", None, None]
+    assert all(entry.body["max_completion_tokens"] == 50 for entry in server.log[1:])
+
+
+@pytest.mark.parametrize(
+    ("refused", "told", "remedy", "mended"),
+    [
+        ("temperature", "Unsupported value: 'temperature' does not support 0.8", "`temperature: null`", "temperature"),
+        ("top_p", "`top_p` is deprecated for this model.", "`top_p: null`", "top_p"),
+        ("seed", 'Invalid JSON payload received. Unknown name "seed"', "`sampling_seed: null`", "seed"),
+    ],
+)
+def test_a_refused_option_stops_the_run_and_its_remedy_works(refused, told, remedy, mended):
+    with FakeEndpoint(refuses={refused: told}) as server:
+        with pytest.raises(EndpointError) as caught:
+            _sampled(server, "a")
+        assert told in str(caught.value) and remedy in str(caught.value)
+        (reply,) = _sampled(server, "a", **{mended: None})
+        assert reply.text and refused not in server.log[-1].body
+
+
+def test_a_refused_field_of_the_extra_body_is_named():
+    with FakeEndpoint(refuses={"min_p": "property 'min_p' is unsupported, seed or not"}) as server:
+        with pytest.raises(EndpointError, match=r"`min_p` is refused\. Take `min_p` out of `extra_body`"):
+            _sampled(server, "a", extra={"min_p": 0.1})
+        assert _sampled(server, "a")[0].text
+
+
+def test_a_token_limit_that_is_too_large_is_no_wrong_name():
+    told = "max_tokens is too large: 50. This model supports at most 40 completion tokens"
+    with FakeEndpoint(refuses={"max_tokens": told}) as server, pytest.raises(EndpointError, match="a smaller"):
+        _sampled(server, "a")
+
+
+def test_a_model_that_only_streams_is_asked_to_stream():
+    with FakeEndpoint(stream_only=True) as server:
+        replies = _sampled(server, "a", "b")
+        assert [entry.fault for entry in server.log] == ["option", None, None]
+    assert [reply.text for reply in replies] == [answer_text(entry.body) for entry in server.log[1:]]
+    assert all((reply.completion_tokens, reply.finish_reason) == (17, "stop") for reply in replies)
+
+
+def test_a_stream_that_is_asked_for_is_read(server):
+    (reply,) = _sampled(server, "stream, please", extra={"stream": True})
+    assert reply.text == answer_text(server.log[-1].body) and reply.prompt_tokens == 5
+
+
+def test_a_server_that_takes_no_stream_options_streams_without_usage():
+    with FakeEndpoint(refuses={"stream_options": "unknown field: stream_options"}) as server:
+        (reply,) = _sampled(server, "a", extra={"stream": True})
+    assert reply.text.startswith("Context: ") and reply.completion_tokens == 50  # no more than was allowed
+
+
+@pytest.mark.parametrize(("mark", "kind"), [("truncated", "bad_body"), ("error200", "server_error")])
+def test_a_stream_with_a_fault_is_asked_again(server, mark, kind):
+    prompt = f"streamed [[{mark}]]"
+    (reply,) = _sampled(server, prompt, extra={"stream": True})
+    assert reply.text.startswith("Context: ") and server.asked()[prompt] == 2
+
+
+def test_a_plain_prompt_is_continued_without_a_template(server):
+    request = Request((("user", "Once"),), "tiny", Sampling(0, None, 5, None, {"stop": ["."]}), chat=False)
+
+    async def ask():
+        generator = OpenAIGenerator("tiny", server.url)
+        reply = await generator.reply(request)
+        await generator.close()
+        return reply
+
+    assert asyncio.run(ask()).text.startswith("Context: ")
+    body = {"model": "tiny", "prompt": "Once", "temperature": 0.0, "max_tokens": 5, "stop": ["."]}
+    assert server.log[-1].body == body
+
+
+def test_a_page_for_browsers_is_found_before_anything_is_asked():
+    async def page(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        body = b"<html><title>Sign in</title></html>"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async def check():
+        site = await asyncio.start_server(page, "127.0.0.1", 0)
+        generator = OpenAIGenerator("tiny", f"http://127.0.0.1:{site.sockets[0].getsockname()[1]}")
+        with pytest.raises(EndpointError, match="Set the URL to the base"):
+            await generator.check()
+        await generator.close()
+        site.close()
+
+    asyncio.run(check())
 
 
 def test_a_request_that_always_fails_ends_after_its_attempts(server):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from hf_longalign.synthesis.limiter import AdaptiveLimiter
+from hf_longalign.endpoint.pacing import AdaptiveLimiter, backoff
 
 
 def _simulate(limiter, slots, seconds, clock, rng):
@@ -81,3 +81,11 @@ def test_a_pause_leaves_no_room():
     assert limiter.room() == 0
     clock[0] = 2.0
     assert limiter.room() == 4
+
+
+def test_backoff_is_spread_over_a_range_that_doubles_to_30_seconds():
+    rng = random.Random(0)
+    for failures, longest in ((1, 1), (2, 2), (3, 4), (6, 30), (500, 30)):
+        waits = [backoff(failures, rng) for _ in range(2000)]
+        assert 0 <= min(waits) < 0.02 * longest and 0.98 * longest < max(waits) <= longest
+        assert abs(sum(waits) / 2000 - longest / 2) < 0.05 * longest

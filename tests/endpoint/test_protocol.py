@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hf_longalign.synthesis.generators.base import Request, Sampling
+from hf_longalign.endpoint.protocol import Request, Sampling
 
 
 REQUEST = Request((("system", "Be brief."), ("user", "Hi")), "tiny", Sampling(0.8, 0.9, 100, 1))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from tiny_chat import make_tiny_chat
 
-from hf_longalign.synthesis.generators.base import EndpointError, GenerationError, Request, RunStopped, Sampling
-from hf_longalign.synthesis.generators.draw import Draw
-from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+from hf_longalign.endpoint.protocol import EndpointError, GenerationError, Request, RunStopped, Sampling
+from hf_longalign.synthesis.local import Draw, TransformersGenerator
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +137,7 @@ def test_what_is_too_long_is_refused_alone(generator):
         return outcomes
 
     long, fine = asyncio.run(ask())
-    assert isinstance(long, GenerationError) and long.kind == "bad_request" and "max_tokens" in str(long)
+    assert isinstance(long, GenerationError) and long.kind == "too_long" and "max_tokens" in str(long)
     assert fine.text
 
 

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_longalign.synthesis.generators.base import (
+from hf_longalign.endpoint.protocol import (
+    BAD_REQUEST,
+    TOO_LONG,
     EndpointError,
     GenerationError,
     Notify,
@@ -18,7 +20,10 @@ from hf_longalign.synthesis.generators.base import (
     RunStopped,
     ignore,
 )
-from hf_longalign.synthesis.generators.draw import Draw
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 logger = logging.getLogger(__name__)
@@ -162,6 +167,8 @@ class TransformersGenerator:
         """The prompt's token ids. Raises `GenerationError` where it and the reply exceed the model's length."""
         model, tokenizer = self._load()
         messages = [{"role": role, "content": content} for role, content in request.messages]
+        if not request.chat:
+            raise GenerationError(BAD_REQUEST, "A request to a local model must be a chat.")
         try:
             ids: list[int] = tokenizer.apply_chat_template(
                 messages,
@@ -170,11 +177,11 @@ class TransformersGenerator:
                 **request.sampling.extra.get("chat_template_kwargs", {}),
             )
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
-            raise GenerationError("bad_request", f"The chat template refuses the messages: {error}") from None
+            raise GenerationError(BAD_REQUEST, f"The chat template refuses the messages: {error}") from None
         length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if length is not None and len(ids) + request.sampling.token_limit > length:
             raise GenerationError(
-                "bad_request",
+                TOO_LONG,
                 f"{len(ids)} tokens of prompt and {request.sampling.token_limit} of reply exceed the {length} of "
                 f"{self.model!r}. Set a smaller `max_tokens`.",
             )
@@ -227,6 +234,44 @@ class TransformersGenerator:
         text = tokenizer.decode(row[:end], skip_special_tokens=True)
         used = len(row) if end is None else end + 1
         return Reply(text, "length" if end is None else "stop", len(waiting.prompt), used, self.model)
+
+
+class Draw:
+    """A logits processor that draws each row's next token itself and leaves no other to choose from.
+
+    Token i of a row comes from number i of a sequence that the request's key seeds: the first token, by falling
+    probability, at which the cumulated probability exceeds that number times the mass that `top_p` keeps.
+    """
+
+    def __init__(self, requests: Sequence[Request], width: int, longest: int, device: "torch.device") -> None:
+        import torch
+
+        self._width = width
+        # On the CPU, where the same seed gives the same numbers on every machine; the step past the end is never read.
+        draws = [
+            torch.rand(longest + 1, generator=torch.Generator().manual_seed(int(request.key[:15], 16)))
+            for request in requests
+        ]
+        self._draws = torch.stack(draws).to(device)
+        asked = [(request.sampling.temperature, request.sampling.top_p) for request in requests]
+        # What is not set leaves the model's distribution as it is, which is what 1.0 does.
+        rows = [[1.0 if value is None else value for value in pair] for pair in asked]
+        self._temperature, self._top_p = torch.tensor(rows, device=device).T
+
+    def __call__(self, tokens: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Scores `(rows, vocabulary)` -> 0 for the token drawn, minus infinity for all others."""
+        import torch
+
+        step = min(tokens.shape[1] - self._width, self._draws.shape[1] - 1)
+        greedy = self._temperature == 0
+        temperature = self._temperature.masked_fill(greedy, 1.0)[:, None]
+        ordered, order = (scores.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        mass = ordered.cumsum(-1)
+        # A token is kept if those before it hold less than top_p: the first always is.
+        kept = (mass - ordered < self._top_p[:, None]).sum(-1, keepdim=True)
+        target = self._draws[:, step, None] * mass.gather(-1, kept - 1)
+        place = torch.searchsorted(mass, target, right=True).clamp(max=kept - 1).masked_fill(greedy[:, None], 0)
+        return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
 
 
 def folder_name(folder: Path) -> str:
