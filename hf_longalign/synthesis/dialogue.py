@@ -7,7 +7,7 @@ from typing import TypeVar
 from hf_longalign.synthesis.generators.base import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.prompts import Messages
 from hf_longalign.synthesis.replies import ReplyError
-from hf_longalign.synthesis.text import digest
+from hf_longalign.text import digest
 
 
 T = TypeVar("T")
