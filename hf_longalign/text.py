@@ -39,9 +39,8 @@ where which who whom whose why will with would you your
 """
 _NO_CONTENT = frozenset(_FUNCTION_WORDS.split())
 # Chinese and Japanese characters that mostly stand for grammar: a pair of characters with one of them tells little.
-_PARTICLES = frozenset(
-    "的了是在和與与及或也就都而被把這这那你我他她它们們个個之其のはをにがでとももへやかられたしてるいう"
-)
+_CHINESE_PARTICLES = "的了是在和與与及或也就都而被把这這那你我他她它们們个個之其"
+_PARTICLES = frozenset(_CHINESE_PARTICLES + "のはをにがでとももへやかられたしてるいう")
 
 _SENTENCE_END = re.compile(
     r"[.!?…؟۔।]+[\"'”’»)\]*_]*(?=\s|$)|[。！？｡]+[\"”’」』）】〉》]*|[!?…]+[」』）】〉》]+", re.MULTILINE
