@@ -13,6 +13,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 from trl import TrlParser
 
-from hf_longalign.cards.card_file import write_adapter_card
+from hf_longalign.cards import write_adapter_card
 from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments, check_output, check_suites
 from hf_longalign.commands.publishing import AdapterPublishArguments, same_command, start_logging
 from hf_longalign.evaluation.encoding import token_counter
@@ -57,10 +58,9 @@ from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.texts import load_texts
 from hf_longalign.evaluation.write import write_report
-from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.hub.retry import PublishError
-from hf_longalign.provenance import loaded_commit
+from hf_longalign.hub import PublishError, publish_adapter
 from hf_longalign.rope import model_range
+from hf_longalign.run_record import loaded_commit
 from hf_longalign.version import __version__
 
 
@@ -305,14 +305,13 @@ def publish_report(
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report["images"]):
             shutil.copy(Path(args.output_dir) / name, staged)
+        if "coverage.png" in report["images"]:  # the same, with the lengths that were evaluated
+            (staged / "assets" / "coverage.png").unlink(missing_ok=True)
         write_adapter_card(staged, repo_id=args.push_to_hub, **publish_args.card())
+        settings = {"base_model": publish_args.base_name, "private": args.private or None}
         return publish_args.push(
-            publish_adapter,
-            staged,
-            args.push_to_hub,
-            base_model=publish_args.base_name,
-            private=args.private or None,
-            resume_command=same_command(),
+            partial(publish_adapter, staged, args.push_to_hub, resume_command=same_command(), **settings),
+            same_command(),
         )
 
 
@@ -342,8 +341,8 @@ def run() -> None:
         report = make_report(suites, who, setting, args, store)
         for label, facts in served.items():
             report["settings"].update({f"{label}: {name}": value for name, value in facts.settings().items()})
-    coverage = record_of(model_args.adapter, model_args.adapter_revision).get("coverage")
-    report = write_report(args.output_dir, report, coverage=coverage)
+    record = record_of(model_args.adapter, model_args.adapter_revision)
+    report = write_report(args.output_dir, report, coverage=record.coverage if record else None)
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {args.output_dir}")
     if args.push_to_hub is not None:
