@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from hf_longalign.records.training import RopeRecord
+
 
 # The keys transformers reads for each type (`modeling_rope_utils`), `factor` apart: the target length sets it.
 SCALING_KEYS = {
@@ -213,18 +215,15 @@ def _scaled(
     return new
 
 
-def rope_record(config: PretrainedConfig) -> dict[str, Any]:
-    """Return what defines a model's positions, JSON-able: model type, RoPE parameters, `max_position_embeddings`."""
+def rope_record(config: PretrainedConfig) -> RopeRecord:
+    """Return what defines a model's positions: model type, RoPE parameters, `max_position_embeddings`."""
     text_config = config.get_text_config()
-    record = {
-        "model_type": text_config.model_type,
-        "max_position_embeddings": getattr(text_config, "max_position_embeddings", None),
-        "rope_parameters": getattr(text_config, "rope_parameters", None),
-    }
-    return json.loads(json.dumps(record))
+    # Through JSON, so that a record from a file and one from a config compare equal: no tuples, no NumPy numbers.
+    parameters = json.loads(json.dumps(getattr(text_config, "rope_parameters", None)))
+    return RopeRecord(text_config.model_type, getattr(text_config, "max_position_embeddings", None), parameters)
 
 
-def apply_rope(record: dict[str, Any], config: PretrainedConfig) -> PretrainedConfig:
+def apply_rope(record: RopeRecord, config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a base model's config with the RoPE of a `rope_record`, to load the model with.
 
     Raises:
@@ -232,22 +231,22 @@ def apply_rope(record: dict[str, Any], config: PretrainedConfig) -> PretrainedCo
     """
     scaled = copy.deepcopy(config)
     text_config = scaled.get_text_config()
-    if text_config.model_type != record["model_type"]:
+    if text_config.model_type != record.model_type:
         raise ValueError(
-            f"The base model must be a {record['model_type']!r}, as in training, got {text_config.model_type!r}. Give "
+            f"The base model must be a {record.model_type!r}, as in training, got {text_config.model_type!r}. Give "
             "the base model the adapter was trained on."
         )
-    _set_rope(text_config, copy.deepcopy(record["rope_parameters"]), record["max_position_embeddings"])
+    _set_rope(text_config, copy.deepcopy(record.rope_parameters), record.max_position_embeddings)
     return scaled
 
 
-def check_rope(record: dict[str, Any], config: PretrainedConfig) -> None:
+def check_rope(record: RopeRecord, config: PretrainedConfig) -> None:
     """Refuse a config whose positions are not those of a `rope_record`.
 
     Raises:
         ValueError: names each value that differs.
     """
-    trained, present = _flat(record), _flat(rope_record(config))
+    trained, present = _flat(record.to_json()), _flat(rope_record(config).to_json())
     differing = [
         f"{key} = {present.get(key)!r} instead of {trained.get(key)!r}"
         for key in sorted({*trained, *present})
@@ -256,7 +255,7 @@ def check_rope(record: dict[str, Any], config: PretrainedConfig) -> None:
     if differing:
         raise ValueError(
             f"The base model must have the RoPE its adapter was trained with, got {'; '.join(differing)}. Load both "
-            "with `hf_longalign.adapter.load_adapter`, which sets it before loading; afterwards it does nothing."
+            "with `hf_longalign.load_adapter`, which sets it before loading; afterwards it does nothing."
         )
 
 

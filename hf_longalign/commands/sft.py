@@ -8,25 +8,19 @@ the YAML or on the command line, which wins.
 
 import json
 import logging
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoConfig, AutoTokenizer
+from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
-from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.commands.publishing import AdapterPublishArguments, start_logging
-from hf_longalign.evaluation.coverage_plot import plot_coverage
-from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.hub.main_process import on_main_process
-from hf_longalign.hub.push import CARD
-from hf_longalign.hub.retry import PublishError
+from hf_longalign.commands.publishing import PublishArguments, start_logging
+from hf_longalign.hub import PublishError, check_base_name, publish_command
 from hf_longalign.rope import scale_rope
 
 
@@ -61,7 +55,7 @@ class RopeArguments:
     )
 
 
-ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, RopeArguments, AdapterPublishArguments)
+ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, RopeArguments, PublishArguments)
 
 
 def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -89,23 +83,6 @@ def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
-
-
-def data_source(args: DataArguments, dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
-    """Return what the training record tells of the data: its Hub id and commit; `None` for files of this machine."""
-    if Path(args.dataset_name).exists():
-        return None
-    # datasets keeps what it loads from the Hub in a folder named after the commit.
-    files = dataset.cache_files if isinstance(dataset, Dataset) else []
-    commits = {part for file in files for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)}
-    revision = commits.pop() if len(commits) == 1 else args.dataset_revision
-    found = {
-        "name": args.dataset_name,
-        "revision": revision,
-        "config": args.dataset_config,
-        "split": args.dataset_train_split,
-    }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
@@ -154,27 +131,18 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def finish(trainer: LongAlignSFTTrainer, own_card: bytes | None, pushes: bool, args: AdapterPublishArguments) -> str:
-    """Write the card, publish if asked to, and return what to tell the user."""
+def publish(trainer: LongAlignSFTTrainer, args: PublishArguments) -> str:
+    """Save the model and publish it, and return what to tell the user."""
     training_args = trainer.args
-    folder = Path(training_args.output_dir)
-    (folder / CARD).unlink(missing_ok=True)
-    if own_card is not None:
-        (folder / CARD).write_bytes(own_card)
-    coverage = trainer.training_record().get("coverage")
-    if coverage is not None:
-        draw_coverage(coverage, folder / "assets" / "coverage.png")
-    write_adapter_card(folder, **args.card())
-    if not pushes:
-        return f"Saved to {folder}"
-    return args.push(
-        publish_adapter,
-        folder,
+    command = publish_command(
+        "publish_adapter",
+        training_args.output_dir,
         repository(training_args),
-        base_model=args.base_name,
+        base_model=training_args.base_name,
         private=training_args.hub_private_repo,
-        token=training_args.hub_token,
+        **args.options(),
     )
+    return args.push(lambda branch, **more: trainer.push_to_hub(revision=branch, **more), command)
 
 
 def repository(args: LongAlignSFTConfig) -> str:
@@ -182,28 +150,21 @@ def repository(args: LongAlignSFTConfig) -> str:
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
-    """Draw what the positions covered, where matplotlib is installed."""
-    try:
-        plot_coverage(coverage, path, title="Relative distances covered in training")
-    except ImportError as error:
-        logger.warning("The card has no picture: %s", error)
-
-
 def run(
     data_args: DataArguments,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
     rope_args: RopeArguments,
-    publish_args: AdapterPublishArguments,
+    publish_args: PublishArguments,
 ) -> None:
     """Train, evaluate, save, publish."""
-    # Not by the trainer, which would push every checkpoint, optimiser state and all, and swallow what fails.
-    pushes, training_args.push_to_hub = training_args.push_to_hub, False
+    pushes = training_args.push_to_hub
     if pushes:
-        publish_args.check(repository(training_args), training_args.hub_token, model_args.model_name_or_path)
-    own_card = Path(training_args.output_dir, CARD)
-    own_card = own_card.read_bytes() if own_card.is_file() else None  # TRL and PEFT write into it
+        publish_args.check(repository(training_args), training_args.hub_token)
+        check_base_name(training_args.base_name, model_args.model_name_or_path)
+        training_args.hub_revision = publish_args.branch or training_args.hub_revision
+        if publish_args.create_pr or publish_args.push_dry_run:
+            training_args.hub_strategy = HubStrategy.END  # one pull request, or one folder, and none per checkpoint
     training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
@@ -227,11 +188,13 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.data_source = data_source(data_args, dataset[data_args.dataset_train_split])
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(on_main_process(lambda: finish(trainer, own_card, pushes, publish_args)))
+    if pushes:
+        trainer.accelerator.print(publish(trainer, publish_args))
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.accelerator.print(f"Saved to {training_args.output_dir}")
     # The wrapper goes before the process group: the last to hold a gloo group, it would close it without ever letting
     # go of Python's lock, for which a thread of that group may be waiting.
     trainer.model_wrapped = trainer.model
