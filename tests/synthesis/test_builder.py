@@ -472,10 +472,10 @@ def test_changed_seeds_settings_and_models_get_another_folder(tmp_path):
 
 def test_the_builder_can_be_sent_to_processes(tmp_path):
     builder = build(tmp_path, generator=FakeGenerator())
-    builder.stage.generator.lock = open(__file__)  # noqa: SIM115 - cannot be pickled
+    builder.pipeline.generator.lock = open(__file__)  # noqa: SIM115 - cannot be pickled
     copied = pickle.loads(pickle.dumps(builder))
     assert next(iter(copied._generate_examples([3])))[1]["seed_id"] == "narrativeqa-3"
-    builder.stage.generator.lock.close()
+    builder.pipeline.generator.lock.close()
 
 
 def test_the_seed_changes_the_composition_and_not_the_contexts(tmp_path):

@@ -269,8 +269,8 @@ def test_processes_that_ask_together_ask_each_thing_once(tmp_path):
             min_words=20,
             show_progress=False,
         )
-        builder.stage.team = Team(rank, 2, barrier.wait)
-        found[rank] = builder.stage.run()
+        builder.pipeline.team = Team(rank, 2, barrier.wait)
+        found[rank] = builder.pipeline.run()
         asked.append([request.key for request in generator.asked])
 
     threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
