@@ -1,6 +1,7 @@
 """The builder: seeds become a data set with the configurations `chat`, `contexts` and `rejected`."""
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
     def __getstate__(self) -> dict[str, Any]:
         # Sent to the processes that compose, which ask nobody: clients, open files and seeds stay here.
-        return {**self.__dict__, "pipeline": None, "_arguments": None, "config": self.files.__getstate__()["config"]}
+        config = copy(self.config)
+        config.seeds = None
+        return {**self.__dict__, "config": config, "pipeline": None, "_arguments": None}
 
     def other(self, config_name: str) -> "ContextSynthesisBuilder":
         """Return the builder of another configuration of the same data: seeds are read and checked once for all.

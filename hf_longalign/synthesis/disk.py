@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and the tables and arrays among them."""
 
+import errno
 import os
 import re
 import shutil
@@ -85,8 +86,8 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
         try:
             os.replace(unfinished, path)
             return
-        except OSError:
-            if not path.is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         old = part_of(path)
         with suppress(FileNotFoundError):

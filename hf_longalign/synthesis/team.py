@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # A network's disk may show a new file only after its cache of the folder has run out: a minute, as a rule.
 MEET_SECONDS = 150.0
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 0.1
 
 
 class Team:
