@@ -7,7 +7,7 @@ Example:
 
 >>> import hf_longalign
 >>> sorted(hf_longalign.__all__)[-1]
-'sample_positions'
+'scale_rope'
 """
 
 from importlib import import_module
@@ -23,11 +23,14 @@ _EXPORTS = {
     "LongAlignSFTTrainer": "trainer",
     "SkipPositionCallback": "callback",
     "SkipPositionDataCollator": "collator",
+    "load_adapter": "adapter",
+    "merge_adapter": "adapter",
     "publish_adapter": "hub.adapter",
     "publish_dataset": "hub.dataset",
     "register_attention": "attention",
     "run_preflight": "preflight",
     "sample_positions": "positions",
+    "scale_rope": "rope",
 }
 
 __all__ = ["__version__", *_EXPORTS]
