@@ -2,11 +2,11 @@
 
     python benchmarks/scale.py --output benchmarks/results/scale.json
 
-Made-up pairs with contexts of 120 words, each stage in a process of its own: `journal` claims and puts a reply for
-every row and answers each again; `ask` takes every seed through the pipeline and a generator that answers at once,
-into the outcomes on disk; `given` checks contexts that come with the seeds; `compose` makes 1,000 rows of 10 contexts out
-of all of them, once what a process needs for it is set up. Memory is the peak above that of the imports; CPU time is
-what counts where the machine is shared.
+Made-up pairs with contexts of 120 words, each stage in a process of its own. `journal` claims and puts a reply for
+every row and gets it again; `ask` takes every seed through the pipeline and a generator that answers at once, into the
+outcomes on disk; `given` checks contexts that come with the seeds; `compose` makes 1,000 rows of 10 contexts out of
+all of them, once what a process needs for it is set up. Memory is the peak above that of the imports; CPU time is what
+counts where the machine is shared.
 """
 
 import argparse

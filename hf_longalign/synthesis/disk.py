@@ -134,3 +134,13 @@ def network_file_system(folder: Path) -> str | None:
     mounted = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
     kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
     return kind if kind.startswith(_NETWORK) else None
+
+
+def mark_in_use(mark: Path, seconds: float) -> str | None:
+    """Write this machine's name into a file, or return the other name that was written there in the last `seconds`."""
+    with suppress(FileNotFoundError):
+        user, age = mark.read_text(encoding="utf-8"), time.time() - mark.stat().st_mtime
+        if user not in ("", socket.gethostname()) and age < seconds:
+            return user
+    mark.write_text(socket.gethostname(), encoding="utf-8")
+    return None
