@@ -158,7 +158,7 @@ class OpenAIGenerator:
             wrong_models += kind == "wrong_model"
             if wrong_models >= _WRONG_MODELS and not self._any_reply:
                 raise EndpointError(
-                    f"The endpoint answers with another model than {self.model!r}: {redact(str(error))}. Set `model` "
+                    f"The endpoint answers with another model than {self.model!r}: {redact(str(error), self._secrets)}. Set `model` "
                     "to the one it serves, or name it in `accept_models`."
                 )
             if attempts >= self.max_attempts:
@@ -203,7 +203,8 @@ class OpenAIGenerator:
                 if habit is None:
                     raise self._refused(lane, request, refusal) from None
                 if habit not in lane.habits:
-                    logger.warning("%s: asked with %r from now on. It says: %s", lane.name, habit, refusal.told)
+                    told = redact(refusal.told, self._secrets)
+                    logger.warning("%s: asked with %r from now on. It says: %s", lane.name, habit, told)
                 lane.habits.add(habit)
 
     def _refused(self, lane: Lane, request: Request, refusal: Refusal) -> Exception:

@@ -10,7 +10,7 @@ from hf_longalign.synthesis.prompts import answer_prompt
 from hf_longalign.synthesis.replies import ReplyError, spoken
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.text import normalise
+from hf_longalign.text import normalise
 
 
 _ANSWER_TOKENS = 512

@@ -6,6 +6,8 @@ from hf_longalign.endpoint.protocol import TOO_LONG, EndpointError, GenerationEr
 # A streak is no chance where it would be rarer than this at the rate seen before it.
 _CHANCE = 1e-6
 _HOPELESS = 20
+# Seeds of one task stand together, and one task may fail as a whole where the others do well.
+_LONG = 200
 _SHOWN = 300
 
 
@@ -13,8 +15,9 @@ class Breaker:
     """Notes what became of a run's requests and says when to stop.
 
     Replies that cannot be read or fail a check are unusable. A run whose replies are all unusable stops after 20 of
-    them; one of which a share `p` is unusable goes on until a streak has a chance of less than one in a million. What
-    an earlier run paid for counts towards that share and in no streak, so that a rerun goes on past the same replies.
+    them; one that had better ones stops after a streak of at least 200 that has a chance of less than one in a million
+    at the share of unusable ones before it. What an earlier run paid for counts towards that share and in no streak,
+    so that a rerun goes on past the same replies.
 
     >>> breaker = Breaker()
     >>> for number in range(20):
@@ -56,7 +59,8 @@ class Breaker:
             self._first = f"{reason}, in {' '.join(text.split())[:_SHOWN]!r}"
         self._streak += 1
         share = (self._unusable + 1) / (self._seen + 2)
-        if self._streak < _HOPELESS or share**self._streak > _CHANCE:
+        least = _HOPELESS if self._seen == self._unusable else _LONG
+        if self._streak < least or share**self._streak > _CHANCE:
             return None
         return RunStopped(
             f"None of the last {self._streak} replies can be used. The first: {self._first}. Check the model, its "

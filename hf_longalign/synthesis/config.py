@@ -15,8 +15,8 @@ import datasets
 
 from hf_longalign.synthesis.difficulty import USES
 from hf_longalign.synthesis.distractors import SOURCES
-from hf_longalign.synthesis.text import digest
 from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS
+from hf_longalign.text import digest
 
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.

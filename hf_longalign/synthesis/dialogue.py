@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.prompts import Messages
 from hf_longalign.synthesis.replies import ReplyError
-from hf_longalign.synthesis.text import digest
+from hf_longalign.text import digest
 
 
 T = TypeVar("T")

@@ -12,12 +12,14 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from fake_endpoint import FakeEndpoint
 from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_longalign.evaluation.encoding import token_counter
 from hf_longalign.evaluation.endpoint import EndpointError, EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.prompt import Prompt
@@ -296,6 +298,33 @@ def test_bad_urls_are_refused_without_their_login(url):
         EndpointGenerator("tiny", "http://host", concurrency=0)
 
 
+def test_the_recipe_reports_what_the_server_tells_and_asks_it_once(tmp_path):
+    folder = make_tiny_chat(tmp_path / "tiny")
+
+    class Counts(FakeEndpoint):
+        def _completion(self, entry, kind):
+            completion = super()._completion(entry, kind)
+            completion["usage"]["prompt_tokens"] = 480
+            return completion
+
+    command = [sys.executable, str(Path(__file__).parents[2] / "recipes" / "evaluate.py"), "--model", str(folder)]
+    command += ["--suite", "needle", "--needle_tasks", "single", "--lengths", "512", "--depths", "0.5", "--samples"]
+    command += ["2", "--max_new_tokens", "16", "--output_dir", str(tmp_path / "out"), "--endpoint"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with Counts(model=str(folder), listing={"max_model_len": 512}, reply=finds(10_000)) as server:
+        for _ in range(2):
+            done = subprocess.run([*command, server.url], env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        assert len(server.log) == 2 + 2  # two probes, two questions
+    settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+    assert settings["base: range of the server"] == "512 tokens"
+    assert [value for name, value in settings.items() if "pass key" in name] == ["found"]
+    with Counts(model=str(folder), listing={"max_model_len": 400}) as server:
+        command[command.index("--output_dir") + 1] = str(tmp_path / "short")
+        done = subprocess.run([*command, server.url], env=environment, capture_output=True, text=True)
+        assert done.returncode and "`lengths`: the longest prompt" in done.stderr and not server.log
+
+
 def test_a_real_server_answers_as_the_local_generator(tmp_path):
     for module in ("fastapi", "uvicorn"):
         pytest.importorskip(module, reason='needs pip install "transformers[serving]"')
@@ -319,10 +348,17 @@ def test_a_real_server_answers_as_the_local_generator(tmp_path):
             except OSError:
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
                 time.sleep(0.2)
-        served = dict(EndpointGenerator(str(folder), f"http://127.0.0.1:{port}").generate(prompts))
+        url = f"http://127.0.0.1:{port}"
+        served = dict(EndpointGenerator(str(folder), url).generate(prompts))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        facts = EndpointGenerator(str(folder), url).look(prompts, token_counter(tokenizer, chat=True))
+        with pytest.raises(EndpointError, match=f"Server is pinned to.*{folder.name}"):
+            list(EndpointGenerator("org/other", url).generate(prompts))
     finally:
         process.terminate()
         process.wait(30)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    # It says nothing of its range, and reads what it is sent.
+    assert (facts.reach, facts.base) == (None, None) and facts.read == facts.sent
+    model = AutoModelForCausalLM.from_pretrained(folder)
     local = dict(LocalGenerator(model, tokenizer).generate(prompts))
     assert {p.text: c.text for p, c in served.items()} == {p.text: c.text for p, c in local.items()}

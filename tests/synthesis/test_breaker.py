@@ -35,7 +35,7 @@ def test_the_reason_and_the_first_reply_are_told():
 
 
 def test_a_change_in_the_middle_is_seen():
-    assert _judge(Breaker(), "." * 1000 + "u" * 100) == 1019
+    assert _judge(Breaker(), "." * 1000 + "u" * 300) == 1199
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

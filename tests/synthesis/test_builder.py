@@ -424,8 +424,12 @@ def test_documents_need_a_context_for_every_seed(tmp_path):
 
 
 def test_nothing_accepted_is_an_error_with_a_reason(tmp_path):
-    with pytest.raises(ValueError, match=r"No seed of 24 was accepted\. The first was rejected: parse:"):
-        build(tmp_path, generator=FakeGenerator(fail=range(24)))
+    with pytest.raises(ValueError, match=r"No seed of 6 was accepted\. The first was rejected: parse:"):
+        build(tmp_path / "few", generator=FakeGenerator(fail=range(6)), seeds=PAIRS[:6], n_distractors=2)
+    generator = FakeGenerator(fail=range(24))
+    with pytest.raises(RunStopped, match=r"None of the last 20 replies can be used\. The first: parse:"):
+        build(tmp_path / "many", generator=generator)
+    assert 20 <= len(generator.asked) <= 20 + 2 * generator.concurrency
 
 
 def test_neither_paths_nor_keys_stand_in_cache_paths_or_rows(tmp_path):
