@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, register_attention
@@ -25,9 +25,10 @@ from hf_longalign.coverage import CoverageCallback
 from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
 from hf_longalign.marker import BlockMarker
 from hf_longalign.preflight import check_no_virtual_tokens
+from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
 from hf_longalign.rope import model_range, rope_record, scale_rope
-from hf_longalign.run_record import base_source, data_source, hardware, run_facts, save_record, versions
+from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
 from hf_longalign.version import __version__
 
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all")
 
 
-class LongAlignSFTTrainer(SFTTrainer):
+class LongAlignSFTTrainer(PublishingSFTTrainer):
     """Supervised fine-tuning for long contexts from short data; used exactly like [`trl.SFTTrainer`].
 
     On top of it: positions are skipped as [`LongAlignSFTConfig`] says, where the rows tell their blocks (turns, the
@@ -68,16 +69,7 @@ class LongAlignSFTTrainer(SFTTrainer):
     ```
     """
 
-    args: LongAlignSFTConfig
-    model: Any
     data_collator: Any
-
-    _tag_names = ["trl", "sft", "hf_longalign", "skipalign"]  # noqa: RUF012 - TRL's attribute
-    _name = "SFT"
-    _paper = {  # noqa: RUF012 - TRL's attribute
-        "title": "SkipAlign: Long Context Alignment with Short Instructions and Synthesized Positions",
-        "id": "2405.03939",
-    }
 
     def __init__(
         self,
@@ -327,11 +319,6 @@ class LongAlignSFTTrainer(SFTTrainer):
             versions=versions(),
             hf_longalign=__version__,
         )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_record(output_dir or str(self.args.output_dir), self.training_record())
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

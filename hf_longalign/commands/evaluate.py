@@ -11,7 +11,9 @@ import logging
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -25,11 +27,11 @@ from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 from trl import TrlParser
 
-from hf_longalign.cards.card_file import write_adapter_card
+from hf_longalign.cards import write_adapter_card
 from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments, check_output, check_suites
 from hf_longalign.commands.publishing import AdapterPublishArguments, same_command, start_logging
 from hf_longalign.evaluation.encoding import token_counter
-from hf_longalign.evaluation.endpoint import EndpointGenerator
+from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness_suite import HarnessSuite
 from hf_longalign.evaluation.longbench.prompts import longbench_prompts
@@ -56,8 +58,7 @@ from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.texts import load_texts
 from hf_longalign.evaluation.write import write_report
-from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.hub.retry import PublishError
+from hf_longalign.hub import PublishError, publish_adapter
 from hf_longalign.rope import model_range
 from hf_longalign.run_record import loaded_commit
 from hf_longalign.version import __version__
@@ -104,6 +105,20 @@ class Setting:
             {"label": label, "name": public_name(name), "revision": commits[label]}
             for label, name in self.names.items()
         ]
+
+    def look(self, suites: dict[str, Suite], who: list[Examinee], store: ResultStore) -> dict[str, ServerFacts]:
+        """Ask the server about the range of each model, unless an earlier run did; empty without an endpoint."""
+        prompts = [prompt for suite in suites.values() if isinstance(suite, PromptSuite) for prompt in suite.prompts]
+        served = {}
+        for examinee in who:
+            if not prompts or not isinstance(examinee.generator, EndpointGenerator):
+                continue
+            key = examinee.key(f"server/{max(prompts, key=lambda prompt: len(prompt.text)).key}")
+            if key not in store:
+                count = token_counter(self.tokenizer, chat=prompts[0].chat)
+                store.add(key, asdict(examinee.generator.look(prompts, count)))
+            served[examinee.label] = ServerFacts(**store.get(key))
+        return served
 
     @property
     def reach(self) -> int:
@@ -290,14 +305,13 @@ def publish_report(
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report["images"]):
             shutil.copy(Path(args.output_dir) / name, staged)
+        if "coverage.png" in report["images"]:  # the same, with the lengths that were evaluated
+            (staged / "assets" / "coverage.png").unlink(missing_ok=True)
         write_adapter_card(staged, repo_id=args.push_to_hub, **publish_args.card())
+        settings = {"base_model": publish_args.base_name, "private": args.private or None}
         return publish_args.push(
-            publish_adapter,
-            staged,
-            args.push_to_hub,
-            base_model=publish_args.base_name,
-            private=args.private or None,
-            resume_command=same_command(),
+            partial(publish_adapter, staged, args.push_to_hub, resume_command=same_command(), **settings),
+            same_command(),
         )
 
 
@@ -318,12 +332,15 @@ def run() -> None:
     with ResultStore(Path(args.output_dir) / "answers", state.process_index) as store:
         who = setting.examinees()
         suites = make_suites(names, setting, args, who, store)
+        served = setting.look(suites, who, store) if state.is_main_process else {}
         state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
         for suite in suites.values():
             suite.work(who, store, rank=state.process_index, processes=state.num_processes)
         if not state.is_main_process:
             return
         report = make_report(suites, who, setting, args, store)
+        for label, facts in served.items():
+            report["settings"].update({f"{label}: {name}": value for name, value in facts.settings().items()})
     record = record_of(model_args.adapter, model_args.adapter_revision)
     report = write_report(args.output_dir, report, coverage=record.coverage if record else None)
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))

@@ -4,13 +4,44 @@ python recipes/journal.py list journal.sqlite --purpose context
 python recipes/journal.py show journal.sqlite 3f9a
 python recipes/journal.py export journal.sqlite replies.jsonl
 python recipes/journal.py merge journal.sqlite shard-0.sqlite shard-1.sqlite
+python recipes/journal.py drop journal.sqlite --reason empty
 """
 
 import argparse
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_pair, read_verdict
+
+
+READERS = {
+    **dict.fromkeys(("context", "section"), read_context),
+    "facts": read_facts,
+    "pair": read_pair,
+    "judge": read_verdict,
+}
+
+
+def is_unreadable(entry: dict[str, Any]) -> bool:
+    """Whether the reply does not hold what it was asked for."""
+    try:
+        READERS.get(entry["purpose"], str)(entry["text"])
+    except ReplyError:
+        return True
+    return False
+
+
+# Why a reply may be unwanted.
+REASONS = {
+    "empty": lambda entry: not entry["text"].strip() and entry["finish_reason"] != "content_filter",
+    "error": lambda entry: entry["finish_reason"] == "error",
+    "filtered": lambda entry: entry["finish_reason"] == "content_filter",
+    "cut": lambda entry: entry["finish_reason"] == "length",
+    "page": lambda entry: entry["text"].lstrip()[:9].lower().startswith(("<html", "<!doctype")),
+    "unreadable": is_unreadable,
+}
 
 
 def open_journal(path: str) -> Journal:
@@ -62,6 +93,15 @@ def merge(args: argparse.Namespace) -> None:
             print(f"{other}: {journal.merge(other):,} new replies")
 
 
+def drop(args: argparse.Namespace) -> None:
+    """Forget the replies that are unwanted for a reason, so that the next run asks for them again."""
+    with open_journal(args.journal) as journal:
+        number = journal.drop(REASONS[args.reason])
+    print(f"{number:,} replies dropped; what they have cost stays counted.")
+    if number:
+        print("If rows were made from them, remove the folders `outcomes-*` and the prepared data beside the journal.")
+
+
 def main() -> int:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,6 +111,7 @@ def main() -> int:
         (show, "show", ("key",)),
         (export, "export", ("output",)),
         (merge, "merge", ()),
+        (drop, "drop", ()),
     ):
         command = commands.add_parser(name, help=run.__doc__)
         command.add_argument("journal")
@@ -80,6 +121,8 @@ def main() -> int:
             command.add_argument("--purpose", help="only replies asked for this purpose")
         if name == "merge":
             command.add_argument("others", nargs="+")
+        if name == "drop":
+            command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
         command.set_defaults(run=run)
     args = parser.parse_args()
     try:

@@ -14,18 +14,13 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer
+from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
-from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.commands.publishing import AdapterPublishArguments, start_logging
-from hf_longalign.evaluation.coverage_plot import plot_coverage
-from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.hub.main_process import on_main_process
-from hf_longalign.hub.push import CARD
-from hf_longalign.hub.retry import PublishError
-from hf_longalign.records.training import CoverageRecord
+from hf_longalign.commands.publishing import PublishArguments, start_logging
+from hf_longalign.hub import PublishError, check_base_name, publish_command
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +41,7 @@ class DataArguments(ScriptArguments):
     )
 
 
-ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, AdapterPublishArguments)
+ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, PublishArguments)
 
 
 def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -101,27 +96,18 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def finish(trainer: LongAlignSFTTrainer, own_card: bytes | None, pushes: bool, args: AdapterPublishArguments) -> str:
-    """Write the card, publish if asked to, and return what to tell the user."""
+def publish(trainer: LongAlignSFTTrainer, args: PublishArguments) -> str:
+    """Save the model and publish it, and return what to tell the user."""
     training_args = trainer.args
-    folder = Path(training_args.output_dir)
-    (folder / CARD).unlink(missing_ok=True)
-    if own_card is not None:
-        (folder / CARD).write_bytes(own_card)
-    coverage = trainer.training_record().coverage
-    if coverage is not None:
-        draw_coverage(coverage, folder / "assets" / "coverage.png")
-    write_adapter_card(folder, **args.card())
-    if not pushes:
-        return f"Saved to {folder}"
-    return args.push(
-        publish_adapter,
-        folder,
+    command = publish_command(
+        "publish_adapter",
+        training_args.output_dir,
         repository(training_args),
-        base_model=args.base_name,
+        base_model=training_args.base_name,
         private=training_args.hub_private_repo,
-        token=training_args.hub_token,
+        **args.options(),
     )
+    return args.push(lambda branch, **more: trainer.push_to_hub(revision=branch, **more), command)
 
 
 def repository(args: LongAlignSFTConfig) -> str:
@@ -129,27 +115,20 @@ def repository(args: LongAlignSFTConfig) -> str:
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
-def draw_coverage(coverage: CoverageRecord, path: Path) -> None:
-    """Draw what the positions covered, where matplotlib is installed."""
-    try:
-        plot_coverage(coverage, path, title="Relative distances covered in training")
-    except ImportError as error:
-        logger.warning("The card has no picture: %s", error)
-
-
 def run(
     data_args: DataArguments,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
-    publish_args: AdapterPublishArguments,
+    publish_args: PublishArguments,
 ) -> None:
     """Train, evaluate, save, publish."""
-    # Not by the trainer, which would push every checkpoint, optimiser state and all, and swallow what fails.
-    pushes, training_args.push_to_hub = training_args.push_to_hub, False
+    pushes = training_args.push_to_hub
     if pushes:
-        publish_args.check(repository(training_args), training_args.hub_token, model_args.model_name_or_path)
-    own_card = Path(training_args.output_dir, CARD)
-    own_card = own_card.read_bytes() if own_card.is_file() else None  # TRL and PEFT write into it
+        publish_args.check(repository(training_args), training_args.hub_token)
+        check_base_name(training_args.base_name, model_args.model_name_or_path)
+        training_args.hub_revision = publish_args.branch or training_args.hub_revision
+        if publish_args.create_pr or publish_args.push_dry_run:
+            training_args.hub_strategy = HubStrategy.END  # one pull request, or one folder, and none per checkpoint
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -180,8 +159,11 @@ def run(
     )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(on_main_process(lambda: finish(trainer, own_card, pushes, publish_args)))
+    if pushes:
+        trainer.accelerator.print(publish(trainer, publish_args))
+    else:
+        trainer.save_model(training_args.output_dir)
+        trainer.accelerator.print(f"Saved to {training_args.output_dir}")
     # The wrapper goes before the process group: the last to hold a gloo group, it would close it without ever letting
     # go of Python's lock, for which a thread of that group may be waiting.
     trainer.model_wrapped = trainer.model

@@ -9,22 +9,24 @@ reason, goes on where it stopped when it is started again.
 
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from trl import TrlParser
 
+from hf_longalign.cards.page import check_license
 from hf_longalign.commands.publishing import PublishArguments, start_logging
-from hf_longalign.hub.dataset import publish_dataset
-from hf_longalign.hub.retry import PublishError
+from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint.protocol import Generator, RunStopped
+from hf_longalign.hub import PublishError, publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.estimate import estimate, planned_requests
-from hf_longalign.synthesis.generators.base import Generator, RunStopped
-from hf_longalign.synthesis.generators.openai import OpenAIGenerator
-from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.save import save
 from hf_longalign.synthesis.schema import CONFIGS
 from hf_longalign.synthesis.stage import Team
@@ -44,7 +46,7 @@ class SynthesizeArguments:
     license: str | None = field(
         default=None, metadata={"help": "Licence of the data set, as the Hub names it: cc-by-4.0, apache-2.0 …"}
     )
-    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, for the card."})
+    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, as the Hub names it."})
     generator: str = field(
         default="documents",
         metadata={
@@ -187,6 +189,7 @@ def main() -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
     if args.output_dir is None and not args.dry_run and args.num_shards == 1:
         raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
+    check_license(license=args.license, seeds_license=args.seeds_license)
     if args.push_to_hub is not None and not args.dry_run:
         publish_args.check(args.push_to_hub)
     builders = make_builders(args, options)
@@ -205,8 +208,9 @@ def main() -> int:
             folder = write_data(builders, args)
             print(f"Wrote {folder}.")
             if args.push_to_hub is not None:
-                private = args.private or None
-                print(publish_args.push(publish_dataset, folder, args.push_to_hub, private=private))
+                to: dict[str, Any] = {"repo_id": args.push_to_hub, "private": args.private or None}
+                command = publish_command("publish_dataset", folder, **to, **publish_args.options())
+                print(publish_args.push(partial(publish_dataset, folder, **to), command))
     except (RunStopped, KeyboardInterrupt) as stop:
         print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
         return 1

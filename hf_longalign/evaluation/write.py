@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_longalign.evaluation.coverage_plot import plot_coverage
+from hf_longalign.coverage_plot import plot_coverage
 from hf_longalign.evaluation.pictures import draw_pictures
 from hf_longalign.evaluation.report import render_report
 from hf_longalign.records.training import CoverageRecord
