@@ -34,6 +34,7 @@ _COMPOSITION = (
     *("n_distractors", "target_tokens", "tokenizer", "distractor_sources", "hard_share", "hard_by"),
     *("embedding_model", "reference", "test_share", "general_data", "general_share"),
 )
+# So much of a text to be summarised stands for it when the closest others are looked for.
 _QUERY_WORDS = 100
 _ROLES = ("system", "user", "assistant")
 
@@ -56,6 +57,9 @@ class Files:
         config = copy(self.config)
         config.seeds = None
         return {"config": config, "folder": self.folder, "_outcomes": self._outcomes, "_composed": self._composed}
+
+    # Named by what shapes them: what was paid for is found again where only the composition changes, and a run with
+    # other seeds or settings finds nothing. Computed once, because digesting seeds in memory takes seconds.
 
     @cached_property
     def _outcomes(self) -> Path:
@@ -144,49 +148,45 @@ class Files:
 
     def splits(self, config_name: str) -> dict[str, list[int]]:
         """Return the row numbers of each split of a configuration, and write what their rows need."""
-        numbers = np.arange(len(self.test))
+        config, numbers = self.config, np.arange(len(self.test))
         self._write_documents()
         if config_name == "rejected":
             # With a budget, whether a context alone exceeds it is found by the processes that count.
-            tested = len(numbers) if self.config.target_tokens is not None else 0
+            tested = len(numbers) if config.target_tokens is not None else 0
             return {"train": list(range(self.rejected.num_rows + tested))}
         splits = {"train": numbers[~self.test].tolist(), "test": numbers[self.test].tolist()}
         if config_name == "chat":
-            self._report_few_distractors()
+            limit, tasks = distractor_limit(config), Counter(self.accepted["task"].to_pylist())
+            for task, number in available_distractors(tasks, config, len(self.documents)).items():
+                if limit is not None and number < limit:
+                    logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
             self._write_nearest()
             self.__dict__.pop("composer", None)  # one that was made for `rejected` has no nearest texts
-            splits["train"] += [len(numbers) + number for number in range(self._write_general(len(splits["train"])))]
+            general = draw_general(config.general_data, config.general_share, len(splits["train"]), config.seed)
+            if general:
+                rows, columns = map(general_row, general), features("chat").arrow_schema
+                write_table(self._composed / "general.arrow", rows, columns)
+            # Numbers beyond the accepted contexts are rows of general data.
+            splits["train"] += range(len(numbers), len(numbers) + len(general))
         return {name: rows for name, rows in splits.items() if rows}
 
     def row(self, config_name: str, number: int) -> dict[str, Any] | None:
         """Return a row of a configuration, or `None` where that number has none."""
         if config_name == "contexts":
             return _row(self.accepted, number)
-        return self._chat_row(number) if config_name == "chat" else self._rejected_row(number)
-
-    def _chat_row(self, number: int) -> dict[str, Any] | None:
-        general = number - len(self.test)
-        if general >= 0:
-            return _row(self.general, general)
+        if config_name == "rejected":
+            # First what was rejected before, then every accepted context, which may alone exceed the budget.
+            if number < self.rejected.num_rows:
+                return _row(self.rejected, number)
+            number -= self.rejected.num_rows
+            reason = self.composer.over_budget(number)
+            return {**_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
+        if number >= len(self.test):
+            return _row(self.general, number - len(self.test))
         try:
             return self.composer.row(number)
-        except BudgetError:
+        except BudgetError:  # it stands among the rejected
             return None
-
-    def _rejected_row(self, number: int) -> dict[str, Any] | None:
-        if number < self.rejected.num_rows:
-            return _row(self.rejected, number)
-        number -= self.rejected.num_rows
-        reason = self.composer.over_budget(number)
-        return {**_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
-
-    def _report_few_distractors(self) -> None:
-        limit = distractor_limit(self.config)
-        tasks = Counter(self.accepted["task"].to_pylist())
-        available = available_distractors(tasks, self.config, len(self.pool.documents))
-        for task, number in available.items():
-            if limit is not None and number < limit:
-                logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
 
     def _write_documents(self) -> None:
         path = self._composed / "documents.arrow"
@@ -213,13 +213,6 @@ class Files:
             scores = embedding_scores(queries, texts, config.embedding_model or "")
         groups = (self.pool.groups(index, config.distractor_sources) for index in range(len(queries)))
         write_array(path, nearest(scores, groups))
-
-    def _write_general(self, long_rows: int) -> int:
-        config = self.config
-        rows = draw_general(config.general_data, config.general_share, long_rows, config.seed)
-        if rows:
-            write_table(self._composed / "general.arrow", map(general_row, rows), features("chat").arrow_schema)
-        return len(rows)
 
 
 def _row(table: pa.Table, number: int) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Pipeline:
     def _follow(self, part: tuple[tuple[str, Plan], list[Any]]) -> None:
         """Ask for what another process has handed out."""
         (name, plan), items = part
-        self.plan = plan
+        self.plan = plan  # made from the seeds, which the leader alone has read
         try:
             self._ask_in_turn(name, items)
         except RunStopped as stop:
@@ -216,12 +216,19 @@ class Pipeline:
             RunStopped: the budget is spent or the endpoint gone; a rerun continues.
         """
         self.check()
+        # What costs nothing comes first, then the short answers, then the long contexts: what is left out early is
+        # not paid for later.
         outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds]
         outcomes = self._chosen(outcomes)
         outcomes = self._with_contexts(outcomes)
+        # Only now, and beside all others: a context that was rewritten may repeat another one.
         outcomes = self._without_duplicates(outcomes)
+        # Once more, because a model may have written what stands in the evaluation data.
         outcomes = [self._decontaminated(outcome) for outcome in outcomes]
-        return self._with_answerability(outcomes)
+        if not self.config.answerability:
+            return outcomes
+        numbers = accepted(outcomes)
+        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
 
     def _ask(self, step: str, items: Sequence[Any]) -> list[Any]:
         """Do a step for every item, together with the team; returns the results in the order of the items."""
@@ -274,6 +281,7 @@ class Pipeline:
         return await write_context(refused.seed, self.plan, ask, count=count, refused=refused)
 
     async def _answer_both(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+        # With the context and without it: a row that needs none teaches nothing.
         model, sampling = self._answering_model, self.plan.sampling
         found = {
             "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
@@ -355,13 +363,6 @@ class Pipeline:
         return [
             replace(outcome, checks=(*outcome.checks, passed)) if outcome.accepted else outcome for outcome in outcomes
         ]
-
-    def _with_answerability(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Record what the model answers with and without the context: a row that needs none teaches nothing."""
-        if not self.config.answerability:
-            return outcomes
-        numbers = accepted(outcomes)
-        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
 
 
 def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence[Outcome]) -> list[Outcome]:

@@ -247,16 +247,15 @@ async def score_open_book(seed: Seed, context: str, model: str, sampling: Sampli
 
 
 async def _mean_score(seed: Seed, requests: list[Request], ask: Ask) -> float | None:
-    scores = await asyncio.gather(*(_score(seed, request, ask) for request in requests))
+    async def score(request: Request) -> float | None:
+        try:
+            return score_answer(seed.answer, spoken((await ask(request)).text))
+        except (GenerationError, ReplyError):
+            return None
+
+    scores = await asyncio.gather(*map(score, requests))
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else None
-
-
-async def _score(seed: Seed, request: Request, ask: Ask) -> float | None:
-    try:
-        return score_answer(seed.answer, spoken((await ask(request)).text))
-    except (GenerationError, ReplyError):
-        return None
 
 
 def _short(sampling: Sampling, number: int) -> Sampling:
