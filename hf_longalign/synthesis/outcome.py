@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hf_longalign.synthesis.checks import Check
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.verify import Check
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ The opposite of context synthesis: here the target is synthetic (https://arxiv.o
 import asyncio
 from dataclasses import replace
 
+from hf_longalign.synthesis.checks import PASSED, Check, failures, verify_context
 from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import pair_prompt
 from hf_longalign.synthesis.replies import read_pair
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.verify import PASSED, Check, failures, verify_context
 from hf_longalign.synthesis.write import Plan
 
 

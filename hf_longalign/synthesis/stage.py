@@ -13,16 +13,15 @@ from typing import TypeVar
 from hf_longalign.endpoint.protocol import Generator, Sampling
 from hf_longalign.synthesis.answering import score_closed_book, score_open_book
 from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.decontaminate import Contamination
 from hf_longalign.synthesis.dialogue import Ask, Count
 from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
 from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
-from hf_longalign.synthesis.duplicates import find_duplicates
 from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.language import majority_language
 from hf_longalign.synthesis.outcome import Outcome, accepted
+from hf_longalign.synthesis.overlap import Contamination, Duplicates
 from hf_longalign.synthesis.pairs import write_pair
 from hf_longalign.synthesis.progress import Progress
 from hf_longalign.synthesis.prompts import check_template
@@ -30,7 +29,6 @@ from hf_longalign.synthesis.runner import Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import TokenCounter
-from hf_longalign.synthesis.verify import PASSED, Check, Rules
 from hf_longalign.synthesis.write import Plan, check_given, judge_given, write_context
 
 
@@ -299,11 +297,10 @@ class Stage:
         async def rewrite(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
             return await write_context(outcome.seed, plan, ask, count=count, refused=outcome)
 
+        duplicates = Duplicates(self.config.duplicate_threshold)
         while True:
             numbers = accepted(outcomes)
-            repeated = find_duplicates(
-                [outcomes[number].context for number in numbers], self.config.duplicate_threshold
-            )
+            repeated = duplicates.find([outcomes[number].context for number in numbers])
             if not repeated:
                 break
             places = [numbers[place] for place in repeated]

@@ -14,7 +14,7 @@ import pyarrow as pa
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.distractors import bm25_scores, embedding_scores, nearest
+from hf_longalign.synthesis.distractors import by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.documents import read_documents
 from hf_longalign.synthesis.feasible import available_distractors, distractor_limit
 from hf_longalign.synthesis.mixing import draw_general
@@ -167,20 +167,17 @@ class Workspace:
         config, path = self.config, self._composed("nearest.npy")
         if not config.hard_share or path.is_file():
             return
-        texts = [self.pool.text(index) for index in range(len(self.pool))]
         # The instruction finds what an answer could be looked for in; one that all rows share would find nothing.
+        columns = (self.accepted[name].to_pylist() for name in ("task", "instruction"))
         queries = [
-            " ".join(text.split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
-            for task, instruction, text in zip(
-                self.accepted["task"].to_pylist(), self.accepted["instruction"].to_pylist(), texts, strict=False
-            )
+            " ".join(self.pool.text(index).split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
+            for index, (task, instruction) in enumerate(zip(*columns, strict=True))
         ]
         if config.hard_by == "bm25":
-            scores = bm25_scores(queries, texts)
+            score = by_bm25(self.pool, queries)
         else:
-            scores = embedding_scores(queries, texts, config.embedding_model or "")
-        groups = (self.pool.groups(index, config.distractor_sources) for index in range(len(queries)))
-        write_array(path, nearest(scores, groups))
+            score = by_embeddings(self.pool, queries, config.embedding_model or "")
+        write_array(path, nearest(self.pool, config.distractor_sources, score))
 
     def _write_general(self, long_rows: int) -> int:
         config = self.config

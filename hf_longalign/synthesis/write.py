@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from hf_longalign.endpoint.protocol import GenerationError, Request, Sampling
+from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, Check, Rules, failures, verify_context
 from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
@@ -19,7 +20,6 @@ from hf_longalign.synthesis.prompts import (
 from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_outline, read_verdict
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.verify import FAILED, OPEN, PASSED, Check, Rules, failures, verify_context
 
 
 _TAIL_WORDS = 200
