@@ -7,6 +7,10 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 
+# Those that need nothing but a length; "longrope" needs factors that somebody has searched for the model.
+ROPE_TYPES = ("yarn", "linear", "dynamic", "llama3", "proportional")
+
+
 @dataclass
 class LongAlignSFTConfig(SFTConfig):
     r"""Configuration of [`LongAlignSFTTrainer`]: every field of [`trl.SFTConfig`] and the ones below.
@@ -23,6 +27,10 @@ class LongAlignSFTConfig(SFTConfig):
             included.
         skip_probability (`float`, *optional*, defaults to `0.5`):
             Share of the samples that are skipped; the others keep ordinary positions.
+        rope_type (`str` or `None`, *optional*):
+            Scale the model's RoPE before it is loaded, so that its range covers `skip_target_length`: `"yarn"`,
+            `"linear"`, `"dynamic"`, `"llama3"` or `"proportional"` (Gemma 4). The model must be given by its name; see
+            [`~hf_longalign.rope.scale_rope`].
 
         > Parameters that control the loss
 
@@ -73,6 +81,13 @@ class LongAlignSFTConfig(SFTConfig):
         default=0.5,
         metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."},
     )
+    rope_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scale RoPE so that the model's range covers `skip_target_length`. Default: the model's own.",
+            "choices": list(ROPE_TYPES),
+        },
+    )
     loss_weighting: Literal["token", "sequence"] = field(
         default="token",
         metadata={"help": "Whether every target token (token) or every sequence (sequence) weighs the same."},
@@ -97,6 +112,15 @@ class LongAlignSFTConfig(SFTConfig):
 
         super().__post_init__()
         check_license(license=self.license)
+        if self.rope_type is not None and self.rope_type not in ROPE_TYPES:
+            raise ValueError(
+                f"`rope_type` must be one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}. Set 'yarn' if in doubt."
+            )
+        if self.rope_type is not None and self.skip_target_length is None:
+            raise ValueError(
+                f"`skip_target_length` must be given with `rope_type={self.rope_type!r}`, which scales the model's "
+                "range to it, got None. Set it to the length you need."
+            )
         if self.loss_weighting not in ("token", "sequence"):
             raise ValueError(
                 f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "

@@ -270,9 +270,9 @@ def _documents(batch: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:
     positions, trained = arrays["position_ids"], arrays["labels"] != -100
     if "seq_idx" in arrays:
         starts = np.flatnonzero(np.diff(arrays["seq_idx"][0])) + 1
-        documents = zip(np.split(positions[0], starts), np.split(trained[0], starts), strict=True)
+        documents = list(zip(np.split(positions[0], starts), np.split(trained[0], starts), strict=True))
     else:
         kept = arrays["attention_mask"].astype(bool)
-        documents = ((row[mask], targets[mask]) for row, targets, mask in zip(positions, trained, kept, strict=True))
+        documents = [(row[mask], targets[mask]) for row, targets, mask in zip(positions, trained, kept, strict=True)]
     # Nothing comes before a first token that could predict it.
     yield from (places for places, targets in documents if targets[1:].any())

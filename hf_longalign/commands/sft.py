@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
@@ -21,7 +21,6 @@ from trl.data_utils import get_dataset_column_names
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 from hf_longalign.commands.publishing import PublishArguments, start_logging
 from hf_longalign.hub import PublishError, check_base_name, publish_command
-from hf_longalign.rope import scale_rope
 
 
 logger = logging.getLogger(__name__)
@@ -42,20 +41,7 @@ class DataArguments(ScriptArguments):
     )
 
 
-@dataclass
-class RopeArguments:
-    """RoPE scaling, set before the model is loaded; without it, targets past the model's range are refused."""
-
-    rope_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scale RoPE so that the model's range covers `skip_target_length`.",
-            "choices": ["yarn", "linear", "dynamic", "llama3"],
-        },
-    )
-
-
-ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, RopeArguments, PublishArguments)
+ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, PublishArguments)
 
 
 def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -97,27 +83,6 @@ def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
         )
 
 
-def model_kwargs(training_args: LongAlignSFTConfig, model_args: ModelConfig, rope_args: RopeArguments) -> dict:
-    """Return what `from_pretrained` needs, RoPE scaling included: on a loaded model it would do nothing."""
-    kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    if rope_args.rope_type is not None:
-        if training_args.skip_target_length is None:
-            raise ValueError("`rope_type` scales the model's range to `skip_target_length`, got None. Set it.")
-        config = AutoConfig.from_pretrained(
-            model_args.model_name_or_path,
-            revision=model_args.model_revision,
-            trust_remote_code=training_args.trust_remote_code,
-        )
-        scaled = scale_rope(config, training_args.skip_target_length, rope_args.rope_type).get_text_config()
-        kwargs["rope_parameters"] = scaled.rope_parameters
-        kwargs["max_position_embeddings"] = scaled.max_position_embeddings
-    return {**kwargs, **(training_args.model_init_kwargs or {})}
-
-
 def last_checkpoint(output_dir: str) -> str | None:
     """Return the newest checkpoint that was written whole; a run killed while saving leaves another."""
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
@@ -154,7 +119,6 @@ def run(
     data_args: DataArguments,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
-    rope_args: RopeArguments,
     publish_args: PublishArguments,
 ) -> None:
     """Train, evaluate, save, publish."""
@@ -165,7 +129,12 @@ def run(
         training_args.hub_revision = publish_args.branch or training_args.hub_revision
         if publish_args.create_pr or publish_args.push_dry_run:
             training_args.hub_strategy = HubStrategy.END  # one pull request, or one folder, and none per checkpoint
-    training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
     evaluates = training_args.eval_strategy != "no"

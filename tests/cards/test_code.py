@@ -1,6 +1,9 @@
 """The code in the cards runs: on tiny models and data of this machine in place of the Hub's."""
 
+import json
 import re
+import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +12,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_longalign.cards.adapter import adapter_card
-from hf_longalign.cards.dataset import DatasetFacts, dataset_card
-from hf_longalign.cards.edits import name_repository
-from hf_longalign.cards.facts import AdapterFacts
-from hf_longalign.records.training import TrainingRecord
+from hf_longalign.cards import adapter_card, dataset_card
+from hf_longalign.records.data import DataRecord
+from hf_longalign.records.training import HubSource, RopeRecord, TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
 
@@ -38,8 +39,9 @@ def adapter(tmp_path):
 
 def test_both_ways_to_load_an_adapter_give_the_trained_model(adapter):
     base, folder, trained = adapter
-    facts = AdapterFacts(load_record(folder).to_json(), base_model=str(base), base_revision="main")
-    codes = code_of(name_repository(adapter_card(facts), str(folder)))
+    record = replace(load_record(folder), base=HubSource("org/base", "main"))
+    card = adapter_card(record, {}, repo_id=str(folder)).replace("org/base", str(base))
+    codes = code_of(card)
     ids = torch.arange(3, 9)[None]
     far = torch.tensor([[0, 1, 2, 100, 101, 250]])
 
@@ -56,8 +58,7 @@ def test_both_ways_to_load_an_adapter_give_the_trained_model(adapter):
 
 def test_a_whole_model_loads_as_its_card_says(tmp_path):
     base = make_tiny_chat(tmp_path / "base", positions=64)
-    facts = AdapterFacts({"rope": {}}, whole=True)
-    (code,) = code_of(name_repository(adapter_card(facts), str(base)))
+    (code,) = code_of(adapter_card(TrainingRecord(RopeRecord("llama")), repo_id=str(base)))
     names = {}
     exec(code, names)
     weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -68,9 +69,10 @@ def test_the_data_set_loads_as_its_card_says(tmp_path, capsys):
     rows = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]}]
     (tmp_path / "rows" / "chat").mkdir(parents=True)
     Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "chat" / "train-00000-of-00001.parquet")
-    card = dataset_card(DatasetFacts("given", {"chat": {"train": 1}}, {"qasper": 1}, lengths=[100]))
+    record = DataRecord("given", {"chat": {"train": 1}}, {"qasper": 1}, lengths=[100])
+    card = dataset_card(record, repo_id=str(tmp_path / "rows"))
     (tmp_path / "rows" / "README.md").write_text(card)
-    load, train = code_of(name_repository(card, str(tmp_path / "rows")))
+    load, train = code_of(card)
     names = {"__name__": "card"}
     exec(load, names)
     assert capsys.readouterr().out == "Ada\n" and names["chat"].to_list() == rows
@@ -83,20 +85,27 @@ def test_the_data_set_loads_as_its_card_says(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("longest", "unit", "recipe", "length"),
-    [
-        (900, "tokens", "qwen2.5-0.5b", 1024),
-        (17_000, "words", "llama-3.1-8b", 65536),
-        (32_769, "tokens", "llama", 65536),
-        (131_072, "tokens", "qwen3-4b", 131072),
-    ],
+    ("longest", "unit", "target", "length"),
+    [(900, "tokens", 32768, 1024), (17_000, "words", 131072, 65536), (131_072, "tokens", 131072, 131072)],
 )
-def test_the_recipe_covers_the_longest_row(longest, unit, recipe, length):
-    facts = DatasetFacts("given", {"chat": {"train": 2}}, {"qasper": 2}, lengths=[5, longest], unit=unit)
-    (command,) = code_of(dataset_card(facts), "bash")
-    assert f"recipes/{recipe}" in command and f"--max_length {length} --eval_strategy no" in command
+def test_the_settings_cover_the_longest_row(longest, unit, target, length):
+    record = DataRecord("given", {"chat": {"train": 2}}, {"qasper": 2}, lengths=[5, longest], unit=unit)
+    code = code_of(dataset_card(record))[1]
+    assert f"max_length={length},\n" in code and f"skip_target_length={target},\n" in code
 
 
-def test_what_no_recipe_reaches_gets_no_command():
-    facts = DatasetFacts("given", {"chat": {"train": 2}}, {"qasper": 2}, lengths=[131_073])
-    assert len(code_of(dataset_card(facts))) == 1 and not code_of(dataset_card(facts), "bash")
+def test_what_no_model_reaches_gets_no_settings():
+    record = DataRecord("given", {"chat": {"train": 2}}, {"qasper": 2}, lengths=[131_073])
+    assert len(code_of(dataset_card(record))) == 1
+
+
+def test_a_server_is_told_the_rope():
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    record = TrainingRecord(RopeRecord("llama", 256, rope), base=HubSource("org/base"))
+    (command,) = code_of(adapter_card(record, {}, repo_id="user/a"), "bash")
+    words = shlex.split(command)
+    assert words[:3] == ["vllm", "serve", "org/base"] and words[words.index("--max-model-len") + 1] == "256"
+    assert json.loads(words[words.index("--hf-overrides") + 1]) == {"rope_parameters": rope}
+    assert words[words.index("--lora-modules") + 1] == "long=user/a"
+    plain = TrainingRecord(RopeRecord("llama", 64, {"rope_type": "default", "rope_theta": 1e4}), base=HubSource("o/b"))
+    assert not code_of(adapter_card(plain, {}), "bash")
