@@ -48,8 +48,9 @@ class SynthesisOptions:
     on_control_tokens: str = field(
         default="neutralise",
         metadata={
-            "help": 'What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "neutralise" '
-            'makes plain words of them, "reject" makes theirs a bad row. Replies that hold one are asked for again.'
+            "help": "What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "
+            '"neutralise" makes plain words of them, "reject" makes theirs a bad row. Replies with one are asked for '
+            "again."
         },
     )
     seeds_per_task: int | None = field(default=None, metadata={"help": "Use only the first so many seeds of a task."})

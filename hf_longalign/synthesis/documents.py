@@ -119,7 +119,8 @@ def draw_chunks(documents: Sequence[Document], words: int, per_document: int, se
             first = int(rng.integers(max(1, len(starts) - words + 1)))
             after = starts[first + words] if first + words < len(starts) else len(document.text)
             text = document.text[starts[first] : after].rstrip()
-            chunk = Seed(digest(text), "general", "", "", text, document.title, document.origin)
+            seed_id = digest(text)
+            chunk = Seed(seed_id, "general", "", "", text, document.title, document.origin, document.neutralised)
             chunks[chunk.seed_id] = chunk
     return list(chunks.values())
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.checks import majority_language
+from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import CONFIGS
@@ -61,6 +61,9 @@ def dataset_facts(
         longbench_prompts=_longbench_prompts(chat),
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
         checks=list(config.checks),
+        neutralised=sum(
+            any(check["outcome"] == NEUTRALISED for check in checks) for rows in chat for checks in rows["checks"]
+        ),
         lengths=lengths,
         unit=unit,
         depths=_depths(chat),

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hf_longalign.synthesis.outcome import Outcome, features, general_row, outco
 from hf_longalign.synthesis.pool import Pool
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.text import digest
 
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # These shape only how contexts are put together: another value needs no context anew.
 _COMPOSITION = (
-    *("n_distractors", "target_tokens", "tokenizer", "distractor_sources", "hard_share", "hard_by"),
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by"),
     *("embedding_model", "reference", "test_share", "general_data", "general_share"),
 )
 _QUERY_WORDS = 100
@@ -71,12 +71,20 @@ class Files:
         return None if self.config.tokenizer is None else TokenCounter(self.config.tokenizer)
 
     @cached_property
+    def control(self) -> ControlTokens | None:
+        """The marks of chat templates that are looked for; `None` where the check is left out."""
+        if "control_tokens" not in self.config.checks:
+            return None
+        return ControlTokens(self.counter.special_tokens if self.counter else ())
+
+    @cached_property
     def documents(self) -> Sequence[Document]:
         """The documents of the configuration, read once; processes that compose map what was read into memory."""
         path = self._composed / "documents.arrow"
         if path.is_file():
             return _Documents(read_table(path))
-        return read_documents(self.config.documents)
+        config = self.config
+        return read_documents(config.documents, control=self.control, on_control_tokens=config.on_control_tokens)
 
     @cached_property
     def accepted(self) -> pa.Table:
@@ -103,7 +111,7 @@ class Files:
     @cached_property
     def pool(self) -> Pool:
         """All contexts and documents."""
-        return Pool(self.accepted, self.documents, self.test)
+        return Pool(self.accepted, self.documents, self.test, self._composed)
 
     @cached_property
     def composer(self) -> Composer:
@@ -152,6 +160,9 @@ class Files:
         if config_name == "chat":
             self._report_few_distractors()
             self._write_nearest()
+            if "conflict" in self.config.checks or self.config.reference == "auto":
+                # Here, before there are processes that would each do it for themselves.
+                _ = self.pool.rivals
             self.__dict__.pop("composer", None)  # one that was made for `rejected` has no nearest texts
             splits["train"] += [len(numbers) + number for number in range(self._write_general(len(splits["train"])))]
         return {name: rows for name, rows in splits.items() if rows}
@@ -189,8 +200,8 @@ class Files:
     def _write_documents(self) -> None:
         path = self._composed / "documents.arrow"
         if self.config.documents and not path.is_file():
-            rows = ({"text": one.text, "origin": one.origin, "title": one.title} for one in self.documents)
-            write_table(path, rows, pa.schema([(name, pa.string()) for name in ("text", "origin", "title")]))
+            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
+            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
             del self.documents  # from here on they are read from the disk here too
 
     def _write_nearest(self) -> None:

@@ -28,6 +28,7 @@ from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.team import Team
+from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.synthesis.writer import (
     Plan,
     check_given,
@@ -128,6 +129,8 @@ class Pipeline:
             contexts=config.contexts,
             on_bad_seed=config.on_bad_seed,
             per_task=config.seeds_per_task,
+            control=self.files.control,
+            on_control_tokens=config.on_control_tokens,
         )
 
     @property
@@ -155,7 +158,13 @@ class Pipeline:
             sampling=Sampling(
                 config.temperature, config.top_p, config.max_tokens, config.sampling_seed, config.extra_fields()
             ),
-            rules=Rules(tuple(config.checks), config.min_words, config.max_words, language),
+            rules=Rules(
+                tuple(config.checks),
+                config.min_words,
+                config.max_words,
+                language,
+                self.files.control or ControlTokens(),
+            ),
             words=config.context_words,
             reply_words=config.reply_words,
             facts_first=config.facts_first,
@@ -182,6 +191,8 @@ class Pipeline:
         seeds = self.seeds
         for reason, number in self.all_seeds.skipped.most_common():
             logger.warning("Skipped %d seeds: %s.", number, reason)
+        if self.all_seeds.neutralised:
+            logger.warning("Made words of marks of chat templates in %d seeds.", self.all_seeds.neutralised)
         if self.config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import log
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from hf_longalign.synthesis.checks import NEUTRALISED
+from hf_longalign.synthesis.disk import read_array, whole, write_array
 from hf_longalign.synthesis.documents import Document
 from hf_longalign.text import content_words, digest, normalise
 
@@ -53,6 +55,22 @@ class Words:
         """Return the words of texts."""
         rows = [hash_words(content_words(text)) for text in texts]
         return cls(np.concatenate([np.empty(0, np.uint32), *rows]), np.cumsum([len(row) for row in rows]))
+
+    @classmethod
+    def stored(cls, folder: Path, texts: Callable[[], Iterable[str]]) -> "Words":
+        """Return the words of texts, mapped from two files in `folder`, which are written where they are not there."""
+        hashes, ends = folder / "words.bin", folder / "words.npy"
+        if not ends.is_file():
+            counts = []
+            with whole(hashes) as unfinished, unfinished.open("wb") as file:
+                for text in texts():
+                    row = hash_words(content_words(text))
+                    row.tofile(file)
+                    counts.append(len(row))
+            write_array(ends, np.cumsum(counts, dtype=np.int64))
+        if not hashes.stat().st_size:  # which cannot be mapped
+            return cls(np.empty(0, np.uint32), read_array(ends))
+        return cls(np.memmap(hashes, np.uint32, "r"), read_array(ends))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -114,13 +132,13 @@ class Pool:
         table: rows with the columns of `contexts`, in the order of the seeds.
         documents: texts that only distract.
         test: for every row of the table, whether it belongs to the test split.
-        words: of all texts; made when they are asked for, where they are not given.
+        folder: where the words of all texts are kept; `None` to keep them in memory.
     """
 
     table: pa.Table
     documents: Sequence[Document]
     test: np.ndarray
-    words: Words | None = None
+    folder: Path | None = None
     _groups: dict[tuple[str, int, bool], np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -184,7 +202,7 @@ class Pool:
     @cached_property
     def rivals(self) -> Rivals:
         """Tells a context that could be taken for the gold one."""
-        return Rivals(Words.of(self.texts()) if self.words is None else self.words)
+        return Rivals(Words.of(self.texts()) if self.folder is None else Words.stored(self.folder, self.texts))
 
     def conflict(self, index: int) -> Callable[[int], bool]:
         """Return a function that tells whether another text conflicts with row `index` as its distractor.

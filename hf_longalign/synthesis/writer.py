@@ -139,7 +139,7 @@ async def _draft(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None)
     checks = [Check("parse", PASSED)]
     # Some milliseconds per context: beside the event loop, so that replies go on arriving.
     checks += await asyncio.to_thread(
-        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason
+        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
     )
     if plan.judge is not None:
         checks = await _judge(seed, context, checks, plan, dialogue.ask, dialogue.keys)

@@ -15,7 +15,7 @@ TWINS = {
         ("The company sold its factory in Lyon to a Japanese bank and moved to Marseille two months later.",
          "To whom did the company sell its factory?", "a Japanese bank"),
         ("Whales are mammals: they breathe air, feed their young with milk and live in every ocean of the earth.",
-         "What are whales and how do they live?", "Whales are mammals that breathe air and feed their young with milk."),
+         "What are whales and how do they live?", "Mammals that breathe air and feed their young with milk."),
         ("The mayor of Ashby denied that the bridge was unsafe and promised that engineers would look at it.",
          "Is the bridge of Ashby unsafe, as people say?", "No."),
     ],
