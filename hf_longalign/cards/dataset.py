@@ -156,7 +156,10 @@ def _making(record: DataRecord) -> list[tuple[str, Any]]:
         ("sampling", ", ".join(f"{name} {value}" for name, value in record.sampling.items())),
         ("prompts", record.prompts and f"{record.prompts[0]:,}, digest of all {code(record.prompts[1])}"),
         ("checks", ", ".join(record.checks)),
-        ("marks of chat templates", record.neutralised and f"made plain words of in {record.neutralised:,} rows"),
+        (
+            "marks of chat templates",
+            f"made plain words of in {record.neutralised:,} rows" if record.neutralised else None,
+        ),
         (
             "decontaminated against",
             against and f"{against}{words}; {record.rejected.get('contaminated', 0):,} rejected",

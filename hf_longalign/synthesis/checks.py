@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any
 
 from hf_longalign.synthesis.extras import require
@@ -64,8 +65,9 @@ _LEAST_LEAK_WORDS = 4
 _SHORT_WORDS = 3
 _PHRASE_WORDS = 10
 
+_LETTER = re.compile(r"[^\W\d_]")
 _LEAST_LETTERS = 60
-_LANGUAGE_SAMPLE = 4000
+_LANGUAGE_SAMPLE = 1500
 
 
 @dataclass(frozen=True)
@@ -285,8 +287,9 @@ def identify_language(text: str) -> str | None:
     'en'
     """
     sample = text[:_LANGUAGE_SAMPLE]
+    letters = sum(1 for _ in islice(_LETTER.finditer(sample), _LEAST_LETTERS))
     # A character without blanks tells as much as three letters.
-    if sum(char.isalpha() for char in sample) + 2 * len(_UNSPACED.findall(sample)) < _LEAST_LETTERS:
+    if letters < _LEAST_LETTERS and letters + 2 * len(_UNSPACED.findall(sample)) < _LEAST_LETTERS:
         return None
     return str(_identifier().classify(sample)[0])
 

@@ -68,9 +68,10 @@ class Words:
                     row.tofile(file)
                     counts.append(len(row))
             write_array(ends, np.cumsum(counts, dtype=np.int64))
-        if not hashes.stat().st_size:  # which cannot be mapped
-            return cls(np.empty(0, np.uint32), read_array(ends))
-        return cls(np.memmap(hashes, np.uint32, "r"), read_array(ends))
+        empty = not hashes.stat().st_size  # which cannot be mapped
+        mapped = np.empty(0, np.uint32) if empty else np.memmap(hashes, np.uint32, "r")
+        # As plain arrays over the same memory: slicing a memmap costs more than all that is done with the slice.
+        return cls(np.asarray(mapped), np.asarray(read_array(ends)))
 
     def __len__(self) -> int:
         return len(self.ends)
