@@ -3,8 +3,8 @@
     python benchmarks/content_scale.py --output benchmarks/results/content_scale.json
 
 Made-up seeds of eight tasks in turns, with contexts of about 300 words (drawn from a Zipf distribution over 20,000
-made-up words), are read from a JSONL file, checked, searched for near-duplicates and composed among 9 distractors, half
-of them the nearest by BM25. Reading, duplicates, words and nearest texts are measured over all rows, checks and
+made-up words), are read from a JSONL file, checked, searched for near-duplicates and composed among 9 distractors,
+half of them the nearest by BM25. Reading, duplicates, words and nearest texts are measured over all rows, checks and
 composing over 2,000 of them, next to a pool of all. Every size runs in a process of its own. CPU time of all
 processes is what counts where the machine is shared; memory is the most that was resident, mapped files included.
 """

@@ -68,7 +68,17 @@ def adapters(folder: Path) -> dict[str, str]:
     questions += ("--max_new_tokens", 16, "--limit", 4, "--dtype", "float32")
     look = folder / "look"
     publish = ("--push_to_hub", "user/adapter", "--base_name", "org/base", "--push_dry_run", look)
-    run("evaluate", "--model", base, "--adapter", folder / "adapter", *questions, *publish, "--output_dir", folder / "report")
+    run(
+        "evaluate",
+        "--model",
+        base,
+        "--adapter",
+        folder / "adapter",
+        *questions,
+        *publish,
+        "--output_dir",
+        folder / "report",
+    )
     return {
         "adapter_evaluated.md": (look / "README.md").read_text(),
         "adapter_evaluated.eval_results.yaml": (look / ".eval_results" / "longbench.yaml").read_text(),
