@@ -63,13 +63,15 @@ def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: Toke
         return
     if counter is None:
         raise ValueError("`tokenizer` must be given with `target_tokens`, got None. Name the one you train with.")
-    # Lazily: as a rule the first seed fits, and counting the tokens of all of them takes long.
-    if not any(_least_tokens(seed, options, counter) <= options.target_tokens for seed in seeds):
-        least = min(_least_tokens(seed, options, counter) for seed in seeds)
-        raise ValueError(
-            f"`target_tokens` must be at least {least}, the tokens of the shortest sample with nothing but its own "
-            f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
-        )
+    counted = []
+    for seed in seeds:
+        counted.append(_least_tokens(seed, options, counter))
+        if counted[-1] <= options.target_tokens:
+            return  # one fits: to count all of them takes minutes
+    raise ValueError(
+        f"`target_tokens` must be at least {min(counted)}, the tokens of the shortest sample with nothing but its own "
+        f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
+    )
 
 
 def _least_tokens(seed: Seed, options: SynthesisOptions, counter: TokenCounter) -> int:

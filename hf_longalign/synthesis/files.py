@@ -105,6 +105,8 @@ class Files:
     def test(self) -> np.ndarray:
         """For every accepted context, whether it belongs to the test split; by its id alone."""
         ids, share = self.accepted["seed_id"].to_pylist(), self.config.test_share
+        if not share:
+            return np.zeros(len(ids), dtype=bool)
         draws = np.array([int(digest("split", str(self.config.seed), seed_id), 16) / 2**64 for seed_id in ids])
         return draws < share
 

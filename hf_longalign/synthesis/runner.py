@@ -130,7 +130,7 @@ class Runner:
     >>> import tempfile
     >>> from hf_longalign.endpoint.protocol import Reply, Request
     >>> class Echo:
-    ...     model, concurrency, remote = "echo", 2, False
+    ...     model, concurrency = "echo", 2
     ...     async def check(self): pass
     ...     async def reply(self, request, notify=None):
     ...         return Reply(request.messages[0][1].upper(), "stop", 1, 1, "echo")
