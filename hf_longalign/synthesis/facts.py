@@ -10,7 +10,7 @@ from datasets import Dataset
 from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.checks import CHECKS, NEUTRALISED, majority_language
+from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.feasible import distractor_limit
 from hf_longalign.synthesis.journal import Journal
@@ -63,7 +63,7 @@ def dataset_facts(
         sampling={} if given else _used(config, _SAMPLING),
         longbench_prompts=_longbench_prompts(chat),
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
-        checks=[name for name in ("parse", *CHECKS) if name in {check["name"] for row in checks for check in row}],
+        checks=[name for name in config.checks if name in {check["name"] for row in checks for check in row}],
         neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
         lengths=lengths,
         unit=unit,
