@@ -57,7 +57,7 @@ _VERDICT_WORDS = (
     "yes no true false unanswerable none ja nein oui non sí da да нет 예 네 아니요 아니오 ใช่ ไม่ใช่ ไม่ มี ไม่มี はい "
     "いいえ 是 是的 不是 否 对 不对 有 没有 会 不会 能 不能 無"
 )
-_VERDICTS = frozenset(map(normalise, _VERDICT_WORDS.split()))
+VERDICTS = frozenset(map(normalise, _VERDICT_WORDS.split()))
 # "in the year 634" says no more than "634".
 _WEAK = frozenset(["year", "years", "day", "month", "date", "century", "called", "named", "around", "approximately"])
 _REFUSAL_WINDOW = 300
@@ -194,12 +194,12 @@ def _support(text: _Text) -> Check:
     Open where comparing words cannot tell: a verdict such as "yes", and answers of function words alone.
     """
     answer, context = normalise(text.seed.answer), text.normalised
-    if answer in _VERDICTS:
+    if answer in VERDICTS:
         return Check("support", OPEN, f"{answer!r} can only be judged")
     if holds(context, answer) if answer else text.seed.answer in text.context:
         return Check("support", PASSED, "word for word")
     words = content_of(answer) - _WEAK
-    if not words - _VERDICTS:
+    if not words - VERDICTS:
         return Check("support", OPEN, f"{_short(text.seed.answer)!r} has no word to compare: it can only be judged")
     unspaced = bool(_UNSPACED.search(answer))
     length = word_count(text.seed.answer) if unspaced else len(answer.split())

@@ -22,7 +22,6 @@ from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
 from hf_longalign.synthesis.overlap import Contamination, Duplicates
-from hf_longalign.synthesis.pairs import write_pair
 from hf_longalign.synthesis.prompts import check_template
 from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
@@ -36,6 +35,7 @@ from hf_longalign.synthesis.writer import (
     score_closed_book,
     score_open_book,
     write_context,
+    write_pair,
 )
 
 
