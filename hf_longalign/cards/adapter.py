@@ -206,7 +206,11 @@ def _training(
 def _run(run: RunRecord) -> list[tuple[str, Any]]:
     rows = "1 row" if run.batch_size == 1 else f"{run.batch_size or 0:,} rows"
     return [
-        ("length", f"{run.steps:,} steps of {rows}" + (f", {run.epochs:.3g} epochs" if run.epochs else "")),
+        (
+            "length",
+            f"{run.steps:,} steps of {rows}"
+            + (f", {run.epochs:.3g} {'epoch' if run.epochs == 1 else 'epochs'}" if run.epochs else ""),
+        ),
         ("optimizer", run.optimizer and code(run.optimizer)),
         ("learning rate", run.learning_rate and f"{run.learning_rate:g}, {run.schedule}"),
         ("precision", run.precision),

@@ -157,6 +157,10 @@ def _making(record: DataRecord) -> list[tuple[str, Any]]:
         ("prompts", record.prompts and f"{record.prompts[0]:,}, digest of all {code(record.prompts[1])}"),
         ("checks", ", ".join(record.checks)),
         (
+            "marks of chat templates",
+            f"made plain words of in {record.neutralised:,} rows" if record.neutralised else None,
+        ),
+        (
             "decontaminated against",
             against and f"{against}{words}; {record.rejected.get('contaminated', 0):,} rejected",
         ),
@@ -165,7 +169,7 @@ def _making(record: DataRecord) -> list[tuple[str, Any]]:
             cost
             and f"{cost.replies:,} replies, {cost.prompt_tokens:,} prompt tokens and {cost.completion_tokens:,} "
             f"completion tokens"
-            + (f", ${cost.usd:,.2f}" if cost.usd else ""),
+            + (f", ${cost.usd:,.2f}" if cost.usd and cost.usd >= 0.01 else ", less than $0.01" if cost.usd else ""),
         ),
         *record.settings.items(),
         ("made with", record.hf_longalign and f"hf_longalign {record.hf_longalign}"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from hf_longalign.text import clean
+
 
 CONTENT_FILTER = "content_filter"
 TOO_LONG = "too_long"
@@ -152,6 +154,11 @@ class Reply:
     model: str
     cached_tokens: int = field(default=0, compare=False)
     confirmed: bool = field(default=True, compare=False)
+
+    def __post_init__(self) -> None:
+        # Here, where every reply enters: neither the journal nor a data set can hold half characters.
+        for name in ("text", "model"):
+            object.__setattr__(self, name, clean(getattr(self, name)))
 
 
 @dataclass(frozen=True)

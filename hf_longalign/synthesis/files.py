@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
-from hf_longalign.synthesis.distractors import bm25_scores, embedding_scores, nearest
+from hf_longalign.synthesis.distractors import by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.documents import Document, read_documents
 from hf_longalign.synthesis.feasible import available_distractors, distractor_limit
 from hf_longalign.synthesis.outcome import Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.text import digest
 
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 # These shape only how contexts are put together: another value needs no context anew.
 _COMPOSITION = (
-    *("n_distractors", "target_tokens", "tokenizer", "distractor_sources", "hard_share", "hard_by"),
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by"),
     *("embedding_model", "reference", "test_share", "general_data", "general_share"),
 )
 # So much of a text to be summarised stands for it when the closest others are looked for.
@@ -75,12 +75,20 @@ class Files:
         return None if self.config.tokenizer is None else TokenCounter(self.config.tokenizer)
 
     @cached_property
+    def control(self) -> ControlTokens | None:
+        """The marks of chat templates that are looked for; `None` where the check is left out."""
+        if "control_tokens" not in self.config.checks:
+            return None
+        return ControlTokens(self.counter.special_tokens if self.counter else ())
+
+    @cached_property
     def documents(self) -> Sequence[Document]:
         """The documents of the configuration, read once; processes that compose map what was read into memory."""
         path = self._composed / "documents.arrow"
         if path.is_file():
             return _Documents(read_table(path))
-        return read_documents(self.config.documents)
+        config = self.config
+        return read_documents(config.documents, control=self.control, on_control_tokens=config.on_control_tokens)
 
     @cached_property
     def accepted(self) -> pa.Table:
@@ -109,7 +117,7 @@ class Files:
     @cached_property
     def pool(self) -> Pool:
         """All contexts and documents."""
-        return Pool(self.accepted, self.documents, self.test)
+        return Pool(self.accepted, self.documents, self.test, self._composed)
 
     @cached_property
     def composer(self) -> Composer:
@@ -161,6 +169,9 @@ class Files:
                 if limit is not None and number < limit:
                     logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
             self._write_nearest()
+            if "conflict" in self.config.checks or self.config.reference == "auto":
+                # Here, before there are processes that would each do it for themselves.
+                _ = self.pool.rivals
             self.__dict__.pop("composer", None)  # one that was made for `rejected` has no nearest texts
             general = draw_general(config.general_data, config.general_share, len(splits["train"]), config.seed)
             if general:
@@ -191,28 +202,25 @@ class Files:
     def _write_documents(self) -> None:
         path = self._composed / "documents.arrow"
         if self.config.documents and not path.is_file():
-            rows = ({"text": one.text, "origin": one.origin, "title": one.title} for one in self.documents)
-            write_table(path, rows, pa.schema([(name, pa.string()) for name in ("text", "origin", "title")]))
+            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
+            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
             del self.documents  # from here on they are read from the disk here too
 
     def _write_nearest(self) -> None:
         config, path = self.config, self._composed / "nearest.npy"
         if not config.hard_share or path.is_file():
             return
-        texts = [self.pool.text(index) for index in range(len(self.pool))]
         # The instruction finds what an answer could be looked for in; one that all rows share would find nothing.
+        columns = (self.accepted[name].to_pylist() for name in ("task", "instruction"))
         queries = [
-            " ".join(text.split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
-            for task, instruction, text in zip(
-                self.accepted["task"].to_pylist(), self.accepted["instruction"].to_pylist(), texts, strict=False
-            )
+            " ".join(self.pool.text(index).split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
+            for index, (task, instruction) in enumerate(zip(*columns, strict=True))
         ]
         if config.hard_by == "bm25":
-            scores = bm25_scores(queries, texts)
+            score = by_bm25(self.pool, queries)
         else:
-            scores = embedding_scores(queries, texts, config.embedding_model or "")
-        groups = (self.pool.groups(index, config.distractor_sources) for index in range(len(queries)))
-        write_array(path, nearest(scores, groups))
+            score = by_embeddings(self.pool, queries, config.embedding_model or "")
+        write_array(path, nearest(self.pool, config.distractor_sources, score))
 
 
 def _row(table: pa.Table, number: int) -> dict[str, Any]:
