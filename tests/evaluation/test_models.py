@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
@@ -113,13 +113,13 @@ def test_the_revision_that_was_asked_for_is_the_one_loaded(trained, monkeypatch,
     if not recorded:
         (adapter / "longalign_config.json").unlink()
     asked = []
-    original = AutoModelForCausalLM.from_pretrained
+    original = LlamaForCausalLM.from_pretrained
 
     def load(*args, revision=None, **kwargs):
         asked.append(revision)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", load)
     load_model(str(base), adapter=str(adapter), revision=given)
     assert asked == [expected]
 
