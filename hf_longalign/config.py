@@ -6,6 +6,8 @@ from typing import Literal
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from hf_longalign.positions import check_share, check_target_length, get_strategy
+
 
 # Those that need nothing but a length; "longrope" needs factors that somebody has searched for the model.
 ROPE_TYPES = ("yarn", "linear", "dynamic", "llama3", "proportional")
@@ -112,6 +114,16 @@ class LongAlignSFTConfig(SFTConfig):
 
         super().__post_init__()
         check_license(license=self.license)
+        get_strategy(self.skip_strategy, name="skip_strategy")
+        check_share("skip_probability", self.skip_probability)
+        if self.skip_target_length is not None:
+            check_target_length(self.skip_target_length, name="skip_target_length")
+        if self.packing and self.packing_strategy == "wrapped" and self.skip_strategy != "none":
+            raise ValueError(
+                "`packing_strategy` must be 'bfd' or 'bfd_split' with "
+                f"`skip_strategy={self.skip_strategy!r}`, got 'wrapped', which cuts documents and lets them see each "
+                "other. Set 'bfd'."
+            )
         if self.rope_type is not None and self.rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"`rope_type` must be one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}. Set 'yarn' if in doubt."

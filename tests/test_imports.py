@@ -40,14 +40,15 @@ TRAINER_MAY_IMPORT = {
     "config",
     "adapter",
     "loss",
-    "marker",
     "coverage",
     "positions",
     "preflight",
+    "preparation",
     "publishing",
     "records",
     "rope",
     "run_record",
+    "turns",
     "version",
 }
 
