@@ -21,10 +21,7 @@ PURE_IN_WINGS = (
     "evaluation/needle",
     "evaluation/placement",
     "evaluation/intervals",
-    "evaluation/longbench/averages",
     "evaluation/longbench/metrics",
-    "evaluation/longbench/rouge",
-    "evaluation/longbench/scoring",
     "evaluation/longbench/tasks",
 )
 # What a card is made with: front matter and templates.

@@ -23,6 +23,8 @@ class Prompt:
         length: tokens asked for, the template and the room for the answer included; `None`: as long as it is.
         depth: place of the needle, 0 at the beginning of the haystack, 1 at its end; `None`: has none.
         classes: all labels of a classification task, in the data's order.
+        shortened: whether something was cut out of it to fit.
+        parts: parts of its task that it counts to, such as "0-4k" or "hard".
 
     Example:
 
@@ -42,6 +44,8 @@ class Prompt:
     length: int | None = None
     depth: float | None = None
     classes: tuple[str, ...] = ()
+    shortened: bool = False
+    parts: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:

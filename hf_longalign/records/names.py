@@ -36,6 +36,7 @@ METRICS = {
     "retrieval": Metric("accuracy", "accuracy"),
     "retrieval_zh": Metric("accuracy", "accuracy"),
     "code_similarity": Metric("edit similarity", "edit_similarity"),
+    "choice": Metric("accuracy", "accuracy"),
     "acc": Metric("accuracy", "accuracy"),
     "acc_norm": Metric("length-normalised accuracy", "accuracy"),
 }

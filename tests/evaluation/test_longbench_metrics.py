@@ -8,10 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_longalign.evaluation.longbench import metrics
-from hf_longalign.evaluation.longbench.averages import average_by_group, average_by_length
-from hf_longalign.evaluation.longbench.rouge import rouge_l
-from hf_longalign.evaluation.longbench.scoring import METRICS, score_longbench
-from hf_longalign.evaluation.longbench.tasks import GROUPS, TASKS
+from hf_longalign.evaluation.longbench.metrics import METRICS, rouge_l, score_longbench
+from hf_longalign.evaluation.longbench.tasks import EVEN_TASKS, GROUPS, TASKS, find_task
 from hf_longalign.evaluation.prompt import Prompt
 
 
@@ -65,11 +63,16 @@ def _harness():
         # "ab" is taken first, at the ends, so nothing else matches: 2 * 2 / 12, where Levenshtein's ratio is 0.67.
         ("repobench-p", "ababab", ["aaaaab"], 0.33),
         ("repobench-p", "# only a comment", ["x = 1"], 0.0),
+        ("longbench_v2", "The correct answer is **(C)** because", ["C"], 1.0),
+        ("longbench_v2", "The correct answer is A, no: The correct answer is (B)", ["B"], 1.0),
+        ("longbench_v2", "The correct answer is A or The correct answer is D", ["D"], 0.0),
+        ("longbench_v2", "the correct answer is (C)", ["C"], 0.0),
+        ("longbench_v2", "C", ["C"], 0.0),
     ],
 )
 def test_scores_worked_out_by_hand(task, answer, references, expected):
     score = score_longbench(_prompt(task, *references), answer)
-    assert score == {TASKS[task].metric: pytest.approx(expected, abs=1e-9)}
+    assert score == {find_task(task).metric: pytest.approx(expected, abs=1e-9)}
 
 
 @pytest.mark.parametrize(
@@ -173,10 +176,4 @@ def test_averages_equal_the_published_table():
 
 
 def test_every_task_is_in_one_group():
-    assert sorted(task for tasks in GROUPS.values() for task in tasks) == sorted(TASKS)
-
-
-def test_averages_by_length_need_one_length_per_score():
-    assert average_by_length([0.5, 1.0], [8000, 31000]) == {"8k+": 0.75}
-    with pytest.raises(ValueError, match="shorter"):
-        average_by_length([0.5, 1.0], [8000])
+    assert sorted(task for tasks in GROUPS.values() for task in tasks) == sorted([*TASKS, *EVEN_TASKS])
