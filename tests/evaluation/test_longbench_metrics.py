@@ -11,6 +11,8 @@ from hf_longalign.evaluation.longbench import metrics
 from hf_longalign.evaluation.longbench.metrics import METRICS, rouge_l, score_longbench
 from hf_longalign.evaluation.longbench.tasks import EVEN_TASKS, GROUPS, TASKS, find_task
 from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.results import group_means
+from hf_longalign.records.report import Score, TaskResult
 
 
 ENGLISH = st.lists(
@@ -168,9 +170,11 @@ def test_averages_equal_the_published_table():
         "lcc": 54.7,
         "repobench-p": 53.6,
     }
-    groups = average_by_group(scores)
+    tasks = [TaskResult(task, scores={"gpt": Score(score)}) for task, score in scores.items()]
+    groups = {result.group: result.scores["gpt"] for result in group_means(tasks, GROUPS)}
+    del groups["average"]
     published = [39.8, 38.7, 26.5, 67.1, 37.8, 54.1]
-    assert list(groups) == list(GROUPS)
+    assert list(groups) == list(GROUPS)[:6]
     assert list(groups.values()) == pytest.approx(published, abs=0.1)
     assert sum(groups.values()) / 6 == pytest.approx(44.0, abs=0.05)
 

@@ -172,7 +172,10 @@ def test_files_folders_and_archives_give_the_same_prompts(tmp_path):
     [
         ("{", r"line 2: a row must be JSON, got b'\{"),
         ("[]", r"line 2: a row must be a JSON object"),
-        (json.dumps({"context": "a", "answers": ["b"], "length": 1}), r"line 2: `input` must be a text, got no such column"),
+        (
+            json.dumps({"context": "a", "answers": ["b"], "length": 1}),
+            r"line 2: `input` must be a text, got no such column",
+        ),
         (json.dumps(_row(answers=[])), r"line 2: `answers` must be a list of one or more texts, got \[\]"),
         (json.dumps(_row(answers="Ardel")), r"line 2: `answers` must be a list"),
         (json.dumps(_row(context=None)), r"line 2: `context` must be a text, got None"),
