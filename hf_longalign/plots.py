@@ -76,35 +76,37 @@ def draw_pictures(report: Report, folder: str | Path, *, coverage: CoverageRecor
 
 
 def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list[Path]:
-    """The pictures of the tasks that were asked at the same lengths and depths as the first one."""
-    grids = [(task, task.grid) for task in suite.tasks if task.grid is not None]
+    """The mean of the tasks that were asked at the same lengths and depths as the first one, and each task alone."""
+    grids = {task.task: task.grid for task in suite.tasks if task.grid is not None}
     if not grids:
         return []
-    lengths, depths = grids[0][1].lengths, grids[0][1].depths
-    grids = [(task, grid) for task, grid in grids if (grid.lengths, grid.depths) == (lengths, depths)]
-    labels = [label for label in labels if all(label in grid.cells for _, grid in grids)]
-    names = [task.task.replace("_", "-") for task, _ in grids]
-    titles = [f"{suite_of(suite.suite).title}, {name}" for name in (f"mean of {len(names)} tasks", *names)]
-    title = titles[0] if len(names) > 1 else titles[1]
-    metrics = {metric_of(task.metric).title for task, _ in grids if task.metric is not None}
-    means = {label: np.mean([grid.cells[label] for _, grid in grids], axis=0) for label in labels}
-    curves = {label: _mean_by_length([grid for _, grid in grids], label) for label in labels}
+    first, name = next(iter(grids.values())), suite_of(suite.suite).title
+    # Tasks that are too large for the shortest length lack it.
+    alike = {
+        task: grid for task, grid in grids.items() if (grid.lengths, grid.depths) == (first.lengths, first.depths)
+    }
+    labels = [label for label in labels if all(label in grid.cells for grid in alike.values())]
+    what = f"mean of {len(alike)} tasks" if len(alike) > 1 else next(iter(alike)).replace("_", "-")
+    metrics = {metric_of(task.metric).title for task in suite.tasks if task.task in alike and task.metric is not None}
+    curves = {label: _mean_by_length(list(alike.values()), label) for label in labels}
     paths = [
         plot_accuracy_by_length(
             {label: mean for label, (mean, _) in curves.items()},
-            lengths,
+            first.lengths,
             folder / f"{suite.suite}_accuracy.png",
-            title=title,
+            title=f"{name}, {what}",
             highlight=labels,
             intervals={label: band for label, (_, band) in curves.items()},
             what=f"accuracy, {metrics.pop()}" if len(metrics) == 1 else "score",
         )
     ]
-    if len(depths) > 1:
-        paths.append(plot_heatmap(means, lengths, depths, folder / f"{suite.suite}_heatmap.png", title=title))
-        for (task, grid), title in zip(grids, titles[1:], strict=True) if len(grids) > 1 else ():
-            cells = {label: grid.cells[label] for label in labels}
-            paths.append(plot_heatmap(cells, lengths, depths, folder / f"{suite.suite}_{task.task}.png", title=title))
+    if len(first.depths) > 1:
+        means = {label: np.mean([grid.cells[label] for grid in alike.values()], axis=0) for label in labels}
+        path = folder / f"{suite.suite}_heatmap.png"
+        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}"))
+        for task, grid in grids.items() if len(grids) > 1 else ():
+            path, title = folder / f"{suite.suite}_{task}.png", f"{name}, {task.replace('_', '-')}"
+            paths.append(plot_heatmap(grid.cells, grid.lengths, grid.depths, path, title=title))
     return paths
 
 

@@ -153,6 +153,9 @@ def test_only_tasks_of_one_grid_are_averaged_and_one_depth_has_no_heatmap(tmp_pa
     both.suites[0].tasks.extend([*suite.tasks, TaskResult("d", error="not measured")])
     assert draw_pictures(both, tmp_path) == ["ruler_accuracy.png"]
     assert figures["ruler_accuracy"].get_suptitle() == "RULER, a"
+    both.suites[0].tasks.reverse()
+    assert draw_pictures(both, tmp_path) == [f"ruler_{name}.png" for name in ("accuracy", "heatmap", "c", "b", "a")]
+    assert figures["ruler_heatmap"].get_suptitle() == "RULER, mean of 2 tasks"
     assert draw_pictures(Report([], []), tmp_path) == []
 
 
