@@ -66,6 +66,7 @@ def _harness():
         ("repobench-p", "ababab", ["aaaaab"], 0.33),
         ("repobench-p", "# only a comment", ["x = 1"], 0.0),
         ("longbench_v2", "The correct answer is **(C)** because", ["C"], 1.0),
+        ("longbench_v2", "The correct answer is C.", ["C"], 1.0),
         ("longbench_v2", "The correct answer is A, no: The correct answer is (B)", ["B"], 1.0),
         ("longbench_v2", "The correct answer is A or The correct answer is D", ["D"], 0.0),
         ("longbench_v2", "the correct answer is (C)", ["C"], 0.0),
