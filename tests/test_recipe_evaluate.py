@@ -106,7 +106,7 @@ def test_the_report_compares_base_and_adapter(whole):
     tasks = report["suites"][0]["tasks"]
     assert [task["task"] for task in tasks] == ["single", "multi_key", "multi_value", "multi_query"]
     assert all(task["samples"] == 8 and set(task["scores"]) == {"base", "adapter"} for task in tasks)
-    perplexity = report["perplexity"]["perplexity"]
+    perplexity = report["perplexity"]["values"]
     assert perplexity["base"] != perplexity["adapter"]
     assert {"needle_heatmap.png", "needle_accuracy.png", "perplexity.png", "coverage.png"} <= set(report["images"])
     assert all((whole / name).is_file() for name in (*report["images"], "report.md"))
@@ -176,8 +176,7 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
 
 
 def test_options_are_checked_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE.parent))
-    from evaluation_options import SuiteArguments, check_output, check_suites
+    from hf_longalign.commands.evaluation_options import SuiteArguments, check_output, check_suites
 
     assert check_suites(SuiteArguments(suite="needle, short"), None) == ["needle", "short"]
     with pytest.raises(ValueError, match="`limit` must be at least 1, got 0"):

@@ -37,9 +37,7 @@ def test_paragraphs_stay_and_line_breaks_go():
 def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("One.", encoding="utf-8")
     assert list(load_texts(str(tmp_path))) == ["One."]
-    monkeypatch.setattr(
-        "datasets.load_dataset", lambda *args, **options: iter([{"text": "Two.", "id": 1}])
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"text": "Two.", "id": 1}]))
     assert list(load_texts("org/data")) == ["Two."]
     with pytest.raises(ValueError, match="`haystack_column` must be one of text, id, got 'body'"):
         list(load_texts("org/data", column="body"))

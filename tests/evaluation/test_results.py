@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from hf_longalign.evaluation.pictures import evaluated_lengths
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.report import render_report, write_report
 from hf_longalign.evaluation.results import suite_result
@@ -171,6 +170,12 @@ def test_a_record_without_distances_costs_no_report(tmp_path):
 def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monkeypatch):
     ruler = SuiteResult("ruler", [TaskResult("vt", length=512, error="x")])
     found = PerplexityResult([0, 1024], 1024, 1, {"base": [2.0], "adapter": [2.0]})
-    assert evaluated_lengths(report(perplexity=found, suites=[suite(), ruler])) == [128, 256, 512, 1024]
-    write_report(tmp_path, report(), coverage=CoverageRecord(64, histogram=Histogram([0, 32, 64], [3, 1], [1.0, 0.5])))
-    assert (tmp_path / "coverage.png").exists()
+    drawn = {}
+    monkeypatch.setattr(
+        "hf_longalign.plots.plot_coverage", lambda coverage, path, **options: drawn.update(options) or path
+    )
+    everything = report(perplexity=found, suites=[suite(), ruler])
+    write_report(
+        tmp_path, everything, coverage=CoverageRecord(64, histogram=Histogram([0, 32, 64], [3, 1], [1.0, 0.5]))
+    )
+    assert drawn["evaluated_lengths"] == [128, 256, 512, 1024]
