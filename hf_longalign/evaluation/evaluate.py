@@ -261,6 +261,7 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
                 [task],
                 tokenizer=examined.tokenizer,
                 max_length=examined.reach,
+                longbench_length=options.longbench_length,
                 source=source,
                 limit=options.limit,
                 chat=chat,
@@ -334,6 +335,7 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
         chosen["LongBench data"] = public_name(options.longbench_source)
+        chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"
     if options.limit is not None:
         chosen["limit"] = options.limit
     if local:

@@ -91,7 +91,10 @@ def reaches(
 
 
 def _kept(scores: Sequence[float] | np.ndarray, threshold: float | None, share: float) -> float:
-    return share * float(scores[0]) if threshold is None else threshold
+    if threshold is not None:
+        return threshold
+    # Who answers nothing on short text keeps all of it at any length, and reaches nowhere.
+    return share * float(scores[0]) if scores[0] > 0 else np.inf
 
 
 def samples_to_add(values: np.ndarray, width: float = WIDTH) -> int:
