@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.evaluation.reach import RULER_THRESHOLD, Reach, effective_length, reaches, samples_to_add
+from hf_longalign.evaluation.reach import RULER_THRESHOLD, effective_length, reaches, samples_to_add
+from hf_longalign.records.report import Reach
 
 
 LENGTHS = [1024, 2048, 4096, 8192]
@@ -40,6 +41,10 @@ def test_the_share_is_of_the_models_own_short_score():
     }
     assert reaches(scores)["base"] == Reach(4096, 4096, 4096)
     assert reaches(scores, threshold=RULER_THRESHOLD)["base"] == Reach(0, 0, 0)
+
+
+def test_who_fails_short_text_reaches_nowhere():
+    assert reaches({"base": {1024: np.zeros(9), 2048: np.zeros(9)}}) == {"base": Reach(0, 0, 0)}
 
 
 def test_models_are_drawn_the_same_samples():
