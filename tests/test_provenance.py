@@ -11,6 +11,7 @@ from hf_longalign import provenance
 from hf_longalign.cards.adapter import adapter_card
 from hf_longalign.cards.facts import adapter_facts
 from hf_longalign.commands import sft
+from hf_longalign.commands.training_options import DataOptions
 
 
 COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
@@ -66,7 +67,7 @@ def test_the_commit_loaded_is_not_one_pushed_since(tmp_path, monkeypatch):
 
 
 def test_the_recipe_names_data_of_the_hub_alone(tmp_path):
-    args = sft.DataArguments(dataset_name="org/rows", dataset_config="chat", dataset_revision="v2")
+    args = DataOptions(dataset_name="org/rows", dataset_config="chat", dataset_revision="v2")
     found = {"name": "org/rows", "config": "chat", "split": "train"}
     assert sft.data_source(args, SimpleNamespace()) == {**found, "revision": "v2"}
     rows = make_rows(tmp_path / "org___rows" / "chat" / "0.0.0" / COMMIT)

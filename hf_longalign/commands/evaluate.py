@@ -1,15 +1,7 @@
-"""Ask a model, and the adapter trained on it, the same questions, and write a report of what changed.
-
-    accelerate launch recipes/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --adapter outputs/qwen2.5-0.5b \
-        --suite needle,longbench,ruler,short --output_dir outputs/report
-
-Every answer is on disk as soon as it is there: the same command goes on where a killed one stopped. Several processes
-share the questions. The options below can stand in a YAML (`--config`) or on the command line, which wins.
-"""
+"""Ask a model, and the adapter trained on it, the same questions: what `hf-longalign evaluate` runs."""
 
 import logging
 import shutil
-import sys
 import tempfile
 from datetime import date
 from importlib.metadata import version
@@ -23,11 +15,10 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
-from trl import TrlParser
 
 from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments, check_output, check_suites
-from hf_longalign.commands.publishing import AdapterPublishArguments, same_command, start_logging
+from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments, adapter_repository
+from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, same_command
 from hf_longalign.evaluation.encoding import token_counter
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
@@ -57,7 +48,6 @@ from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.texts import load_texts
 from hf_longalign.evaluation.write import write_report
 from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.hub.retry import PublishError
 from hf_longalign.provenance import loaded_commit
 from hf_longalign.rope import model_range
 from hf_longalign.version import __version__
@@ -75,17 +65,20 @@ class Setting:
         named = {BASE: args.model, ADAPTER: args.adapter}
         self.names = {label: name for label, name in named.items() if name is not None}
         revision = base_revision(args.model, args.adapter, args.model_revision, args.adapter_revision)
-        where = {"adapter": args.adapter, "revision": revision, "adapter_revision": args.adapter_revision}
-        remote = {"trust_remote_code": args.trust_remote_code}
-        self.tokenizer = load_tokenizer(args.model, tokenizer=args.tokenizer, **where, **remote)
-        self.model = None
+        where: dict[str, Any] = {
+            "adapter": args.adapter,
+            "revision": revision,
+            "adapter_revision": args.adapter_revision,
+            "trust_remote_code": args.trust_remote_code,
+        }
+        self.tokenizer = load_tokenizer(args.model, tokenizer=args.tokenizer, **where)
+        self.model: Any = None
         if args.endpoint is not None:
-            self.config = load_config(args.model, **where, **remote)
+            self.config = load_config(args.model, **where)
             return
         self.model = load_model(
             args.model,
             **where,
-            **remote,
             dtype=args.dtype,
             attn_implementation=args.attn_implementation,
             quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -114,8 +107,9 @@ class Setting:
         """Return base and adapter, each with what generates for it."""
         args = self.args
         if args.endpoint is None:
-            found = examinees(self.model, None, self.names, {"quantised": args.load_in_4bit})
-            for examinee in found:
+            generator = LocalGenerator(self.model, self.tokenizer, batch_tokens=args.batch_tokens)
+            found = examinees(self.model, generator, self.names, {"quantised": args.load_in_4bit})
+            for examinee in found[1:]:
                 examinee.generator = LocalGenerator(self.model, self.tokenizer, batch_tokens=args.batch_tokens)
             return found
         return [
@@ -277,10 +271,16 @@ def public_name(name: str) -> str:
 
 
 def publish_report(
-    model_args: ModelArguments, args: SuiteArguments, publish_args: AdapterPublishArguments, report: dict[str, Any]
+    model_args: ModelArguments,
+    args: SuiteArguments,
+    hub: HubOptions,
+    publish_args: PublishOptions,
+    card: AdapterCardOptions,
+    report: dict[str, Any],
 ) -> str:
     """Publish the adapter with its report and a card that shows it, and return what to tell the user."""
-    source = model_args.adapter
+    source = str(model_args.adapter)
+    repo_id = adapter_repository(hub, source)
     if not Path(source).is_dir():
         # What was evaluated, and not what somebody may have pushed since.
         commit = loaded_commit(source, "adapter_config.json", model_args.adapter_revision)
@@ -290,53 +290,37 @@ def publish_report(
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report["images"]):
             shutil.copy(Path(args.output_dir) / name, staged)
-        write_adapter_card(staged, repo_id=args.push_to_hub, **publish_args.card())
+        write_adapter_card(staged, repo_id=repo_id, **card.card())
+        base = card.base_name
         return publish_args.push(
-            publish_adapter,
-            staged,
-            args.push_to_hub,
-            base_model=publish_args.base_name,
-            private=args.private or None,
-            resume_command=same_command(),
+            publish_adapter, staged, hub, repo_id=repo_id, base_model=base, resume_command=same_command()
         )
 
 
-def run() -> None:
+def run(
+    model_args: ModelArguments,
+    args: SuiteArguments,
+    hub: HubOptions,
+    publish_args: PublishOptions,
+    card: AdapterCardOptions,
+) -> int:
     """Ask, score, report, publish."""
-    parser = TrlParser((ModelArguments, SuiteArguments, AdapterPublishArguments))
-    model_args, args, publish_args = parser.parse_args_and_config()
-    names = check_suites(args, model_args.endpoint)
-    check_output(args.output_dir)
-    if args.push_to_hub is not None and model_args.adapter is None:
-        raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
-    if args.push_to_hub is not None:
-        base = model_args.model if Path(model_args.adapter).is_dir() else None
-        publish_args.check(args.push_to_hub, base=base)
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     setting = Setting(model_args, state)
     with ResultStore(Path(args.output_dir) / "answers", state.process_index) as store:
         who = setting.examinees()
-        suites = make_suites(names, setting, args, who, store)
+        suites = make_suites(args.suites, setting, args, who, store)
         state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
         for suite in suites.values():
             suite.work(who, store, rank=state.process_index, processes=state.num_processes)
         if not state.is_main_process:
-            return
+            return 0
         report = make_report(suites, who, setting, args, store)
     coverage = record_of(model_args.adapter, model_args.adapter_revision).get("coverage")
     report = write_report(args.output_dir, report, coverage=coverage)
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {args.output_dir}")
-    if args.push_to_hub is not None:
-        print(publish_report(model_args, args, publish_args, report))
-
-
-def main() -> int:
-    """Read the options and evaluate."""
-    start_logging()
-    try:
-        run()
-    except PublishError as error:
-        sys.exit(str(error))
+    if hub.push_to_hub:
+        print(publish_report(model_args, args, hub, publish_args, card, report))
     return 0

@@ -1,9 +1,22 @@
-"""The options of `evaluate.py`, and what is wrong with them before anything is loaded."""
+"""The options of `evaluate`, and what is wrong with them before anything is loaded."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from hf_longalign.commands.options import OptionParser
+from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, repository
+
+
+DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions, and write a report of what changed.
+
+    hf-longalign evaluate --model Qwen/Qwen2.5-0.5B-Instruct --adapter outputs/qwen2.5-0.5b \\
+        --suites needle longbench ruler short --output_dir outputs/report
+
+Every answer is on disk as soon as it is there: the same command goes on where a killed one stopped. Several processes
+(accelerate launch -m hf_longalign evaluate …) share the questions."""
 
 SUITES = ("needle", "longbench", "ruler", "short", "perplexity")
 
@@ -39,7 +52,7 @@ class ModelArguments:
 class SuiteArguments:
     """What is asked."""
 
-    suite: str = field(default="needle", metadata={"help": f"Any of {', '.join(SUITES)}, joined by commas."})
+    suites: list[str] = field(default_factory=lambda: ["needle"], metadata={"help": f"Any of {', '.join(SUITES)}."})
     output_dir: str = field(default="outputs/report", metadata={"help": "Folder of the report and of all answers."})
     chat: bool | None = field(
         default=None, metadata={"help": "Ask through the chat template; unset: if the tokenizer has one."}
@@ -82,30 +95,61 @@ class SuiteArguments:
     perplexity_window: int | None = field(
         default=None, metadata={"help": "Tokens of a perplexity window; unset: the largest of `lengths`."}
     )
-    push_to_hub: str | None = field(default=None, metadata={"help": "Publish in this repository of the adapter."})
-    private: bool = field(default=False, metadata={"help": "Whether a repository that is new on the Hub is private."})
 
-
-def check_suites(args: SuiteArguments, endpoint: str | None) -> list[str]:
-    """Return the names of the suites; refuse unknown ones, and those that cannot be had from an endpoint."""
-    names = [name.strip() for name in args.suite.split(",") if name.strip()]
-    for name in names or [args.suite]:
-        if name not in SUITES:
-            raise ValueError(f"`suite` must be among {', '.join(SUITES)}, joined by commas, got {name!r}. Correct it.")
-        if endpoint is not None and name not in ("needle", "longbench"):
+    def check(self) -> None:
+        """Refuse what cannot be asked."""
+        for name in self.suites:
+            if name not in SUITES:
+                raise ValueError(f"`suites` must be among {', '.join(SUITES)}, got {name!r}. Correct it.")
+        source = Path(self.longbench_source)
+        if "longbench" in self.suites and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
             raise ValueError(
-                f"`suite` {name!r} needs the model itself, got an endpoint, which has needle and longbench alone. "
+                f"`longbench_source` must be a Hub id, data.zip or a folder, got {str(source)!r}, which is not there. "
+                "Correct the path."
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"`limit` must be at least 1, got {self.limit}. Leave it out to ask all.")
+
+
+def read(arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Return model, suite, Hub, publishing and card options."""
+    parser = OptionParser(
+        "evaluate", (ModelArguments, SuiteArguments, HubOptions, PublishOptions, AdapterCardOptions), DESCRIPTION
+    )
+    model, args, hub, publish, card = parser.read(arguments)
+    try:
+        check(model, args, hub, publish, card)
+    except ValueError as error:
+        parser.error(str(error))
+    return model, args, hub, publish, card
+
+
+def check(
+    model: ModelArguments, args: SuiteArguments, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions
+) -> None:
+    """Refuse what is wrong with several of the options together, and a folder that cannot be written to."""
+    for name in args.suites:
+        if model.endpoint is not None and name not in ("needle", "longbench"):
+            raise ValueError(
+                f"`suites` {name!r} needs the model itself, got an endpoint, which has needle and longbench alone. "
                 "Leave `endpoint` out."
             )
-    source = Path(args.longbench_source)
-    if "longbench" in names and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
-        raise ValueError(
-            f"`longbench_source` must be a Hub id, data.zip or a folder, got {str(source)!r}, which is not there. "
-            "Correct the path."
-        )
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"`limit` must be at least 1, got {args.limit}. Leave it out to ask all.")
-    return names
+    if hub.push_to_hub and model.adapter is None:
+        raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
+    if hub.push_to_hub and model.adapter is not None:
+        publish.check_push(hub, adapter_repository(hub, model.adapter))
+        if Path(model.adapter).is_dir():
+            card.check_base(model.model)
+    check_output(args.output_dir)
+
+
+def adapter_repository(hub: HubOptions, adapter: str) -> str:
+    """Return where a report is pushed to: the repository asked for, or the adapter's own.
+
+    >>> adapter_repository(HubOptions(), "user/adapter")
+    'user/adapter'
+    """
+    return repository(hub, adapter) if Path(adapter).is_dir() else hub.hub_model_id or adapter
 
 
 def check_output(output_dir: str) -> None:

@@ -1,99 +1,53 @@
-"""Instruction-tune a causal language model on short data with skipped positions.
-
-    accelerate launch recipes/sft.py --config recipes/qwen2.5-0.5b/sft_skipalign.yaml --output_dir outputs/qwen
-
-Every option of TRL's `ScriptArguments`, `LongAlignSFTConfig`, `ModelConfig` and of the classes below can stand in
-the YAML or on the command line, which wins.
-"""
+"""Instruction-tune a causal language model on short data with skipped positions: what `hf-longalign sft` runs."""
 
 import json
 import logging
 import re
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoConfig, AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
-from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.commands.publishing import AdapterPublishArguments, start_logging
+from hf_longalign.commands.publishing import AdapterCardOptions, PublishOptions
+from hf_longalign.commands.training_options import DataOptions, RopeOptions
+from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.evaluation.coverage_plot import plot_coverage
 from hf_longalign.hub.adapter import publish_adapter
 from hf_longalign.hub.main_process import on_main_process
 from hf_longalign.hub.push import CARD
-from hf_longalign.hub.retry import PublishError
 from hf_longalign.rope import scale_rope
+from hf_longalign.trainer import LongAlignSFTTrainer
 
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-
-@dataclass
-class DataArguments(ScriptArguments):
-    """The data set: a Hub id, a folder, or a JSONL or Parquet file (`dataset_name`), in any TRL format."""
-
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Revision of a Hub data set: branch, tag or commit."}
-    )
-    test_size: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training split to hold out for evaluation where there is no test split."},
-    )
-
-
-@dataclass
-class RopeArguments:
-    """RoPE scaling, set before the model is loaded; without it, targets past the model's range are refused."""
-
-    rope_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scale RoPE so that the model's range covers `skip_target_length`.",
-            "choices": ["yarn", "linear", "dynamic", "llama3"],
-        },
-    )
-
-
-ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, RopeArguments, AdapterPublishArguments)
-
-
-def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
     """Load the data set and hold out a test split if one is asked for and none is there."""
-    if args.dataset_name is None:
-        raise ValueError("`dataset_name` must be a Hub id, a folder or a file, got None. Set it in the YAML.")
-    file_format = FILE_FORMATS.get(Path(args.dataset_name).suffix)
-    if file_format and not Path(args.dataset_name).is_file():
-        raise ValueError(f"`dataset_name` must be a file that exists, got {args.dataset_name!r}. Set it to its path.")
-    if file_format:
-        source = {"path": file_format, "data_files": args.dataset_name}
-    else:
-        source = {"path": args.dataset_name, "name": args.dataset_config, "revision": args.dataset_revision}
-    dataset = load_dataset(**source, streaming=args.dataset_streaming)
+    name, config, revision = str(args.dataset_name), args.dataset_config, args.dataset_revision
+    dataset = (
+        load_dataset(args.file_format, data_files=name, streaming=args.dataset_streaming)
+        if args.file_format
+        else load_dataset(name, config, revision=revision, streaming=args.dataset_streaming)
+    )
     if args.dataset_train_split not in dataset:
         raise ValueError(
             f"`dataset_train_split` must be one of {sorted(dataset)}, got {args.dataset_train_split!r}. "
             "Set one of them."
         )
     if args.test_size and args.dataset_test_split not in dataset:
-        if args.dataset_streaming:
-            raise ValueError(
-                "`test_size` cannot cut a streamed data set. Set `dataset_test_split` to one of its splits."
-            )
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
 
 
-def data_source(args: DataArguments, dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
+def data_source(args: DataOptions, dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
     """Return what the training record tells of the data: its Hub id and commit; `None` for files of this machine."""
-    if Path(args.dataset_name).exists():
+    if Path(str(args.dataset_name)).exists():
         return None
     # datasets keeps what it loads from the Hub in a folder named after the commit.
     files = dataset.cache_files if isinstance(dataset, Dataset) else []
@@ -120,9 +74,9 @@ def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
         )
 
 
-def model_kwargs(training_args: LongAlignSFTConfig, model_args: ModelConfig, rope_args: RopeArguments) -> dict:
+def model_kwargs(training_args: LongAlignSFTConfig, model_args: ModelConfig, rope_args: RopeOptions) -> dict[str, Any]:
     """Return what `from_pretrained` needs, RoPE scaling included: on a loaded model it would do nothing."""
-    kwargs = {
+    kwargs: dict[str, Any] = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
@@ -131,14 +85,15 @@ def model_kwargs(training_args: LongAlignSFTConfig, model_args: ModelConfig, rop
         if training_args.skip_target_length is None:
             raise ValueError("`rope_type` scales the model's range to `skip_target_length`, got None. Set it.")
         config = AutoConfig.from_pretrained(
-            model_args.model_name_or_path,
+            str(model_args.model_name_or_path),
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
         )
         scaled = scale_rope(config, training_args.skip_target_length, rope_args.rope_type).get_text_config()
         kwargs["rope_parameters"] = scaled.rope_parameters
         kwargs["max_position_embeddings"] = scaled.max_position_embeddings
-    return {**kwargs, **(training_args.model_init_kwargs or {})}
+    own: Any = training_args.model_init_kwargs  # a dict: TRL has read the JSON of a command line
+    return {**kwargs, **(own or {})}
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -154,32 +109,32 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def finish(trainer: LongAlignSFTTrainer, own_card: bytes | None, pushes: bool, args: AdapterPublishArguments) -> str:
+def finish(
+    trainer: LongAlignSFTTrainer,
+    own_card: bytes | None,
+    pushes: bool,
+    args: PublishOptions,
+    card: AdapterCardOptions,
+) -> str:
     """Write the card, publish if asked to, and return what to tell the user."""
     training_args = trainer.args
-    folder = Path(training_args.output_dir)
+    folder = Path(str(training_args.output_dir))
     (folder / CARD).unlink(missing_ok=True)
     if own_card is not None:
         (folder / CARD).write_bytes(own_card)
     coverage = trainer.training_record().get("coverage")
     if coverage is not None:
         draw_coverage(coverage, folder / "assets" / "coverage.png")
-    write_adapter_card(folder, **args.card())
+    write_adapter_card(folder, **card.card())
     if not pushes:
         return f"Saved to {folder}"
     return args.push(
         publish_adapter,
         folder,
-        repository(training_args),
-        base_model=args.base_name,
-        private=training_args.hub_private_repo,
+        training_args,
+        base_model=card.base_name,
         token=training_args.hub_token,
     )
-
-
-def repository(args: LongAlignSFTConfig) -> str:
-    """Return the name of the repository to push to; unset, it is that of the output folder."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
 def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
@@ -191,19 +146,22 @@ def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
 
 
 def run(
-    data_args: DataArguments,
+    data_args: DataOptions,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
-    rope_args: RopeArguments,
-    publish_args: AdapterPublishArguments,
-) -> None:
+    rope_args: RopeOptions,
+    publish_args: PublishOptions,
+    card_args: AdapterCardOptions,
+) -> int:
     """Train, evaluate, save, publish."""
     # Not by the trainer, which would push every checkpoint, optimiser state and all, and swallow what fails.
+    output_dir = str(training_args.output_dir)
     pushes, training_args.push_to_hub = training_args.push_to_hub, False
     if pushes:
-        publish_args.check(repository(training_args), training_args.hub_token, model_args.model_name_or_path)
-    own_card = Path(training_args.output_dir, CARD)
-    own_card = own_card.read_bytes() if own_card.is_file() else None  # TRL and PEFT write into it
+        publish_args.check_push(training_args, output_dir, training_args.hub_token)
+        card_args.check_base(str(model_args.model_name_or_path))
+    card = Path(output_dir, CARD)
+    own_card = card.read_bytes() if card.is_file() else None  # TRL and PEFT write into it
     training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
@@ -229,22 +187,13 @@ def run(
     )
     trainer.data_source = data_source(data_args, dataset[data_args.dataset_train_split])
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
-    trainer.save_model(training_args.output_dir)
-    trainer.accelerator.print(on_main_process(lambda: finish(trainer, own_card, pushes, publish_args)))
+    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if resume == "auto" else resume)
+    trainer.save_model(output_dir)
+    trainer.accelerator.print(on_main_process(lambda: finish(trainer, own_card, pushes, publish_args, card_args)))
     # The wrapper goes before the process group: the last to hold a gloo group, it would close it without ever letting
     # go of Python's lock, for which a thread of that group may be waiting.
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     if hasattr(trainer, "end"):  # transformers >= 5.18 closes the trackers here
         trainer.end()
-
-
-def main() -> int:
-    """Read the options and train."""
-    start_logging()
-    try:
-        run(*TrlParser(ARGUMENTS).parse_args_and_config())
-    except PublishError as error:
-        sys.exit(str(error))
     return 0

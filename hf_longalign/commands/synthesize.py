@@ -1,23 +1,15 @@
-"""Turn short instruction-answer pairs into long-context chat data.
-
-    accelerate launch recipes/synthesize.py --config recipes/synthesis/openai.yaml --output_dir outputs/contexts
-
-Every field of `SynthesizeArguments` and of `SynthesisOptions` can stand in the YAML or on the command line, which
-wins. `--dry_run` prints the plan, three prompts and what the run would cost. A run that was interrupted, for whatever
-reason, goes on where it stopped when it is started again.
-"""
+"""Turn short instruction-answer pairs into long-context chat data: what `hf-longalign synthesize` runs."""
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from trl import TrlParser
 
-from hf_longalign.commands.publishing import PublishArguments, start_logging
+from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions
+from hf_longalign.commands.synthesis_options import SynthesizeArguments
 from hf_longalign.hub.dataset import publish_dataset
-from hf_longalign.hub.retry import PublishError
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
@@ -30,60 +22,6 @@ from hf_longalign.synthesis.schema import CONFIGS
 from hf_longalign.synthesis.stage import Team
 
 
-@dataclass
-class SynthesizeArguments:
-    """Who writes, what it may cost, and where everything goes."""
-
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the Parquet files and the card."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Publish as this data set, `user/name`."})
-    private: bool = field(default=False, metadata={"help": "Whether a data set that is new on the Hub is private."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
-    )
-    journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of the data set, as the Hub names it: cc-by-4.0, apache-2.0 …"}
-    )
-    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, for the card."})
-    generator: str = field(
-        default="documents",
-        metadata={
-            "help": "Who writes: an endpoint, a local model, or nobody, where the seeds have their contexts.",
-            "choices": ["openai", "transformers", "documents"],
-        },
-    )
-    model: str | None = field(default=None, metadata={"help": "The model that writes."})
-    endpoints: list[str] = field(
-        default_factory=lambda: ["http://localhost:8000/v1"],
-        metadata={"help": "Base URLs of OpenAI-compatible endpoints that serve the model."},
-    )
-    api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "The environment variable that holds the key; the key itself never."},
-    )
-    max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
-    batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
-    judge_model: str | None = field(
-        default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
-    )
-    judge_endpoints: list[str] = field(
-        default_factory=list, metadata={"help": "Base URLs of its endpoints; unset: a local model."}
-    )
-    prompt_price: float = field(default=0.0, metadata={"help": "Dollars per million prompt tokens."})
-    completion_price: float = field(default=0.0, metadata={"help": "Dollars per million completion tokens."})
-    budget_tokens: int | None = field(default=None, metadata={"help": "Stop before more tokens are spent."})
-    budget_usd: float | None = field(default=None, metadata={"help": "Stop before more dollars are spent."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that compose rows."})
-    num_shards: int = field(
-        default=1,
-        metadata={
-            "help": "Ask for one of so many parts of the seeds, compose nothing; merge the journals afterwards."
-        },
-    )
-    shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
-
-
 def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | str, Generator | None]:
     """Return who writes and who judges."""
     judge = None
@@ -91,11 +29,7 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
         judge = make_generator(args, args.judge_model, args.judge_endpoints, rank)
     if args.generator == "documents":
         return "documents", judge
-    if args.model is None:
-        raise ValueError(
-            f"`model` must be given with generator {args.generator!r}, got None. Name the one that writes."
-        )
-    return make_generator(args, args.model, args.endpoints if args.generator == "openai" else [], rank), judge
+    return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
 
 
 def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
@@ -160,7 +94,7 @@ def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, opti
             print("\n\n".join(f"[{role}]\n{content}" for role, content in planned.messages))
 
 
-def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArguments) -> Path:
+def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArguments, license: str | None) -> Path:
     """Prepare every configuration and write it."""
     data = {}
     for name, builder in builders.items():
@@ -168,27 +102,22 @@ def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArg
         data[name] = builder.as_dataset()
     stage = builders["chat"].stage
     return save(
-        args.output_dir,
+        str(args.output_dir),
         data,
         stage.config,
         journal=stage.journal,
         budget=stage.budget,
-        license=args.license,
+        license=license,
         seeds_license=args.seeds_license,
     )
 
 
-def main() -> int:
-    """Run the recipe; the exit status is 1 where it stopped and a rerun goes on."""
-    start_logging()
-    parser = TrlParser((SynthesizeArguments, SynthesisOptions, PublishArguments))
-    args, options, publish_args = parser.parse_args_and_config()
+def run(
+    args: SynthesizeArguments, options: SynthesisOptions, hub: HubOptions, publish: PublishOptions, card: CardOptions
+) -> int:
+    """Write the data; the exit status is 1 where it stopped and a rerun goes on."""
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    if args.output_dir is None and not args.dry_run and args.num_shards == 1:
-        raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
-    if args.push_to_hub is not None and not args.dry_run:
-        publish_args.check(args.push_to_hub)
     builders = make_builders(args, options)
     if args.dry_run:
         if state.is_main_process:
@@ -202,15 +131,11 @@ def main() -> int:
             return 0
         builders["chat"].prepare_outcomes()
         if state.is_main_process:
-            folder = write_data(builders, args)
+            folder = write_data(builders, args, card.license)
             print(f"Wrote {folder}.")
-            if args.push_to_hub is not None:
-                private = args.private or None
-                print(publish_args.push(publish_dataset, folder, args.push_to_hub, private=private))
+            if hub.push_to_hub:
+                print(publish.push(publish_dataset, folder, hub))
     except (RunStopped, KeyboardInterrupt) as stop:
         print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
-        return 1
-    except PublishError as error:
-        print(error, file=sys.stderr)
         return 1
     return 0
