@@ -8,8 +8,9 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.base_weights import check_weights
-from hf_longalign.record import load_record
+from hf_longalign.records.training import RopeRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached
+from hf_longalign.run_record import load_record
 
 
 logger = logging.getLogger(__name__)
@@ -49,17 +50,17 @@ def load_adapter(
     """
     record = load_record(adapter, revision=revision)
     if isinstance(base_model, PreTrainedModel):
-        check_rope(record["rope"], base_model.config)
+        check_rope(record.rope, base_model.config)
         check_rope_reached(base_model)
     else:
         adapter_config = PeftConfig.from_pretrained(str(adapter), revision=revision)
-        base_model = _load_base(record["rope"], adapter_config, base_model, base_revision, model_kwargs)
-    check_weights(record.get("base_weights", {}), base_model)
+        base_model = _load_base(record.rope, adapter_config, base_model, base_revision, model_kwargs)
+    check_weights(record.base_weights, base_model)
     return PeftModel.from_pretrained(base_model, str(adapter), revision=revision)
 
 
 def _load_base(
-    record: dict[str, Any],
+    rope: RopeRecord,
     adapter_config: PeftConfig,
     base_model: str | Path | None,
     base_revision: str | None,
@@ -73,5 +74,5 @@ def _load_base(
         logger.warning("The adapter was trained on %s and is loaded on %s.", named, model_id)
     revision = base_revision or (adapter_config.revision if model_id == named else None)
     hub_kwargs = {key: model_kwargs[key] for key in ("token", "trust_remote_code", "cache_dir") if key in model_kwargs}
-    config = apply_rope(record, AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs))
+    config = apply_rope(rope, AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs))
     return AutoModelForCausalLM.from_pretrained(model_id, config=config, revision=revision, **model_kwargs)

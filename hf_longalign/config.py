@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 
@@ -29,6 +30,20 @@ class LongAlignSFTConfig(SFTConfig):
             `"token"`: every target token of an optimiser step weighs the same, as in TRL. `"sequence"`: every sequence
             does, LongAlign's formula (https://arxiv.org/abs/2401.18058), exact under packing, gradient accumulation
             and several processes.
+
+        > Parameters that control the card and the push
+
+        base_name (`str` or `None`, *optional*):
+            What the card and the published files call the base model, where it was loaded from a local folder: its
+            Hub id, or a neutral name.
+        license (`str` or `None`, *optional*):
+            Licence of the trained model, as the Hub names it.
+        languages (`list[str]`, *optional*):
+            ISO 639 codes of its languages.
+        hub_strategy (`str`, *optional*, defaults to `"end"`):
+            With `push_to_hub`, what is pushed before the end: `"end"`, nothing, unlike TRL's default; `"every_save"`,
+            every checkpoint, each as one commit that is compared and repeated like the last one. One that fails is
+            logged, and the training goes on.
 
         > Parameters that control the checks
 
@@ -62,13 +77,26 @@ class LongAlignSFTConfig(SFTConfig):
         default="token",
         metadata={"help": "Whether every target token (token) or every sequence (sequence) weighs the same."},
     )
+    base_name: str | None = field(
+        default=None,
+        metadata={"help": "What the card calls a base that was a local folder: its Hub id, or a neutral name."},
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence of the trained model, as the Hub names it."})
+    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
+    hub_strategy: HubStrategy | str = field(
+        default="end",
+        metadata={"help": "With `push_to_hub`: end (nothing before the end) or every_save (every checkpoint)."},
+    )
     preflight: bool = field(
         default=True,
         metadata={"help": "Whether to prove before the first step that attention over skipped positions is right."},
     )
 
     def __post_init__(self) -> None:
+        from hf_longalign.cards.page import check_license
+
         super().__post_init__()
+        check_license(license=self.license)
         if self.loss_weighting not in ("token", "sequence"):
             raise ValueError(
                 f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "

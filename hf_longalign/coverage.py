@@ -12,6 +12,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign.distances import DistanceCoverage
+from hf_longalign.records.training import CoverageRecord
 
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,8 @@ class PositionObserver(TrainerCallback):
         """Return the metrics of what was gathered since the last call; see [`DistanceCoverage.metrics`]."""
         return self.coverage.metrics()
 
-    def state(self) -> dict[str, Any]:
-        """Return what the run has covered when it was last gathered, JSON-able."""
+    def state(self) -> CoverageRecord:
+        """Return what the run has covered when it was last gathered."""
         return self.coverage.state()
 
     def save(self, directory: str | Path) -> None:

@@ -1,10 +1,11 @@
 """What a run covered: which relative distances between the tokens of a document it has trained, and how often."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from hf_longalign.records.training import CoverageRecord, Histogram
 
 
 # Runs of contiguous positions up to which their pairs, 2,016, are looked at one by one.
@@ -157,23 +158,19 @@ class DistanceCoverage:
     def _share_covered(pairs: np.ndarray) -> float:
         return float((pairs > 0).mean())
 
-    def state(self) -> dict[str, Any]:
-        """Return the whole run for a record or a plot, JSON-able.
-
-        `histogram` has `edges` `(bins + 1,)`, and by bin the `pairs` of tokens and the share of distances `covered`.
-        """
-        pairs = self.pairs
+    def state(self) -> CoverageRecord:
+        """Return the whole run for a record or a plot."""
+        pairs, run = self.pairs, self._run.summary()
         bins = min(BINS, self.target_length)
         edges = np.arange(bins + 1) * self.target_length // bins
-        return {
-            "target_length": self.target_length,
-            "documents": self._run.documents,
-            **{f"skip_{name}": value for name, value in self._run.summary().items()},
-            "skip_distance_max": self._distance_max,
-            "skip_distance_coverage": self._share_covered(pairs),
-            "histogram": {
-                "edges": edges.tolist(),
-                "pairs": np.add.reduceat(pairs, edges[:-1]).tolist(),
-                "covered": (np.add.reduceat(pairs > 0, edges[:-1], dtype=np.int64) / np.diff(edges)).tolist(),
-            },
-        }
+        covered = np.add.reduceat(pairs > 0, edges[:-1], dtype=np.int64) / np.diff(edges)
+        return CoverageRecord(
+            target_length=self.target_length,
+            documents=self._run.documents,
+            skip_share=run["share"],
+            skip_span_mean=run["span_mean"],
+            skip_span_max=int(run["span_max"]),
+            skip_distance_max=int(self._distance_max),
+            skip_distance_coverage=float(self._share_covered(pairs)),
+            histogram=Histogram(edges.tolist(), np.add.reduceat(pairs, edges[:-1]).tolist(), covered.tolist()),
+        )

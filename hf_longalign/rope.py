@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from hf_longalign.records.training import RopeRecord
+
 
 # The keys transformers reads for each type (`modeling_rope_utils`), `factor` apart: the target length sets it.
 SCALING_KEYS = {
@@ -213,18 +215,19 @@ def _scaled(
     return new
 
 
-def rope_record(config: PretrainedConfig) -> dict[str, Any]:
-    """Return what defines a model's positions, JSON-able: model type, RoPE parameters, `max_position_embeddings`."""
+def rope_record(config: PretrainedConfig) -> RopeRecord:
+    """Return what defines a model's positions: model type, RoPE parameters, `max_position_embeddings`."""
     text_config = config.get_text_config()
-    record = {
-        "model_type": text_config.model_type,
-        "max_position_embeddings": getattr(text_config, "max_position_embeddings", None),
-        "rope_parameters": getattr(text_config, "rope_parameters", None),
-    }
-    return json.loads(json.dumps(record))
+    parameters = getattr(text_config, "rope_parameters", None)
+    return RopeRecord(
+        model_type=text_config.model_type,
+        max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
+        # As JSON gives it back: with lists for tuples, and a copy that no later change of the config reaches.
+        rope_parameters=json.loads(json.dumps(parameters)),
+    )
 
 
-def apply_rope(record: dict[str, Any], config: PretrainedConfig) -> PretrainedConfig:
+def apply_rope(record: RopeRecord, config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of a base model's config with the RoPE of a `rope_record`, to load the model with.
 
     Raises:
@@ -232,22 +235,22 @@ def apply_rope(record: dict[str, Any], config: PretrainedConfig) -> PretrainedCo
     """
     scaled = copy.deepcopy(config)
     text_config = scaled.get_text_config()
-    if text_config.model_type != record["model_type"]:
+    if text_config.model_type != record.model_type:
         raise ValueError(
-            f"The base model must be a {record['model_type']!r}, as in training, got {text_config.model_type!r}. Give "
+            f"The base model must be a {record.model_type!r}, as in training, got {text_config.model_type!r}. Give "
             "the base model the adapter was trained on."
         )
-    _set_rope(text_config, copy.deepcopy(record["rope_parameters"]), record["max_position_embeddings"])
+    _set_rope(text_config, copy.deepcopy(record.rope_parameters), record.max_position_embeddings)
     return scaled
 
 
-def check_rope(record: dict[str, Any], config: PretrainedConfig) -> None:
+def check_rope(record: RopeRecord, config: PretrainedConfig) -> None:
     """Refuse a config whose positions are not those of a `rope_record`.
 
     Raises:
         ValueError: names each value that differs.
     """
-    trained, present = _flat(record), _flat(rope_record(config))
+    trained, present = _flat(record.to_json()), _flat(rope_record(config).to_json())
     differing = [
         f"{key} = {present.get(key)!r} instead of {trained.get(key)!r}"
         for key in sorted({*trained, *present})

@@ -13,7 +13,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from hf_longalign.attention import exactness_problem, register_attention
 from hf_longalign.base_weights import weights_sample
@@ -24,9 +24,10 @@ from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.coverage import PositionObserver
 from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
 from hf_longalign.marker import BlockMarker
-from hf_longalign.provenance import base_source, hardware, run_facts, versions
-from hf_longalign.record import save_record
+from hf_longalign.publishing import PublishingSFTTrainer
+from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
 from hf_longalign.rope import model_range, rope_record
+from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
 from hf_longalign.version import __version__
 
 
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all")
 
 
-class LongAlignSFTTrainer(SFTTrainer):
+class LongAlignSFTTrainer(PublishingSFTTrainer):
     """Supervised fine-tuning for long contexts from short data; used exactly like [`trl.SFTTrainer`].
 
     On top of it: positions are skipped as [`LongAlignSFTConfig`] says, where the rows tell their blocks (turns, the
@@ -50,10 +51,6 @@ class LongAlignSFTTrainer(SFTTrainer):
         data_collator: `None`, or a [`SkipPositionDataCollator`] that replaces the fields of `args`. Another collator
             is taken only with `skip_strategy="none"`.
         **kwargs: every other argument of `SFTTrainer`.
-
-    Attributes:
-        data_source: Hub id of the training data with `revision`, `config` and `split`, where known, for the record;
-            set it before training, as `recipes/sft.py` does.
 
     Raises:
         ValueError: the model cannot be trained exactly this way; the message names backend, layer kind and remedy.
@@ -71,17 +68,7 @@ class LongAlignSFTTrainer(SFTTrainer):
     ```
     """
 
-    args: LongAlignSFTConfig
-    model: Any
     data_collator: Any
-    data_source: dict[str, Any] | None = None
-
-    _tag_names = ["trl", "sft", "hf_longalign", "skipalign"]  # noqa: RUF012 - TRL's attribute
-    _name = "SFT"
-    _paper = {  # noqa: RUF012 - TRL's attribute
-        "title": "SkipAlign: Long Context Alignment with Short Instructions and Synthesized Positions",
-        "id": "2405.03939",
-    }
 
     def __init__(
         self,
@@ -106,6 +93,8 @@ class LongAlignSFTTrainer(SFTTrainer):
         self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
         self._collates = data_collator is own_collator
         self._resumed = False
+        # Of the data set as given: what TRL makes of it may lie elsewhere.
+        self._data_source = data_source(kwargs.get("train_dataset"))
         super().__init__(model, args=args, data_collator=data_collator, **kwargs)
         # Before anything is wrapped, sharded or trained.
         self._base_weights = weights_sample(self.model.get_base_model()) if is_peft_model(self.model) else {}
@@ -297,43 +286,36 @@ class LongAlignSFTTrainer(SFTTrainer):
             logs.update(self.observer.metrics())
         super().log(logs, start_time)
 
-    def training_record(self) -> dict[str, Any]:
-        """Return what a reader of the adapter must know to load, repeat and judge it: JSON-able."""
+    def training_record(self) -> TrainingRecord:
+        """Return what a reader of the model or adapter must know to load, repeat and judge it."""
         collator = self.data_collator
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        record = {"hf_longalign": __version__, "rope": rope_record(base.config), "seed": self.args.seed}
-        if self._base_weights:
-            record["base_weights"] = self._base_weights
-        if self.observer is None:
-            record["positions"] = {"strategy": "none"}
-        else:
-            record["positions"] = {
-                "strategy": collator.strategy if isinstance(collator.strategy, str) else "callable",
-                "target_length": collator.target_length,
-                "skip_probability": collator.skip_probability,
-                "seed": collator.seed,
-            }
-            record["coverage"] = self.observer.state()
-        record["training"] = {
-            "loss_weighting": self.args.loss_weighting,
-            "packing": self.args.packing,
-            "padding_free": bool(self.padding_free),
-            "max_length": self.args.max_length,
-            "attention": base.config.get_text_config()._attn_implementation,
-        }
-        record["run"] = run_facts(self.args, self.state, resumed=self._resumed)
-        record["hardware"], record["versions"] = hardware(self.args), versions()
+        positions, coverage = PositionsRecord(), None
+        if self.observer is not None:
+            strategy = collator.strategy if isinstance(collator.strategy, str) else "callable"
+            positions = PositionsRecord(strategy, collator.target_length, collator.skip_probability, collator.seed)
+            coverage = self.observer.state()
         options = self.args.model_init_kwargs
-        revision = options.get("revision") if isinstance(options, dict) else None
-        for name, source in (("base", base_source(base.config, revision)), ("data", self.data_source)):
-            if source is not None:
-                record[name] = source
-        return record
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_record(output_dir or str(self.args.output_dir), self.training_record())
+        return TrainingRecord(
+            rope=rope_record(base.config),
+            positions=positions,
+            training=BatchesRecord(
+                loss_weighting=self.args.loss_weighting,
+                packing=self.args.packing,
+                padding_free=bool(self.padding_free),
+                max_length=self.args.max_length,
+                attention=base.config.get_text_config()._attn_implementation,
+            ),
+            run=run_facts(self.args, self.state, resumed=self._resumed),
+            seed=self.args.seed,
+            base=base_source(base.config, options.get("revision") if isinstance(options, dict) else None),
+            data=self._data_source,
+            coverage=coverage,
+            base_weights=self._base_weights,
+            hardware=hardware(self.args),
+            versions=versions(),
+            hf_longalign=__version__,
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -1,6 +1,7 @@
 """An adapter trained with scaled RoPE comes back with it; loaded the plain way it does not."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_longalign.adapter import load_adapter
 from hf_longalign.base_weights import weights_sample
-from hf_longalign.record import load_record, save_record
+from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
+from hf_longalign.run_record import load_record, save_record
 
 
 FAR = torch.tensor([[0, 1, 2, 100, 101, 250]])
@@ -37,7 +39,7 @@ def trained(tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     adapter = tmp_path / "adapter"
     model.save_pretrained(adapter)
-    save_record(adapter, {"rope": rope_record(model.get_base_model().config)})
+    save_record(adapter, TrainingRecord(rope_record(model.get_base_model().config)))
     return base, adapter, logits(model)
 
 
@@ -85,8 +87,7 @@ def test_base_loaded_without_the_scaling(trained):
 def test_another_kind_of_base(trained):
     base, adapter, _ = trained
     record = load_record(adapter)
-    record["rope"]["model_type"] = "qwen3"
-    save_record(adapter, record)
+    save_record(adapter, replace(record, rope=replace(record.rope, model_type="qwen3")))
     with pytest.raises(ValueError, match="must be a 'qwen3', as in training, got 'llama'"):
         load_adapter(adapter, base_model=base)
 
@@ -100,7 +101,8 @@ def test_adapter_without_a_record(trained):
 
 def test_a_base_with_other_weights(trained, tmp_path):
     _, adapter, _ = trained
-    save_record(adapter, {**load_record(adapter), "base_weights": weights_sample(tiny_llama(initializer_range=0.3))})
+    sample = weights_sample(tiny_llama(initializer_range=0.3))
+    save_record(adapter, replace(load_record(adapter), base_weights=sample))
     other = tmp_path / "other"
     tiny_llama(seed=1, max_position_embeddings=64, initializer_range=0.3).save_pretrained(other)
     load_adapter(adapter)

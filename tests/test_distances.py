@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hf_longalign.distances import MAX_RUNS, DistanceCoverage
 from hf_longalign.positions import STRATEGIES, sample_positions
+from hf_longalign.records.base import dumps
 
 
 def naive_pairs(documents, target_length):
@@ -93,8 +94,8 @@ def test_spans_are_of_the_window_and_distances_of_the_run():
         "skip_distance_max": 7,
         "skip_distance_coverage": 4 / 8,  # 0, 1, 2, 7
     }
-    assert coverage.state()["skip_share"] == 0.5
-    assert coverage.state()["documents"] == 2
+    assert coverage.state().skip_share == 0.5
+    assert coverage.state().documents == 2
 
 
 def test_state_is_json_with_a_histogram_of_the_run():
@@ -104,7 +105,7 @@ def test_state_is_json_with_a_histogram_of_the_run():
     for strategy in STRATEGIES:
         documents.append(sample_positions([40, 60], strategy=strategy, target_length=1000, rng=rng).tolist())
         coverage.add(documents[-1])
-    state = json.loads(json.dumps(coverage.state()))
+    state = json.loads(dumps(coverage.state()))
     pairs = naive_pairs(documents, 1000)
     histogram = state["histogram"]
     edges = histogram["edges"]
@@ -117,7 +118,7 @@ def test_state_is_json_with_a_histogram_of_the_run():
 
 
 def test_an_empty_run_has_a_state():
-    state = DistanceCoverage(3).state()
+    state = DistanceCoverage(3).state().to_json()
     assert state["documents"] == 0
     assert state["skip_distance_coverage"] == 0
     assert state["histogram"] == {"edges": [0, 1, 2, 3], "pairs": [0, 0, 0], "covered": [0.0, 0.0, 0.0]}

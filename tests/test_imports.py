@@ -41,9 +41,9 @@ TRAINER_MAY_IMPORT = {
     "coverage",
     "positions",
     "preflight",
-    "provenance",
-    "record",
+    "records",
     "rope",
+    "run_record",
     "version",
 }
 

@@ -17,8 +17,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from hf_longalign.base_weights import weights_sample
 from hf_longalign.commands.evaluation_options import SuiteArguments, check_output
 from hf_longalign.distances import DistanceCoverage
-from hf_longalign.record import save_record
+from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record
+from hf_longalign.run_record import save_record
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +40,9 @@ def models(tmp_path_factory):
     model.save_pretrained(folder / "adapter")
     coverage = DistanceCoverage(1024)
     coverage.add([0, 1, 2, 500, 501])
-    record = {"rope": rope_record(base.config), "base_weights": weights_sample(model.get_base_model())}
-    save_record(folder / "adapter", {**record, "coverage": coverage.state()})
+    sample = weights_sample(model.get_base_model())
+    record = TrainingRecord(rope_record(base.config), coverage=coverage.state(), base_weights=sample)
+    save_record(folder / "adapter", record)
     for name in ("base", "adapter"):
         tiny_tokenizer().save_pretrained(folder / name)
     return folder

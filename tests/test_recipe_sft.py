@@ -260,7 +260,9 @@ def test_after_a_failed_push_the_command_told_trains_nothing(files, tmp_path):
         assert run.returncode == 1 and "Traceback" not in run.stderr and TOKEN not in run.stderr
         assert set(hub.repos["models", "user/model"].files()) == {".gitattributes"}
         weights = (output / "model.safetensors").read_bytes()
-        again = subprocess.run(told.replace("python", shlex.quote(sys.executable), 1), shell=True, **done)
+        again = subprocess.run(
+            told.replace("hf-longalign", f"{shlex.quote(sys.executable)} -m hf_longalign", 1), shell=True, **done
+        )
         assert again.returncode == 0 and again.stdout == f"Published {hub.url}/user/model\n", again.stderr[-3000:]
         repo = hub.repos["models", "user/model"]
         pushed = repo.files()

@@ -21,8 +21,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from hf_longalign.record import RECORD_NAME, load_record, save_record
+from hf_longalign.records.base import dumps
+from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, model_range, rope_record, scale_rope
+from hf_longalign.run_record import RECORD_NAME, load_record, save_record
 
 
 QWEN_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -272,7 +274,7 @@ def test_no_rope_to_scale():
 
 def test_record_is_json_and_applies():
     scaled = scale_rope(tiny(), 256)
-    record = json.loads(json.dumps(rope_record(scaled)))
+    record = RopeRecord.from_json(json.loads(dumps(rope_record(scaled))))
     applied = apply_rope(record, tiny())
     assert rope_record(applied) == record
     check_rope(record, applied)
@@ -331,7 +333,7 @@ def test_record_of_another_model_type():
 
 
 def test_record_file(tmp_path):
-    record = {"rope": rope_record(tiny()), "seed": 3}
+    record = TrainingRecord(rope_record(tiny()), seed=3)
     assert save_record(tmp_path / "adapter", record).name == RECORD_NAME
     assert load_record(tmp_path / "adapter") == record
 
@@ -343,5 +345,5 @@ def test_record_file_missing_or_broken(tmp_path):
     with pytest.raises(ValueError, match="must hold a JSON object"):
         load_record(tmp_path)
     (tmp_path / RECORD_NAME).write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+    with pytest.raises(ValueError, match="must be a JSON object, got list"):
         load_record(tmp_path)

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, SkipPositionDataCollator
 from hf_longalign.preflight import PreflightError
+from hf_longalign.records.training import PositionsRecord
 
 
 def make_trainer(tmp_path, *, dataset=None, model=None, **options):
@@ -170,7 +171,7 @@ def test_without_skips_no_rotary_positions_are_needed(tmp_path):
     trainer = make_trainer(tmp_path, model=BloomForCausalLM(config), skip_strategy="none", skip_target_length=None)
     trainer.train()
     assert trainer.observer is None
-    assert trainer.training_record()["positions"] == {"strategy": "none"}
+    assert trainer.training_record().positions == PositionsRecord("none")
 
 
 def test_sequence_weighted_evaluation(tmp_path):
@@ -293,8 +294,8 @@ def test_coverage_is_of_the_whole_run_after_a_resume(tmp_path):
     whole.train()
     half = make_trainer(tmp_path / "half", **options)
     half.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert half.training_record()["coverage"] == whole.training_record()["coverage"]
-    assert half.state.log_history[2:] and whole.training_record()["coverage"]["documents"] == 48
+    assert half.training_record().coverage == whole.training_record().coverage
+    assert half.state.log_history[2:] and whole.training_record().coverage.documents == 48
     for ours, theirs in zip(half.state.log_history, whole.state.log_history, strict=True):
         assert {k: v for k, v in ours.items() if "skip" in k} == {k: v for k, v in theirs.items() if "skip" in k}
 

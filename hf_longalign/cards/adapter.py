@@ -1,195 +1,278 @@
 """The card of a trained adapter or whole model: what it is, how to load it, how good it is, and how it was made."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
-from hf_longalign.cards.citations import cite
-from hf_longalign.cards.edits import REPOSITORY, assemble
-from hf_longalign.cards.facts import AdapterFacts, Data, data_link, model_link, show_image
-from hf_longalign.cards.markdown import code, fenced, join, plain
-from hf_longalign.cards.scores import SUITES, failures, headline, metric_note, model_index, scores_table
-from hf_longalign.cards.training import positions_section, training_section, versions_section
+from huggingface_hub import ModelCardData
+
+from hf_longalign.cards.markdown import code, listed
+from hf_longalign.cards.page import REPOSITORY, check_license, render
+from hf_longalign.cards.scores import eval_results, headline, scores_note, scores_table
+from hf_longalign.records.names import suite_of
+from hf_longalign.records.report import Report
+from hf_longalign.records.training import HubSource, RopeRecord, RunRecord, TrainingRecord
 
 
-def adapter_card(facts: AdapterFacts) -> str:
-    """Return the README.md of an adapter or a whole model.
+STRATEGIES = {
+    "none": "Positions are ordinary.",
+    "skip_inner": "Positions jump inside a turn, between instruction and response.",
+    "skip_outer": "Positions jump between the turns.",
+    "skip_all": "Positions jump at every boundary between blocks: turns, and where the data tells them, contexts and "
+    "question.",
+    "pose": "Positions jump once, at a random token (PoSE).",
+    "randpos": "Positions are a random increasing subset of the target length (RandPos).",
+    "cream": "Head and tail of a sample lie at the two ends of the target length, its middle between them (CREAM).",
+}
+PICTURES = {
+    "needle_accuracy": "Accuracy by context length",
+    "needle_heatmap": "Accuracy by depth and length",
+    "perplexity": "Perplexity by position",
+    "coverage": "Relative distances met in training",
+}
+
+
+def adapter_card(
+    record: TrainingRecord,
+    adapter_config: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+    *,
+    repo_id: str = REPOSITORY,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    images: Sequence[str] = (),
+) -> str:
+    """Return the README.md of an adapter, or of a whole model.
+
+    Args:
+        record: of the training.
+        adapter_config: `adapter_config.json` of PEFT; `None` of a whole model.
+        report: of an evaluation.
+        repo_id: `user/name`; unset, a placeholder stands there until it is pushed.
+        base_model: Hub id of the base model, where `adapter_config` names a local folder, and of a whole model.
+        dataset: Hub id of the data, where the record does not know it.
+        license: licence of the adapter, as the Hub names it.
+        languages: ISO 639 codes.
+        tags: more tags.
+        images: paths of pictures relative to the card.
+
+    Raises:
+        ValueError: a licence that is no id of the Hub.
 
     Example:
 
-    >>> card = adapter_card(AdapterFacts({"positions": {"strategy": "skip_all", "target_length": 32768}}))
+    >>> from hf_longalign.records.training import PositionsRecord
+    >>> record = TrainingRecord(RopeRecord("llama"), PositionsRecord("skip_all", 32768, 0.5, 0))
+    >>> card = adapter_card(record, {"peft_type": "LORA", "base_model_name_or_path": "org/base"})
     >>> "| target length | 32,768 positions |" in card, "library_name: peft" in card
     (True, True)
     """
-    return assemble(
-        _metadata(facts),
-        {
-            "intro": _intro(facts),
-            "use": _use(facts),
-            "evaluation": _evaluation(facts),
-            "positions": positions_section(facts),
-            "training": training_section(facts),
-            "versions": versions_section(facts),
-            "citation": _citation(facts),
-        },
+    check_license(license=license)
+    config = adapter_config or {}
+    base = _base(record, config, base_model)
+    data = record.data or (HubSource(dataset) if dataset and is_hub_id(dataset) else None)
+    strategy, whole = record.positions.strategy, adapter_config is None
+    skipped, lora = strategy != "none", config.get("peft_type") == "LORA"
+    metadata = ModelCardData(
+        base_model=base.name if base else None,
+        base_model_relation=("finetune" if whole else "adapter") if base else None,
+        datasets=[data.name] if data else None,
+        language=list(languages) or None,
+        library_name="transformers" if whole else "peft",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=[
+            *("hf_longalign", *(["long-context"] if skipped else []), *_method_tags(strategy)),
+            *(["lora"] if lora else []),
+            *("trl", "sft", *(tag for tag in tags if tag not in ("trl", "sft", "hf_longalign"))),
+        ],
+        model_name=repo_id if report else None,
+        eval_results=eval_results(report, repo_id) if report else None,
     )
-
-
-def _metadata(facts: AdapterFacts) -> dict[str, Any]:
-    method = ["lora"] if facts.adapter_config.get("peft_type") == "LORA" else []
-    skipped = facts.record.get("positions", {}).get("strategy", "none").startswith("skip_")
-    name = facts.repo_id or REPOSITORY
-    metadata = {
-        "library_name": "transformers" if facts.whole else "peft",
-        "pipeline_tag": "text-generation",
-        "base_model": facts.base_model,
-        "base_model_relation": ("finetune" if facts.whole else "adapter") if facts.base_model else None,
-        "datasets": [facts.data.name] if facts.data else None,
-        "license": facts.license,
-        "language": list(facts.languages),
-        "tags": ["hf_longalign", "long-context", *(["skipalign"] if skipped else []), *method, "trl", "sft"],
-        "model-index": model_index(facts.report, name) if facts.report else None,
+    values = {
+        "record": record,
+        "report": report,
+        "base": base,
+        "data": data,
+        "whole": whole,
+        "skipped": skipped,
+        "kind": ("model" if whole else "LoRA adapter" if lora else "adapter"),
+        "name": repo_id,
+        "rope": record.rope if _is_scaled(record.rope) else None,
+        "rope_json": json.dumps({"rope_parameters": record.rope.rope_parameters}),
+        "python": _python,
+        "how": STRATEGIES.get(strategy, "Positions are drawn by a function of the author's own."),
+        "positions": _positions(record),
+        "training": _training(record, config, base, data),
+        "pictures": {name: (title, path) for name, title in PICTURES.items() if (path := _path(images, name))},
+        "citations": _citations(record, report),
+        **{helper.__name__: helper for helper in (headline, scores_note, scores_table, suite_of)},
     }
-    return {key: value for key, value in metadata.items() if value}
+    return render("adapter.md.jinja", metadata, values)
 
 
-def _intro(facts: AdapterFacts) -> str:
-    kind = "A LoRA adapter" if facts.adapter_config.get("peft_type") == "LORA" else "An adapter"
-    if facts.whole:
-        kind = "A fine-tuned version" if facts.base_model else "A model"
-    base = f" of {model_link(facts.base_model)}" if facts.base_model else ""
-    title = f"Long-context {'model' if facts.whole else 'adapter'}"
-    if facts.base_model:
-        title = facts.base_model.split("/")[-1] + (" for long contexts" if facts.record else "")
-    positions = facts.record.get("positions", {})
-    target, most = positions.get("target_length"), facts.record.get("training", {}).get("max_length")
-    trained = ", trained for long contexts" if facts.record and kind != "An adapter" else ""
-    sentences = [f"{kind}{base}{trained}."]
-    if facts.data:
-        sentences[0] = sentences[0].removesuffix(".") + f" on {data_link(Data(facts.data.name))}."
-    if target and positions.get("strategy") != "none":
-        length = f" of at most {most:,} tokens" if most else ""
-        sentences.append(
-            f"Short samples{length} were spread over {target:,} positions, so that the model learned long distances "
-            "at the cost of short sequences."
-        )
-    sentences.append("Made with hf_longalign, an extension of [TRL](https://github.com/huggingface/trl).")
-    return join(f"# {title}", " ".join(sentences), headline(facts.report) if facts.report else "")
+def is_hub_id(name: str | None) -> bool:
+    """Return whether a name can be that of a repository of the Hub; a path of this machine is none of a reader's.
+
+    >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("/home/me/model"), is_hub_id("outputs/run/last"), is_hub_id(None)
+    (True, False, False, False)
+    """
+    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
 
 
-def _use(facts: AdapterFacts) -> str:
-    name = facts.repo_id or REPOSITORY
-    if facts.whole:
-        head = f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+def _base(record: TrainingRecord, config: Mapping[str, Any], given: str | None) -> HubSource | None:
+    named, known = config.get("base_model_name_or_path"), record.base
+    name = next((name for name in (given, named, known.name if known else None) if is_hub_id(name)), None)
+    if name is None:
+        return None
+    revision = known.revision if known and known.name == name else None
+    return HubSource(name, revision or (config.get("revision") if named == name else None))
 
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", device_map="auto")"""
-    else:
-        head = f"""\
-from hf_longalign.adapter import load_adapter
-from transformers import AutoTokenizer
 
-model = load_adapter("{name}", dtype="auto", device_map="auto")"""
-    load = f"""\
-{head}
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-
-messages = [{{"role": "user", "content": "Your long text, then your question."}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-output = model.generate(**inputs.to(model.device), max_new_tokens=128)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
-    if facts.whole:
-        return join("## How to use it", "The RoPE it was trained with stands in its config:", fenced("python", load))
-    return join(
-        "## How to use it",
-        "The adapter needs the RoPE it was trained with, set before the base model is loaded; set afterwards it does "
-        "nothing. `load_adapter` does that, and checks that the base model is the one trained on:",
-        fenced("python", load),
-        *_without_package(facts, name),
+def _method_tags(strategy: str) -> list[str]:
+    return (
+        ["skipalign"]
+        if strategy.startswith("skip_")
+        else [strategy]
+        if strategy in ("pose", "randpos", "cream")
+        else []
     )
 
 
-def _without_package(facts: AdapterFacts, adapter: str) -> list[str]:
-    """The same with transformers and PEFT alone, where base model and RoPE are known."""
-    rope = facts.record.get("rope", {})
-    if not facts.base_model or not rope.get("rope_parameters"):
-        return []
-    lines = ["from peft import PeftModel", "from transformers import AutoConfig, AutoModelForCausalLM", ""]
-    named = [f'name = "{facts.base_model}"']
-    if facts.base_revision:
-        named = [f'name, revision = "{facts.base_model}", "{facts.base_revision}"']
-    revision = ", revision=revision" if facts.base_revision else ""
-    lines += [
-        *named,
-        f"config = AutoConfig.from_pretrained(name{revision})",
-        f"config.rope_parameters = {_literal(rope['rope_parameters'])}",
-    ]
-    if rope.get("max_position_embeddings"):
-        lines.append(f"config.max_position_embeddings = {rope['max_position_embeddings']}")
-    lines += [
-        "model = AutoModelForCausalLM.from_pretrained(",
-        "    name,",
-        *(["    revision=revision,"] if revision else []),
-        "    config=config,",
-        '    dtype="auto",',
-        '    device_map="auto",',
-        ")",
-        f'model = PeftModel.from_pretrained(model, "{adapter}")',
-    ]
-    return ["The same without hf_longalign:", fenced("python", "\n".join(lines))]
+def _citations(record: TrainingRecord, report: Report | None) -> list[str]:
+    papers = {"skipalign": "wu2024long", "pose": "zhu2023pose"}
+    keys = [papers[tag] for tag in _method_tags(record.positions.strategy) if tag in papers]
+    keys += ["bai2024longalign"] if record.training.loss_weighting == "sequence" else []
+    keys += ["bai2023longbench"] if report and any(suite.suite == "longbench" for suite in report.suites) else []
+    return [*keys, "vonwerra2020trl"]
 
 
-def _literal(value: Any, indent: str = "") -> str:
+def _path(images: Sequence[str], name: str) -> str | None:
+    """The picture of that name; one beside the card, drawn for a report, before one in a folder."""
+    return next(
+        (path for path in sorted(images, key=lambda path: path.count("/")) if PurePosixPath(path).stem == name), None
+    )
+
+
+def _positions(record: TrainingRecord) -> list[tuple[str, str]]:
+    positions, coverage = record.positions, record.coverage
+    rows: list[tuple[str, Any]] = [
+        ("strategy", code(positions.strategy)),
+        ("target length", f"{positions.target_length:,} positions" if positions.target_length else ""),
+        ("share of skipped samples", "" if positions.skip_probability is None else f"{positions.skip_probability:g}"),
+        ("seed", positions.seed),
+    ]
+    if coverage is not None and coverage.documents:
+        rows += [
+            ("samples seen, all epochs", f"{coverage.documents:,}, {coverage.skip_share:.1%} of them skipped"),
+            ("relative distances met", f"{coverage.skip_distance_coverage:.1%} of all below the target length"),
+            ("largest distance", f"{coverage.skip_distance_max:,}"),
+            ("mean span of a sample", f"{coverage.skip_span_mean:,.0f} positions"),
+        ]
+    return _known(rows)
+
+
+def _training(
+    record: TrainingRecord, config: Mapping[str, Any], base: HubSource | None, data: HubSource | None
+) -> list[tuple[str, str]]:
+    batches, run = record.training, record.run
+    details = data and [
+        f"configuration {code(data.config)}" if data.config and data.config != "default" else "",
+        f"split {code(data.split)}" if data.split else "",
+        f"revision {code(data.revision)}" if data.revision else "",
+    ]
+    rows: list[tuple[str, Any]] = [
+        (
+            "base model",
+            base and f"{_link(base.name)}" + (f" at revision {code(base.revision)}" if base.revision else ""),
+        ),
+        ("data", data and ", ".join([_link(data.name, "datasets/"), *filter(None, details or [])])),
+        ("adapter", _adapter(config)),
+        ("RoPE", _rope(record.rope)),
+        ("longest sample", batches.max_length and f"{batches.max_length:,} tokens"),
+        ("batches", "packed rows" if batches.packing else "padding-free" if batches.padding_free else "padded"),
+        ("loss", "every sequence weighs the same (LongAlign)" if batches.loss_weighting == "sequence" else ""),
+        ("attention", batches.attention and code(batches.attention)),
+        *_run(run),
+        ("seed", record.seed),
+        ("hardware", record.hardware),
+    ]
+    return _known(rows) if run.steps else []
+
+
+def _run(run: RunRecord) -> list[tuple[str, Any]]:
+    rows = "1 row" if run.batch_size == 1 else f"{run.batch_size or 0:,} rows"
+    return [
+        ("length", f"{run.steps:,} steps of {rows}" + (f", {run.epochs:.3g} epochs" if run.epochs else "")),
+        ("optimizer", run.optimizer and code(run.optimizer)),
+        ("learning rate", run.learning_rate and f"{run.learning_rate:g}, {run.schedule}"),
+        ("precision", run.precision),
+        ("time", duration(run.seconds) if run.seconds and run.seconds >= 1 else ""),
+    ]
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    if config.get("peft_type") != "LORA":
+        return str(config.get("peft_type") or "")
+    targets = config.get("target_modules") or []
+    names = [targets] if isinstance(targets, str) else sorted({name.rsplit(".", 1)[-1] for name in targets})
+    modules = "" if isinstance(targets, str) or len(targets) == len(names) else f" ({len(targets):,} modules)"
+    parts = [
+        f"LoRA of rank {config['r']}" if "r" in config else "LoRA",
+        f"alpha {config['lora_alpha']}" if config.get("lora_alpha") is not None else "",
+        f"dropout {config['lora_dropout']:g}" if config.get("lora_dropout") else "",
+        f"on {listed([code(name) for name in names])}{modules}" if names else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _is_scaled(rope: RopeRecord) -> bool:
+    return '"factor"' in json.dumps(rope.rope_parameters)  # per layer type in some models
+
+
+def _rope(rope: RopeRecord) -> str:
+    parameters = rope.rope_parameters or {}
+    kind = parameters.get("rope_type")
+    if kind is None:
+        return ""
+    parts = [
+        "not scaled" if kind == "default" else str(kind),
+        f"factor {parameters['factor']:g}" if "factor" in parameters else "",
+        f"theta {parameters['rope_theta']:,.0f}" if parameters.get("rope_theta") else "",
+        f"{rope.max_position_embeddings:,} positions" if rope.max_position_embeddings else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _link(name: str, kind: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def _known(rows: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it.
+
+    >>> duration(59.4), duration(754), duration(9000)
+    ('59 s', '12 min 34 s', '2 h 30 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _python(value: Any, indent: str = "") -> str:
     """JSON data as Python, a line per key."""
     if not isinstance(value, Mapping):
         return json.dumps(value) if isinstance(value, str) else repr(value)
     inner = indent + "    "
-    lines = "".join(f"{inner}{json.dumps(key)}: {_literal(item, inner)},\n" for key, item in value.items())
+    lines = "".join(f"{inner}{json.dumps(key)}: {_python(item, inner)},\n" for key, item in value.items())
     return f"{{\n{lines}{indent}}}"
-
-
-def _evaluation(facts: AdapterFacts) -> str:
-    report = facts.report
-    if report is None:
-        return ""
-    parts = []
-    for suite in report["suites"]:
-        title = SUITES.get(suite["suite"], (plain(suite["suite"]), ""))[0]
-        shown = scores_table(report, suite)
-        if not shown and not failures(suite):
-            continue
-        parts.append(f"### {title}")
-        if suite["suite"] == "short":
-            parts.append("What the training for long contexts costs on short ones.")
-        parts += [shown, f"{metric_note(suite)}." if shown else "", failures(suite)]
-        if suite["suite"] == "needle":
-            parts += [show_image(facts, stem) for stem in ("needle_accuracy", "needle_heatmap")]
-    if show_image(facts, "perplexity"):
-        parts += ["### Perplexity by position", show_image(facts, "perplexity")]
-    if not parts:
-        return ""
-    return join("## Evaluation", _protocol(report), *parts)
-
-
-def _protocol(report: Mapping[str, Any]) -> str:
-    # Not by the names of the report: they may be folders of the machine that evaluated.
-    text = "The base model and this adapter were asked the same prompts." if len(report["models"]) > 1 else ""
-    intervals = any(
-        score.get("low") is not None
-        for suite in report["suites"]
-        for task in suite["tasks"]
-        for score in (task.get("scores") or {}).values()
-    )
-    notes = ["In brackets: 95 % intervals; a change in bold is larger than chance at that level." if intervals else ""]
-    notes += [f"Evaluated on {report['date']}." if report.get("date") else ""]
-    notes += [f"Fingerprint of the prompts: {code(report['prompts'][:16])}." if report.get("prompts") else ""]
-    return " ".join(filter(None, [text, *notes]))
-
-
-def _citation(facts: AdapterFacts) -> str:
-    strategy = facts.record.get("positions", {}).get("strategy", "none")
-    suites = [suite["suite"] for suite in (facts.report or {}).get("suites", [])]
-    names = ["skipalign"] if strategy.startswith("skip_") else ["pose"] if strategy == "pose" else []
-    names += ["longalign"] if facts.record.get("training", {}).get("loss_weighting") == "sequence" else []
-    names += ["longbench"] if "longbench" in suites else []
-    return f"## Citation\n\n{cite([*names, 'trl'])}"

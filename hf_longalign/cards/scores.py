@@ -1,171 +1,208 @@
-"""The scores of an evaluation's `report.json` as tables of a card, and as the Hub's `model-index`."""
+"""The scores of a `Report` as a card's tables, as the Hub's `model-index`, and as its `.eval_results`."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from hf_longalign.cards.markdown import code, listed, plain, table
+from hf_longalign.cards.page import REPOSITORY, SOURCE
+from hf_longalign.records.names import metric_of, suite_of
+from hf_longalign.records.report import Report, Score, SuiteResult, TaskResult
 
 
-# By suite: its title, and how the Hub names the data behind it.
-SUITES = {
-    "needle": ("Needle in a haystack", "needle-in-a-haystack"),
-    "longbench": ("LongBench", "THUDM/LongBench"),
-    "ruler": ("RULER", "ruler"),
-    "short": ("Short contexts", ""),
-}
-METRICS = {
-    "acc": "accuracy",
-    "acc_norm": "length-normalised accuracy",
-    "exact_match": "exact match",
-    "qa_f1": "F1",
-    "rouge": "ROUGE-L",
-}
-Report = Mapping[str, Any]
+class _Measured(NamedTuple):
+    """One score of the model of interest, at one length where the task has several."""
+
+    suite: SuiteResult
+    task: TaskResult
+    length: int | None
+    score: Score
+
+    @property
+    def dataset(self) -> str:
+        """The Hub id of the data; empty where there is none."""
+        return self.task.dataset or suite_of(self.suite.suite).dataset
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What a reader must know to compare the score."""
+        known = {"length": self.length, "haystack": self.task.haystack, "samples": self.task.samples or None}
+        return {name: value for name, value in known.items() if value is not None}
 
 
-def model_index(report: Report, name: str) -> list[dict[str, Any]]:
-    """Return the `model-index` of the model evaluated last: one result per task, scores in percent.
+def _measured(report: Report) -> Iterator[_Measured]:
+    label = report.labels[-1]
+    for suite in report.suites:
+        for task in suite.tasks:
+            if task.grid is not None and label in task.grid.by_length:
+                for length, score in zip(task.grid.lengths, task.grid.by_length[label], strict=True):
+                    yield _Measured(suite, task, length, score)
+            elif label in task.scores:
+                yield _Measured(suite, task, task.length, task.scores[label])
 
-    Empty where nothing was measured. Specification: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
 
-    >>> task = {"task": "qasper", "metric": "f1", "scores": {"adapter": {"value": 0.4567}}}
-    >>> report = {"models": [{"label": "adapter", "name": "a"}], "suites": [{"suite": "longbench", "tasks": [task]}]}
-    >>> model_index(report, "user/a")[0]["results"][0]["metrics"]
-    [{'type': 'f1', 'value': 45.7, 'name': 'f1 (%)'}]
+def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
+    """Return the scores of the model evaluated last for a `model-index`, in percent, each with its conditions.
+
+    Example:
+
+    >>> from hf_longalign.records.report import EvaluatedModel
+    >>> task = TaskResult("qasper", "qa_f1", samples=200, scores={"adapter": Score(0.4567)})
+    >>> report = Report([EvaluatedModel("adapter", "a")], [SuiteResult("longbench", [task])])
+    >>> found = eval_results(report, "user/a")[0]
+    >>> found.dataset_type, found.metric_type, found.metric_value, found.dataset_args
+    ('THUDM/LongBench', 'f1', 45.7, {'samples': 200})
     """
-    label = report["models"][-1]["label"]
     results = []
-    for suite in report["suites"]:
-        title, data = SUITES.get(suite["suite"], (suite["suite"], suite["suite"]))
-        for task in suite["tasks"]:
-            score = (task.get("scores") or {}).get(label)
-            if score is None:
-                continue
-            metric = _metric(suite, task)
-            results.append(
-                {
-                    "task": {"type": "text-generation", "name": "Text generation"},
-                    "dataset": {
-                        "name": f"{title}, {task['task']}",
-                        "type": data or task["task"],
-                        "config": task["task"],
-                    },
-                    "metrics": [
-                        {"type": metric, "value": round(100 * score["value"], 1), "name": f"{words(metric)} (%)"}
-                    ],
-                }
+    for found in _measured(report):
+        metric, title = metric_of(found.task.metric or ""), suite_of(found.suite.suite).title
+        at = "" if found.length is None else f", {found.length:,} tokens"
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type=found.dataset or f"{found.suite.suite}_{found.task.task}",
+                dataset_name=f"{title}, {found.task.task}{at}",
+                # The Hub joins what has one configuration: a length is one.
+                dataset_config=found.task.task + ("" if found.length is None else f"_{found.length}"),
+                dataset_args=found.conditions,
+                metric_type=metric.hub_id,
+                metric_name=f"{metric.title} (%)",
+                metric_value=round(100 * found.score.value, 1),
+                source_name=SOURCE,
+                source_url=f"https://huggingface.co/{repo_id}",
             )
-    return [{"name": name, "results": results}] if results else []
+        )
+    return results
 
 
-def scores_table(report: Report, suite: Mapping[str, Any]) -> str:
-    """Return the tasks of a suite before and after as a table, with 95 % intervals where there are any."""
-    labels = [model["label"] for model in report["models"]]
-    compares = len(labels) > 1
-    differ = _metrics_differ(suite)
-    head = ["task", *(["metric"] if differ else []), "samples", *labels, *(["change"] if compares else [])]
-    rows: list[list[Any]] = []
-    for task in suite["tasks"]:
-        scores = task.get("scores") or {}
-        if scores:
-            cells = [_score(scores.get(label)) for label in labels]
-            change = [_change(task, labels)] if compares else []
-            metric = [words(_metric(suite, task))] if differ else []
-            rows.append([code(task["task"]), *metric, task.get("samples", ""), *cells, *change])
-    for group in suite.get("groups") or []:
-        values = [group["scores"].get(label) for label in labels]
-        cells = ["" if value is None else f"**{100 * value:.1f}**" for value in values]
-        change = [_signed(values[-1] - values[0]) if None not in values else ""] if compares else []
-        rows.append([f"**{plain(group['group'])}**", *([""] if differ else []), "", *cells, *change])
-    return table(head, rows, right=range(2 if differ else 1, len(head)))
+def hub_results(report: Report, repo_id: str) -> dict[str, bytes]:
+    """Return files of the Hub's `.eval_results`, by path: of the scores whose data set the Hub knows.
 
-
-def metric_note(suite: Mapping[str, Any]) -> str:
-    """Return what the numbers of a suite are.
-
-    >>> metric_note({"metric": "exact_match", "tasks": []})
-    'Exact match in percent'
+    Specification: https://huggingface.co/docs/hub/eval-results
     """
-    name = "Scores" if _metrics_differ(suite) else words(_metric(suite, next(iter(suite["tasks"]), {})))
-    return f"{name[0].upper()}{name[1:]} in percent"
-
-
-def words(metric: str) -> str:
-    """Return the name of a metric as words.
-
-    >>> words("exact_match"), words("code_sim")
-    ('exact match', 'code sim')
-    """
-    return METRICS.get(metric, metric.replace("_", " "))
+    entries: dict[str, list[EvalResultEntry]] = {}
+    for found in _measured(report):
+        if "/" not in found.dataset:
+            continue
+        notes = {metric_of(found.task.metric or "").title: "in percent", **found.conditions}
+        entry = EvalResultEntry(
+            dataset_id=found.dataset,
+            task_id=found.task.task,
+            value=round(100 * found.score.value, 1),
+            date=report.date,
+            source_url=f"https://huggingface.co/{repo_id}/blob/main/report.md",
+            source_name="Evaluation report",
+            notes=", ".join(f"{name} {value}" for name, value in notes.items()),
+        )
+        entries.setdefault(found.suite.suite, []).append(entry)
+    return {
+        f".eval_results/{suite}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(found), sort_keys=False).encode()
+        for suite, found in entries.items()
+    }
 
 
 def headline(report: Report) -> str:
-    """Return one line per suite with its average before and after; empty for a single model."""
-    labels = [model["label"] for model in report["models"]]
-    rows = []
-    for suite in report["suites"] if len(labels) > 1 else []:
+    """Return one line per suite: its average of all models, and how many tasks changed beyond chance."""
+    labels, rows = report.labels, []
+    for suite in report.suites if len(report.labels) > 1 else []:
         means = _means(suite, labels)
         if means:
-            title = SUITES.get(suite["suite"], (suite["suite"], ""))[0]
-            rows.append([title, f"{100 * means[0]:.1f}", f"**{100 * means[-1]:.1f}**", _signed(means[-1] - means[0])])
-    return table(("average", "base", "this adapter", "change"), rows, right=(1, 2, 3))
+            rows.append(
+                [suite_of(suite.suite).title, *(f"{100 * mean:.1f}" for mean in means), _verdict(suite, labels)]
+            )
+    return table(
+        ["average in percent", *labels, f"tasks, {labels[-1]} against {labels[0]}"],
+        rows,
+        right=range(1, len(labels) + 1),
+    )
 
 
-def _means(suite: Mapping[str, Any], labels: Sequence[str]) -> list[float]:
-    """The suite's own average, where it has one, else the mean of the tasks that both have scores for."""
-    for group in suite.get("groups") or []:
-        values = [group["scores"].get(label) for label in (labels[0], labels[-1])]
-        if group["group"] in ("average", "overall") and None not in values:
-            return values
-    pairs = [
-        [task["scores"][label]["value"] for label in (labels[0], labels[-1])]
-        for task in suite["tasks"]
-        if all((task.get("scores") or {}).get(label) for label in (labels[0], labels[-1]))
+def _means(suite: SuiteResult, labels: list[str]) -> list[float]:
+    """The suite's own average, where it has one, else the mean of the tasks that all models have scores for."""
+    for group in suite.groups:
+        if group.group in ("average", "overall") and all(label in group.scores for label in labels):
+            return [group.scores[label] for label in labels]
+    values = [
+        [task.scores[label].value for label in labels] for task in suite.tasks if set(labels) <= set(task.scores)
     ]
-    return [sum(column) / len(pairs) for column in zip(*pairs, strict=True)] if pairs else []
+    return [sum(column) / len(values) for column in zip(*values, strict=True)] if values else []
 
 
-def failures(suite: Mapping[str, Any]) -> str:
-    """Return the tasks that could not be measured, or not as meant; the reasons stay in the report.
-
-    >>> failures({"tasks": [{"task": "gsm8k", "error": "no network"}, {"task": "ifeval", "note": "2 were cut"}]})
-    'Not measured: `gsm8k`. With a note in the report: `ifeval`.'
-    """
-    found = []
-    for key, told in (("error", "Not measured"), ("note", "With a note in the report")):
-        tasks = [code(task["task"]) for task in suite["tasks"] if task.get(key)]
-        found += [f"{told}: {listed(tasks)}."] if tasks else []
-    return " ".join(found)
+def _verdict(suite: SuiteResult, labels: list[str]) -> str:
+    """Words that follow the numbers: a change within its interval is none."""
+    found = [_difference(task, labels) for task in suite.tasks]
+    changes = [change for change in found if change is not None and change.low is not None]
+    counts = Counter("no clear change" if not c.significant else "better" if c.value > 0 else "worse" for c in changes)
+    return ", ".join(f"{counts[word]} {word}" for word in ("better", "worse", "no clear change") if counts[word])
 
 
-def _metrics_differ(suite: Mapping[str, Any]) -> bool:
-    return len({_metric(suite, task) for task in suite["tasks"] if task.get("scores")}) > 1
+def scores_table(report: Report, suite: SuiteResult) -> str:
+    """Return the tasks of a suite as a table, a column per model, with 95 % intervals where there are any."""
+    labels, metrics = report.labels, _metrics(suite)
+    change = [f"{labels[-1]} − {labels[0]}"] if len(labels) > 1 else []
+    head = ["task", *(["metric"] if len(metrics) > 1 else []), "samples", *labels, *change]
+    rows: list[list[Any]] = []
+    for task in suite.tasks:
+        if task.scores:
+            metric = [metric_of(task.metric or "").title] if len(metrics) > 1 else []
+            cells = [_score(task.scores.get(label)) for label in labels]
+            rows.append([code(task.task), *metric, task.samples, *cells, *([_change(task, labels)] if change else [])])
+    for group in suite.groups:
+        cells = [f"{100 * group.scores[label]:.1f}" if label in group.scores else "" for label in labels]
+        rows.append(
+            [f"*{plain(group.group)}*", *([""] if len(metrics) > 1 else []), "", *cells, *([""] if change else [])]
+        )
+    return table(head, rows, right=range(len(head) - len(labels) - len(change) - 1, len(head)))
 
 
-def _metric(suite: Mapping[str, Any], task: Mapping[str, Any]) -> str:
-    return str(task.get("metric") or suite.get("metric") or "score")
+def scores_note(suite: SuiteResult) -> str:
+    """Return what the numbers of a suite are, and what was not measured as meant; the report holds the reasons."""
+    metrics = _metrics(suite)
+    name = metrics[0] if len(metrics) == 1 else "scores"
+    sentences = [f"{name[0].upper()}{name[1:]} in percent."] if metrics else []
+    hay = {task.haystack for task in suite.tasks if task.haystack}
+    sentences += [f"Haystack: {listed(sorted(hay))}."] if hay else []
+    for told, tasks in (
+        ("Not measured", [task for task in suite.tasks if task.error]),
+        ("Answers cut at the limit of new tokens", [task for task in suite.tasks if any(task.cut_answers.values())]),
+        ("Prompts cut or left out", [task for task in suite.tasks if task.cut_prompts or task.left_out]),
+        ("With a note in the report", [task for task in suite.tasks if task.note]),
+    ):
+        sentences += [f"{told}: {listed([code(task.task) for task in tasks])}."] if tasks else []
+    return " ".join(sentences)
 
 
-def _score(score: Mapping[str, float] | None) -> str:
+def _metrics(suite: SuiteResult) -> list[str]:
+    return list(dict.fromkeys(metric_of(task.metric or "").title for task in suite.tasks if task.scores))
+
+
+def _score(score: Score | None) -> str:
     if score is None:
         return ""
-    text = f"{100 * score['value']:.1f}"
-    return text if score.get("low") is None else f"{text} ({100 * score['low']:.1f}–{100 * score['high']:.1f})"
+    interval = "" if score.low is None or score.high is None else f" ({100 * score.low:.1f}–{100 * score.high:.1f})"
+    return f"{100 * score.value:.1f}{interval}"
 
 
-def _change(task: Mapping[str, Any], labels: Sequence[str]) -> str:
-    found = task.get("difference")
-    if found is None:
-        scores = [task["scores"].get(label) for label in (labels[0], labels[-1])]
-        return "" if None in scores else _signed(scores[1]["value"] - scores[0]["value"])
-    text = _signed(found["value"])
-    if found.get("low") is None:
-        return text
-    text = f"{text} ({_signed(found['low'])} to {_signed(found['high'])})"
-    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text
+def _difference(task: TaskResult, labels: list[str]) -> Any:
+    found = (d for d in task.differences if (d.label, d.reference) == (labels[-1], labels[0]))
+    return next(found, None)
+
+
+def _change(task: TaskResult, labels: list[str]) -> str:
+    change = _difference(task, labels)
+    if change is None:
+        return ""
+    if change.low is None or change.high is None:
+        return _signed(change.value)
+    text = f"{_signed(change.value)} ({_signed(change.low)} to {_signed(change.high)})"
+    return f"**{text}**" if change.significant else text
 
 
 def _signed(value: float) -> str:
-    """The difference in percent points, with a real minus; what rounds to nothing has no sign."""
+    """A difference in percent points, with a real minus; what rounds to nothing has no sign."""
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text[1:] == "0.0" else text

@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -16,9 +17,9 @@ from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig
 
-from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments, adapter_repository
-from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, same_command
+from hf_longalign.cards import write_adapter_card
+from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments
+from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, destination, same_command
 from hf_longalign.evaluation.encoding import token_counter
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
@@ -47,9 +48,9 @@ from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite, Suite
 from hf_longalign.evaluation.texts import load_texts
 from hf_longalign.evaluation.write import write_report
-from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.provenance import loaded_commit
+from hf_longalign.hub import publish_adapter
 from hf_longalign.rope import model_range
+from hf_longalign.run_record import loaded_commit
 from hf_longalign.version import __version__
 
 
@@ -280,7 +281,7 @@ def publish_report(
 ) -> str:
     """Publish the adapter with its report and a card that shows it, and return what to tell the user."""
     source = str(model_args.adapter)
-    repo_id = adapter_repository(hub, source)
+    to = destination(hub, source)
     if not Path(source).is_dir():
         # What was evaluated, and not what somebody may have pushed since.
         commit = loaded_commit(source, "adapter_config.json", model_args.adapter_revision)
@@ -290,11 +291,11 @@ def publish_report(
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report["images"]):
             shutil.copy(Path(args.output_dir) / name, staged)
-        write_adapter_card(staged, repo_id=repo_id, **card.card())
-        base = card.base_name
-        return publish_args.push(
-            publish_adapter, staged, hub, repo_id=repo_id, base_model=base, resume_command=same_command()
-        )
+        if "coverage.png" in report["images"]:  # the same, with the lengths that were evaluated
+            (staged / "assets" / "coverage.png").unlink(missing_ok=True)
+        write_adapter_card(staged, repo_id=to["repo_id"], **card.card())
+        settings = {**to, "base_model": card.base_name, "resume_command": same_command()}
+        return publish_args.push(partial(publish_adapter, staged, **settings), same_command())
 
 
 def run(
@@ -317,8 +318,8 @@ def run(
         if not state.is_main_process:
             return 0
         report = make_report(suites, who, setting, args, store)
-    coverage = record_of(model_args.adapter, model_args.adapter_revision).get("coverage")
-    report = write_report(args.output_dir, report, coverage=coverage)
+    record = record_of(model_args.adapter, model_args.adapter_revision)
+    report = write_report(args.output_dir, report, coverage=record.coverage if record else None)
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {args.output_dir}")
     if hub.push_to_hub:

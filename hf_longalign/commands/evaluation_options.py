@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_longalign.commands.options import OptionParser
-from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, repository
+from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions
+from hf_longalign.hub import check_base_name
 
 
 DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions, and write a report of what changed.
@@ -134,22 +135,15 @@ def check(
                 f"`suites` {name!r} needs the model itself, got an endpoint, which has needle and longbench alone. "
                 "Leave `endpoint` out."
             )
-    if hub.push_to_hub and model.adapter is None:
-        raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
-    if hub.push_to_hub and model.adapter is not None:
-        publish.check_push(hub, adapter_repository(hub, model.adapter))
+    if hub.push_to_hub:
+        if model.adapter is None:
+            raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
+        if not Path(model.adapter).is_dir():
+            hub.hub_model_id = hub.hub_model_id or model.adapter
+        publish.check_push(hub, model.adapter)
         if Path(model.adapter).is_dir():
-            card.check_base(model.model)
+            check_base_name(card.base_name, model.model)
     check_output(args.output_dir)
-
-
-def adapter_repository(hub: HubOptions, adapter: str) -> str:
-    """Return where a report is pushed to: the repository asked for, or the adapter's own.
-
-    >>> adapter_repository(HubOptions(), "user/adapter")
-    'user/adapter'
-    """
-    return repository(hub, adapter) if Path(adapter).is_dir() else hub.hub_model_id or adapter
 
 
 def check_output(output_dir: str) -> None:

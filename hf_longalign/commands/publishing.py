@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from huggingface_hub import get_token
 
-from hf_longalign.hub.push import Destination, check_dry_run
+from hf_longalign.cards.page import check_license
+from hf_longalign.hub import Destination, check_dry_run
 
 
 class Hub(Protocol):
@@ -45,12 +46,15 @@ class PublishOptions:
     )
     allow: list[str] = field(
         default_factory=list,
-        metadata={"help": "Texts that look private and may be seen by everyone, such as a path in the data."},
+        metadata={
+            "help": "Texts that look private and may be seen by everyone, such as a path in a row; a folder allows "
+            "what lies in it."
+        },
     )
 
     def check_push(self, hub: Hub, folder: str | Path, token: str | None = None) -> None:
         """Refuse before the work what would be refused after it."""
-        Destination(repository(hub, folder), "model", None, hub.hub_revision, self.create_pr, self.tag).check()
+        Destination(**destination(hub, folder), repo_type="model", create_pr=self.create_pr, tag=self.tag).check()
         if self.push_dry_run is not None:
             check_dry_run(self.push_dry_run)
         elif (token or get_token()) is None:
@@ -58,60 +62,22 @@ class PublishOptions:
                 "`push_to_hub` needs a token with the right to write, got none. Run `hf auth login` first."
             )
 
-    def push(
-        self,
-        publish: Callable[..., str],
-        folder: str | Path,
-        hub: Hub,
-        *,
-        repo_id: str | None = None,
-        resume_command: str | None = None,
-        **options: Any,
-    ) -> str:
-        """Publish a folder, and return what to tell the user.
+    def options(self) -> dict[str, Any]:
+        """Return them as arguments of `publish_dataset`, `publish_adapter` and `trainer.push_to_hub`."""
+        return {"create_pr": self.create_pr, "tag": self.tag, "allow": self.allow, "dry_run": self.push_dry_run}
+
+    def push(self, publish: Callable[..., str], command: str) -> str:
+        """Publish, and return what to tell the user.
 
         Args:
-            publish: `publish_dataset` or `publish_adapter`.
-            folder: what to publish.
-            hub: where.
-            repo_id: the repository, where the folder is only a copy of what is published.
-            resume_command: what goes on after a failure; `None`: `hf-longalign push`, which repeats none of the work
-                that the folder comes from.
-            **options: more arguments of `publish`.
+            publish: takes `options`.
+            command: does it again, and none of the work before it.
         """
-        repo_id = repo_id or repository(hub, folder)
-        command = resume_command or self._command(folder, repo_id, hub, options)
         try:
-            url = publish(
-                folder,
-                repo_id,
-                private=hub.hub_private_repo,
-                branch=hub.hub_revision,
-                create_pr=self.create_pr,
-                tag=self.tag,
-                dry_run=self.push_dry_run,
-                allow=self.allow,
-                resume_command=command,
-                **options,
-            )
+            url = publish(**self.options())
         except ValueError as error:
             raise ValueError(f"{error} The work is done; once that is mended, publish it with: {command}") from error
         return f"Published {url}" if self.push_dry_run is None else f"Nothing pushed; what would be is in {url}"
-
-    def _command(self, folder: str | Path, repo_id: str, hub: Hub, options: dict[str, Any]) -> str:
-        """The command that pushes the folder as it is; a token stays in the environment or in `hf auth login`."""
-        given = {
-            "hub_model_id": repo_id,
-            "hub_private_repo": hub.hub_private_repo,
-            "hub_revision": hub.hub_revision,
-            "create_pr": self.create_pr or None,
-            "tag": self.tag,
-            "push_dry_run": self.push_dry_run,
-            "base_name": options.get("base_model"),
-        }
-        words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-        words += ["--allow", *self.allow] if self.allow else []
-        return shlex.join(["python", "-m", "hf_longalign", "push", str(folder), *words])
 
 
 @dataclass
@@ -121,6 +87,10 @@ class CardOptions:
     license: str | None = field(
         default=None, metadata={"help": "Licence of what is published, as the Hub names it: cc-by-4.0, apache-2.0 …"}
     )
+
+    def check(self) -> None:
+        """Refuse a licence that the Hub would refuse."""
+        check_license(license=self.license)
 
 
 @dataclass
@@ -132,28 +102,21 @@ class AdapterCardOptions(CardOptions):
     )
     languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
 
-    def check_base(self, base: str) -> None:
-        """Refuse to publish what a local folder without a name is the base of."""
-        if self.base_name is None and Path(base).exists():
-            raise ValueError(
-                f"`base_name` must be given to publish what a local folder was the base of, got {base!r}. Set it to "
-                "the model's Hub id, or to a neutral name."
-            )
-
     def card(self) -> dict[str, Any]:
         """Return them as arguments of `write_adapter_card`."""
         return {"base_model": self.base_name, "license": self.license, "languages": self.languages}
 
 
-def repository(hub: Hub, folder: str | Path) -> str:
-    """Return the repository to push to: the one asked for, or one that is called as the folder is.
+def destination(hub: Hub, folder: str | Path) -> dict[str, Any]:
+    """Return where a push goes as arguments of `publish_dataset`; a repository without a name is called as the folder.
 
-    >>> repository(HubOptions(hub_model_id="user/rows"), "outputs/contexts")
-    'user/rows'
-    >>> repository(HubOptions(), "outputs/contexts")
+    >>> destination(HubOptions(hub_model_id="user/rows"), "outputs/contexts")
+    {'repo_id': 'user/rows', 'private': None, 'branch': None}
+    >>> destination(HubOptions(), "outputs/contexts")["repo_id"]
     'contexts'
     """
-    return hub.hub_model_id or Path(folder).resolve().name
+    repo_id = hub.hub_model_id or Path(folder).resolve().name
+    return {"repo_id": repo_id, "private": hub.hub_private_repo, "branch": hub.hub_revision}
 
 
 def same_command() -> str:

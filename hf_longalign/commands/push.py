@@ -1,12 +1,15 @@
 """Publish a folder: a data set that `synthesize` wrote, or an adapter or a whole model that was trained."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_longalign.cards import write_adapter_card
 from hf_longalign.commands.options import OptionParser
-from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions
+from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, destination
+from hf_longalign.hub import publish_adapter, publish_command, publish_dataset
 
 
 DESCRIPTION = """Publish a folder on the Hub as one commit: a data set, an adapter or a whole model, by what it holds.
@@ -41,14 +44,11 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
 
 def run(folder: Path, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions) -> int:
     """Push it."""
-    from hf_longalign.cards.card_file import write_adapter_card
-    from hf_longalign.hub.adapter import publish_adapter
-    from hf_longalign.hub.dataset import publish_dataset
-
+    to = destination(hub, folder)
+    push: Callable[..., str] = publish_dataset
     if any((folder / name).is_file() for name in CONFIGS):
         if card.license or card.languages:
             write_adapter_card(folder, **card.card())
-        print(publish.push(publish_adapter, folder, hub, base_model=card.base_name))
-    else:
-        print(publish.push(publish_dataset, folder, hub))
+        to["base_model"], push = card.base_name, publish_adapter
+    print(publish.push(partial(push, folder, **to), publish_command(folder, **to, **publish.options())))
     return 0

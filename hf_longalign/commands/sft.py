@@ -2,23 +2,19 @@
 
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoConfig, AutoTokenizer
+from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
-from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.commands.publishing import AdapterCardOptions, PublishOptions
+from hf_longalign.commands.publishing import PublishOptions, destination
 from hf_longalign.commands.training_options import DataOptions, RopeOptions
 from hf_longalign.config import LongAlignSFTConfig
-from hf_longalign.evaluation.coverage_plot import plot_coverage
-from hf_longalign.hub.adapter import publish_adapter
-from hf_longalign.hub.main_process import on_main_process
-from hf_longalign.hub.push import CARD
+from hf_longalign.hub import publish_command
 from hf_longalign.rope import scale_rope
 from hf_longalign.trainer import LongAlignSFTTrainer
 
@@ -43,23 +39,6 @@ def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
-
-
-def data_source(args: DataOptions, dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
-    """Return what the training record tells of the data: its Hub id and commit; `None` for files of this machine."""
-    if Path(str(args.dataset_name)).exists():
-        return None
-    # datasets keeps what it loads from the Hub in a folder named after the commit.
-    files = dataset.cache_files if isinstance(dataset, Dataset) else []
-    commits = {part for file in files for part in Path(file["filename"]).parts if re.fullmatch("[0-9a-f]{40}", part)}
-    revision = commits.pop() if len(commits) == 1 else args.dataset_revision
-    found = {
-        "name": args.dataset_name,
-        "revision": revision,
-        "config": args.dataset_config,
-        "split": args.dataset_train_split,
-    }
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
@@ -109,40 +88,12 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def finish(
-    trainer: LongAlignSFTTrainer,
-    own_card: bytes | None,
-    pushes: bool,
-    args: PublishOptions,
-    card: AdapterCardOptions,
-) -> str:
-    """Write the card, publish if asked to, and return what to tell the user."""
-    training_args = trainer.args
-    folder = Path(str(training_args.output_dir))
-    (folder / CARD).unlink(missing_ok=True)
-    if own_card is not None:
-        (folder / CARD).write_bytes(own_card)
-    coverage = trainer.training_record().get("coverage")
-    if coverage is not None:
-        draw_coverage(coverage, folder / "assets" / "coverage.png")
-    write_adapter_card(folder, **card.card())
-    if not pushes:
-        return f"Saved to {folder}"
-    return args.push(
-        publish_adapter,
-        folder,
-        training_args,
-        base_model=card.base_name,
-        token=training_args.hub_token,
-    )
-
-
-def draw_coverage(coverage: dict[str, Any], path: Path) -> None:
-    """Draw what the positions covered, where matplotlib is installed."""
-    try:
-        plot_coverage(coverage, path, title="Relative distances covered in training")
-    except ImportError as error:
-        logger.warning("The card has no picture: %s", error)
+def publish(trainer: LongAlignSFTTrainer, args: PublishOptions) -> str:
+    """Save the model and publish it, and return what to tell the user."""
+    folder = str(trainer.args.output_dir)
+    to = destination(trainer.args, folder)
+    command = publish_command(folder, base_model=trainer.args.base_name, **to, **args.options())
+    return args.push(trainer.push_to_hub, command)
 
 
 def run(
@@ -151,17 +102,13 @@ def run(
     model_args: ModelConfig,
     rope_args: RopeOptions,
     publish_args: PublishOptions,
-    card_args: AdapterCardOptions,
 ) -> int:
     """Train, evaluate, save, publish."""
-    # Not by the trainer, which would push every checkpoint, optimiser state and all, and swallow what fails.
     output_dir = str(training_args.output_dir)
-    pushes, training_args.push_to_hub = training_args.push_to_hub, False
-    if pushes:
+    if training_args.push_to_hub:
         publish_args.check_push(training_args, output_dir, training_args.hub_token)
-        card_args.check_base(str(model_args.model_name_or_path))
-    card = Path(output_dir, CARD)
-    own_card = card.read_bytes() if card.is_file() else None  # TRL and PEFT write into it
+        if publish_args.create_pr or publish_args.push_dry_run:
+            training_args.hub_strategy = HubStrategy.END  # one pull request, or one folder, and none per checkpoint
     training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
@@ -185,11 +132,13 @@ def run(
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    trainer.data_source = data_source(data_args, dataset[data_args.dataset_train_split])
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if resume == "auto" else resume)
-    trainer.save_model(output_dir)
-    trainer.accelerator.print(on_main_process(lambda: finish(trainer, own_card, pushes, publish_args, card_args)))
+    if training_args.push_to_hub:
+        trainer.accelerator.print(publish(trainer, publish_args))
+    else:
+        trainer.save_model(output_dir)
+        trainer.accelerator.print(f"Saved to {output_dir}")
     # The wrapper goes before the process group: the last to hold a gloo group, it would close it without ever letting
     # go of Python's lock, for which a thread of that group may be waiting.
     trainer.model_wrapped = trainer.model

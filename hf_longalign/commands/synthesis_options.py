@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions
 from hf_longalign.synthesis.config import SynthesisOptions
@@ -27,7 +28,7 @@ class SynthesizeArguments:
         default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
     )
     journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
-    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, for the card."})
+    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, as the Hub names it."})
     generator: str = field(
         default="documents",
         metadata={
@@ -68,6 +69,7 @@ class SynthesizeArguments:
 
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
+        check_license(seeds_license=self.seeds_license)
         if self.output_dir is None and not self.dry_run and self.num_shards == 1:
             raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
         if self.model is None and self.generator != "documents":

@@ -2,14 +2,15 @@
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions
+from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
 from hf_longalign.commands.synthesis_options import SynthesizeArguments
-from hf_longalign.hub.dataset import publish_dataset
+from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
@@ -134,7 +135,9 @@ def run(
             folder = write_data(builders, args, card.license)
             print(f"Wrote {folder}.")
             if hub.push_to_hub:
-                print(publish.push(publish_dataset, folder, hub))
+                to = destination(hub, folder)
+                command = publish_command(folder, **to, **publish.options())
+                print(publish.push(partial(publish_dataset, folder, **to), command))
     except (RunStopped, KeyboardInterrupt) as stop:
         print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ from trl import ModelConfig, ScriptArguments
 
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions
+from hf_longalign.hub import check_base_name
 
 
 DESCRIPTION = """Instruction-tune a causal language model on short data with skipped positions.
@@ -70,7 +71,7 @@ class RopeOptions:
 
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Return data, training, model, RoPE, publishing and card options."""
+    """Return data, training, model, RoPE and publishing options."""
     # Most mistakes are found without TRL's SFTConfig, which takes torch, transformers and six seconds to import.
     early = OptionParser(
         "sft",
@@ -85,7 +86,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
             early.error(str(error))
     from hf_longalign.config import LongAlignSFTConfig
 
-    classes = (DataOptions, LongAlignSFTConfig, ModelConfig, RopeOptions, PublishOptions, AdapterCardOptions)
+    classes = (DataOptions, LongAlignSFTConfig, ModelConfig, RopeOptions, PublishOptions)
     return OptionParser("sft", classes, DESCRIPTION).read(arguments)
 
 
@@ -95,7 +96,7 @@ def check(model: ModelConfig, hub: HubOptions, publish: PublishOptions, card: Ad
         raise ValueError("`model_name_or_path` must be a Hub id or a folder, got None. Set it to one.")
     if hub.push_to_hub:
         publish.check_push(hub, "unset" if hub.hub_model_id is None else hub.hub_model_id)
-        card.check_base(model.model_name_or_path)
+        check_base_name(card.base_name, model.model_name_or_path)
 
 
 def _trainer_fields() -> set[str]:

@@ -19,8 +19,9 @@ from transformers import (
 
 from hf_longalign.adapter import load_adapter
 from hf_longalign.evaluation.runner import Examinee, Generator
-from hf_longalign.record import load_record
+from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import apply_rope, rope_record
+from hf_longalign.run_record import load_record
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def load_config(
     revision = base_revision(model, adapter, revision, adapter_revision)
     config = AutoConfig.from_pretrained(model, revision=revision, **kwargs)
     record = record_of(adapter, adapter_revision)
-    return apply_rope(record["rope"], config) if record else config
+    return apply_rope(record.rope, config) if record else config
 
 
 def base_revision(model: str, adapter: str | None, revision: str | None, adapter_revision: str | None) -> str | None:
@@ -87,7 +88,8 @@ def base_revision(model: str, adapter: str | None, revision: str | None, adapter
     if adapter is None:
         return revision
     config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
-    check_base(config, model, revision, known_by_weights="base_weights" in record_of(adapter, adapter_revision))
+    record = record_of(adapter, adapter_revision)
+    check_base(config, model, revision, known_by_weights=record is not None and bool(record.base_weights))
     return revision or (config.revision if model == config.base_model_name_or_path else None)
 
 
@@ -111,13 +113,13 @@ def check_there(**names: str | None) -> None:
             )
 
 
-def record_of(adapter: str | None, revision: str | None = None) -> dict[str, Any]:
-    """Return the training record of an adapter, empty where it has none."""
+def record_of(adapter: str | None, revision: str | None = None) -> TrainingRecord | None:
+    """Return the training record of an adapter; `None` where it has none."""
     try:
-        return load_record(adapter, revision) if adapter is not None else {}
+        return load_record(adapter, revision) if adapter is not None else None
     except ValueError as error:
         if "has no" in str(error):
-            return {}
+            return None
         raise
 
 
@@ -224,7 +226,7 @@ def _weights_of(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
         "name": config._name_or_path,
         "commit": getattr(config, "_commit_hash", None),
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        "rope": rope_record(config),
+        "rope": rope_record(config).to_json(),
         "dtype": str(base.dtype),
     }
 

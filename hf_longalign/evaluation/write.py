@@ -7,16 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_longalign.evaluation.coverage_plot import plot_coverage
+from hf_longalign.coverage_plot import plot_coverage
 from hf_longalign.evaluation.pictures import draw_pictures
 from hf_longalign.evaluation.report import render_report
+from hf_longalign.records.training import CoverageRecord
 
 
 logger = logging.getLogger(__name__)
 
 
 def write_report(
-    folder: str | Path, report: dict[str, Any], *, coverage: Mapping[str, Any] | None = None
+    folder: str | Path, report: dict[str, Any], *, coverage: CoverageRecord | None = None
 ) -> dict[str, Any]:
     """Write a report and return it with the names of its `images`; without matplotlib, without them.
 
@@ -29,7 +30,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         images = draw_pictures(report, folder)
-        if coverage is not None and (coverage.get("histogram") or {}).get("pairs"):
+        if coverage is not None and coverage.histogram.pairs:
             images.append(_draw_coverage(report, coverage, folder).name)
     except ImportError as error:
         logger.warning("The report has no pictures: %s", error)
@@ -40,13 +41,13 @@ def write_report(
     return report
 
 
-def _draw_coverage(report: Mapping[str, Any], coverage: Mapping[str, Any], folder: Path) -> Path:
+def _draw_coverage(report: Mapping[str, Any], coverage: CoverageRecord, folder: Path) -> Path:
     tasks = [task for suite in report["suites"] for task in suite["tasks"]]
     lengths = {length for task in tasks for length in (task.get("grid") or {}).get("lengths", [])}
     lengths |= {task["length"] for task in tasks if task.get("length")}
     lengths |= {report["perplexity"]["window"]} if report.get("perplexity") else set()
     title = "Relative distances covered in training"
-    return plot_coverage(dict(coverage), folder / "coverage.png", evaluated_lengths=sorted(lengths), title=title)
+    return plot_coverage(coverage, folder / "coverage.png", evaluated_lengths=sorted(lengths), title=title)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from httpx2 import HTTPError, Request, Timeout
@@ -17,19 +19,20 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
-from hf_longalign.cards.edits import REPOSITORY, merge_card, name_repository
+from hf_longalign.cards.page import CARD, REPOSITORY, merge_card
 from hf_longalign.hub.retry import PublishError, repeat
 
 
 logger = logging.getLogger(__name__)
 
-CARD = "README.md"
-MESSAGE = "Publish with hf_longalign"
 # Few enough for one commit, so that no reader sees half a push.
 MAX_FILES = 50
+# No push takes longer; a process that waits is let go the moment the main process ends or dies.
+_PATIENCE = timedelta(days=30)
 # Seconds without a byte after which a request is given up; the client itself waits forever.
 TIMEOUT = 300.0
 Files = Mapping[str, Path | bytes]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Destination:
     tag: str | None = None
     token: str | None = None
     endpoint: str | None = None
+    message: str = "Publish with hf_longalign"
 
     def check(self) -> None:
         """Raise a ValueError for what no Hub could do."""
@@ -55,7 +59,7 @@ class Destination:
             )
 
 
-def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_command: str | None = None) -> str:
+def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_command: str) -> str:
     """Push files and a card as one commit, compare what arrived, and return its URL.
 
     Data and card travel in the same commit, and what an earlier push left behind is deleted in it: a reader sees the
@@ -74,7 +78,11 @@ def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_
         PublishError: the push did not arrive whole.
     """
     to.check()
-    _check_process()
+    if int(os.environ.get("RANK") or 0) != 0:
+        raise ValueError(
+            f"Only the main process must push, got process {os.environ['RANK']}. Call it through "
+            "`hf_longalign.hub.on_main_process` in every process."
+        )
     if get_token() is None and to.token is None:
         raise ValueError("`token` must have the right to write, got none. Run `hf auth login` first, or set it.")
     api = HfApi(endpoint=to.endpoint, token=to.token)
@@ -183,7 +191,7 @@ class _Attempt:
         return self.api.create_commit(
             **self.repo,
             operations=[*map(CommitOperationDelete, stale), *additions],
-            commit_message=MESSAGE,
+            commit_message=self.to.message,
             revision=self.to.branch,
             create_pr=self.to.create_pr,
             parent_commit=head,  # of two pushes at once one wins, whole; the other is repeated on top of it
@@ -193,7 +201,7 @@ class _Attempt:
         """The URL of the open pull request that holds exactly this: an earlier one, or one made now."""
         pulls = self.api.get_repo_discussions(**self.repo, discussion_type="pull_request", discussion_status="open")
         for pull in pulls:
-            if pull.title == MESSAGE:
+            if pull.title == self.to.message:
                 held = self._held(f"refs/pr/{pull.num}")
                 if _same(held, additions) and not held.keys() & set(stale):
                     return str(pull.url)
@@ -234,9 +242,7 @@ def _is_same(file: RepoFile, item: CommitOperationAdd) -> bool:
 
 def _merged(card: Path | bytes, repo_id: str, published: str | None) -> bytes:
     text = (card if isinstance(card, bytes) else card.read_bytes()).decode("utf-8")
-    if REPOSITORY in text:
-        text = name_repository(text, repo_id)
-    return merge_card(text, published).encode("utf-8")
+    return merge_card(text.replace(REPOSITORY, repo_id), published).encode("utf-8")
 
 
 def _read_card(api: HfApi, to: Destination, repo_id: str, revision: str | None) -> str:
@@ -279,9 +285,49 @@ def _patience() -> Iterator[None]:
         session.event_hooks = before
 
 
-def _check_process() -> None:
-    if int(os.environ.get("RANK") or 0) != 0:
-        raise ValueError(
-            f"Only the main process must push, got process {os.environ['RANK']}. Call it through "
-            "`hf_longalign.hub.main_process.on_main_process` in every process."
-        )
+def on_main_process(function: Callable[[], Result]) -> Result:
+    """Call a function in the main process and return its result in every process.
+
+    The others wait in a group of their own, on gloo with a time-out of its own: an ordinary barrier gives up after 10
+    (NCCL) or 30 minutes (gloo), in the midst of a long push. Every process must call this at about the same time.
+
+    Args:
+        function: what to do; its result must be picklable where there are several processes.
+
+    Raises:
+        RuntimeError: in the other processes, when the function failed in the main process, which raises its own error.
+
+    Example:
+
+    >>> on_main_process(lambda: "https://huggingface.co/user/adapter")
+    'https://huggingface.co/user/adapter'
+
+    ```python
+    url = on_main_process(lambda: publish_adapter("outputs/adapter", "user/adapter"))
+    ```
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return function()
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    outcome: list[Any] = [None]
+    try:
+        if dist.get_rank() == 0:
+            try:
+                result = function()
+                pickle.dumps(result)
+                outcome = [(True, result)]
+            except BaseException as error:
+                outcome = [(False, f"{type(error).__name__}: {error}")]
+                raise
+            finally:
+                dist.broadcast_object_list(outcome, src=0, group=group, device=None)
+            return result
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    finally:
+        dist.destroy_process_group(group)
+    done, value = outcome[0]
+    if not done:
+        raise RuntimeError(f"The main process failed: {value}")
+    return value

@@ -39,6 +39,7 @@ class DataRecord(Record):
         model: the model that wrote.
         judge_model: the model that judged, where it is another one.
         sampling: sampling settings by name.
+        longbench_prompts: tasks whose rows stand in LongBench's own prompts.
         prompts: how many different prompts led to the contexts, and the digest of all their digests.
         checks: the checks every context passed.
         lengths: the length of every row of `chat`, in `unit`.
@@ -65,6 +66,7 @@ class DataRecord(Record):
     model: str = ""
     judge_model: str = ""
     sampling: dict[str, Any] = field(default_factory=dict)
+    longbench_prompts: list[str] = field(default_factory=list)
     prompts: tuple[int, str] | None = None
     checks: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Suite(NamedTuple):
-    """A suite: its title, and the id by which the Hub knows the data behind it ("": the task's own name)."""
+    """A suite: its title, and the Hub id of the data behind it ("": made by the package, or each task its own)."""
 
     title: str
     dataset: str = ""
@@ -18,9 +18,9 @@ class Metric(NamedTuple):
 
 
 SUITES = {
-    "needle": Suite("Needle in a haystack", "needle-in-a-haystack"),
+    "needle": Suite("Needle in a haystack"),
     "longbench": Suite("LongBench", "THUDM/LongBench"),
-    "ruler": Suite("RULER", "ruler"),
+    "ruler": Suite("RULER"),
     "short": Suite("Short contexts"),
 }
 METRICS = {
@@ -35,7 +35,7 @@ METRICS = {
     "count": Metric("share of right counts", "accuracy"),
     "retrieval": Metric("accuracy", "accuracy"),
     "retrieval_zh": Metric("accuracy", "accuracy"),
-    "code_similarity": Metric("edit similarity", "code_eval"),
+    "code_similarity": Metric("edit similarity", "edit_similarity"),
     "acc": Metric("accuracy", "accuracy"),
     "acc_norm": Metric("length-normalised accuracy", "accuracy"),
 }

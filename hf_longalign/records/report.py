@@ -64,6 +64,8 @@ class TaskResult(Record):
         differences: between models, on the same prompts.
         grid: by depth and length, where prompts have both.
         length: of the prompts in tokens, where all have the same.
+        haystack: what needles lay in.
+        dataset: Hub id of the data behind it, where it is not that of its suite.
         cut_answers: answers that ended at the limit of new tokens, by label.
         cut_prompts: prompts that were shortened to fit.
         left_out: prompts that were not asked.
@@ -79,6 +81,8 @@ class TaskResult(Record):
     differences: list[Difference] = field(default_factory=list)
     grid: Grid | None = None
     length: int | None = None
+    haystack: str | None = None
+    dataset: str | None = None
     cut_answers: dict[str, int] = field(default_factory=dict)
     cut_prompts: int = 0
     left_out: int = 0

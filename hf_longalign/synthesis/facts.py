@@ -7,7 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_longalign.cards.dataset import DatasetFacts, Source
+from hf_longalign.longbench_prompts import TEMPLATES
+from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.journal import Journal
@@ -33,9 +34,7 @@ def dataset_facts(
     *,
     journal: str | Path | None = None,
     budget: Budget | None = None,
-    license: str | None = None,
-    seeds_license: str | None = None,
-) -> DatasetFacts:
+) -> DataRecord:
     """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone.
 
     Args:
@@ -43,8 +42,6 @@ def dataset_facts(
         config: the settings it was made with.
         journal: the journal of the replies; without it nothing is said of cost.
         budget: the prices of tokens.
-        license: licence of the data set, as the Hub names it.
-        seeds_license: licence of the seeds.
     """
     chat = list(data["chat"].values())
     given = config.method == "context" and config.generator == "documents"
@@ -52,7 +49,7 @@ def dataset_facts(
     contexts = [number for rows in chat for number in rows["n_contexts"] if number]
     hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
     language = config.language or majority_language(_texts(data))
-    return DatasetFacts(
+    return DataRecord(
         method="given" if given else config.method,
         splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
         tasks=dict(sorted(Counter(task or "general data" for rows in chat for task in rows["task"]).items())),
@@ -60,24 +57,47 @@ def dataset_facts(
         generator=config.generator,
         model=config.model,
         judge_model=config.judge_model,
-        sampling={} if given else {name: getattr(config, name) for name in _SAMPLING},
+        sampling={} if given else _used(config, _SAMPLING),
+        longbench_prompts=_longbench_prompts(chat),
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
-        checks=config.checks,
+        checks=list(config.checks),
         lengths=lengths,
         unit=unit,
         depths=_depths(chat),
         contexts=(min(contexts), max(contexts)) if contexts else None,
         seeds=_sources(data, config),
-        seeds_license=seeds_license,
         decontaminated=[Path(name).name for name in config.decontaminate_against],
-        ngram=config.decontaminate_ngram,
+        ngram=config.decontaminate_ngram if config.decontaminate_against else None,
         cost=_cost(data, journal, budget),
-        settings={name: getattr(config, name) for name in (() if given else _WRITING) + _SETTINGS},
-        sample=next(iter(data["chat"].values()))[0],
-        license=license,
-        languages=(language,) if language else (),
-        version=__version__,
+        settings=_used(config, _SETTINGS if config.method != "context" or given else _WRITING + _SETTINGS),
+        languages=[language] if language else [],
+        hf_longalign=__version__,
     )
+
+
+def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that shaped the rows: not those of a step that was not taken."""
+    unused = {
+        *(() if config.hard_share else ("hard_share", "hard_by")),
+        *(() if config.difficulty else ("difficulty_use", "difficulty_share")),
+        *(() if config.difficulty_use != "record" else ("difficulty_share",)),
+        *(() if "length" in config.checks else ("min_words",)),
+        *(() if config.facts_first else ("facts_first",)),
+        *(() if config.general_share else ("general_share",)),
+        *(() if config.test_share else ("test_share",)),
+    }
+    values = {name: getattr(config, name) for name in names if name not in unused}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _longbench_prompts(chat: list[Dataset]) -> list[str]:
+    """Tasks whose rows all stand in LongBench's own prompt: one that names the context that is meant is another."""
+    tasks, named = set(), set()
+    for rows in chat:
+        for task, reference in zip(rows["task"], rows["reference"], strict=True):
+            tasks.add(task)
+            named |= {task} if reference is not None else set()
+    return sorted(task for task in tasks - named if task in TEMPLATES)
 
 
 def _outcomes(data: Data) -> Iterator[Dataset]:
@@ -113,7 +133,7 @@ def _rejected(data: Data) -> dict[str, int]:
     return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _sources(data: Data, config: ContextSynthesisConfig) -> list[Source]:
+def _sources(data: Data, config: ContextSynthesisConfig) -> list[DataSource]:
     """The files and Hub data sets of the seeds with the rows read from each; no folder of this machine."""
     named = config.seeds if config.method == "context" else config.documents
     if not isinstance(named, list) or not all(isinstance(source, str) for source in named):
@@ -126,7 +146,7 @@ def _sources(data: Data, config: ContextSynthesisConfig) -> list[Source]:
     }
     counts = Counter((origin.rpartition(":")[0], task) for task, origin in origins)
     return [
-        Source(_repository(on_hub[file]) if file in on_hub else file, rows, task, on_hub=file in on_hub)
+        DataSource(_repository(on_hub[file]) if file in on_hub else file, rows, task, on_hub=file in on_hub)
         for (file, task), rows in sorted(counts.items())
         if file
     ]
@@ -137,19 +157,18 @@ def _repository(source: str) -> str:
     return source.partition("@")[0].partition(":")[0]
 
 
-def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> dict[str, float]:
-    """What the replies behind the rows took; nothing where the journal does not hold them all."""
+def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost | None:
+    """What the replies behind the rows took; `None` where the journal does not hold them all."""
     keys = {key for rows in _outcomes(data) for found in rows["journal_keys"] for key in found}
     if not keys or journal is None or not Path(journal).is_file():
-        return {}
+        return None
     with Journal(journal) as held:
         replies = [held.get(key) for key in sorted(keys)]
     known = [reply for reply in replies if reply is not None]
     if len(known) < len(keys):
-        return {}
+        return None
     prompt = sum(reply.prompt_tokens for reply in known)
     completion = sum(reply.completion_tokens for reply in known)
-    cost: dict[str, Any] = {"replies": len(known), "prompt_tokens": prompt, "completion_tokens": completion}
-    if budget is not None and (budget.prompt_price or budget.completion_price):
-        cost["usd"] = budget.cost(prompt, completion).usd
-    return cost
+    priced = budget is not None and (budget.prompt_price or budget.completion_price)
+    usd = budget.cost(prompt, completion).usd if budget is not None and priced else None
+    return Cost(len(known), prompt, completion, usd)

@@ -4,14 +4,14 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from hf_longalign.cards.dataset import DatasetFacts, dataset_card
+from hf_longalign.cards import dataset_card
+from hf_longalign.records.data import DataRecord
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.facts import dataset_facts
@@ -48,7 +48,7 @@ def save(
         journal: the journal of the replies, for the card's cost.
         budget: the prices of tokens, for the card's cost.
         license: licence of the data set, as the Hub names it.
-        seeds_license: licence of the seeds.
+        seeds_license: licence of the seeds, as the Hub names it.
 
     Raises:
         ValueError: the folder holds something else.
@@ -66,10 +66,15 @@ def save(
             (unfinished / name).mkdir(parents=True)
             for split, dataset in splits.items():
                 _write_split(unfinished / name, split, dataset)
-        facts = dataset_facts(
-            data, config, journal=journal, budget=budget, license=license, seeds_license=seeds_license
+        record = dataset_facts(data, config, journal=journal, budget=budget)
+        card = dataset_card(
+            record,
+            sample=next(iter(data["chat"].values()))[0],
+            picture=_draw(record, unfinished),
+            license=license,
+            seeds_license=seeds_license,
         )
-        (unfinished / "README.md").write_text(dataset_card(_draw(facts, unfinished)), encoding="utf-8")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(unfinished, folder)
     finally:
@@ -98,11 +103,11 @@ def _text_bytes(table: pa.Table) -> int:
     return sum(size(chunk) for column in table.columns for chunk in column.chunks)
 
 
-def _draw(facts: DatasetFacts, folder: Path) -> DatasetFacts:
-    """Draw lengths and depths where matplotlib is there, and say where the picture is."""
+def _draw(record: DataRecord, folder: Path) -> str | None:
+    """Draw lengths and depths where matplotlib is there, and return where the picture is."""
     try:
-        plot_lengths(facts.lengths, facts.depths, folder / PICTURE, unit=facts.unit)
+        plot_lengths(record.lengths, record.depths, folder / PICTURE, unit=record.unit)
     except ImportError as error:
         logger.warning("The card goes without its picture. %s", error)
-        return facts
-    return replace(facts, picture=PICTURE)
+        return None
+    return PICTURE

@@ -13,8 +13,9 @@ from hf_longalign.cards.adapter import adapter_card
 from hf_longalign.cards.dataset import DatasetFacts, dataset_card
 from hf_longalign.cards.edits import name_repository
 from hf_longalign.cards.facts import AdapterFacts
-from hf_longalign.record import load_record, save_record
+from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
+from hf_longalign.run_record import load_record, save_record
 
 
 def code_of(card, language="python"):
@@ -31,13 +32,13 @@ def adapter(tmp_path):
     )
     model.save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
-    save_record(tmp_path / "adapter", {"rope": rope_record(model.get_base_model().config)})
+    save_record(tmp_path / "adapter", TrainingRecord(rope_record(model.get_base_model().config)))
     return base, tmp_path / "adapter", model
 
 
 def test_both_ways_to_load_an_adapter_give_the_trained_model(adapter):
     base, folder, trained = adapter
-    facts = AdapterFacts(load_record(folder), base_model=str(base), base_revision="main")
+    facts = AdapterFacts(load_record(folder).to_json(), base_model=str(base), base_revision="main")
     codes = code_of(name_repository(adapter_card(facts), str(folder)))
     ids = torch.arange(3, 9)[None]
     far = torch.tensor([[0, 1, 2, 100, 101, 250]])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_longalign.base_weights import weights_sample
 from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
-from hf_longalign.record import load_record, save_record
+from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
+from hf_longalign.run_record import load_record, save_record
 
 
 @pytest.fixture
@@ -30,7 +32,8 @@ def trained(tmp_path):
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(adapter)
     tiny_tokenizer().save_pretrained(adapter)
-    save_record(adapter, {"rope": rope_record(model.get_base_model().config), "base_weights": weights_sample(plain)})
+    rope = rope_record(model.get_base_model().config)
+    save_record(adapter, TrainingRecord(rope, base_weights=weights_sample(plain)))
     return base, adapter
 
 
@@ -84,9 +87,7 @@ def test_another_base_is_refused_by_its_weights_and_the_same_taken_under_any_nam
 
 def test_without_its_weights_another_name_is_refused(trained, tmp_path, caplog):
     base, adapter = trained
-    record = load_record(adapter)
-    del record["base_weights"]
-    save_record(adapter, record)
+    save_record(adapter, replace(load_record(adapter), base_weights={}))
     with pytest.raises(ValueError, match="`model` must be the base of the adapter"):
         load_model(str(tmp_path / "moved"), adapter=str(adapter))
     (adapter / "longalign_config.json").unlink()

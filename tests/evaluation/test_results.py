@@ -12,6 +12,7 @@ from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite
 from hf_longalign.evaluation.write import write_report
+from hf_longalign.records.training import CoverageRecord, Histogram
 
 
 LENGTHS, DEPTHS = [128, 256], [0.0, 0.5, 1.0]
@@ -134,7 +135,7 @@ def test_a_suite_tells_what_could_not_be_asked(tmp_path):
 
 
 def test_a_record_without_distances_costs_no_report(tmp_path):
-    written = write_report(tmp_path, report(), coverage={"target_length": 64})
+    written = write_report(tmp_path, report(), coverage=CoverageRecord(64))
     assert "coverage.png" not in written["images"] and (tmp_path / "report.md").exists()
 
 
@@ -146,5 +147,5 @@ def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monke
     ruler = {"suite": "ruler", "metric": None, "groups": [], "tasks": [{"task": "vt", "length": 512, "error": "x"}]}
     found = {"edges": [0, 1024], "documents": 1, "window": 1024, "perplexity": {"base": [2.0], "adapter": [2.0]}}
     everything = {**report(perplexity=found), "suites": [suite(), ruler]}
-    write_report(tmp_path, everything, coverage={"histogram": {"pairs": [1]}})
+    write_report(tmp_path, everything, coverage=CoverageRecord(64, histogram=Histogram(pairs=[1])))
     assert drawn["evaluated_lengths"] == [128, 256, 512, 1024]

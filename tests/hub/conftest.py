@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 from loopback_hub import TOKEN, Hub
 
-from hf_longalign.hub.dataset import publish_dataset
+from hf_longalign.hub import publish_dataset
 
 
 CARD = """---

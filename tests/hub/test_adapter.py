@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard, ModelCardData
 from loopback_hub import TOKEN
 from safetensors.numpy import save_file
 
-from hf_longalign.cards.card_file import write_adapter_card
-from hf_longalign.hub.adapter import publish_adapter
+from hf_longalign.cards import write_adapter_card
+from hf_longalign.hub import publish_adapter
+from hf_longalign.records.training import RopeRecord, TrainingRecord
+from hf_longalign.run_record import save_record
 from hub.conftest import held
 
 
@@ -31,6 +34,7 @@ def write_adapter(tmp_path):
         save_file({"w": np.array(values)}, folder / "adapter_model.safetensors")
         for file in (*KEPT, *LEFT):
             (folder / file).write_text("{}")
+        save_record(folder, TrainingRecord(RopeRecord("llama")))
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base), "r": 8}))
         (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": str(base)}))
         (folder / "README.md").write_text(card)
@@ -127,7 +131,9 @@ def test_pictures_that_a_person_put_there_stay(hub, publish_model, write_adapter
     assert files["mine.png"] == files["assets/mine.png"] == b"photo" and "needle_single.png" not in files
 
 
-@pytest.mark.parametrize("card", [None, "# Model Card for Model ID\n\n[More Information Needed]\n"])
+@pytest.mark.parametrize(
+    "card", [None, f"{ModelCard.from_template(ModelCardData())}\n### Framework versions\n\n- PEFT 0.21.2"]
+)
 def test_a_folder_without_a_card_of_its_own_gets_one(hub, publish_model, write_adapter, tmp_path, card):
     (tmp_path / "base").mkdir()
     folder = write_adapter("a", base=tmp_path / "base", card=card or "")

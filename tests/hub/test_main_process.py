@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from hf_longalign.hub.main_process import on_main_process
+from hf_longalign.hub import on_main_process
 
 
 CLIENT = """
 import json, os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-from hf_longalign.hub.main_process import on_main_process
+from hf_longalign.hub import on_main_process
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import HfApi
 from loopback_hub import READER, TOKEN
 
-from hf_longalign.cards.edits import REPOSITORY, assemble
-from hf_longalign.hub.dataset import publish_dataset
+from hf_longalign.cards.page import BEGIN, END, REPOSITORY
+from hf_longalign.hub import publish_dataset
 from hf_longalign.hub.retry import PublishError
 from hub.conftest import CARD, held
 
@@ -77,22 +77,21 @@ def test_a_tag_stands_for_one_version(hub, publish, write):
 
 
 def card_of(rows):
-    return assemble(
-        {"license": "mit", "configs": [{"config_name": "chat", "data_files": "chat/train-*.parquet"}]},
-        {"intro": f'# Rows\n\n`load_dataset("{REPOSITORY}")`', "size": f"{rows} rows"},
-    )
+    front = "configs:\n- config_name: chat\n  data_files: chat/train-*.parquet\ntags:\n- hf_longalign\n"
+    page = f'# Rows\n\n`load_dataset("{REPOSITORY}")`, {rows} rows'
+    return f"---\n{front}---\n\n{BEGIN}\n\n{page}\n\n{END}\n"
 
 
 def test_edits_of_the_card_survive(hub, publish, write):
     publish(write("a", [1, 2], card=card_of(2)))
     card = hub.files("user/rows")["README.md"].decode()
     assert 'load_dataset("user/rows")' in card
-    edited = card.replace("license: mit", "license: cc-by-4.0").replace("# Rows", "# Our rows\n\nThanks to Ada.")
+    edited = card.replace("---\n\n<", "license: cc-by-4.0\n---\n\nThanks to Ada.\n\n<").replace("# Rows", "# Our rows")
     repo = hub.repo("user/rows")
     repo.branches["main"] = repo.add({**repo.files(), "README.md": edited.encode()})
     publish(write("b", [1, 2, 3], card=card_of(3)))
     card = hub.files("user/rows")["README.md"].decode()
-    assert "license: cc-by-4.0" in card and "Thanks to Ada." in card and "3 rows" in card
+    assert "license: cc-by-4.0" in card and "Thanks to Ada." in card and "# Rows" in card and "3 rows" in card
     before = list(repo.commits)
     publish(write("c", [1, 2, 3], card=card_of(3)))
     assert repo.commits == before
@@ -104,7 +103,7 @@ def test_an_edit_between_reading_and_committing_survives(hub, publish, write, mo
 
     def edited_first(api, *args, **kwargs):
         if len(repo.commits) == 2:
-            card = repo.files()["README.md"].replace(b"# Rows", b"# My rows")
+            card = repo.files()["README.md"] + b"\nMy notes.\n"
             repo.branches["main"] = repo.add({**repo.files(), "README.md": card})
         return real(api, *args, **kwargs)
 
@@ -112,7 +111,7 @@ def test_an_edit_between_reading_and_committing_survives(hub, publish, write, mo
     monkeypatch.setattr(HfApi, "create_commit", edited_first)
     publish(folder)
     card = hub.files("user/rows")["README.md"].decode()
-    assert "# My rows" in card and "1 rows" in card
+    assert "My notes." in card and "1 rows" in card
 
 
 def test_two_pushes_at_once_leave_one_whole(hub, publish, write):

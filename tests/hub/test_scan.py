@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from hf_longalign.hub.private import SECRETS, Machine, find_in_text, find_private
-from hf_longalign.hub.scan import check_private, scan
+from hf_longalign.hub.scan import SECRETS, Machine, check_private, find_in_text, find_private, scan
 
 
 HUB_TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH"
@@ -43,6 +42,13 @@ RUN_TEXTS = {
     "file:///home/ada/x": "an absolute path",
     r"C:\Users\ada\model": "a Windows path",
     "password = hunter2hunter2": "a password",
+    "in ~/secret/x": "a path in a home folder",
+    "('~ada/run')": "a path in a home folder",
+    "from 10.1.2.3:8000": "a private address",
+    "http://192.168.0.7/v1": "a private address",
+    "172.31.4.5 answered": "a private address",
+    "at fd12:3456::7": "a private address",
+    "ask ada.lovell@lab.university.edu": "an e-mail address",
 }
 HARMLESS = (
     "The hf_longalign package, hf_hub_download(repo_id), HF_TOKEN and hf_transfer_enabled_or_not",
@@ -52,6 +58,7 @@ HARMLESS = (
     "see a/b, and/or, /v1/chat/completions, https://huggingface.co/data/sets, </think> and #!/usr/bin/env python",
     "root and user and data; /path/to/model; ~/.cache/huggingface; the tower of node-170",
     "Q:\nA:\n",
+    "git@github.com:org/repo, me@example.org, 127.0.0.1:8000, 172.32.1.1, 8.8.8.8, version 10.2.1, a @ b.T and x~/y",
     "token: <s>, max_tokens=1000, password: ...",
 )
 
@@ -67,6 +74,17 @@ def test_is_found(text, kind):
 @pytest.mark.parametrize("text", HARMLESS)
 def test_is_harmless(text):
     assert list(find_in_text(text, MACHINE)) == []
+
+
+@pytest.mark.parametrize("allow", ["/home/jo/code/a.py", "/home/jo/code", "/home/jo/", "/home"])
+def test_a_folder_that_is_allowed_allows_what_lies_in_it(allow):
+    assert list(find_in_text("cd /home/jo/code/a.py", MACHINE, allow=[allow])) == []
+    assert list(find_in_text(f"key {HUB_TOKEN}", MACHINE, allow=[HUB_TOKEN[:5]]))
+
+
+@pytest.mark.parametrize("allow", ["/home/jo/code/a", "/home/j", "", "/"])
+def test_what_only_begins_like_it_is_not_allowed(allow):
+    assert list(find_in_text("cd /home/jo/code/a.py", MACHINE, allow=[allow]))
 
 
 def test_re2_misses_nothing_that_re_finds():

@@ -2,7 +2,7 @@ import sys
 
 from datasets import Dataset
 
-from hf_longalign.cards.dataset import Source
+from hf_longalign.records.data import Cost, DataSource
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.facts import dataset_facts
 from hf_longalign.synthesis.generators.base import Reply, Request
@@ -21,6 +21,7 @@ def outcome(number, origin, **more):
 def chat(number, **more):
     messages = [{"role": "user", "content": f"{TEXT} Who?"}, {"role": "assistant", "content": "Ada"}]
     row = {"messages": messages, "task": "general", "total_tokens": 20 + number, "n_contexts": 2, "gold_depth": 0.5}
+    row["reference"] = None
     return {**row, **more}
 
 
@@ -39,7 +40,7 @@ def test_seeds_are_named_without_folders_and_counted_once(tmp_path):
     contexts = [outcome(0, "pairs.jsonl:1"), outcome(1, "pairs.jsonl:2"), outcome(2, "rows:v2@train:1")]
     rejected = [outcome(1, "pairs.jsonl:2", reason="budget: 9 tokens"), outcome(3, "pairs.jsonl:3", reason="leak: it")]
     facts = dataset_facts(tables([chat(0)], contexts, rejected), config(seeds=seeds))
-    assert facts.seeds == [Source("pairs.jsonl", 3, "general"), Source("user/rows", 1, "general", on_hub=True)]
+    assert facts.seeds == [DataSource("pairs.jsonl", 3, "general"), DataSource("user/rows", 1, "general", on_hub=True)]
     assert facts.rejected == {"budget": 1, "leak": 1} and facts.prompts[0] == 4
     assert dataset_facts(tables([chat(0)], contexts), config(seeds=[{"instruction": "a"}])).seeds == []
 
@@ -61,14 +62,10 @@ def test_cost_is_that_of_the_rows_and_left_out_where_replies_are_missing(tmp_pat
     contexts = [outcome(0, "a:1", journal_keys=keys[:1]), outcome(1, "a:2", journal_keys=keys[:2])]
     data = tables([chat(0)], contexts)
     path = tmp_path / "journal.sqlite"
-    assert dataset_facts(data, config(), journal=path).cost == {
-        "replies": 2,
-        "prompt_tokens": 200,
-        "completion_tokens": 20,
-    }
+    assert dataset_facts(data, config(), journal=path).cost == Cost(2, 200, 20)
     lost = tables([chat(0)], [outcome(0, "a:1", journal_keys=["gone"])])
-    assert dataset_facts(lost, config(), journal=path).cost == {}
-    assert dataset_facts(data, config(), journal=tmp_path / "none").cost == {} and not (tmp_path / "none").exists()
+    assert dataset_facts(lost, config(), journal=path).cost is None
+    assert dataset_facts(data, config(), journal=tmp_path / "none").cost is None and not (tmp_path / "none").exists()
 
 
 def test_without_matplotlib_the_card_goes_without_picture(tmp_path, monkeypatch, caplog):
@@ -76,3 +73,19 @@ def test_without_matplotlib_the_card_goes_without_picture(tmp_path, monkeypatch,
     folder = save(tmp_path / "out", tables([chat(0)], [outcome(0, "a:1")]), config())
     assert "The card goes without its picture." in caplog.text
     assert "assets" not in (folder / "README.md").read_text() and not (folder / "assets").exists()
+
+
+def test_what_was_not_in_use_is_not_told():
+    data = tables([chat(0)], [outcome(0, "a:1")])
+    settings = dataset_facts(data, config()).settings
+    assert not {"hard_share", "hard_by", "difficulty_use", "general_share", "test_share", "facts_first"} & set(
+        settings
+    )
+    settings = dataset_facts(data, config(hard_share=0.5, test_share=0.1, checks=["leak"])).settings
+    assert settings["hard_by"] == "bm25" and settings["test_share"] == 0.1 and "min_words" not in settings
+    assert dataset_facts(data, config()).ngram is None
+
+
+def test_prompts_are_longbenchs_where_nothing_had_to_be_named():
+    rows = [chat(0, task="qasper"), chat(1, task="gov_report", reference="Report 3"), chat(2), chat(3, task="musique")]
+    assert dataset_facts(tables(rows, [outcome(0, "a:1")]), config()).longbench_prompts == ["musique", "qasper"]

@@ -62,7 +62,7 @@ def test_documents_are_composed_written_and_loaded(tmp_path, monkeypatch, given,
     assert set(chat) == {"train", "test"} and len(chat["train"]) + len(chat["test"]) == 24
     card = (tmp_path / "one-out" / "README.md").read_text()
     assert "No seed was rejected." in card and "config_name: rejected" not in card
-    assert "task narrativeqa." in card and "no model wrote any of it" in card and str(tmp_path) not in card
+    assert "task `narrativeqa`." in card and "no model wrote anything" in card and str(tmp_path) not in card
     assert "| `pairs.jsonl` | narrativeqa | 24 |" in card and "license:" not in card and "| cost |" not in card
     assert "![Lengths and depths](assets/lengths.png)" in card and "language:\n- en\n" in card
 
@@ -75,7 +75,7 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
                 *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
                 *("--checks", "duplicate", "--n_distractors", 3, "--cache_dir", tmp_path / "cache"),
                 *("--output_dir", tmp_path / folder, "--prompt_price", 1, "--completion_price", 2),
-                *("--license", "cc-by-4.0", "--seeds_license", "mine"),
+                *("--license", "cc-by-4.0", "--seeds_license", "cc0-1.0"),
             )
             assert run(monkeypatch, "synthesize", *arguments) == 0
         assert len(server.log) == 12
@@ -85,7 +85,7 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
         entries = list(journal.entries())
     sent, got = (sum(entry[name] for entry in entries) for name in ("prompt_tokens", "completion_tokens"))
     cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, ${(sent + 2 * got) / 1e6:,.2f}"
-    assert cost in card and "license: cc-by-4.0" in card and "Licence of the seeds: mine." in card
+    assert cost in card and "license: cc-by-4.0" in card and "Licence of the seeds: `cc0-1.0`." in card
     assert "| written by | `tiny`, OpenAI-compatible endpoint |" in card and server.url not in card
     rows = load_dataset(str(tmp_path / "one"), "chat", split="train", cache_dir=tmp_path / "hf")
     assert set(rows["model"]) == {"tiny"} and set(rows["generator"]) == {"openai"}

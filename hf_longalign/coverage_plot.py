@@ -1,16 +1,17 @@
 """The picture of the relative distances a training run covered, against the lengths that are evaluated."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_longalign.figures import COLOURS, INK, QUIET, STYLE, load_figures, save_figure
+from hf_longalign.records.training import CoverageRecord
 
 
 def plot_coverage(
-    coverage: Mapping[str, Any],
+    coverage: CoverageRecord,
     path: str | Path,
     *,
     evaluated_lengths: Sequence[int] = (),
@@ -23,21 +24,19 @@ def plot_coverage(
     those beyond the target length, which no distance of the training reaches, in another colour.
 
     Args:
-        coverage: what `DistanceCoverage.state` returns, as `longalign_config.json` holds it.
+        coverage: what a run covered, as `longalign_config.json` holds it.
         path: where the PNG goes; its folder is made.
         evaluated_lengths: context lengths in tokens.
         title: what the reader should see.
 
     Raises:
-        ValueError: a state without a histogram.
+        ValueError: a coverage without a histogram.
         ImportError: matplotlib is missing.
     """
-    histogram = coverage.get("histogram") or {}
-    if not histogram.get("pairs"):
-        raise ValueError(f"`coverage` must hold a histogram, got the keys {sorted(coverage)}. Give the record's own.")
-    edges, pairs = np.asarray(histogram["edges"]), np.asarray(histogram["pairs"], dtype=float)
-    covered = np.asarray(histogram["covered"], dtype=float)
-    target = int(coverage["target_length"])
+    histogram, target = coverage.histogram, coverage.target_length
+    if not histogram.pairs:
+        raise ValueError("`coverage` must hold a histogram, got none. Give the record's own.")
+    edges, pairs = np.asarray(histogram.edges), np.asarray(histogram.pairs, dtype=float)
     matplotlib, figure_class = load_figures()
     with matplotlib.rc_context(STYLE):
         figure = figure_class(figsize=(8.4, 4.6), layout="constrained")
@@ -48,7 +47,7 @@ def plot_coverage(
         upper.set_ylim(bottom=0.5)
         upper.set_ylabel("pairs of tokens\nper distance")
         upper.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
-        lower.stairs(covered, edges, fill=True, color=COLOURS[3], alpha=0.8)
+        lower.stairs(histogram.covered, edges, fill=True, color=COLOURS[3], alpha=0.8)
         lower.set_ylim(0, 1)
         lower.set_yticks([0, 1], ["0 %", "100 %"])
         lower.set_ylabel("covered")
@@ -56,7 +55,7 @@ def plot_coverage(
         lower.xaxis.set_major_formatter("{x:,.0f}")
         lower.set_xlim(0, 1.02 * max(target, *evaluated_lengths, 1))
         _mark_lengths((upper, lower), evaluated_lengths, target)
-        share = f"{coverage['skip_distance_coverage']:.1%} of the distances below {target:,} met"
+        share = f"{coverage.skip_distance_coverage:.1%} of the distances below {target:,} met"
         upper.set_title(share, loc="right", fontsize=10, color=INK)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return save_figure(figure, path)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from hf_longalign.coverage_plot import plot_coverage
 from hf_longalign.distances import DistanceCoverage
-from hf_longalign.evaluation.coverage_plot import plot_coverage
+from hf_longalign.records.training import CoverageRecord
 
 
 def coverage(target=256, jump=100):
@@ -25,4 +26,4 @@ def test_the_picture_follows_the_numbers_and_the_lengths(tmp_path):
 
 def test_a_record_without_histogram_is_named(tmp_path):
     with pytest.raises(ValueError, match="`coverage` must hold a histogram"):
-        plot_coverage({"target_length": 8}, tmp_path / "a.png")
+        plot_coverage(CoverageRecord(8), tmp_path / "a.png")

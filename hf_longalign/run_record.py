@@ -1,0 +1,157 @@
+"""The record of a training run, `longalign_config.json` beside the weights: gathered, saved and loaded.
+
+Only what is known for certain stands in it, and no path of the machine that trained.
+"""
+
+import json
+import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+from hf_longalign.records.base import dumps
+from hf_longalign.records.training import HubSource, RunRecord, TrainingRecord
+
+
+if TYPE_CHECKING:  # a push reads the record without torch
+    from transformers import PretrainedConfig, TrainerState, TrainingArguments
+
+RECORD_NAME = "longalign_config.json"
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+_HUB_FILE = re.compile(r"hf://datasets/([^@]+)@")
+_COMMIT = re.compile(r"(?<=[/@\\])[0-9a-f]{40}(?=[/\\])")
+
+
+def save_record(directory: str | Path, record: TrainingRecord) -> Path:
+    """Write a record into the directory of a model or adapter and return the file's path."""
+    path = Path(directory) / RECORD_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dumps(record), encoding="utf-8")
+    return path
+
+
+def load_record(model_id: str | Path, revision: str | None = None) -> TrainingRecord:
+    """Return the record of a model or adapter, a directory or a Hub id.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    path = Path(model_id) / RECORD_NAME
+    if not Path(model_id).is_dir():
+        with suppress(EntryNotFoundError):  # told below, like a folder without one
+            path = Path(hf_hub_download(str(model_id), RECORD_NAME, revision=revision))
+    if not path.is_file():
+        raise ValueError(
+            f"`{model_id}` has no {RECORD_NAME}, so it was not saved by `LongAlignSFTTrainer`. Load it with "
+            "`peft.PeftModel.from_pretrained` on a base model that has the RoPE it was trained with."
+        )
+    try:
+        return TrainingRecord.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{path}` must hold a JSON object, got {error}. Save the record again.") from error
+
+
+def base_source(config: "PretrainedConfig", revision: str | None = None) -> HubSource | None:
+    """Return the Hub id of a loaded model and its commit; `None` for a model of this machine.
+
+    Args:
+        config: the loaded model's.
+        revision: the branch, tag or commit it was loaded from; `None`: the default one.
+
+    Example:
+
+    >>> from transformers import PretrainedConfig
+    >>> base_source(PretrainedConfig(name_or_path="/models/mine"))
+    """
+    name = str(getattr(config, "_name_or_path", "") or "")
+    if not name or Path(name).is_absolute() or Path(name).exists():
+        return None
+    commit = loaded_commit(name, "config.json", revision)
+    return None if commit is None else HubSource(name, commit)
+
+
+def data_source(dataset: Any) -> HubSource | None:
+    """Return where on the Hub a data set comes from, read from the data set itself; `None` where it does not say.
+
+    A data set keeps its source through `map`, `filter`, `shuffle`, `select` and `train_test_split`; one that was
+    joined from several, or lies in memory alone, has none.
+
+    Args:
+        dataset: a `datasets.Dataset` or `IterableDataset`.
+    """
+    info = getattr(dataset, "info", None)
+    if info is None or info.builder_name is None:  # `concatenate_datasets` leaves it out
+        return None
+    paths = [file["filename"] for file in getattr(dataset, "cache_files", [])]
+    streamed = getattr(dataset, "_ex_iterable", None)
+    while streamed is not None:  # each `map` and `filter` wraps what it reads from
+        paths += getattr(streamed, "kwargs", {}).get("files", [])
+        streamed = getattr(streamed, "ex_iterable", None)
+    commits = {found[0] for path in paths if (found := _COMMIT.search(str(path)))}
+    if len(commits) != 1:
+        return None
+    commit = commits.pop()
+    # The folder of a prepared data set spells the name in another way (`MyRows` as `my_rows`); that of the download
+    # is exact.
+    names = {found[1] for path in paths if (found := _HUB_FILE.match(str(path)))}
+    downloads = Path(constants.HF_HUB_CACHE).glob(f"datasets--*/snapshots/{commit}")
+    names |= {"/".join(path.parts[-3].split("--")[1:]) for path in downloads}
+    split = None if dataset.split is None else str(dataset.split)
+    return HubSource(names.pop(), commit, info.config_name, split) if len(names) == 1 else None
+
+
+def loaded_commit(name: str, file: str, revision: str | None = None) -> str | None:
+    """Return the commit at which this machine last loaded a file of the Hub; `None` where it did not.
+
+    >>> loaded_commit("org/never-loaded", "config.json")
+    """
+    try:
+        path = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:  # no name that a repository can have
+        return None
+    # What came from the Hub is in the cache, in a folder named after the commit.
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries a run stands on, those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(args: "TrainingArguments") -> str:
+    """Return the devices of a run: the number of processes, and the name of this one's device."""
+    import torch
+
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
+    return f"{args.world_size} x {name}"
+
+
+def run_facts(args: "TrainingArguments", state: "TrainerState", *, resumed: bool) -> RunRecord:
+    """Return how a run went.
+
+    Args:
+        args: the arguments.
+        state: the state, during or after training.
+        resumed: whether it went on from a checkpoint; the time of the earlier part is not known then.
+    """
+    seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
+    return RunRecord(
+        steps=state.global_step,
+        epochs=None if state.epoch is None else round(float(state.epoch), 4),
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        learning_rate=float(args.learning_rate),
+        schedule=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        optimizer=str(getattr(args.optim, "value", args.optim)),
+        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+        seconds=None if resumed else seconds,
+    )

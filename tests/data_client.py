@@ -1,0 +1,52 @@
+"""What a user does, in a process of its own: load rows in every way, and ask each data set where it is from."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from loopback_hub import TOKEN, Hub
+
+
+FOLDER = Path(sys.argv[1])
+
+
+def main():
+    from datasets import Dataset, concatenate_datasets, load_dataset
+    from huggingface_hub import HfApi
+
+    from hf_longalign.run_record import data_source
+
+    def source(dataset):
+        found = data_source(dataset)
+        return found if found is None else found.to_json()
+
+    memory = Dataset.from_dict({"text": [str(number) for number in range(30)]})
+    memory.push_to_hub("user/MyRows", "chat", split="train")
+    memory.push_to_hub("user/other", split="train")
+    memory.to_json(FOLDER / "rows.jsonl")
+    loaded = load_dataset("user/MyRows", "chat", split="train")
+    streamed = load_dataset("user/MyRows", "chat", split="train", streaming=True)
+    other = load_dataset("user/other", split="train")
+    found = {
+        "commit": HfApi().repo_info("user/MyRows", repo_type="dataset").sha,
+        "loaded": source(loaded),
+        "mapped": source(loaded.map(lambda row: {"n": 1}).filter(lambda row: True).shuffle(seed=0)),
+        "split": source(loaded.train_test_split(0.1, seed=0)["train"]),
+        "streamed": source(streamed),
+        "streamed and mapped": source(streamed.map(lambda row: {"n": 1}).filter(lambda row: True)),
+        "joined": source(concatenate_datasets([loaded, other])),
+        "joined with memory": source(concatenate_datasets([loaded, memory])),
+        "memory": source(memory),
+        "file": source(load_dataset("json", data_files=str(FOLDER / "rows.jsonl"), split="train")),
+    }
+    (FOLDER / "home" / "hub").rename(FOLDER / "gone")
+    return {**found, "no cache": source(loaded)}
+
+
+if __name__ == "__main__":
+    with Hub() as hub:
+        # Read when the libraries are imported.
+        os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(FOLDER / "home"), HF_HUB_OFFLINE="0")
+        os.environ.update(HF_HUB_DISABLE_XET="1", HF_UPDATE_DOWNLOAD_COUNTS="0", HF_HUB_DISABLE_TELEMETRY="1")
+        json.dump(main(), sys.stdout)

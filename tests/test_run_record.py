@@ -1,0 +1,74 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants, hf_hub_download
+from loopback_hub import TOKEN, Hub
+from test_trainer import make_trainer
+from transformers import PretrainedConfig, TrainerState, TrainingArguments
+
+from hf_longalign import run_record
+from hf_longalign.records.training import HubSource
+
+
+COMMIT = "7ae557604adf67be50417f59c2c2f167def9a775"
+
+
+def test_a_run_tells_its_length_batch_and_time(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    record = trainer.training_record()
+    assert record.run.steps == trainer.state.global_step > 0
+    assert record.run.batch_size == trainer.args.per_device_train_batch_size
+    assert record.run.seconds > 0 and record.run.schedule == "linear"
+    assert record.hardware == "1 x CPU" and record.versions["torch"] == torch.__version__
+    assert record.data is None and record.base is None
+
+
+def test_the_time_of_a_resumed_run_is_not_known():
+    args = TrainingArguments(use_cpu=True, report_to="none", bf16=False)
+    state = TrainerState(global_step=3, epoch=0.5, log_history=[{"loss": 1.0}, {"train_runtime": 12.5}, {"loss": 2.0}])
+    assert run_record.run_facts(args, state, resumed=False).seconds == 12.5
+    found = run_record.run_facts(args, state, resumed=True)
+    assert found.seconds is None and found.precision is None and found.epochs == 0.5
+
+
+def test_a_base_is_named_only_where_the_cache_knows_its_commit(tmp_path, monkeypatch):
+    file = tmp_path / "snapshots" / COMMIT / "config.json"
+    monkeypatch.setattr(run_record, "try_to_load_from_cache", lambda name, file_name, revision: str(file))
+    config = PretrainedConfig(name_or_path="org/model")
+    assert run_record.base_source(config) == HubSource("org/model", COMMIT)
+    assert run_record.base_source(PretrainedConfig(name_or_path=str(tmp_path))) is None
+    assert run_record.base_source(PretrainedConfig()) is None
+    monkeypatch.undo()
+    assert run_record.base_source(config) is None
+    assert run_record.base_source(PretrainedConfig(name_or_path="out/run/last")) is None
+
+
+def test_the_commit_loaded_is_not_one_pushed_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with Hub() as hub:
+        api = HfApi(hub.url, token=TOKEN)
+        api.create_repo("user/adapter")
+        first = api.upload_file(path_or_fileobj=b"{}", path_in_repo="adapter_config.json", repo_id="user/adapter").oid
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        hf_hub_download("user/adapter", "adapter_config.json", endpoint=hub.url, cache_dir=tmp_path)
+        api.upload_file(path_or_fileobj=b"{1}", path_in_repo="adapter_config.json", repo_id="user/adapter")
+        assert api.repo_info("user/adapter").sha != first
+        assert run_record.loaded_commit("user/adapter", "adapter_config.json") == first
+        assert run_record.loaded_commit("user/other", "adapter_config.json") is None
+
+
+def test_a_data_set_tells_its_source(tmp_path, monkeypatch):
+    """Each way of `datasets` to hold rows of the Hub; its folder spells `MyRows` as `my_rows`."""
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("data_client.py"), tmp_path], capture_output=True, text=True
+    )
+    found = json.loads(process.stdout)
+    commit = found.pop("commit")
+    source = {"name": "user/MyRows", "revision": commit, "config": "chat", "split": "train"}
+    for way in ("loaded", "mapped", "split", "streamed", "streamed and mapped"):
+        assert found.pop(way) == source, way
+    assert found == dict.fromkeys(("joined", "joined with memory", "memory", "file", "no cache"))
