@@ -24,8 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.generators.base import Reply, Request
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.runner import Runner
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import openai
 
-from hf_longalign.synthesis.generators.base import Request
-from hf_longalign.synthesis.generators.openai import OpenAIGenerator
+from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint.protocol import Request
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.progress import Progress
 from hf_longalign.synthesis.runner import Runner

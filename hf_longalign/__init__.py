@@ -7,7 +7,7 @@ Example:
 
 >>> import hf_longalign
 >>> sorted(hf_longalign.__all__)[-1]
-'sample_positions'
+'scale_rope'
 """
 
 from importlib import import_module
@@ -21,14 +21,18 @@ _EXPORTS = {
     "ContextSynthesisConfig": "synthesis.config",
     "LongAlignSFTConfig": "config",
     "LongAlignSFTTrainer": "trainer",
+    "OpenAIGenerator": "endpoint",
     "SkipPositionCallback": "callback",
     "SkipPositionDataCollator": "collator",
+    "TransformersGenerator": "synthesis.local",
     "load_adapter": "adapter",
+    "merge_adapter": "adapter",
     "publish_adapter": "hub.publish",
     "publish_dataset": "hub.publish",
     "register_attention": "attention",
     "run_preflight": "preflight",
     "sample_positions": "positions",
+    "scale_rope": "rope",
 }
 
 __all__ = ["__version__", *_EXPORTS]

@@ -1,19 +1,35 @@
-"""Loading a trained adapter on its base model, with the RoPE it was trained with."""
+"""A trained adapter on its base model: loaded with the RoPE of its training, merged into a whole model, checked.
+
+A base is known again by a sample of its weights. A name says little: a folder may hold another download, a Hub branch
+may have moved on, a published adapter names its base neutrally. A few hundred values tell one model from another, and
+the same one in another precision or quantised apart.
+"""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import torch
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_longalign.base_weights import check_weights
-from hf_longalign.records.training import RopeRecord
-from hf_longalign.rope import apply_rope, check_rope, check_rope_reached
-from hf_longalign.run_record import load_record
+from hf_longalign.probe import token_ids
+from hf_longalign.records.training import TrainingRecord
+from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, model_range
+from hf_longalign.run_record import load_record, save_record
 
 
 logger = logging.getLogger(__name__)
+
+# Norms and embeddings: the weights that quantisation leaves as they are.
+_VALUES_EACH = 32
+_HEAD = 4096
+_TENSORS = 8
+# Twice the rounding of bfloat16, in which most models are published.
+_TOLERANCE = 2**-8
 
 
 def load_adapter(
@@ -27,7 +43,7 @@ def load_adapter(
     """Load an adapter on its base model, with RoPE scaled before loading as in training.
 
     `peft.PeftModel.from_pretrained` on a base model loaded as published gives other logits, without a word, when the
-    training had scaled RoPE.
+    training had scaled RoPE. Embeddings that training has resized are resized.
 
     Args:
         adapter: directory or Hub id of an adapter that `LongAlignSFTTrainer` saved.
@@ -35,12 +51,11 @@ def load_adapter(
             named by the adapter when `None`.
         revision: revision of the adapter.
         base_revision: revision of the base model; the one in the adapter's config when `None`.
-        **model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`,
-            `quantization_config` …).
+        **model_kwargs: passed to `from_pretrained` of the base model (`dtype`, `device_map`, `quantization_config` …).
 
     Raises:
-        ValueError: the adapter has no record, or the base model is of another kind or has another RoPE or other
-            weights than the one trained on.
+        ValueError: the adapter has no record, or the base model is of another kind or has another RoPE, other
+            modules or other weights than the one trained on.
 
     Example:
 
@@ -53,26 +68,287 @@ def load_adapter(
         check_rope(record.rope, base_model.config)
         check_rope_reached(base_model)
     else:
-        adapter_config = PeftConfig.from_pretrained(str(adapter), revision=revision)
-        base_model = _load_base(record.rope, adapter_config, base_model, base_revision, model_kwargs)
+        base_model = _load_base(record, _base_of(adapter, revision, base_model, base_revision), model_kwargs)
     check_weights(record.base_weights, base_model)
-    return PeftModel.from_pretrained(base_model, str(adapter), revision=revision)
+    return _put_on(base_model, adapter, revision)
 
 
-def _load_base(
-    rope: RopeRecord,
-    adapter_config: PeftConfig,
-    base_model: str | Path | None,
-    base_revision: str | None,
-    model_kwargs: dict[str, Any],
-) -> PreTrainedModel:
-    named = adapter_config.base_model_name_or_path
+def merge_adapter(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    revision: str | None = None,
+    base_revision: str | None = None,
+    max_shard_size: str | int = "5GB",
+    **model_kwargs: Any,
+) -> Path:
+    """Merge an adapter into its base model and save the whole: `AutoModelForCausalLM` and every server load it.
+
+    The saved config holds the RoPE and the range of the training, the tokenizer that range as `model_max_length`. A
+    base that is quantised is merged and saved unquantised. Before anything is saved, the logits of the merged model
+    are compared with those of base and adapter.
+
+    Args:
+        adapter: directory or Hub id of an adapter that `LongAlignSFTTrainer` saved.
+        output_dir: where the model goes; files of an earlier merge are replaced.
+        base_model: directory or Hub id of the base model; the one named by the adapter when `None`.
+        revision: revision of the adapter.
+        base_revision: revision of the base model; the one in the adapter's config when `None`.
+        max_shard_size: size of a file of weights at most, in bytes or as in "5GB".
+        **model_kwargs: passed to `from_pretrained` of the base model (`dtype`, `device_map` …).
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: as in [`load_adapter`]; or the adapter cannot be merged, or its merged logits are others.
+
+    Example:
+
+    ```python
+    merge_adapter("out", "merged", dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained("merged")
+    ```
+    """
+    output_dir, record = Path(output_dir), load_record(adapter, revision=revision)
+    base_id, base_revision = _base_of(adapter, revision, base_model, base_revision)
+    _check_merge(adapter, revision, output_dir, base_id, model_kwargs)
+    base = _load_base(record, (base_id, base_revision), model_kwargs)
+    check_weights(record.base_weights, base)
+    if getattr(base, "hf_quantizer", None) is not None:
+        base = _dequantised(base)
+    model = _put_on(base, adapter, revision).eval()
+    expected = _some_logits(model)
+    merged = _merged(model)
+    difference = (_some_logits(merged) - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    # Merged weights are rounded once more to their precision.
+    if difference > (1e-4 if merged.dtype == torch.float32 else 0.1):
+        raise ValueError(
+            f"`{adapter}` must give the same logits merged, got a difference of {difference:.1e} of their size. Load "
+            "it with `load_adapter`, which does not merge."
+        )
+    merged.save_pretrained(output_dir, max_shard_size=max_shard_size)
+    hub = _hub_kwargs(model_kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter), revision=revision, **hub)
+    except (OSError, ValueError):  # the adapter was saved without one
+        tokenizer = AutoTokenizer.from_pretrained(base_id, revision=base_revision, **hub)
+    if getattr(merged.config.get_text_config(), "max_position_embeddings", None):
+        tokenizer.model_max_length = model_range(merged.config)
+    tokenizer.save_pretrained(output_dir)
+    save_record(output_dir, record)
+    return output_dir
+
+
+def _base_of(
+    adapter: str | Path, revision: str | None, base_model: str | Path | None, base_revision: str | None
+) -> tuple[str, str | None]:
+    """Name and revision of the base model: those given, else those in the adapter's config."""
+    config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+    named = config.base_model_name_or_path
     model_id = str(base_model or named or "")
     if not model_id:
         raise ValueError("`base_model` must be given, got None: the adapter does not name one. Set it to its base.")
     if named and model_id != named:
         logger.warning("The adapter was trained on %s and is loaded on %s.", named, model_id)
-    revision = base_revision or (adapter_config.revision if model_id == named else None)
-    hub_kwargs = {key: model_kwargs[key] for key in ("token", "trust_remote_code", "cache_dir") if key in model_kwargs}
-    config = apply_rope(rope, AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs))
-    return AutoModelForCausalLM.from_pretrained(model_id, config=config, revision=revision, **model_kwargs)
+    return model_id, base_revision or (config.revision if model_id == named else None)
+
+
+def _load_base(
+    record: TrainingRecord, source: tuple[str, str | None], model_kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    model_id, revision = source
+    config = AutoConfig.from_pretrained(model_id, revision=revision, **_hub_kwargs(model_kwargs))
+    config = apply_rope(record.rope, config)
+    # As in training: `AutoModelForCausalLM` loads of some multimodal checkpoints the text model alone, whose modules
+    # have other names, so that an adapter would fit none of them.
+    name = record.architecture or next(iter(config.architectures or []), "")
+    loader = getattr(transformers, name, AutoModelForCausalLM)
+    return loader.from_pretrained(model_id, config=config, revision=revision, **model_kwargs)
+
+
+def _hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: model_kwargs[key] for key in ("token", "trust_remote_code", "cache_dir") if key in model_kwargs}
+
+
+def _put_on(base: PreTrainedModel, adapter: str | Path, revision: str | None) -> PeftModel:
+    """The base model with the adapter on it, embeddings resized as in training."""
+    weights = load_peft_weights(str(adapter), device="cpu", revision=revision)
+    _resize_embeddings(base, weights)
+    model = PeftModel.from_pretrained(base, str(adapter), revision=revision)
+    # PEFT only warns of modules that the adapter has no weights for, and leaves them as they are.
+    missing = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(weights))
+    if missing:
+        raise ValueError(
+            f"The base model must have the modules its adapter was trained on, got {type(base).__name__}, where "
+            f"{len(missing)} have no weights, `{missing[0]}` among them. Give a `base_model` of the class trained on."
+        )
+    return model
+
+
+def _resize_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the base model as many tokens as the adapter's embeddings have; it brings the new rows itself."""
+    layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = {name: module for name, module in base.named_modules() if any(module is layer for layer in layers)}
+    rows = {name: size for name in names if (size := _rows_of(name, weights)) is not None}
+    new = max(rows.values(), default=0) - layers[0].weight.shape[0]
+    if not rows or new == 0:
+        return
+    base.resize_token_embeddings(max(rows.values()), mean_resizing=False)
+    shared = layers[1] is None or layers[0].weight is layers[1].weight
+    for name in set() if shared else set(names) - set(rows):
+        logger.warning(
+            "The adapter was saved without the rows of `%s` for %d new tokens, which are random now. Train with that "
+            "module in `modules_to_save` to keep them.",
+            name,
+            new,
+        )
+
+
+def _rows_of(name: str, weights: dict[str, torch.Tensor]) -> int | None:
+    """The number of tokens that an adapter's weights for an embedding or a head have."""
+    prefix = f"base_model.model.{name}."
+    for part in ("weight", "base_layer.weight", "token_adapter.base_layer.weight", "lora_B.weight"):
+        if prefix + part in weights:
+            return weights[prefix + part].shape[0]
+    factor = weights.get(prefix + "lora_embedding_A")
+    return None if factor is None else factor.shape[1]
+
+
+def _check_merge(
+    adapter: str | Path, revision: str | None, output_dir: Path, base_id: str, model_kwargs: dict[str, Any]
+) -> None:
+    config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"`{adapter}` must change weights to be merged, got {config.peft_type.value}, which puts virtual tokens "
+            "before the prompt. Load it with `load_adapter`."
+        )
+    if model_kwargs.get("quantization_config") is not None:
+        raise ValueError(
+            "`quantization_config` must be left out: weights are merged and saved unquantised. Quantise the merged "
+            "model when you load it."
+        )
+    if output_dir.resolve() in (Path(adapter).resolve(), Path(base_id).resolve()):
+        raise ValueError(
+            f"`output_dir` must be another folder than those of adapter and base, got '{output_dir}'. Set a new one."
+        )
+
+
+def _dequantised(base: Any) -> PreTrainedModel:
+    base = base.dequantize()
+    # transformers would undo on saving what it did on loading, and cannot with the quantised names that are left here.
+    base._weight_conversions = [step for step in base._weight_conversions or [] if _can_be_undone(step)]
+    return base
+
+
+def _can_be_undone(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter in its weights; embeddings stay tied only if they are still equal."""
+    base: Any = model.get_base_model()
+    text_config = base.config.get_text_config()
+    inner, outer = _own_layer(base.get_input_embeddings()), _own_layer(base.get_output_embeddings())
+    tied = outer is not None and inner.weight is outer.weight
+    if tied:
+        # One of the two may be trained alone: merged into a shared weight, it would change both.
+        outer.weight = nn.Parameter(outer.weight.detach().clone())
+        base.config.tie_word_embeddings = text_config.tie_word_embeddings = False
+    merged = model.merge_and_unload(safe_merge=True)
+    if tied and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
+        merged.get_output_embeddings().weight = merged.get_input_embeddings().weight
+        base.config.tie_word_embeddings = text_config.tie_word_embeddings = True
+    return merged
+
+
+def _own_layer(layer: Any) -> Any:
+    """The model's own layer inside the wrappers of PEFT."""
+    while hasattr(layer, "base_layer") or hasattr(layer, "original_module"):
+        layer = getattr(layer, "base_layer", None) or layer.original_module
+    return layer
+
+
+@torch.no_grad()
+def _some_logits(model: Any) -> torch.Tensor:
+    """Logits of 16 tokens over the model's range, float32 `(16, vocabulary)`."""
+    (ids,), _ = token_ids(model.config.get_text_config(), [16])
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 16
+    places = torch.arange(16) * max(1, reach // 16 - 1)
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": ids, "position_ids": places, "attention_mask": torch.ones_like(ids)}
+    inputs = {key: value[None].to(device) for key, value in inputs.items()}
+    return model(**inputs, use_cache=False).logits[0].float().cpu()
+
+
+def weights_sample(model: nn.Module) -> dict[str, list[float]]:
+    """Return values of up to 8 norms and embeddings of a base model by name; none where weights are sharded.
+
+    Args:
+        model: the model without an adapter, or the one that an adapter was put on.
+
+    Example:
+
+    >>> model = nn.ModuleDict({"embed": nn.Embedding(4, 2), "norm": nn.LayerNorm(2)})
+    >>> {name: len(values) for name, values in weights_sample(model).items()}
+    {'embed.weight': 8, 'norm.weight': 2}
+    """
+    found = {name: weight for name, weight in _kept_weights(model) if type(weight.data) is torch.Tensor}
+    names = sorted(found)
+    step = max(1, -(-len(names) // _TENSORS))
+    sample = {}
+    for name in names[::step]:
+        flat = found[name].detach().flatten()
+        head = flat[:_HEAD]  # an embedding may have grown at its end by new tokens
+        values = head[:: max(1, head.numel() // _VALUES_EACH)][:_VALUES_EACH].float().cpu().tolist()
+        if values:  # ZeRO-3 leaves an empty tensor
+            sample[name] = [float(f"{value:.6g}") for value in values]
+    return sample
+
+
+def _kept_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, module in model.named_modules():
+        kind = type(module).__name__.lower()
+        weight = getattr(module, "weight", None)
+        # PEFT keeps the base's own module, if it trains a copy, under `original_module`.
+        adapted = "lora_" in name or "modules_to_save" in name
+        if weight is not None and not adapted and ("norm" in kind or isinstance(module, nn.Embedding)):
+            clean = name.replace(".base_layer", "").replace(".original_module", "")
+            yield f"{clean}.weight", weight
+
+
+def check_weights(sample: dict[str, list[float]], model: nn.Module) -> None:
+    """Refuse a base model whose weights are not those of a `weights_sample`.
+
+    Raises:
+        ValueError: names the first weight that differs.
+
+    Example:
+
+    >>> model = nn.ModuleDict({"norm": nn.LayerNorm(2)})
+    >>> check_weights({"norm.weight": [1.0, 1.0]}, model)
+    >>> check_weights({"norm.weight": [1.0, 1.5]}, model)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: The base model must have the weights its adapter was trained on, got others in `norm.weight`. ...
+    """
+    present = weights_sample(model)
+    if not present:
+        return
+    for name, expected in sample.items():
+        values = present.get(name, [])
+        same = len(values) == len(expected) and all(
+            abs(value - other) <= _TOLERANCE * max(abs(value), abs(other)) + 1e-6
+            for value, other in zip(values, expected, strict=True)
+        )
+        if not same:
+            raise ValueError(
+                f"The base model must have the weights its adapter was trained on, got others in `{name}`. Give the "
+                "model and revision the adapter names."
+            )

@@ -1,15 +1,41 @@
 """`SkipPositionCallback`: new positions every epoch and a preflight before the first step, in any `Trainer`."""
 
-import logging
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.preflight import run_preflight
+from hf_longalign.probe import LogProbs
 
 
-logger = logging.getLogger(__name__)
+def check_parallelism(*, whole_rows: bool) -> None:
+    """Refuse, before the first step, to cut rows over devices where training would not be exact.
+
+    Args:
+        whole_rows: whether rows are packed, skip positions or weigh as wholes.
+
+    Raises:
+        ValueError: names the setting of accelerate.
+    """
+    # Not `args.parallelism_config`, which stays None where accelerate's own YAML asks for it.
+    parallelism = AcceleratorState().parallelism_config
+    if parallelism is None:
+        return
+    if parallelism.sp_enabled:
+        # The loss is right, the gradients are not; in TRL's own trainer too.
+        raise ValueError(
+            f"`sp_size` must be 1, got {parallelism.sp_size}: sequence parallelism makes gradients as many times too "
+            "large. Take it out of the parallelism config; FSDP2 and DeepSpeed ZeRO share memory exactly."
+        )
+    if parallelism.cp_enabled and whole_rows:
+        raise ValueError(
+            "`cp_size` must be 1 with packed rows, skipped positions or loss_weighting='sequence', got "
+            f"{parallelism.cp_size}: context parallelism drops the mask and cuts the rows. Take it out of the "
+            "parallelism config (a skipped row is short), or set packing=False, skip_strategy='none' and "
+            "loss_weighting='token'."
+        )
 
 
 class SkipPositionCallback(TrainerCallback):
@@ -18,6 +44,7 @@ class SkipPositionCallback(TrainerCallback):
     Args:
         collator: the collator of the training data, the very object handed to the trainer.
         preflight: whether to run [`~hf_longalign.preflight.run_preflight`] before the first step.
+        log_probs: how training computes its loss, where that is not by the model's own logits; see `run_preflight`.
 
     Example:
 
@@ -28,9 +55,12 @@ class SkipPositionCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, collator: SkipPositionDataCollator, preflight: bool = True) -> None:
+    def __init__(
+        self, collator: SkipPositionDataCollator, preflight: bool = True, log_probs: LogProbs | None = None
+    ) -> None:
         self.collator = collator
         self.preflight = preflight
+        self.log_probs = log_probs
         self._epoch = 0
 
     def on_train_begin(
@@ -39,13 +69,9 @@ class SkipPositionCallback(TrainerCallback):
         """Run the preflight, on every process, and find out at which epoch a resumed run goes on."""
         # 1.5 after a resume in the middle of the second epoch, 2.0 after one at its end.
         self._epoch = int(state.epoch or 0)
-        if not self.preflight:
-            return
-        parallelism = getattr(args, "parallelism_config", None)
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            logger.warning("No preflight: under context or sequence parallelism a process sees parts of a batch only.")
-            return
-        run_preflight(kwargs["model"], self.collator, args.device)
+        check_parallelism(whole_rows=self.collator.strategy != "none" or self.collator.padding_free)
+        if self.preflight:
+            run_preflight(kwargs["model"], self.collator, args.device, log_probs=self.log_probs)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,7 +18,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "sft": Command("train on short data with skipped positions", "training_options", "sft"),
+    "sft": Command("train on short data with skipped positions", "sft_options", "sft"),
     "synthesize": Command("turn short pairs into long-context chat data", "synthesis_options", "synthesize"),
     "evaluate": Command("ask base and adapter the same questions", "evaluation_options", "evaluate"),
     "coherence": Command("does a data set need its contexts?", "coherence", "coherence"),

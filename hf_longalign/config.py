@@ -1,14 +1,15 @@
 """The options of `LongAlignSFTTrainer` that `trl.SFTConfig` does not have."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from hf_longalign.training_options import TrainingOptions
+
 
 @dataclass
-class LongAlignSFTConfig(SFTConfig):
+class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     r"""Configuration of [`LongAlignSFTTrainer`]: every field of [`trl.SFTConfig`] and the ones below.
 
     Parameters:
@@ -23,6 +24,10 @@ class LongAlignSFTConfig(SFTConfig):
             included.
         skip_probability (`float`, *optional*, defaults to `0.5`):
             Share of the samples that are skipped; the others keep ordinary positions.
+        rope_type (`str` or `None`, *optional*):
+            Scale the model's RoPE before it is loaded, so that its range covers `skip_target_length`: `"yarn"`,
+            `"linear"`, `"dynamic"`, `"llama3"` or `"proportional"` (Gemma 4). The model must be given by its name; see
+            [`~hf_longalign.rope.scale_rope`].
 
         > Parameters that control the loss
 
@@ -59,49 +64,14 @@ class LongAlignSFTConfig(SFTConfig):
     'skip_all'
     """
 
-    skip_strategy: str = field(
-        default="skip_all",
-        metadata={
-            "help": "How positions are skipped: none, skip_inner, skip_outer, skip_all, pose, randpos or cream."
-        },
-    )
-    skip_target_length: int | None = field(
-        default=None,
-        metadata={"help": "Number of positions to spread a sample over. Default: the range the model is made for."},
-    )
-    skip_probability: float = field(
-        default=0.5,
-        metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."},
-    )
-    loss_weighting: Literal["token", "sequence"] = field(
-        default="token",
-        metadata={"help": "Whether every target token (token) or every sequence (sequence) weighs the same."},
-    )
-    base_name: str | None = field(
-        default=None,
-        metadata={"help": "What the card calls a base that was a local folder: its Hub id, or a neutral name."},
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence of the trained model, as the Hub names it."})
-    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
     hub_strategy: HubStrategy | str = field(
         default="end",
         metadata={"help": "With `push_to_hub`: end (nothing before the end) or every_save (every checkpoint)."},
     )
-    preflight: bool = field(
-        default=True,
-        metadata={"help": "Whether to prove before the first step that attention over skipped positions is right."},
-    )
 
     def __post_init__(self) -> None:
-        from hf_longalign.cards.page import check_license
-
         super().__post_init__()
-        check_license(license=self.license)
-        if self.loss_weighting not in ("token", "sequence"):
-            raise ValueError(
-                f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "
-                "Set 'token' for TRL's loss."
-            )
+        self.check()
         if self.loss_weighting == "sequence" and not self.average_tokens_across_devices:
             raise ValueError(
                 "`loss_weighting='sequence'` averages over the sequences of all devices, got "

@@ -1,7 +1,11 @@
-"""What the positions of a training run covered, read off its batches, on all processes and over resumes."""
+"""Which relative distances between the tokens of a document a run has trained: counted, logged, saved.
+
+Distances are read off the batches, on all processes and over resumes.
+"""
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +13,188 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from numpy.typing import ArrayLike
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_longalign.distances import DistanceCoverage
-from hf_longalign.records.training import CoverageRecord
+from hf_longalign.records.training import CoverageRecord, Histogram
 
 
 logger = logging.getLogger(__name__)
 
+# Runs of contiguous positions up to which their pairs, 2,016, are looked at one by one.
+MAX_RUNS = 64
+BINS = 64
 # Batches whose positions may stay on their device until the next log, where the host waits for it anyway.
 MAX_PENDING = 64
 FILE_NAME = "longalign_coverage.npz"
 
 
-class PositionObserver(TrainerCallback):
-    """Counts the relative distances between the tokens of the documents that a run trains on.
+@dataclass
+class _Spans:
+    """Counts over documents. The span of a document is the number of positions from its first to its last."""
+
+    documents: int = 0
+    skipped: int = 0
+    total: int = 0
+    largest: int = 0
+
+    def add(self, span: int, skipped: bool) -> None:
+        self.documents += 1
+        self.skipped += skipped
+        self.total += span
+        self.largest = max(self.largest, span)
+
+    def summary(self) -> dict[str, Any]:
+        count = max(self.documents, 1)
+        return {
+            "skip_share": self.skipped / count,
+            "skip_span_mean": self.total / count,
+            "skip_span_max": self.largest,
+        }
+
+
+class DistanceCoverage:
+    """Counts the pairs of tokens of a document at each relative distance, and the documents that are skipped.
+
+    The counts are exact. A document of m runs of contiguous positions costs O(m^2) where m is at most 64: two runs
+    give a trapezoid over the distances, kept as its four corners (30 µs for 12 runs). Where m is larger, as in RandPos
+    where nearly every token is a run, it costs one FFT over the target length (4 ms for 131,072); the power spectra of
+    such documents add up and are turned into counts when they are asked for.
+
+    Args:
+        target_length: distances 0, …, target_length - 1 are counted.
+
+    Example:
+
+    >>> coverage = DistanceCoverage(8)
+    >>> coverage.add([0, 1, 6])
+    >>> coverage.pairs.tolist()
+    [3, 1, 0, 0, 0, 1, 1, 0]
+    >>> coverage.metrics()["skip_distance_coverage"]
+    0.5
+    """
+
+    def __init__(self, target_length: int) -> None:
+        self.target_length = target_length
+        # Second differences of the pair counts by distance; what lies past the last distance is dropped into the end.
+        self._corners = np.zeros(target_length + 1, dtype=np.int64)
+        self._counts = np.zeros(target_length, dtype=np.int64)
+        # Twice the length, so that the autocorrelation does not wrap around.
+        self._fft_size = 1 << (2 * target_length - 1).bit_length()
+        self._power: np.ndarray | None = None
+        self._run = _Spans()
+        self._window = _Spans()
+
+    def add(self, positions: ArrayLike) -> None:
+        """Count one document.
+
+        Args:
+            positions: int `(n,)`, strictly increasing, n at least 1.
+
+        Raises:
+            ValueError: positions that are not.
+        """
+        array = np.asarray(positions, dtype=np.int64)
+        steps = np.diff(array)
+        if not array.size or (steps < 1).any():
+            raise ValueError(f"`positions` must increase strictly, got {positions!r}. Give those of one document.")
+        breaks = np.flatnonzero(steps > 1)
+        first = array[np.concatenate(([0], breaks + 1))]
+        last = array[np.append(breaks, array.size - 1)]
+        span = int(array[-1] - array[0]) + 1
+        if first.size <= MAX_RUNS or span > self.target_length:
+            self._add_runs(first, last)
+        else:
+            self._add_spectrum(array - array[0])
+        for spans in (self._run, self._window):
+            spans.add(span, skipped=breaks.size > 0)
+
+    def _add_runs(self, first: np.ndarray, last: np.ndarray) -> None:
+        i, j = np.triu_indices(first.size, 1)
+        lengths = last - first + 1
+        rises = np.concatenate((first[j] - last[i], last[j] - first[i] + 2, lengths + 1))
+        falls = np.concatenate((first[j] - first[i] + 1, last[j] - last[i] + 1))
+        np.add.at(self._corners, np.minimum(rises, self.target_length), 1)
+        np.add.at(self._corners, np.minimum(falls, self.target_length), -1)
+        # Inside a run: as many pairs at distance 0 as tokens, one less with each step.
+        self._corners[0] += lengths.sum()
+        self._corners[1] -= (lengths + 1).sum()
+
+    def _add_spectrum(self, positions: np.ndarray) -> None:
+        occupied = np.zeros(self.target_length)
+        occupied[positions] = 1
+        spectrum = np.fft.rfft(occupied, self._fft_size)
+        power = spectrum.real**2 + spectrum.imag**2
+        self._power = power if self._power is None else self._power + power
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """Pairs of tokens by relative distance, of the whole run: int64 `(target_length,)`."""
+        if self._power is not None:
+            # The autocorrelation of the occupied positions; the error of the FFT is far below the 0.5 that matters.
+            counts = np.fft.irfft(self._power, self._fft_size)[: self.target_length]
+            self._counts += np.rint(counts).astype(np.int64)
+            self._power = None
+        return np.cumsum(np.cumsum(self._corners))[:-1] + self._counts
+
+    def counts(self) -> np.ndarray:
+        """Return int64 `(target_length + 3,)`: pairs by distance; documents, skipped ones, sum of their spans."""
+        run = self._run
+        return np.append(self.pairs, [run.documents, run.skipped, run.total])
+
+    def add_counts(self, counts: np.ndarray) -> None:
+        """Add what another coverage of the same target length has counted, as its `counts` tells it."""
+        pairs, (documents, skipped, total) = counts[:-3], counts[-3:].tolist()
+        self._counts += pairs
+        met = np.flatnonzero(pairs)
+        for spans in (self._run, self._window):
+            spans.documents += documents
+            spans.skipped += skipped
+            spans.total += total
+            # The largest distance is that between the ends of the largest span.
+            spans.largest = max(spans.largest, int(met[-1]) + 1 if met.size else 0)
+
+    def metrics(self) -> dict[str, float]:
+        """Return what to log, and begin a new window.
+
+        `skip_share`, `skip_span_mean` and `skip_span_max` are of the documents since the last call, skipped or not;
+        `skip_distance_max` and `skip_distance_coverage`, the share of the distances below `target_length` that were
+        met at least once, of the whole run. Empty where no document was added since the last call.
+        """
+        window, self._window = self._window, _Spans()
+        if not window.documents:
+            return {}
+        return {
+            **window.summary(),
+            "skip_distance_max": self._distance_max,
+            "skip_distance_coverage": float((self.pairs > 0).mean()),
+        }
+
+    @property
+    def _distance_max(self) -> int:
+        return max(self._run.largest - 1, 0)
+
+    def record(self) -> CoverageRecord:
+        """Return what the whole run has covered."""
+        pairs = self.pairs
+        bins = min(BINS, self.target_length)
+        edges = np.arange(bins + 1) * self.target_length // bins
+        return CoverageRecord(
+            target_length=self.target_length,
+            documents=self._run.documents,
+            **self._run.summary(),
+            skip_distance_max=self._distance_max,
+            skip_distance_coverage=float((pairs > 0).mean()),
+            histogram=Histogram(
+                edges=edges.tolist(),
+                pairs=np.add.reduceat(pairs, edges[:-1]).tolist(),
+                covered=(np.add.reduceat(pairs > 0, edges[:-1], dtype=np.int64) / np.diff(edges)).tolist(),
+            ),
+        )
+
+
+class CoverageCallback(TrainerCallback):
+    """Counts the relative distances of the documents that a run trains on.
 
     Processes count for themselves and add up their counts wherever the trainer is about to log or to save.
 
@@ -37,8 +208,8 @@ class PositionObserver(TrainerCallback):
         self._pending: list[dict[str, torch.Tensor]] = []
 
     def observe(self, inputs: dict[str, Any]) -> None:
-        """Keep the positions of a collated batch: `position_ids` and `attention_mask` or `seq_idx`."""
-        keys = ("position_ids", "attention_mask", "seq_idx")
+        """Keep the positions of a collated batch: `position_ids`, `labels`, and `attention_mask` or `seq_idx`."""
+        keys = ("position_ids", "labels", "attention_mask", "seq_idx")
         self._pending.append({key: inputs[key].detach().int() for key in keys if key in inputs})
         if len(self._pending) >= MAX_PENDING:
             self._read()
@@ -67,9 +238,9 @@ class PositionObserver(TrainerCallback):
         """Return the metrics of what was gathered since the last call; see [`DistanceCoverage.metrics`]."""
         return self.coverage.metrics()
 
-    def state(self) -> CoverageRecord:
-        """Return what the run has covered when it was last gathered."""
-        return self.coverage.state()
+    def record(self) -> CoverageRecord:
+        """Return what the run had covered when it was last gathered."""
+        return self.coverage.record()
 
     def save(self, directory: str | Path) -> None:
         """Write the counts that a resumed run goes on from."""
@@ -94,10 +265,14 @@ class PositionObserver(TrainerCallback):
 
 
 def _documents(batch: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:
-    positions = batch["position_ids"].cpu().numpy()
-    if "seq_idx" in batch:
-        starts = np.flatnonzero(np.diff(batch["seq_idx"].cpu().numpy()[0])) + 1
-        yield from np.split(positions[0], starts)
+    """Positions of each document that has a target: the others, padding among them, train no distance."""
+    arrays = {key: values.cpu().numpy() for key, values in batch.items()}
+    positions, trained = arrays["position_ids"], arrays["labels"] != -100
+    if "seq_idx" in arrays:
+        starts = np.flatnonzero(np.diff(arrays["seq_idx"][0])) + 1
+        documents = list(zip(np.split(positions[0], starts), np.split(trained[0], starts), strict=True))
     else:
-        mask = batch["attention_mask"].cpu().numpy().astype(bool)
-        yield from (row[kept] for row, kept in zip(positions, mask, strict=True))
+        kept = arrays["attention_mask"].astype(bool)
+        documents = [(row[mask], targets[mask]) for row, targets, mask in zip(positions, trained, kept, strict=True)]
+    # Nothing comes before a first token that could predict it.
+    yield from (places for places, targets in documents if targets[1:].any())

@@ -10,6 +10,7 @@ its layers. Then what the model does, whatever it is wrapped in, on three docume
 | the same | its tokens after the skip move |
 | shift all positions of a document | nothing moves: places do not count |
 | stretch a skip | the tokens after it move: distances do count |
+| compute the loss as training will | its targets are as probable as by the model's own logits |
 
 Every movement is compared with `reach`, what a changed token does where no position is skipped, so that the size of
 logits, of an adapter or of an untrained model does not matter.
@@ -26,8 +27,8 @@ from transformers import PretrainedConfig
 
 from hf_longalign.attention.support import exactness_problem, has_recurrent_layers, layer_kinds
 from hf_longalign.collator import SkipPositionDataCollator
-from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, Probe
-from hf_longalign.rope import check_rope_reached, model_range
+from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, LogProbs, Probe
+from hf_longalign.rope import check_range, check_rope_reached
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,13 @@ LEAK = 0.02  # no leak: 0, or up to 2e-6 in mixtures of experts; a leak in one l
 NOISE = 0.3  # kernels that depend on the whole batch (8-bit bitsandbytes): up to 0.05; attention to later tokens: 0.9
 CUT = 1e-4  # behind a cut: 0; behind an open skip: 0.2 and more
 SHIFT = 0.3  # rotary positions: up to 3e-6 in float32 and 0.07 in bfloat16; learned ones: 0.9 and more
+# A share of the spread of the log-probabilities: half precision up to 0.02; a head that leaves out a layer 1 and more.
+LOSS = 0.1
 STRETCH = 1e-5  # positions ignored: 0; behind a cut: about 1e-6; rotary positions: 3e-3 and more
+
+
+# What models raise on a batch that they cannot take or do not expect. Want of memory is not among it.
+_MODEL_ERRORS = (ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
 class PreflightError(ValueError):
@@ -66,7 +73,11 @@ class PreflightReport(NamedTuple):
 
 
 def run_preflight(
-    model: torch.nn.Module, collator: SkipPositionDataCollator, device: torch.device | str | None = None
+    model: torch.nn.Module,
+    collator: SkipPositionDataCollator,
+    device: torch.device | str | None = None,
+    *,
+    log_probs: LogProbs | None = None,
 ) -> PreflightReport | None:
     """Prove that training this model on this collator's batches is exact; a few tiny forwards without gradients.
 
@@ -77,9 +88,11 @@ def run_preflight(
         model: the model as it will be trained, with adapter, quantisation and wrappers.
         collator: the collator of the training data.
         device: where batches go; the model's first parameter's when `None`.
+        log_probs: how training computes the log-probabilities of a batch's targets, where that is not by the model's
+            own logits: from model and batch to a tensor `(batch, length - 1)`.
 
     Returns:
-        What was measured; `None` where there is nothing to prove (padded rows with ordinary positions), or nothing to
+        What was measured; `None` where attention needs no proof (padded rows with ordinary positions), or none is to
         be seen (an attention that does not reach the logits yet).
 
     Raises:
@@ -96,20 +109,29 @@ def run_preflight(
     >>> run_preflight(LlamaForCausalLM(config), SkipPositionDataCollator(0, target_length=4096))
     Traceback (most recent call last):
     hf_longalign.preflight.PreflightError: `target_length` must be at most 1024, the range of this 'llama' model,
-    got 4096. Load it with `config=hf_longalign.rope.scale_rope(config, 4096)`, or lower the target length.
+    got 4096. Load it with `config=hf_longalign.scale_rope(config, 4096, 'yarn')`, or lower `target_length`.
     """
     skipped = collator.strategy != "none"
-    if not skipped and not collator.padding_free:
+    proves_attention = skipped or collator.padding_free
+    if not proves_attention and log_probs is None:
         return None
     base = _base_model(model)
     text_config = base.config.get_text_config(decoder=True)
-    _check_config(base, text_config, collator, skipped)
+    if proves_attention:
+        _check_config(base, text_config, collator, skipped)
+        check_no_virtual_tokens(extract_model_from_parallel(model, keep_torch_compile=False))
     device = torch.device(device if device is not None else next(model.parameters()).device)
     window = text_config.sliding_window if "sliding" in _kinds(text_config) else None
     probe = Probe(model, text_config, collator, device, window)
+    report = None
     with _undisturbed(model, device):
-        report = _Judge(probe, text_config, skipped).report()
-    if report is None:
+        if log_probs is not None:
+            _check_loss(probe, log_probs, type(base).__name__)
+        if proves_attention:
+            report = _Judge(probe, text_config, skipped).report()
+    if not proves_attention:
+        logger.info("Preflight passed: the loss is the model's own.")
+    elif report is None:
         logger.warning("Preflight could not see attention at work: no token's logits depend on the tokens before it.")
     else:
         logger.info("Preflight passed: %s", report)
@@ -119,6 +141,40 @@ def run_preflight(
 def _base_model(model: torch.nn.Module) -> Any:
     base = extract_model_from_parallel(model, keep_torch_compile=False)
     return base.get_base_model() if is_peft_model(base) else base
+
+
+def check_no_virtual_tokens(model: Any) -> None:
+    """Refuse prompt and prefix tuning, whose virtual tokens have no place among skipped positions and packed rows.
+
+    Raises:
+        PreflightError: names the method.
+    """
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        raise PreflightError(
+            "`peft_config` must not put virtual tokens before the rows, got "
+            f"{model.active_peft_config.peft_type.value}: PEFT drops the positions, and packed documents would share "
+            "one prompt. Set skip_strategy='none' and packing=False, or take LoRA."
+        )
+
+
+def _check_loss(probe: Probe, log_probs: LogProbs, name: str) -> None:
+    """Training may compute its loss by another way than the model's own logits: TRL's fused head does."""
+    remedy = (
+        "Train this model with `transformers.Trainer`, `SkipPositionDataCollator` and `SkipPositionCallback`, where "
+        "the loss is the model's own."
+    )
+    try:
+        own, trained = probe.log_probs(log_probs)
+    except _MODEL_ERRORS as error:
+        raise PreflightError(
+            f"TRL cannot compute the loss of {name} ({type(error).__name__}: {error}). {remedy}"
+        ) from error
+    difference = (own - trained).square().mean().sqrt().item()
+    if difference > LOSS * own.std().item() + 1e-4:
+        raise PreflightError(
+            f"TRL's loss is not that of {name}, whose logits its fused head does not compute: {-trained.mean():.4f} "
+            f"instead of {-own.mean():.4f} on the same tokens. {remedy}"
+        )
 
 
 @contextmanager
@@ -138,7 +194,11 @@ def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositi
     """Refuse what the config tells, and warn of what it limits."""
     if skipped:
         _check_positions(base, text_config)
-        _check_range(base, collator.target_length)
+        try:
+            check_range(base.config, collator.target_length)
+            check_rope_reached(base)
+        except ValueError as error:
+            raise PreflightError(str(error)) from error
     problem = exactness_problem(
         base.config,
         text_config._attn_implementation,
@@ -161,23 +221,6 @@ def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositi
             text_config.model_type,
             text_config.sliding_window,
         )
-
-
-def _check_range(base: Any, target_length: int) -> None:
-    text_config = base.config.get_text_config(decoder=True)
-    if not getattr(text_config, "max_position_embeddings", None):
-        return
-    limit = model_range(base.config)
-    if target_length > limit:
-        raise PreflightError(
-            f"`target_length` must be at most {limit}, the range of this {text_config.model_type!r} model, got "
-            f"{target_length}. Load it with `config=hf_longalign.rope.scale_rope(config, {target_length})`, or lower "
-            "the target length."
-        )
-    try:
-        check_rope_reached(base)
-    except ValueError as error:
-        raise PreflightError(str(error)) from error
 
 
 def _check_positions(base: Any, text_config: PretrainedConfig) -> None:
@@ -239,8 +282,9 @@ class _Judge:
             stretch = self._check_stretch(changes)
         except PreflightError:
             raise
-        except ValueError as error:
-            raise PreflightError(f"{self.attention} refused {self.form}: {error}") from error
+        except _MODEL_ERRORS as error:
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise PreflightError(f"{self.attention} refused {self.form}: {said}") from error
         shares = (changes.leak.movement, changes.behind(NEAR), changes.behind(FAR), shift, stretch)
         return PreflightReport(changes.reach, *(share / changes.reach for share in shares))
 

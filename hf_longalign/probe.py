@@ -8,6 +8,7 @@ A movement is the root mean square of the change of a token's logits.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from transformers import PretrainedConfig
 
 from hf_longalign.collator import SkipPositionDataCollator
 
+
+# From a model and a batch with labels to the log-probabilities of its targets, `(batch, length - 1)` or longer.
+LogProbs = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
 
 LENGTHS = (8, 7, 6)
 NEAR, FAR, ORDINARY = range(3)
@@ -89,7 +93,9 @@ class Probe:
         self.model = model
         self.collator = copy.copy(collator)  # it counts what it collates
         self.device = device
-        self.lengths = [min(length, collator.target_length // 2) for length in LENGTHS]
+        # With ordinary positions the target length is not used, and may be anything.
+        room = max(LENGTHS) if collator.strategy == "none" else collator.target_length // 2
+        self.lengths = [min(length, room) for length in LENGTHS]
         self.ids, self.others = token_ids(text_config, self.lengths)
         # Inside window and target length, and small: float32 rotates by large positions less exactly.
         room = collator.target_length - self.lengths[NEAR]
@@ -138,19 +144,39 @@ class Probe:
 
     def logits(self, ids: list[torch.Tensor], positions: list[torch.Tensor]) -> list[torch.Tensor]:
         """Logits of each document, float32 `(tokens, vocabulary)`."""
-        rows, starts = self._rows(ids)
-        batch = self.collator(rows)
-        del batch["labels"]
-        for (line, start), places in zip(starts, positions, strict=True):
-            batch["position_ids"][line, start : start + len(places)] = places
-        batch = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        logits = self.model(**batch, use_cache=False).logits
-        logits = logits[:, -batch["input_ids"].shape[1] :].float().cpu()  # prompt tuning puts tokens of its own first
+        batch, starts = self._batch(ids, positions)
+        logits = self._own_logits(batch)
         lengths = zip(starts, self.lengths, strict=True)
         return [logits[line, start : start + length] for (line, start), length in lengths]
 
+    def log_probs(self, training: LogProbs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the targets, by the model's own logits and as training computes them, `(targets,)`."""
+        batch, _ = self._batch(self.ids, self.ordinary())
+        targets = batch["labels"][:, 1:].cpu()
+        kept = targets != -100
+        own = self._own_logits(batch)[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        trained = training(self.model, batch)[:, -targets.shape[1] :].float().cpu()
+        return own[kept], trained[kept]
+
+    def _own_logits(self, batch: dict[str, Any]) -> torch.Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = self.model(**inputs, use_cache=False).logits
+        return logits[:, -batch["input_ids"].shape[1] :].float().cpu()  # prompt tuning puts tokens of its own first
+
+    def _batch(
+        self, ids: list[torch.Tensor], positions: list[torch.Tensor]
+    ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """The batch on its device, and the line and column where each document begins."""
+        rows, starts = self._rows(ids)
+        batch = self.collator(rows)
+        if "position_ids" in batch:
+            for (line, start), places in zip(starts, positions, strict=True):
+                batch["position_ids"][line, start : start + len(places)] = places
+        batch = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        return batch, starts
+
     def _rows(self, ids: list[torch.Tensor]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-        """Rows for the collator, and the line and column of the batch where each document begins."""
+        """Rows for the collator, and the line and column of the batch where each document will begin."""
         labels = [tokens.clone() for tokens in ids]
         for tokens in labels:
             tokens[: len(tokens) // 2] = -100

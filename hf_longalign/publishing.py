@@ -11,7 +11,7 @@ from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
 from hf_longalign.config import LongAlignSFTConfig
-from hf_longalign.records.training import TrainingRecord
+from hf_longalign.records.training import HubSource, TrainingRecord
 from hf_longalign.run_record import save_record
 
 
@@ -27,6 +27,7 @@ class PublishingSFTTrainer(SFTTrainer):
     args: LongAlignSFTConfig
     model: Any
     hub_model_id: Any
+    _data_source: HubSource | None = None
 
     _tag_names = ["trl", "sft", "hf_longalign"]  # noqa: RUF012 - TRL's attribute
 
@@ -55,10 +56,12 @@ class PublishingSFTTrainer(SFTTrainer):
             dataset_name: Hub id of the training data, where the data set itself does not tell.
             tags: more tags.
         """
+        if dataset_name and self._data_source is None and not Path(dataset_name).exists():
+            self._data_source = HubSource(dataset_name)
         if self.is_world_process_zero():
-            self._write_card(str(self.args.output_dir), dataset_name, [tags] if isinstance(tags, str) else tags or ())
+            self._write_card(str(self.args.output_dir), [tags] if isinstance(tags, str) else tags or ())
 
-    def _write_card(self, folder: str, dataset: str | None = None, tags: Sequence[str] = ()) -> None:
+    def _write_card(self, folder: str, tags: Sequence[str] = ()) -> None:
         from hf_longalign.cards import write_adapter_card
         from hf_longalign.coverage_plot import plot_coverage
 
@@ -77,7 +80,6 @@ class PublishingSFTTrainer(SFTTrainer):
                 record=record,
                 adapter_config=config,
                 base_model=self.args.base_name,
-                dataset=dataset,
                 license=self.args.license,
                 languages=self.args.languages,
                 tags=tags,
@@ -143,6 +145,7 @@ class PublishingSFTTrainer(SFTTrainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.init_hf_repo()
+        self.create_model_card(**card)  # what it is told goes into the record and the card that are saved next
         self.save_model(_internal_call=True)
         from hf_longalign.hub import on_main_process
 
@@ -151,11 +154,8 @@ class PublishingSFTTrainer(SFTTrainer):
         if private is not None:
             options["private"] = private
 
-        def publish() -> str:
-            self.create_model_card(**card)
-            return self._publish(str(self.args.output_dir), token=token, branch=revision, **options)
-
-        return on_main_process(publish)
+        folder = str(self.args.output_dir)
+        return on_main_process(lambda: self._publish(folder, token=token, branch=revision, **options))
 
     def _publish(self, folder: str, *, token: str | None = None, branch: str | None = None, **options: Any) -> str:
         from hf_longalign.hub import publish_adapter

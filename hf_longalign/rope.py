@@ -30,6 +30,8 @@ SCALING_KEYS = {
     "dynamic": set(),
     "llama3": {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
     "longrope": {"original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"},
+    # Gemma 4's own; "linear" over the part of a head that rotates. transformers reads its `factor`, and warns of it.
+    "proportional": set(),
 }
 LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}  # Llama 3.1's own
 _EVERY_SCALING_KEY = {"factor", "type", *(key for keys in SCALING_KEYS.values() for key in keys)}
@@ -110,8 +112,8 @@ def scale_rope(
     Args:
         config: the model's config; of a multimodal model, the text part is scaled.
         target_length: number of positions the model shall serve.
-        rope_type: `"yarn"` (https://arxiv.org/abs/2309.00071), `"linear"`, `"dynamic"`, `"llama3"` or `"longrope"`
-            (https://arxiv.org/abs/2402.13753).
+        rope_type: `"yarn"` (https://arxiv.org/abs/2309.00071), `"linear"`, `"dynamic"`, `"llama3"`, `"longrope"`
+            (https://arxiv.org/abs/2402.13753) or Gemma 4's `"proportional"`.
         **parameters: further parameters of the type, named as in transformers. `factor` follows from the target
             length. `original_max_position_embeddings` defaults to the present range; give it where the model card
             names another (32,768 for Qwen3, whose config says 40,960). `"longrope"` needs `short_factor` and
@@ -184,6 +186,11 @@ def _scaled(
 ) -> dict[str, Any]:
     """`old` parameters, of range `reach`, scaled to `target_length`."""
     old_type = _rope_type(old)
+    if old_type not in ("default", *SCALING_KEYS):
+        raise ValueError(
+            f"RoPE of type {old_type!r} cannot be scaled further. Lower the target length to at most {reach}, the "
+            "model's range."
+        )
     if old_type not in ("default", rope_type):
         raise ValueError(
             f"`rope_type` must be {old_type!r}, the scaling this model was made with, got {rope_type!r}. Set "
@@ -215,16 +222,50 @@ def _scaled(
     return new
 
 
+def check_range(config: PretrainedConfig, target_length: int, name: str = "target_length") -> None:
+    """Refuse a target length past the range of a model; see [`model_range`].
+
+    Args:
+        config: the model's, as loaded.
+        target_length: number of positions asked for.
+        name: the option that it was given by.
+
+    Raises:
+        ValueError: with the call of [`scale_rope`] that loads the model for it.
+
+    Example:
+
+    >>> from transformers import LlamaConfig
+    >>> check_range(LlamaConfig(max_position_embeddings=8192), 32768)
+    Traceback (most recent call last):
+    ...
+    ValueError: `target_length` must be at most 8192, the range of this 'llama' model, got 32768. Load it with
+    `config=hf_longalign.scale_rope(config, 32768, 'yarn')`, or lower `target_length`.
+    """
+    text_config = config.get_text_config(decoder=True)
+    if not getattr(text_config, "max_position_embeddings", None):
+        return
+    limit = model_range(config)
+    if target_length <= limit:
+        return
+    types = {_rope_type(parameters) for _, parameters in _scalable(text_config)}
+    remedy = f"lower `{name}`"
+    if types and types <= {"default", *SCALING_KEYS}:
+        # A model that is scaled already is scaled further by its own type alone.
+        kind = next(iter(types - {"default"}), "yarn")
+        remedy = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`, or {remedy}"
+    raise ValueError(
+        f"`{name}` must be at most {limit}, the range of this {text_config.model_type!r} model, got {target_length}. "
+        f"{remedy[0].upper()}{remedy[1:]}."
+    )
+
+
 def rope_record(config: PretrainedConfig) -> RopeRecord:
     """Return what defines a model's positions: model type, RoPE parameters, `max_position_embeddings`."""
     text_config = config.get_text_config()
-    parameters = getattr(text_config, "rope_parameters", None)
-    return RopeRecord(
-        model_type=text_config.model_type,
-        max_position_embeddings=getattr(text_config, "max_position_embeddings", None),
-        # As JSON gives it back: with lists for tuples, and a copy that no later change of the config reaches.
-        rope_parameters=json.loads(json.dumps(parameters)),
-    )
+    # Through JSON, so that a record from a file and one from a config compare equal: no tuples, no NumPy numbers.
+    parameters = json.loads(json.dumps(getattr(text_config, "rope_parameters", None)))
+    return RopeRecord(text_config.model_type, getattr(text_config, "max_position_embeddings", None), parameters)
 
 
 def apply_rope(record: RopeRecord, config: PretrainedConfig) -> PretrainedConfig:
@@ -259,7 +300,7 @@ def check_rope(record: RopeRecord, config: PretrainedConfig) -> None:
     if differing:
         raise ValueError(
             f"The base model must have the RoPE its adapter was trained with, got {'; '.join(differing)}. Load both "
-            "with `hf_longalign.adapter.load_adapter`, which sets it before loading; afterwards it does nothing."
+            "with `hf_longalign.load_adapter`, which sets it before loading; afterwards it does nothing."
         )
 
 
@@ -287,7 +328,7 @@ def check_rope_reached(model: torch.nn.Module) -> None:
                 raise ValueError(
                     f"`{name}` does not turn as its config says, got {_rope_of(module.config)} set on a loaded model, "
                     "where it does nothing. Load the model with the config: "
-                    "`from_pretrained(model_id, config=hf_longalign.rope.scale_rope(config, target_length))`."
+                    "`from_pretrained(model_id, config=hf_longalign.scale_rope(config, target_length))`."
                 )
 
 

@@ -12,21 +12,22 @@ from accelerate.state import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from trl import SFTConfig
 
+from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, register_attention
-from hf_longalign.base_weights import weights_sample
 from hf_longalign.blocks import TARGET_MARK
-from hf_longalign.callback import SkipPositionCallback
+from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
-from hf_longalign.coverage import PositionObserver
+from hf_longalign.coverage import CoverageCallback
 from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
 from hf_longalign.marker import BlockMarker
+from hf_longalign.preflight import check_no_virtual_tokens
 from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
-from hf_longalign.rope import model_range, rope_record
+from hf_longalign.rope import model_range, rope_record, scale_rope
 from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
 from hf_longalign.version import __version__
 
@@ -95,7 +96,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self._resumed = False
         # Of the data set as given: what TRL makes of it may lie elsewhere.
         self._data_source = data_source(kwargs.get("train_dataset"))
-        super().__init__(model, args=args, data_collator=data_collator, **kwargs)
+        with _scaled_rope(model, args):
+            super().__init__(model, args=args, data_collator=data_collator, **kwargs)
         # Before anything is wrapped, sharded or trained.
         self._base_weights = weights_sample(self.model.get_base_model()) if is_peft_model(self.model) else {}
         if self._is_vision_dataset and self._strategy != "none":
@@ -103,10 +105,9 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
         if data_collator is None and not self._is_vision_dataset:
             self.data_collator = self._make_collator()
-        self.observer: PositionObserver | None = None
+        self.coverage: CoverageCallback | None = None
         if isinstance(self.data_collator, SkipPositionDataCollator):
             self._use_collator(self.data_collator)
-        self._check_parallelism()
 
     def _make_collator(self) -> SkipPositionDataCollator:
         target_length = self.args.skip_target_length
@@ -130,12 +131,16 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         # TRL may pack evaluation rows alone; a padded batch would let their documents see each other.
         packs = collator.padding_free or bool(self.args.eval_packing)
         self._eval_collator = dataclasses.replace(collator, strategy="none", padding_free=packs)
+        exact = collator.strategy != "none" or packs
+        check_parallelism(whole_rows=exact or self.args.loss_weighting == "sequence")
+        if exact:
+            check_no_virtual_tokens(self.model)
         self._choose_attention(collator)
         if collator.strategy != "none":
             self._check_lengths(collator.target_length)
-            self.observer = PositionObserver(collator.target_length)
-            self.add_callback(self.observer)
-        self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight))
+            self.coverage = CoverageCallback(collator.target_length)
+            self.add_callback(self.coverage)
+        self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight, log_probs=_fused_log_probs))
 
     def _choose_attention(self, collator: SkipPositionDataCollator) -> None:
         """Keep the model's attention where it is exact, else take "longalign_varlen", else refuse."""
@@ -152,6 +157,12 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if problem is not None or present == "longalign_varlen":
             register_attention()
             base.set_attn_implementation("longalign_varlen")
+            if config._attn_implementation != "longalign_varlen":
+                # transformers only warns where a model computes its attention itself.
+                raise ValueError(
+                    f"{type(base).__name__} computes its attention itself, and {problem} With `packing=False` and "
+                    "`skip_strategy='none'` it can be trained."
+                )
 
     def _attention_problem(self, config: Any, attention: str, collator: SkipPositionDataCollator) -> str | None:
         """Why an attention is not exact for the training or the evaluation batches."""
@@ -166,15 +177,6 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             for batches in (collator, self._eval_collator)
         )
         return next((problem for problem in problems if problem is not None), None)
-
-    def _check_parallelism(self) -> None:
-        parallelism = self.accelerator.parallelism_config
-        splits_sequences = parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
-        if self.args.loss_weighting == "sequence" and splits_sequences:
-            raise ValueError(
-                "`loss_weighting='sequence'` needs whole sequences on a device, got context or sequence parallelism. "
-                "Set `loss_weighting='token'`."
-            )
 
     def _check_lengths(self, limit: int) -> None:
         """Refuse before the first step what the collator would refuse in the middle of a run."""
@@ -272,8 +274,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a batch, weighted by token or by sequence; see [`trl.SFTTrainer.compute_loss`]."""
-        if self.model.training and self.observer is not None:
-            self.observer.observe(inputs)
+        if self.model.training and self.coverage is not None:
+            self.coverage.observe(inputs)
         if self.args.loss_weighting == "sequence":
             model = SequenceWeightedModel(model, inputs, num_items_in_batch)
         return super().compute_loss(
@@ -282,8 +284,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, adding to a training log what the positions of all processes covered since the last one."""
-        if self.model.training and self.observer is not None:
-            logs.update(self.observer.metrics())
+        if self.model.training and self.coverage is not None:
+            logs.update(self.coverage.metrics())
         super().log(logs, start_time)
 
     def training_record(self) -> TrainingRecord:
@@ -291,10 +293,10 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         collator = self.data_collator
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         positions, coverage = PositionsRecord(), None
-        if self.observer is not None:
+        if self.coverage is not None:
             strategy = collator.strategy if isinstance(collator.strategy, str) else "callable"
             positions = PositionsRecord(strategy, collator.target_length, collator.skip_probability, collator.seed)
-            coverage = self.observer.state()
+            coverage = self.coverage.record()
         options = self.args.model_init_kwargs
         return TrainingRecord(
             rope=rope_record(base.config),
@@ -309,6 +311,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             run=run_facts(self.args, self.state, resumed=self._resumed),
             seed=self.args.seed,
             base=base_source(base.config, options.get("revision") if isinstance(options, dict) else None),
+            architecture=type(base).__name__,
             data=self._data_source,
             coverage=coverage,
             base_weights=self._base_weights,
@@ -319,14 +322,14 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.observer is not None and self.args.should_save:
-            self.observer.save(output_dir)
+        if self.coverage is not None and self.args.should_save:
+            self.coverage.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._resumed = checkpoint is not None
-        if self.observer is not None and checkpoint is not None:
-            self.observer.load(checkpoint)
+        if self.coverage is not None and checkpoint is not None:
+            self.coverage.load(checkpoint)
 
 
 def _as_config(args: SFTConfig | TrainingArguments | None, model: Any) -> LongAlignSFTConfig:
@@ -340,6 +343,41 @@ def _as_config(args: SFTConfig | TrainingArguments | None, model: Any) -> LongAl
     return LongAlignSFTConfig(
         **{item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init}
     )
+
+
+@contextmanager
+def _scaled_rope(model: Any, args: LongAlignSFTConfig) -> Iterator[None]:
+    """Let TRL load the model with a scaled config; RoPE that is set on a loaded model does nothing."""
+    target_length = args.skip_target_length
+    if args.rope_type is None or target_length is None:
+        yield
+        return
+    if not isinstance(model, str):
+        if model_range(model.config) < target_length:
+            raise ValueError(
+                f"`rope_type` must be None with a model that is loaded already, got {args.rope_type!r}: now it would "
+                "do nothing. Give the trainer the model's name, or load it with "
+                f"`config=hf_longalign.scale_rope(config, {target_length}, {args.rope_type!r})`."
+            )
+        yield
+        return
+    given: Any = args.model_init_kwargs
+    options: dict[str, Any] = dict(given or {})
+    config = options.get("config")
+    if config is None:
+        hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
+    # A whole config, not its fields: multimodal models take no `rope_parameters`.
+    args.model_init_kwargs = {**options, "config": scale_rope(config, target_length, args.rope_type)}
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given  # trackers write the arguments as JSON, which no config is
+
+
+def _fused_log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Log-probabilities of the targets as TRL computes them in training: on its fused head, without the logits."""
+    return model(**batch, use_cache=False, fused_lm_head=True).log_probs
 
 
 def _progress(dataset: Dataset | IterableDataset, args: Any, desc: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A scripted OpenAI-compatible server on loopback: slots, latency, a key, and faults that a prompt asks for.
+"""A scripted OpenAI-compatible server on loopback: slots, latency, a key, refused options, and faults.
 
 A prompt that contains `[[reset*2]]` has its first two attempts reset and is answered from the third on; several such
 marks are played one after another. `FAULTS` names them all. Every request is logged with its prompt, so that a test
@@ -26,7 +26,8 @@ FAULTS = (
     "429",  # with Retry-After 0.2
     "429date",  # with Retry-After as an HTTP date, one second ahead
     "429bare",
-    "400",
+    "400",  # the context is too long
+    "odd400",
     "401",
     "404",
     "402",
@@ -37,10 +38,16 @@ FAULTS = (
     "dribble",  # one byte every 0.1 s, never done
     "truncated",  # a body cut in the middle, of the announced length
     "cut",  # a body that ends before its announced length
-    "html",
+    "html",  # a login page with status 200
     "error200",
+    "limit200",  # an error object with a code, 429, and status 200
+    "errorfinish",  # finish_reason "error" and no text
+    "errorchoice",  # an error object beside half a text
     "nochoices",
-    "empty",
+    "nullchoices",
+    "nofinish",  # no text, no finish_reason
+    "empty",  # no text and no token
+    "ended",  # no text, one token: the model ended at once
     "null",
     "wrong",  # another model answers
     "filter",  # finish_reason content_filter
@@ -66,7 +73,7 @@ class Asked:
 
 def answer_text(body: dict) -> str:
     """The reply to a body: the same words for the same messages and seed."""
-    shaped_by = json.dumps([body["messages"], body.get("seed")])
+    shaped_by = json.dumps([body.get("messages", body.get("prompt")), body.get("seed")])
     words = hashlib.sha256(shaped_by.encode()).hexdigest()
     return "Context: " + " ".join(words[i : i + 4] for i in range(0, 64, 4))
 
@@ -82,6 +89,9 @@ class FakeEndpoint:
     models_route: bool = True
     port: int = 0
     reply: object = answer_text
+    listing: dict = field(default_factory=dict)  # what the list of models says about the model
+    refuses: dict[str, str] = field(default_factory=dict)  # options that lead to a 400, with what it says
+    stream_only: bool = False
     queue: bool = False  # a request beyond the slots waits instead of getting 429
     log: list[Asked] = field(default_factory=list)
     busy_seconds: float = 0.0
@@ -165,21 +175,29 @@ class FakeEndpoint:
             got = headers.get("authorization")
             return await _send(writer, 401, {"error": {"message": f"Incorrect API key provided: {got}"}})
         if (method, path) == ("GET", "/v1/models") and self.models_route:
-            return await _send(writer, 200, {"object": "list", "data": [{"id": self.model, "object": "model"}]})
-        if (method, path) != ("POST", "/v1/chat/completions"):
+            return await _send(writer, 200, {"object": "list", "data": [{"id": self.model, **self.listing}]})
+        if method != "POST" or path not in ("/v1/chat/completions", "/v1/completions"):
             return await _send(writer, 404, {"error": {"message": f"no route {path}"}})
         body = json.loads(raw)
         if body["model"] != self.model:
             message = f"The model `{body['model']}` does not exist."
             return await _send(writer, 404, {"error": {"message": message, "code": "model_not_found"}})
-        if not body["messages"]:
+        if "messages" in body and not body["messages"]:
             return await _send(writer, 400, {"error": {"message": "messages must not be empty"}})
-        prompt = body["messages"][-1]["content"]
+        prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         entry = Asked(prompt, body, headers, time.monotonic())
         self.log.append(entry)
         if self._in_service >= self.slots and not self.queue:
             entry.fault = "full"
             return await _send(writer, 429, {"error": {"message": "too many requests"}})
+        for name, told in self.refuses.items():
+            if name in body:
+                entry.fault = "option"
+                return await _send(writer, 400, {"error": {"message": told, "type": "invalid_request_error"}})
+        if self.stream_only and not body.get("stream"):
+            entry.fault = "option"
+            message = "This model only support stream mode, please enable the stream parameter to access the model."
+            return await _send(writer, 400, {"error": {"message": message}})
         entry.fault = self._fault(prompt)
         async with self._free:
             self._count(+1)
@@ -236,9 +254,11 @@ class FakeEndpoint:
             return False
         if kind == "hang":
             await asyncio.sleep(3600)
-        data = json.dumps(self._completion(entry, kind)).encode()
+        data = self._completion(entry, kind)
+        data = _events(data, entry.body) if entry.body.get("stream") else json.dumps(data).encode()
         if kind == "html":
-            return await _raw(writer, 200, b"<html>busy</html>", {}, "text/html")
+            page = b"<!doctype html><html><title>Sign in</title><body>Please sign in.</body></html>"
+            return await _raw(writer, 200, page, {}, "text/html")
         if kind == "truncated":
             return await _raw(writer, 200, data[: len(data) // 2], {})
         if kind in ("cut", "dribble"):
@@ -256,22 +276,31 @@ class FakeEndpoint:
     def _completion(self, entry: Asked, kind: str | None) -> dict:
         if kind == "error200":
             return {"error": {"message": "upstream failed", "code": 502}}
-        text = {"empty": "", "null": None, "unparsable": "As you wish."}.get(kind, self.reply(entry.body))
-        reason = {"filter": "content_filter", "length": "length"}.get(kind, "stop")
+        if kind == "limit200":
+            return {"error": {"message": "slow down", "code": 429}}
+        silent = dict.fromkeys(("empty", "ended", "errorfinish", "nofinish"), "")
+        text = {**silent, "null": None, "unparsable": "As you wish."}.get(kind, self.reply(entry.body))
+        reason = {"filter": "content_filter", "length": "length", "errorfinish": "error", "nofinish": None}
+        reason = reason.get(kind, "stop")
+        choice = {"index": 0, "finish_reason": reason}
+        if "messages" in entry.body:
+            choice["message"] = {"role": "assistant", "content": text}
+        else:
+            choice["text"] = text
+        if kind == "errorchoice":
+            choice["error"] = {"message": "provider disconnected", "code": 502}
         completion = {
             "id": "chatcmpl-1",
             "object": "chat.completion",
             "created": 0,
             "model": "another" if kind == "wrong" else self.model,
-            "choices": [{"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": text}}],
+            "choices": {"nochoices": [], "nullchoices": None}.get(kind, [choice]),
             "usage": {
-                "prompt_tokens": len(json.dumps(entry.body["messages"]).split()),
-                "completion_tokens": len((text or "").split()),
+                "prompt_tokens": len(json.dumps(entry.body.get("messages", entry.body.get("prompt"))).split()),
+                "completion_tokens": 1 if kind == "ended" else len((text or "").split()),
                 "total_tokens": 0,
             },
         }
-        if kind == "nochoices":
-            completion["choices"] = []
         if kind == "nousage":
             del completion["usage"]
         return completion
@@ -282,6 +311,7 @@ _STATUSES = {
     "429date": (429, {"message": "slow down"}, {}),
     "429bare": (429, {"message": "slow down"}, {}),
     "400": (400, {"message": "This model's maximum context length is 8192 tokens"}, {}),
+    "odd400": (400, {"message": "Invalid value for field 'logit_bias'"}, {}),
     "401": (401, {"message": "Incorrect API key provided"}, {}),
     "402": (402, {"message": "Insufficient balance"}, {}),
     "404": (404, {"message": "no such model"}, {}),
@@ -289,6 +319,24 @@ _STATUSES = {
     "503": (503, {"message": "overloaded"}, {"Retry-After": "0.1"}),
     "filter400": (400, {"message": "filtered", "code": "content_filter"}, {}),
 }
+
+
+def _events(completion: dict, body: dict) -> bytes:
+    """The completion as server-sent events, a word each, with a comment and the usage if it was asked for."""
+    if "error" in completion:
+        return f"data: {json.dumps(completion)}\n\n".encode()
+    (choice,) = completion["choices"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    parts = re.findall(r"\s*\S+", text or "")
+    lines = [": keep-alive"]
+    for part in parts:
+        delta = {"delta": {"content": part}} if "messages" in body else {"text": part}
+        lines.append({"model": completion["model"], "choices": [{"index": 0, **delta, "finish_reason": None}]})
+    lines.append({"choices": [{"index": 0, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    if body.get("stream_options", {}).get("include_usage"):
+        lines.append({"choices": [], "usage": completion["usage"]})
+    lines = [line if isinstance(line, str) else f"data: {json.dumps(line)}" for line in lines]
+    return "".join(f"{line}\n\n" for line in [*lines, "data: [DONE]"]).encode()
 
 
 def _head(status: int, length: int, extra: dict, kind: str = "application/json") -> bytes:

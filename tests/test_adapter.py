@@ -1,16 +1,16 @@
-"""An adapter trained with scaled RoPE comes back with it; loaded the plain way it does not."""
+"""An adapter trained with scaled RoPE comes back with it, alone or merged; loaded the plain way it does not."""
 
 import logging
 from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import tiny_llama
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen3_5Config
+from transformers import Qwen3_5ForConditionalGeneration as Qwen3_5
 
-from hf_longalign.adapter import load_adapter
-from hf_longalign.base_weights import weights_sample
+from hf_longalign.adapter import check_weights, load_adapter, merge_adapter, weights_sample
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
@@ -25,22 +25,30 @@ def logits(model):
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=FAR).logits
 
 
+def train(base, adapter, peft_config=None, new_tokens=0, **load):
+    """An adapter trained on a base model of range 64 at range 256, as saved, and the trained model's logits."""
+    loader = load.pop("loader", AutoModelForCausalLM)
+    model = loader.from_pretrained(base, config=scale_rope(AutoConfig.from_pretrained(base), 256), **load)
+    if new_tokens:
+        model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + new_tokens)
+    model = get_peft_model(
+        model, peft_config or LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    )
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(adapter)
+    trained = model.get_base_model()
+    save_record(adapter, TrainingRecord(rope_record(trained.config), architecture=type(trained).__name__))
+    return logits(model)
+
+
 @pytest.fixture
 def trained(tmp_path):
-    """A base model of range 64 on disk, an adapter trained on it at range 256, and what the trained model says."""
-    base = tmp_path / "base"
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(max_position_embeddings=64, initializer_range=0.3).save_pretrained(base)
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, config=scale_rope(plain.config, 256))
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    adapter = tmp_path / "adapter"
-    model.save_pretrained(adapter)
-    save_record(adapter, TrainingRecord(rope_record(model.get_base_model().config)))
-    return base, adapter, logits(model)
+    return base, adapter, train(base, adapter)
 
 
 def test_loaded_as_trained(trained):
@@ -108,3 +116,135 @@ def test_a_base_with_other_weights(trained, tmp_path):
     load_adapter(adapter)
     with pytest.raises(ValueError, match=r"got others in `model\.embed_tokens\.weight`"):
         load_adapter(adapter, base_model=other)
+
+
+def test_the_same_weights_pass_in_any_precision():
+    sample = weights_sample(tiny_llama())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_weights(sample, tiny_llama().to(dtype))
+
+
+def test_an_adapter_changes_no_sample():
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), config)
+    assert weights_sample(model.get_base_model()) == weights_sample(tiny_llama())
+
+
+def test_new_tokens_change_no_sample():
+    grown = tiny_llama()
+    grown.resize_token_embeddings(400)
+    check_weights(weights_sample(tiny_llama()), grown)
+
+
+@pytest.mark.parametrize("change", ["seed", "layers"])
+def test_other_weights_are_refused(change):
+    sample = weights_sample(tiny_llama())
+    other = tiny_llama(seed=1) if change == "seed" else tiny_llama(num_hidden_layers=1)
+    with pytest.raises(ValueError, match="must have the weights"):
+        check_weights(sample, other)
+
+
+LORA = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+WITH_EMBEDDINGS = {
+    "nothing": {},
+    "input trained anew": {"modules_to_save": ["embed_tokens"]},
+    "output trained anew": {"modules_to_save": ["lm_head"]},
+    "both trained anew": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "LoRA on the input": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on the output": {"target_modules": ["q_proj", "lm_head"]},
+    "some tokens": {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("new_tokens", [0, 16], ids=["same size", "resized"])
+@pytest.mark.parametrize("embeddings", WITH_EMBEDDINGS)
+def test_merged_and_loaded_the_plain_way(tmp_path, embeddings, new_tokens, tied, caplog):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_llama(max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=tied).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(adapter)
+    expected = train(base, adapter, LoraConfig(**{**LORA, **WITH_EMBEDDINGS[embeddings]}), new_tokens)
+    loaded = logits(load_adapter(adapter))
+    if new_tokens and embeddings.startswith("LoRA on") and not tied:
+        # PEFT saves no row of the other embeddings then: what is lost is told, the old tokens are right.
+        lost = "lm_head" if embeddings == "LoRA on the input" else "model.embed_tokens"
+        assert f"without the rows of `{lost}` for 16 new tokens" in caplog.text
+        torch.testing.assert_close(loaded[..., :384], expected[..., :384], rtol=0, atol=1e-5)
+        return
+    assert "new tokens" not in caplog.text
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+    output = merge_adapter(adapter, tmp_path / "merged", max_shard_size="40KB")
+    assert len(list(output.glob("*.safetensors"))) > 1
+    whole = AutoModelForCausalLM.from_pretrained(output)
+    torch.testing.assert_close(logits(whole), expected, rtol=0, atol=1e-4)
+    assert whole.config.rope_parameters["rope_type"] == "yarn"
+    assert whole.config.max_position_embeddings == AutoTokenizer.from_pretrained(output).model_max_length == 256
+    assert whole.config.vocab_size == whole.lm_head.weight.shape[0] == 384 + new_tokens
+    shared = whole.lm_head.weight is whole.model.embed_tokens.weight
+    assert shared == whole.config.tie_word_embeddings == (tied and embeddings in ("nothing", "some tokens"))
+    assert load_record(output) == load_record(adapter)
+
+
+def test_a_merge_of_a_quantised_base_is_whole(tmp_path):
+    pytest.importorskip("bitsandbytes", reason='needs pip install "hf_longalign[quant]"')
+    base, adapter, quantised = tmp_path / "base", tmp_path / "adapter", tmp_path / "quantised"
+    size = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 64, "initializer_range": 0.3}
+    tiny_llama(**size).save_pretrained(base)
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(base, quantization_config=bits).save_pretrained(quantised)
+    tiny_tokenizer().save_pretrained(quantised)
+    expected = train(quantised, adapter)
+    output = merge_adapter(adapter, tmp_path / "merged")
+    whole = AutoModelForCausalLM.from_pretrained(output)
+    assert not hasattr(whole.config, "quantization_config")
+    torch.testing.assert_close(logits(whole), expected, rtol=0, atol=1e-4)
+    # The base of a QLoRA that was quantised while loading: merged into the weights on disk.
+    train(base, adapter, quantization_config=bits)
+    tiny_tokenizer().save_pretrained(adapter)
+    output = merge_adapter(adapter, tmp_path / "merged")
+    whole = AutoModelForCausalLM.from_pretrained(output)
+    torch.testing.assert_close(logits(whole), logits(load_adapter(adapter)), rtol=0, atol=1e-4)
+
+
+def test_multimodal_checkpoints_load_as_they_were_trained(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    text = {
+        "vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 2,
+        "layer_types": ["full_attention"], "initializer_range": 0.3,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    Qwen3_5(Qwen3_5Config(text_config=text, vision_config=vision)).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    expected = train(base, adapter, loader=Qwen3_5)
+    torch.testing.assert_close(logits(load_adapter(adapter)), expected, rtol=0, atol=1e-5)
+    # Which loads the text model alone, with other module names.
+    whole = AutoModelForCausalLM.from_pretrained(merge_adapter(adapter, tmp_path / "merged"))
+    torch.testing.assert_close(logits(whole), expected, rtol=0, atol=1e-4)
+    text_alone = AutoModelForCausalLM.from_pretrained(
+        base, config=scale_rope(Qwen3_5Config.from_pretrained(base), 256)
+    )
+    with pytest.raises(ValueError, match="must have the modules its adapter was trained on, got Qwen3_5ForCausalLM"):
+        load_adapter(adapter, base_model=text_alone)
+
+
+def test_merges_that_cannot_be_are_refused(trained, tmp_path):
+    base, adapter, _ = trained
+    with pytest.raises(ValueError, match="`output_dir` must be another folder"):
+        merge_adapter(adapter, adapter)
+    with pytest.raises(ValueError, match="`quantization_config` must be left out"):
+        merge_adapter(adapter, tmp_path / "merged", quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    prompt = tmp_path / "prompt"
+    train(base, prompt, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="got PROMPT_TUNING, which puts virtual tokens"):
+        merge_adapter(prompt, tmp_path / "merged")
+    assert isinstance(load_adapter(prompt), PeftModel)  # the remedy
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_merge_that_changes_the_model_is_refused(trained, tmp_path, monkeypatch):
+    _, adapter, _ = trained
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **kwargs: self.unload(), raising=False)
+    with pytest.raises(ValueError, match="must give the same logits merged"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

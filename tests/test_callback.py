@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
 from tiny import tiny_llama, tiny_tokenizer
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from hf_longalign.callback import SkipPositionCallback
+from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.preflight import PreflightError
 
@@ -135,11 +137,35 @@ def test_preflight_can_be_left_out(tmp_path):
     assert len(run.batches) == 1
 
 
-def test_preflight_is_left_out_where_sequences_are_split(tmp_path, caplog):
-    callback = SkipPositionCallback(SkipPositionDataCollator(0, target_length=4096))
+class CutRows(ParallelismConfig):
+    """accelerate's parallelism as its YAML sets it, without the GPUs that it needs."""
 
-    class Arguments:
-        parallelism_config = type("Parallelism", (), {"cp_enabled": False, "sp_enabled": True})
+    def __bool__(self):
+        return False
 
-    callback.on_train_begin(Arguments(), TrainerState(), None, model=None)
-    assert "under context or sequence parallelism" in caplog.text
+
+@pytest.fixture
+def cut_rows(monkeypatch):
+    """Let the state of accelerate, not the arguments, hold a parallelism."""
+
+    def cut(**sizes):
+        held = property(lambda self: CutRows(**sizes), lambda self, value: None)
+        monkeypatch.setattr(AcceleratorState, "parallelism_config", held, raising=False)
+
+    return cut
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"sp_size": 4}])
+def test_rows_cut_over_devices_are_refused_before_the_first_step(cut_rows, tmp_path, sizes):
+    run = trainer(tmp_path)
+    cut_rows(**sizes)
+    with pytest.raises(ValueError, match=f"`{next(iter(sizes))}` must be 1.*got {next(iter(sizes.values()))}"):
+        run.train()
+    assert not hasattr(run, "batches")
+
+
+def test_what_remains_exact_under_context_parallelism(cut_rows):
+    cut_rows(cp_size=2)
+    check_parallelism(whole_rows=False)
+    cut_rows()
+    check_parallelism(whole_rows=True)

@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig
 from hf_longalign.cli import COMMANDS, main
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import HubOptions, PublishOptions
-from hf_longalign.commands.training_options import _trainer_fields
+from hf_longalign.commands.sft_options import _trainer_fields
 from hf_longalign.config import LongAlignSFTConfig
 
 

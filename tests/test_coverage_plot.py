@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
+from hf_longalign.coverage import DistanceCoverage
 from hf_longalign.coverage_plot import plot_coverage
-from hf_longalign.distances import DistanceCoverage
 from hf_longalign.records.training import CoverageRecord
 
 
 def coverage(target=256, jump=100):
     counted = DistanceCoverage(target)
     counted.add(np.concatenate([np.arange(20), np.arange(20 + jump, 40 + jump)]))
-    return counted.state()
+    return counted.record()
 
 
 def test_the_picture_follows_the_numbers_and_the_lengths(tmp_path):

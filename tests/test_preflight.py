@@ -57,7 +57,7 @@ def llama(attn_implementation="sdpa", **overrides):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_right_families_pass(family, packed):
     if packed and family in REFUSED_PACKED:
-        with pytest.raises(PreflightError, match="do not hand document boundaries to their attention"):
+        with pytest.raises(PreflightError, match="does not hand `cu_seq_lens_q` on to its attention"):
             run_preflight(tiny_model(family, VARLEN), collator(packed))
         return
     report = run_preflight(tiny_model(family, VARLEN), collator(packed))
@@ -415,8 +415,8 @@ def test_range_too_short():
     model = llama()
     with pytest.raises(PreflightError, match="must be at most 256, the range of this 'llama' model, got 257") as error:
         run_preflight(model, collator(target_length=257))
-    assert "config=hf_longalign.rope.scale_rope(config, 257)" in str(error.value)
-    scaled = AutoModelForCausalLM.from_config(scale_rope(model.config, 257))
+    assert "config=hf_longalign.scale_rope(config, 257, 'yarn')" in str(error.value)
+    scaled = AutoModelForCausalLM.from_config(scale_rope(model.config, 257, "yarn"))
     assert run_preflight(scaled, collator(target_length=257)).leak == 0
 
 

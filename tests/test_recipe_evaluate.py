@@ -14,9 +14,9 @@ from loopback_hub import TOKEN, Hub
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
-from hf_longalign.base_weights import weights_sample
+from hf_longalign.adapter import weights_sample
 from hf_longalign.commands.evaluation_options import SuiteArguments, check_output
-from hf_longalign.distances import DistanceCoverage
+from hf_longalign.coverage import DistanceCoverage
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import save_record
@@ -41,7 +41,7 @@ def models(tmp_path_factory):
     coverage = DistanceCoverage(1024)
     coverage.add([0, 1, 2, 500, 501])
     sample = weights_sample(model.get_base_model())
-    record = TrainingRecord(rope_record(base.config), coverage=coverage.state(), base_weights=sample)
+    record = TrainingRecord(rope_record(base.config), coverage=coverage.record(), base_weights=sample)
     save_record(folder / "adapter", record)
     for name in ("base", "adapter"):
         tiny_tokenizer().save_pretrained(folder / name)

@@ -20,7 +20,7 @@ from tiny import chats, tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longalign.adapter import load_adapter
-from hf_longalign.commands import sft, training_options
+from hf_longalign.commands import sft, sft_options
 from hf_longalign.rope import scale_rope
 
 
@@ -85,7 +85,7 @@ def record(output):
 
 
 def parse(*arguments):
-    return training_options.read([str(argument) for argument in arguments])
+    return sft_options.read([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,10 @@ def test_files_folders_and_streams(files, tmp_path, place, streaming):
     [
         (["--dataset_train_split", "dev"], r"`dataset_train_split` must be one of \['train'\], got 'dev'"),
         (["--test_size", "0"], "needs the split 'test'"),
-        (["--rope_type", "yarn", "--skip_target_length", "none"], "`rope_type` scales"),
+        (
+            ["--rope_type", "yarn", "--skip_target_length", "none"],
+            "`skip_target_length` must be given with `rope_type='yarn'`",
+        ),
     ],
 )
 def test_bad_options_are_named(files, tmp_path, options, message):

@@ -130,7 +130,7 @@ def test_epochs_bring_new_positions_and_workers_the_same(tmp_path):
             learning_rate=0.0,
         )
         seen = []
-        trainer.observer.observe = lambda inputs: seen.append(inputs["position_ids"].max().item())
+        trainer.coverage.observe = lambda inputs: seen.append(inputs["position_ids"].max().item())
         trainer.train()
         return seen
 
@@ -170,7 +170,7 @@ def test_without_skips_no_rotary_positions_are_needed(tmp_path):
     config = BloomConfig(vocab_size=384, hidden_size=32, n_layer=2, n_head=4)
     trainer = make_trainer(tmp_path, model=BloomForCausalLM(config), skip_strategy="none", skip_target_length=None)
     trainer.train()
-    assert trainer.observer is None
+    assert trainer.coverage is None
     assert trainer.training_record().positions == PositionsRecord("none")
 
 

@@ -97,7 +97,7 @@ def longalign_attention(
         query: (batch, heads, length, width).
         key: (batch, key heads, keys, width); more keys than queries come from a cache.
         value: (batch, key heads, keys, value width).
-        attention_mask: bool (batch, keys), false on padding; None without padding.
+        attention_mask: bool (batch, keys) or (batch, 1, 1, keys), false on padding; None without padding.
         dropout: probability of dropping a weight.
         scaling: factor on query-key products; None for 1 / sqrt(width).
         softcap: bound of the scores (Gemma 2).
@@ -121,11 +121,12 @@ def longalign_attention(
     batch, _, length, _ = query.shape
     if attention_mask is not None:
         # A static cache holds room for tokens to come; the mask ends where they begin.
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
+        key, value = key[:, :, : attention_mask.shape[-1]], value[:, :, : attention_mask.shape[-1]]
     if key.shape[2] != length:
         if cu_seq_lens_q is not None:
             raise ValueError("`cu_seq_lens_q` cannot be used with a filled cache. Generate from padded rows instead.")
-        out = cached_attention(query, key, value, scoring, window, attention_mask)
+        padding = None if attention_mask is None else attention_mask.flatten(1)
+        out = cached_attention(query, key, value, scoring, window, padding)
         return out.transpose(1, 2).contiguous(), None
     documents = _documents(batch, length, attention_mask, cu_seq_lens_q, cu_seq_lens_k, position_ids)
     segments = _segments(documents, batch, position_ids, window)
@@ -144,7 +145,7 @@ def longalign_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Hand on the 2-D padding mask, or None when nothing is padded: the mask transformers builds for this attention.
+    """Hand on the padding mask, or None when nothing is padded: the mask transformers builds for this attention.
 
     Args:
         batch_size: rows.
@@ -158,7 +159,7 @@ def longalign_mask(
         kwargs: what other attentions need.
 
     Returns:
-        bool (batch, at most kv_length), or None.
+        bool (batch, 1, 1, at most kv_length), or None.
 
     Raises:
         ValueError: `mask_function` holds more than causality, a window and document boundaries.
@@ -173,9 +174,13 @@ def longalign_mask(
     if attention_mask is None:
         seen = int(q_offset) + q_length - kv_offset
         # Only a static cache has keys that no token has filled yet; the mask says where they begin.
-        return torch.ones(batch_size, seen, dtype=torch.bool, device=device) if seen < kv_length else None
+        shape = (batch_size, 1, 1, seen)
+        return torch.ones(shape, dtype=torch.bool, device=device) if seen < kv_length else None
     attention_mask = attention_mask[:, -kv_length:]
-    return None if attention_mask.shape[1] == kv_length and attention_mask.all() else attention_mask
+    if attention_mask.shape[1] == kv_length and attention_mask.all():
+        return None
+    # Four dimensions, the usual (batch, heads, queries, keys): some models (Gemma 4) slice the queries of their mask.
+    return attention_mask[:, None, None]
 
 
 _KNOWN_PATTERNS = {
@@ -226,8 +231,8 @@ def _refuse_unsupported(
         reason = f"{_layer_kind(module)} layers"
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         reason = "attention that is not causal"
-    if mask is not None and mask.ndim != 2:
-        reason = f"a {mask.ndim}-D attention mask (hand in the 2-D padding mask, or none)"
+    if mask is not None and mask.ndim != 2 and mask.shape[1:3] != (1, 1):
+        reason = f"an attention mask of shape {tuple(mask.shape)}, which holds more than padding"
     if softcap is not None and sinks is not None:
         reason = "softcap and attention sinks in one layer"
     if reason is not None:

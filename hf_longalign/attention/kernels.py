@@ -223,10 +223,10 @@ def _with_sink(
     batch, heads, queries, width = query.shape
     column = sinks.to(query.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
     # One more coordinate, and zeros up to the next step of eight, which kernels want.
-    spare = 7 - width % 8
-    query = F.pad(torch.cat([query, column], dim=-1), (0, spare))
-    sink = F.one_hot(torch.tensor(width, device=key.device), width + 1 + spare).to(key.dtype)
-    key = F.pad(key, (0, 1 + spare))
+    wide = width + 8 - width % 8
+    query = _widened(torch.cat([query, column], dim=-1), wide)
+    sink = F.one_hot(torch.tensor(width, device=key.device), wide).to(key.dtype)
+    key = _widened(key, wide)
     key = torch.cat([sink.expand(batch, key.shape[1], 1, -1), key], dim=2)
     return query, key, F.pad(value, (0, 0, 1, 0))
 
@@ -235,7 +235,12 @@ def _same_width(*states: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
     """Pad query, key and value with zeros to one width; the fused kernels take no others (MLA)."""
     width = max(tensor.shape[-1] for tensor in states)
     width += -width % step
-    return [F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in states]
+    return [_widened(tensor, width) for tensor in states]
+
+
+def _widened(states: torch.Tensor, width: int) -> torch.Tensor:
+    # F.pad copies the tensor even where it adds nothing: three copies per layer for nearly every model.
+    return states if states.shape[-1] == width else F.pad(states, (0, width - states.shape[-1]))
 
 
 def _repeat(states: torch.Tensor, heads: int, dim: int = 1) -> torch.Tensor:

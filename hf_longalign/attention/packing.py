@@ -127,12 +127,12 @@ def documents_of_rows(batch: int, length: int) -> Documents:
 
 
 def documents_of_mask(mask: torch.Tensor) -> Documents:
-    """Each row's unmasked tokens are one document: (batch, length), nonzero where there is a token.
+    """Each row's unmasked tokens are one document: (batch, length) or (batch, 1, 1, length), nonzero for a token.
 
     >>> documents_of_mask(torch.tensor([[1, 1, 0], [0, 1, 1]])).bounds
     (0, 2, 4)
     """
-    kept = mask.bool()
+    kept = mask.flatten(1).bool()
     lengths = kept.sum(1).tolist()
     bounds = tuple(int(bound) for bound in np.cumsum([0, *(length for length in lengths if length)]))
     return Documents(bounds, kept.flatten().nonzero().flatten())

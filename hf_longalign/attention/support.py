@@ -16,13 +16,28 @@ ATTENTION_NAME = "longalign_varlen"
 
 RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding", "mamba", "recurrent"})
 # A model that has one kind of layer only may name none.
-SUPPORTED_LAYERS = frozenset({None, "full_attention", "sliding_attention", "attention", "moe"}) | RECURRENT_LAYERS
+SUPPORTED_LAYERS = (
+    frozenset({None, "full_attention", "sliding_attention", "attention", "moe", "mlp"}) | RECURRENT_LAYERS
+)
 
 _MASK_BACKENDS = frozenset({"eager", "sdpa", "flex_attention"})
 # A packed mask is made of the position ids, which these models do not hand to the function that makes it.
 _NO_POSITIONS_FOR_MASK = frozenset({"afmoe", "falcon", "gpt_oss", "granitemoehybrid"})
-# Layers that do not hand `cu_seq_lens_q` on to their attention.
-_NO_BOUNDARIES_FOR_LAYERS = frozenset({"nemotron", "stablelm"})
+# Why no attention can keep the packed documents of these models apart once positions skip.
+_OWN_ATTENTION = "computes its attention itself and asks no `attn_implementation`"
+_OWN_LAYERS = "does not hand `cu_seq_lens_q` on to its attention"
+_PADDED_ALONE = {
+    "codegen": _OWN_ATTENTION,
+    "falcon": _OWN_ATTENTION,
+    "gptj": _OWN_ATTENTION,
+    "gpt_neox_japanese": _OWN_ATTENTION,
+    "nemotron": _OWN_LAYERS,
+    "stablelm": _OWN_LAYERS,
+    "doge": "lays a mask of its own over its attention",
+    "llama4_text": "makes a chunked mask even where no layer uses it",
+}
+# Models whose attention is not told the positions, in which a window must be counted.
+_NO_POSITIONS_FOR_WINDOW = frozenset({"moshi", "recurrent_gemma"})
 _REMEDY = f'Set attn_implementation="{ATTENTION_NAME}"'
 
 
@@ -93,6 +108,7 @@ def exactness_problem(
     problems = (
         _kind_problem(kinds, attn_implementation, packed, skipped),
         _recurrence_problem(kinds, packed),
+        _model_problem(text.model_type, kinds, attn_implementation, packed, skipped),
         _rope_problem(text, target_length, packed, skipped, batch_size),
         _backend_problem(text.model_type, kinds, attn_implementation, packed, skipped),
     )
@@ -103,10 +119,10 @@ def _kind_problem(kinds: frozenset[str], backend: str, packed: bool, skipped: bo
     unknown = sorted(kinds - SUPPORTED_LAYERS)
     if not unknown or not (packed or skipped or backend == ATTENTION_NAME):
         return None
-    return (
-        f'"{backend}" is not exact for {", ".join(unknown)} layers with packed rows or skipped positions. Train this '
-        'model padded, with skip strategy "none" and attn_implementation="eager".'
-    )
+    remedy = 'Set packing=False and skip_strategy="none"'
+    if backend == ATTENTION_NAME:
+        remedy += ', and attn_implementation="eager"'
+    return f'"{backend}" is not exact for {", ".join(unknown)} layers with packed rows or skipped positions. {remedy}.'
 
 
 def _recurrence_problem(kinds: frozenset[str], packed: bool) -> str | None:
@@ -150,15 +166,25 @@ def _rope_parameters(text: Any) -> Iterator[dict[str, Any]]:
         yield from (inner for inner in parameters.values() if isinstance(inner, dict))
 
 
-def _backend_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
-    if not (packed or skipped):
-        return None
-    if packed and model_type in _NO_BOUNDARIES_FOR_LAYERS and (skipped or backend == ATTENTION_NAME):
+def _model_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
+    """What no backend can mend, of models whose code stands in the way."""
+    reason = _PADDED_ALONE.get(model_type)
+    # The masks that "eager" and "sdpa" make of ordinary positions are right; Falcon's lack the positions.
+    if packed and reason is not None and (skipped or backend == ATTENTION_NAME or model_type == "falcon"):
         return (
-            f"The layers of a {model_type} model do not hand document boundaries to their attention, so no backend "
-            f"keeps packed documents apart. Train padded rows (packing=False). {_REMEDY}."
+            f"A {model_type} model {reason}, so its packed documents would see each other. Set packing=False to train "
+            "padded rows."
         )
-    if backend == ATTENTION_NAME:
+    if skipped and model_type in _NO_POSITIONS_FOR_WINDOW and "sliding_attention" in kinds:
+        return (
+            f"A {model_type} model does not hand `position_ids` on to its attention, where the window of "
+            'sliding_attention layers would have to be counted in positions. Set skip_strategy="none".'
+        )
+    return None
+
+
+def _backend_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
+    if backend == ATTENTION_NAME or not (packed or skipped):
         return None
     if backend not in _MASK_BACKENDS and "flash" not in backend:
         return f'"{backend}" is not known to be exact for packed rows or skipped positions. {_REMEDY}.'

@@ -41,7 +41,6 @@ def adapter_card(
     *,
     repo_id: str = REPOSITORY,
     base_model: str | None = None,
-    dataset: str | None = None,
     license: str | None = None,
     languages: Sequence[str] = (),
     tags: Sequence[str] = (),
@@ -55,7 +54,6 @@ def adapter_card(
         report: of an evaluation.
         repo_id: `user/name`; unset, a placeholder stands there until it is pushed.
         base_model: Hub id of the base model, where `adapter_config` names a local folder, and of a whole model.
-        dataset: Hub id of the data, where the record does not know it.
         license: licence of the adapter, as the Hub names it.
         languages: ISO 639 codes.
         tags: more tags.
@@ -75,7 +73,7 @@ def adapter_card(
     check_license(license=license)
     config = adapter_config or {}
     base = _base(record, config, base_model)
-    data = record.data or (HubSource(dataset) if dataset and is_hub_id(dataset) else None)
+    data = record.data
     strategy, whole = record.positions.strategy, adapter_config is None
     skipped, lora = strategy != "none", config.get("peft_type") == "LORA"
     metadata = ModelCardData(

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +22,7 @@ from hf_longalign.cards import write_adapter_card
 from hf_longalign.commands.evaluation_options import ModelArguments, SuiteArguments
 from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, destination, same_command
 from hf_longalign.evaluation.encoding import token_counter
-from hf_longalign.evaluation.endpoint import EndpointGenerator
+from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness_suite import HarnessSuite
 from hf_longalign.evaluation.longbench.prompts import longbench_prompts
@@ -98,6 +99,20 @@ class Setting:
             {"label": label, "name": public_name(name), "revision": commits[label]}
             for label, name in self.names.items()
         ]
+
+    def look(self, suites: dict[str, Suite], who: list[Examinee], store: ResultStore) -> dict[str, ServerFacts]:
+        """Ask the server about the range of each model, unless an earlier run did; empty without an endpoint."""
+        prompts = [prompt for suite in suites.values() if isinstance(suite, PromptSuite) for prompt in suite.prompts]
+        served = {}
+        for examinee in who:
+            if not prompts or not isinstance(examinee.generator, EndpointGenerator):
+                continue
+            key = examinee.key(f"server/{max(prompts, key=lambda prompt: len(prompt.text)).key}")
+            if key not in store:
+                count = token_counter(self.tokenizer, chat=prompts[0].chat)
+                store.add(key, asdict(examinee.generator.look(prompts, count)))
+            served[examinee.label] = ServerFacts(**store.get(key))
+        return served
 
     @property
     def reach(self) -> int:
@@ -312,12 +327,15 @@ def run(
     with ResultStore(Path(args.output_dir) / "answers", state.process_index) as store:
         who = setting.examinees()
         suites = make_suites(args.suites, setting, args, who, store)
+        served = setting.look(suites, who, store) if state.is_main_process else {}
         state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
         for suite in suites.values():
             suite.work(who, store, rank=state.process_index, processes=state.num_processes)
         if not state.is_main_process:
             return 0
         report = make_report(suites, who, setting, args, store)
+        for label, facts in served.items():
+            report["settings"].update({f"{label}: {name}": value for name, value in facts.settings().items()})
     record = record_of(model_args.adapter, model_args.adapter_revision)
     report = write_report(args.output_dir, report, coverage=record.coverage if record else None)
     print((Path(args.output_dir) / "report.md").read_text(encoding="utf-8"))

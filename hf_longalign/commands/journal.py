@@ -4,6 +4,7 @@ hf-longalign journal list journal.sqlite --purpose context
 hf-longalign journal show journal.sqlite 3f9a
 hf-longalign journal export journal.sqlite replies.jsonl
 hf-longalign journal merge journal.sqlite shard-0.sqlite shard-1.sqlite
+hf-longalign journal drop journal.sqlite --reason empty
 """
 
 import argparse
@@ -11,8 +12,38 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_pair, read_verdict
+
+
+READERS = {
+    **dict.fromkeys(("context", "section"), read_context),
+    "facts": read_facts,
+    "pair": read_pair,
+    "judge": read_verdict,
+}
+
+
+def is_unreadable(entry: dict[str, Any]) -> bool:
+    """Whether the reply does not hold what it was asked for."""
+    try:
+        READERS.get(entry["purpose"], str)(entry["text"])
+    except ReplyError:
+        return True
+    return False
+
+
+# Why a reply may be unwanted.
+REASONS = {
+    "empty": lambda entry: not entry["text"].strip() and entry["finish_reason"] != "content_filter",
+    "error": lambda entry: entry["finish_reason"] == "error",
+    "filtered": lambda entry: entry["finish_reason"] == "content_filter",
+    "cut": lambda entry: entry["finish_reason"] == "length",
+    "page": lambda entry: entry["text"].lstrip()[:9].lower().startswith(("<html", "<!doctype")),
+    "unreadable": is_unreadable,
+}
 
 
 def open_journal(path: str) -> Journal:
@@ -64,8 +95,17 @@ def merge(args: argparse.Namespace) -> None:
             print(f"{other}: {journal.merge(other):,} new replies")
 
 
+def drop(args: argparse.Namespace) -> None:
+    """Forget the replies that are unwanted for a reason, so that the next run asks for them again."""
+    with open_journal(args.journal) as journal:
+        number = journal.drop(REASONS[args.reason])
+    print(f"{number:,} replies dropped; what they have cost stays counted.")
+    if number:
+        print("If rows were made from them, remove the folders `outcomes-*` and the prepared data beside the journal.")
+
+
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
-    """Return which of the four is to be done, and to what."""
+    """Return what is to be done, and to what."""
     parser = argparse.ArgumentParser(
         prog="hf-longalign journal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,6 +115,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         (show, "show", ("key",)),
         (export, "export", ("output",)),
         (merge, "merge", ()),
+        (drop, "drop", ()),
     ):
         command = commands.add_parser(name, help=act.__doc__)
         command.add_argument("journal")
@@ -84,6 +125,8 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
             command.add_argument("--purpose", help="only replies asked for this purpose")
         if name == "merge":
             command.add_argument("others", nargs="+")
+        if name == "drop":
+            command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
         command.set_defaults(act=act)
     return (parser.parse_args(arguments),)
 

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
@@ -12,15 +11,11 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         description=f"{__doc__} Servers that know nothing of adapters or of scaled RoPE read the result as it is.",
     )
     parser.add_argument("adapter", help="directory or Hub id of the adapter")
-    parser.add_argument("output", help="folder of the whole model; absent or empty")
+    parser.add_argument("output", help="folder of the whole model")
     parser.add_argument("--base_model", help="directory or Hub id of the base; unset: the one the adapter names")
     parser.add_argument("--adapter_revision", help="revision of the adapter")
     parser.add_argument("--dtype", default="auto", help="precision of the weights, such as bfloat16")
-    args = parser.parse_args(arguments)
-    output = Path(args.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        parser.error(f"`output` must be absent or empty, got {args.output!r}. Choose another.")
-    return (args,)
+    return (parser.parse_args(arguments),)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.trainer_utils import HubStrategy
 from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
 from hf_longalign.commands.publishing import PublishOptions, destination
-from hf_longalign.commands.training_options import DataOptions, RopeOptions
+from hf_longalign.commands.sft_options import DataOptions
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.hub import publish_command
-from hf_longalign.rope import scale_rope
 from hf_longalign.trainer import LongAlignSFTTrainer
 
 
@@ -53,28 +52,6 @@ def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
         )
 
 
-def model_kwargs(training_args: LongAlignSFTConfig, model_args: ModelConfig, rope_args: RopeOptions) -> dict[str, Any]:
-    """Return what `from_pretrained` needs, RoPE scaling included: on a loaded model it would do nothing."""
-    kwargs: dict[str, Any] = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    if rope_args.rope_type is not None:
-        if training_args.skip_target_length is None:
-            raise ValueError("`rope_type` scales the model's range to `skip_target_length`, got None. Set it.")
-        config = AutoConfig.from_pretrained(
-            str(model_args.model_name_or_path),
-            revision=model_args.model_revision,
-            trust_remote_code=training_args.trust_remote_code,
-        )
-        scaled = scale_rope(config, training_args.skip_target_length, rope_args.rope_type).get_text_config()
-        kwargs["rope_parameters"] = scaled.rope_parameters
-        kwargs["max_position_embeddings"] = scaled.max_position_embeddings
-    own: Any = training_args.model_init_kwargs  # a dict: TRL has read the JSON of a command line
-    return {**kwargs, **(own or {})}
-
-
 def last_checkpoint(output_dir: str) -> str | None:
     """Return the newest checkpoint that was written whole; a run killed while saving leaves another."""
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
@@ -100,7 +77,6 @@ def run(
     data_args: DataOptions,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
-    rope_args: RopeOptions,
     publish_args: PublishOptions,
 ) -> int:
     """Train, evaluate, save, publish."""
@@ -109,7 +85,13 @@ def run(
         publish_args.check_push(training_args, output_dir, training_args.hub_token)
         if publish_args.create_pr or publish_args.push_dry_run:
             training_args.hub_strategy = HubStrategy.END  # one pull request, or one folder, and none per checkpoint
-    training_args.model_init_kwargs = model_kwargs(training_args, model_args, rope_args)
+    given: Any = training_args.model_init_kwargs or {}  # TRL has read the JSON of a command line
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **given,
+    }
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
     evaluates = training_args.eval_strategy != "no"

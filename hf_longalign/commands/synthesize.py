@@ -10,14 +10,14 @@ from accelerate import PartialState
 
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
 from hf_longalign.commands.synthesis_options import SynthesizeArguments
+from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.estimate import estimate, planned_requests
-from hf_longalign.synthesis.generators.base import Generator, RunStopped
-from hf_longalign.synthesis.generators.openai import OpenAIGenerator
-from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.save import save
 from hf_longalign.synthesis.schema import CONFIGS
 from hf_longalign.synthesis.stage import Team

@@ -1,29 +1,75 @@
-"""Greedy answers of a served model: vLLM, SGLang, TGI, `transformers serve` or any OpenAI-compatible endpoint."""
+"""Greedy answers of a served model, and what its server can be asked about its range."""
 
 import asyncio
-import base64
 import logging
-import os
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
 
+from hf_longalign.endpoint import EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
+from hf_longalign.endpoint.protocol import TOO_LONG
+from hf_longalign.evaluation.noise import noise
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.stats import GenerationStats
 
 
 logger = logging.getLogger(__name__)
 
-_CONNECT_SECONDS = 10.0
+# Where lists of models say how many tokens a model takes: vLLM and SGLang, OpenRouter, Groq, LM Studio.
+_RANGE_FIELDS = ("max_model_len", "context_length", "context_window", "max_context_length")
+_SHORT_PROBE = 512
+_PROBE_ANSWER = 32
+# A server that reads fewer of the tokens that were sent has cut the prompt; chat templates differ by less.
+_READ = 0.9
 
 
-class EndpointError(RuntimeError):
-    """An endpoint that gives no answer; the message says what to do."""
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server tells, when it is asked, about the model that it serves.
+
+    Attributes:
+        reach: tokens that it says it takes, prompt and answer; `None` where it does not say.
+        base: the model behind the name it serves, as far as it says.
+        sent: tokens of the longest prompt, as the local tokenizer counts them.
+        read: tokens of it that the server counted; 0 where it does not say.
+        short: whether it finds a pass key at the beginning of a short text.
+        long: whether it finds one as far back as the longest prompt reaches.
+    """
+
+    reach: int | None
+    base: str | None
+    sent: int
+    read: int
+    short: bool
+    long: bool
+
+    def settings(self) -> dict[str, str]:
+        """Return the facts for a reader of the report, by name.
+
+        Example:
+
+        >>> facts = ServerFacts(None, None, sent=16000, read=16010, short=True, long=False).settings()
+        >>> facts["pass key, 16,000 tokens back"]
+        'not found, though found in 512 tokens: the range may not be served'
+        """
+        found = "found" if self.long else "not found"
+        if self.short and not self.long:
+            found += f", though found in {_SHORT_PROBE} tokens: the range may not be served"
+        elif not self.short:
+            found += f", nor in {_SHORT_PROBE} tokens: this says nothing of the range" if not self.long else ""
+        return {
+            "range of the server": "not told" if self.reach is None else f"{self.reach:,} tokens",
+            "model behind the name": self.base or "not told",
+            "prompt tokens read by the server": f"{self.read:,} of {self.sent:,}" if self.read else "not told",
+            f"pass key, {self.sent:,} tokens back": found,
+            "RoPE of the server": "not told by any server: it is that of the model as served",
+        }
 
 
 class EndpointGenerator:
@@ -35,19 +81,19 @@ class EndpointGenerator:
 
     Args:
         model: the name under which the model is served.
-        base_url: such as http://localhost:8000/v1, which a URL without a path gets. A login in it is sent as HTTP
-            basic authentication and shown nowhere.
+        endpoint: such as http://localhost:8000/v1, which a URL without a path gets; or several that serve the same. A
+            login in it is sent as HTTP basic authentication and shown nowhere.
         api_key_env: the environment variable that holds the key; without it none is sent.
-        concurrency: requests at once.
+        concurrency: the most requests at once.
         timeout: seconds for one answer.
-        max_retries: how often a request is repeated.
+        max_attempts: attempts at one answer; waiting for a busy server is none.
 
     Attributes:
         stats: counts as the server tells them, and seconds, see [`GenerationStats`].
 
     Raises:
         ValueError: a URL or concurrency that is none.
-        ImportError: `openai` is missing.
+        ImportError: `openai` is missing, at the first prompt.
 
     Example:
 
@@ -61,34 +107,32 @@ class EndpointGenerator:
     def __init__(
         self,
         model: str,
-        base_url: str,
+        endpoint: str | Sequence[str],
         *,
         api_key_env: str = "OPENAI_API_KEY",
         concurrency: int = 16,
         timeout: float = 1800.0,
-        max_retries: int = 8,
+        max_attempts: int = 8,
     ) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError('`openai` is not installed. Run: pip install "hf_longalign[eval]"') from error
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"`concurrency` must be a positive integer, got {concurrency!r}. Set 16 if in doubt.")
         self.model = model
-        self.concurrency = concurrency
-        self.timeout = timeout
         self.stats = GenerationStats()
-        self._key_variable = api_key_env
-        self.url, login = _split_login(base_url)
-        key = None if login else os.environ.get(api_key_env)
-        self._secrets = [secret for secret in (key, login, *_login_parts(base_url)) if secret]
-        self._options: dict[str, Any] = {
-            "base_url": self.url,
-            "api_key": key or "none",
-            "default_headers": {"Authorization": f"Basic {login}"} if login else {},
-            "timeout": openai.Timeout(timeout, connect=_CONNECT_SECONDS),
-            "max_retries": max_retries,
+        self._client = OpenAIGenerator(
+            model,
+            endpoint,
+            api_key_env=api_key_env,
+            max_concurrency=concurrency,
+            timeout=timeout,
+            max_attempts=max_attempts,
+            # One answer to a long prompt may take longer than a server may be away.
+            patience=max(600.0, 2 * timeout),
+        )
+        self._client.option_remedies = {
+            "temperature": "Answers are compared greedily, at temperature 0: evaluate a model that takes it",
+            "max_tokens": "Set a smaller `max_new_tokens`",
         }
+        self._checked = False
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
         """Yield each prompt with its answer as it arrives; those that share a beginning are sent one after another.
@@ -98,94 +142,111 @@ class EndpointGenerator:
                 first.
         """
         waiting = iter(sorted(prompts, key=lambda prompt: prompt.text))
-        sent: dict[Future[Completion], Prompt] = {}
+        sent: dict[Future[Reply], Prompt] = {}
         failure: Exception | None = None
         start = time.perf_counter()
-        with self._connected() as send:
+        with self._connected() as run:
+            if prompts and not self._checked:
+                run(self._client.check()).result()
+                self._checked = True
             while True:
-                room = 0 if failure else self.concurrency - len(sent)
-                sent |= {send(prompt): prompt for prompt in islice(waiting, room)}
+                room = 0 if failure else self._client.concurrency - len(sent)
+                sent |= {run(self._ask(prompt)): prompt for prompt in islice(waiting, room)}
                 if not sent:
                     break
                 for future in wait(sent, return_when=FIRST_COMPLETED).done:
                     prompt, error = sent.pop(future), future.exception()
-                    if error is not None:
-                        failure = failure or self._explained(error, prompt)
-                        continue
-                    self.stats.seconds += time.perf_counter() - start
-                    yield prompt, future.result()
-                    start = time.perf_counter()
+                    if error is None:
+                        self.stats.seconds += time.perf_counter() - start
+                        yield prompt, self._counted(prompt, future.result())
+                        start = time.perf_counter()
+                    elif failure is None:
+                        failure = _explained(error, prompt)
+                        run(_drain(self._client)).result()
         if failure is not None:
             raise failure
 
-    @contextmanager
-    def _connected(self) -> Iterator[Callable[[Prompt], Future[Completion]]]:
-        """A function that sends a prompt; what is still on its way in the end is given up."""
-        import openai
+    def look(self, prompts: Sequence[Prompt], count: Callable[[str], int]) -> ServerFacts:
+        """Ask the server what it can be asked about its range, and refuse one in which the prompts have no room.
 
-        with _event_loop() as loop:
-            client = openai.AsyncOpenAI(**self._options)
-            try:
-                yield lambda prompt: asyncio.run_coroutine_threadsafe(self._ask(client, prompt), loop)
-            finally:
-                asyncio.run_coroutine_threadsafe(_close(client), loop).result()
+        Args:
+            prompts: what will be asked, at least one.
+            count: the tokens of a text as the model reads it, chat template included.
 
-    async def _ask(self, client: Any, prompt: Prompt) -> Completion:
-        settings: dict[str, Any] = {"model": self.model, "temperature": 0.0, "max_tokens": prompt.max_new_tokens}
-        if prompt.stop:
-            settings["stop"] = list(prompt.stop)
-        if prompt.chat:
-            messages = [{"role": "user", "content": prompt.text}]
-            answer = await client.chat.completions.create(messages=messages, **settings)
-            text = answer.choices[0].message.content
-        else:
-            answer = await client.completions.create(prompt=prompt.text, **settings)
-            text = answer.choices[0].text
-        if text is None:
-            logger.warning("An answer of %s has no content: a filter or a reasoning parser took it.", self.url)
-        usage = answer.usage
-        return self._counted(Completion(_cut(text or "", prompt.stop), getattr(usage, "completion_tokens", 0)), usage)
+        Raises:
+            ValueError: the server says that its range is smaller than the longest prompt with its answer, or cuts it.
+            EndpointError: the server gives no answer.
+        """
+        longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
+        needed = count(longest.text) + longest.max_new_tokens
+        what = f"`lengths`: the longest prompt ({longest.task}) with its answer"
+        with self._connected() as run:
+            listing = run(self._client.listing()).result()
+        reach = next((int(listing[name]) for name in _RANGE_FIELDS if listing.get(name)), None)
+        if reach is not None and reach < needed:
+            raise ValueError(_no_room(what, needed, f"{self.model!r} is served with a range of {reach:,}"))
+        key = str(random.Random(needed).randrange(10_000, 100_000))
+        probes = [_probe(key, tokens, count, chat=longest.chat) for tokens in (min(_SHORT_PROBE, needed), needed)]
+        try:
+            read, found = [], []
+            for probe in probes:
+                before = self.stats.prompt_tokens
+                ((_, answer),) = self.generate([probe])
+                read.append(self.stats.prompt_tokens - before)
+                found.append(key in answer.text)
+        except EndpointError as error:
+            if isinstance(error.__cause__, GenerationError) and error.__cause__.kind == TOO_LONG:
+                raise ValueError(_no_room(what, needed, f"the server says: {error.__cause__.told}")) from None
+            raise
+        sent = count(probes[1].text)
+        if 0 < read[1] < _READ * sent:
+            raise ValueError(_no_room(what, needed, f"of {sent:,} tokens sent the server read {read[1]:,}"))
+        base = listing.get("root") or listing.get("parent")
+        facts = ServerFacts(reach, None if base is None else str(base).split("/")[-1], sent, read[1], *found)
+        if facts.short and not facts.long:
+            logger.warning("%s finds a pass key %s tokens back: no. Is its RoPE scaled?", self.model, f"{sent:,}")
+        return facts
 
-    def _counted(self, completion: Completion, usage: Any) -> Completion:
-        details = getattr(usage, "prompt_tokens_details", None)
-        self.stats.prompt_tokens += getattr(usage, "prompt_tokens", 0)
-        self.stats.cached_tokens += getattr(details, "cached_tokens", None) or 0
-        self.stats.generated_tokens += completion.tokens
-        return completion
-
-    def _explained(self, error: BaseException, prompt: Prompt) -> Exception:
-        """The error a reader can act on, without keys, logins or the prompt."""
-        remedy = _remedy(error, self._key_variable, self.timeout)
-        if remedy is None:
-            return EndpointError(
-                f"{self.url} does not answer with a completion ({type(error).__name__}). Set the URL to the base of "
-                "an OpenAI-compatible server (mostly …/v1)."
-            )
-        told = str(error)
-        for secret in self._secrets:
-            told = told.replace(secret, "***")
-        return EndpointError(
-            f"{self.url} gives no answer to a prompt of {len(prompt.text):,} characters and {prompt.max_new_tokens} "
-            f"new tokens: {remedy} Answers that arrived are kept. It says: {told[:500]}"
+    async def _ask(self, prompt: Prompt) -> Reply:
+        extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
+        sampling = Sampling(0.0, None, prompt.max_new_tokens, seed=None, extra=extra)
+        return await self._client.reply(
+            Request((("user", prompt.text),), self._client.model, sampling, prompt.task, prompt.chat)
         )
 
+    def _counted(self, prompt: Prompt, reply: Reply) -> Completion:
+        if not reply.text and reply.completion_tokens > 1:
+            logger.warning("An answer of %s has no content: a filter or a reasoning parser took it.", self.model)
+        if not reply.confirmed:
+            return Completion(_cut(reply.text, prompt.stop), 0)
+        self.stats.prompt_tokens += reply.prompt_tokens
+        self.stats.cached_tokens += reply.cached_tokens
+        self.stats.generated_tokens += reply.completion_tokens
+        return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens)
 
-@contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own, so that the caller may have one running (notebooks do)."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield loop
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    @contextmanager
+    def _connected(self) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Future[Any]]]:
+        """What runs a coroutine on a loop in a thread, for the caller may have a loop running (notebooks do).
+
+        What is still on its way in the end is given up.
+        """
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        try:
+            yield lambda work: asyncio.run_coroutine_threadsafe(work, loop)
+        finally:
+            asyncio.run_coroutine_threadsafe(_leave(self._client), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
 
 
-async def _close(client: Any) -> None:
-    """Give up what is still being asked, and the connections."""
+async def _drain(client: OpenAIGenerator) -> None:
+    client.drain()
+
+
+async def _leave(client: OpenAIGenerator) -> None:
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -193,44 +254,35 @@ async def _close(client: Any) -> None:
     await client.close()
 
 
-def _remedy(error: BaseException, key_variable: str, timeout: float) -> str | None:
-    """What to do about an error of the client; `None` for one that is not its."""
-    import openai
-
-    if isinstance(error, openai.APITimeoutError):
-        return f"none came in {timeout:g} s. Raise `timeout` or lower `concurrency`."
-    if isinstance(error, openai.APIConnectionError):
-        return "it cannot be reached. Is the server running, and the URL right?"
-    if not isinstance(error, openai.APIStatusError):
-        return None
-    if error.status_code in (401, 403):
-        return f"the key is refused. Set the environment variable {key_variable}."
-    if error.status_code == 404:
-        return "no such model or route. Set the model to one it serves, and the URL to its base (mostly …/v1)."
-    if error.status_code == 429 or error.status_code >= 500:
-        return "it is overloaded or broken. Lower `concurrency`, look at its log, and run again."
-    return "the request is refused. Serve the model with a longer context (vLLM: `--max-model-len`), or ask for less."
+def _explained(error: BaseException, prompt: Prompt) -> Exception:
+    """The error with the prompt's size, never its text."""
+    what = f"a prompt of {len(prompt.text):,} characters and {prompt.max_new_tokens} new tokens"
+    explained = EndpointError(f"No answer to {what}. {error} Answers that arrived are kept.")
+    explained.__cause__ = error
+    return explained
 
 
-def _split_login(url: str) -> tuple[str, str | None]:
-    """A base URL without its login, and the login as HTTP basic authentication sends it.
-
-    >>> _split_login("http://me:pw@host:8000")
-    ('http://host:8000/v1', 'bWU6cHc=')
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
-        shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-        raise ValueError(f"`base_url` must be a URL such as http://localhost:8000/v1, got {shown!r}. Set no query.")
-    base = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/") or "/v1", "", ""))
-    if not parts.username:
-        return base, None
-    return base, base64.b64encode(":".join(_login_parts(url)).encode()).decode()
+def _no_room(what: str, needed: int, told: str) -> str:
+    return (
+        f"{what} must have room on the server, got {needed:,} tokens, and {told}. Set shorter lengths, or serve the "
+        f"model with a longer range (vLLM: `--max-model-len {needed}`)."
+    )
 
 
-def _login_parts(url: str) -> list[str]:
-    parts = urlsplit(url)
-    return [unquote(parts.username), unquote(parts.password or "")] if parts.username else []
+def _probe(key: str, tokens: int, count: Callable[[str], int], *, chat: bool) -> Prompt:
+    """A text of about so many tokens, its answer included, whose first sentence alone holds the answer."""
+    filler, text = noise(seed=1), ""
+    # About 100 tokens a paragraph: the first guess is too short, and grown by what is missing.
+    paragraphs = 0
+    while True:
+        body = "\n\n".join(filler[number % len(filler)] for number in range(paragraphs))
+        question = "What is the pass key? Answer with its five digits alone." if chat else "The pass key is"
+        grown = f"The pass key is {key}. Remember it.\n\n{body}\n\n{question}"
+        missing = tokens - _PROBE_ANSWER - count(grown)
+        if text and missing < 0:
+            return Prompt("probe", "probe", 0, text, (key,), _PROBE_ANSWER, chat=chat, length=tokens)
+        text = grown
+        paragraphs += max(1, missing // 200)
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -26,8 +26,12 @@ from hf_longalign.rope import model_range
 
 logger = logging.getLogger(__name__)
 
-# Tokens of one forward while reading: its activations and its mask over 128k tokens (512 MiB) stay small.
-_CHUNK = 4096
+# Tokens of one forward while reading. After a beginning that is held, attention needs a mask, and under a mask a
+# kernel computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12
+# against 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096
+# tokens over 128k (512 MiB) must stay small.
+_CHUNK = {"cpu": 512}
+_CHUNK_ELSEWHERE = 4096
 _LEAST_CHUNK = 256
 
 
@@ -125,7 +129,7 @@ class LocalGenerator:
         self.batch_tokens = batch_tokens
         self.prefix_cache = prefix_cache
         self.stats = GenerationStats()
-        self._chunk = _CHUNK
+        self._chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
         self._end_ids = end_ids(model, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:

@@ -249,8 +249,9 @@ class _Plan:
         rng = seeded_rng("needles", self.seed, task.name, length, index)
         needles = draw_needles(task, wording, self.pools, rng)
         places = tuple(rng.random(len(needles.asked) + len(needles.others) - 1).tolist())
-        # The haystack knows neither task nor length: a longer prompt begins like a shorter one.
-        start = int(seeded_rng("haystack", self.seed, index).integers(len(self.stack.sentences)))
+        # One haystack for all samples, tasks and lengths, as in RULER: what stands before the first needle is then
+        # read once for the whole grid, half of all tokens and not a third.
+        start = int(seeded_rng("haystack", self.seed).integers(len(self.stack.sentences)))
         return _Sample(Stretch(self.stack, start), needles, places, wording, self.chat)
 
     def _fit(self, sample: _Sample, depth: float, units: int, budget: int, slack: int) -> int:

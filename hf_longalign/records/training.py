@@ -94,6 +94,7 @@ class TrainingRecord(Record):
         run: steps, batch, optimizer, time.
         seed: of the trainer.
         base: the base model, where it came from the Hub.
+        architecture: class of the model in transformers, adapter and wrappers aside.
         data: the data set, where it came from the Hub.
         coverage: relative distances trained; `None` with ordinary positions.
         base_weights: a sample of the base model's weights, see `hf_longalign.adapter.weights_sample`.
@@ -111,6 +112,7 @@ class TrainingRecord(Record):
     run: RunRecord = field(default_factory=RunRecord)
     seed: int | None = None
     base: HubSource | None = None
+    architecture: str | None = None
     data: HubSource | None = None
     coverage: CoverageRecord | None = None
     base_weights: dict[str, list[float]] = field(default_factory=dict)

@@ -4,12 +4,13 @@ import asyncio
 from collections import Counter
 from dataclasses import replace
 
+from hf_longalign.endpoint.protocol import GenerationError, Request, Sampling
 from hf_longalign.synthesis.dialogue import Ask
-from hf_longalign.synthesis.generators.base import GenerationError, Request, Sampling
 from hf_longalign.synthesis.prompts import answer_prompt
+from hf_longalign.synthesis.replies import ReplyError, spoken
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.text import normalise
+from hf_longalign.text import normalise
 
 
 _ANSWER_TOKENS = 512
@@ -62,10 +63,10 @@ async def _mean_score(seed: Seed, requests: list[Request], ask: Ask) -> float | 
 
 async def _score(seed: Seed, request: Request, ask: Ask) -> float | None:
     try:
-        return score_answer(seed.answer, (await ask(request)).text)
-    except GenerationError:
+        return score_answer(seed.answer, spoken((await ask(request)).text))
+    except (GenerationError, ReplyError):
         return None
 
 
 def _short(sampling: Sampling, number: int) -> Sampling:
-    return replace(sampling, seed=sampling.seed + number, max_tokens=min(_ANSWER_TOKENS, sampling.max_tokens))
+    return replace(sampling.again(number), max_tokens=min(_ANSWER_TOKENS, sampling.max_tokens))

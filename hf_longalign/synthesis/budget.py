@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_longalign.synthesis.generators.base import Request
+from hf_longalign.endpoint.protocol import Request
 
 
 @dataclass(frozen=True)

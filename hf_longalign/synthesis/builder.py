@@ -6,10 +6,9 @@ from typing import Any
 
 import datasets
 
+from hf_longalign.endpoint.protocol import Generator, SwitchGenerator
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.generators.base import Generator
-from hf_longalign.synthesis.generators.switch import SwitchGenerator
 from hf_longalign.synthesis.schema import CONFIGS, features
 from hf_longalign.synthesis.stage import Stage
 from hf_longalign.synthesis.workspace import Workspace

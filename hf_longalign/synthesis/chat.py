@@ -11,8 +11,8 @@ from hf_longalign.synthesis.distractors import offer
 from hf_longalign.synthesis.pool import Pool
 from hf_longalign.synthesis.schema import SCORES, part
 from hf_longalign.synthesis.tasks import Task, find_task, prompt_parts
-from hf_longalign.synthesis.text import digest
 from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.text import digest
 
 
 # Where more than this share of the other contexts could be meant, the instruction does not tell which one is.

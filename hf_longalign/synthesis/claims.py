@@ -11,8 +11,8 @@ import time
 import uuid
 from enum import Enum
 
+from hf_longalign.endpoint.protocol import Request, RunStopped
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.generators.base import Request, RunStopped
 
 
 # A process on another host (a container on the same disk) cannot be looked up: its claims end by the clock.

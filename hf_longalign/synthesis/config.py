@@ -15,8 +15,8 @@ import datasets
 
 from hf_longalign.synthesis.difficulty import USES
 from hf_longalign.synthesis.distractors import SOURCES
-from hf_longalign.synthesis.text import digest
 from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS
+from hf_longalign.text import digest
 
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.
@@ -66,11 +66,14 @@ class SynthesisOptions:
         default=None, metadata={"help": "A text file with a prompt of your own in place of the built-in one."}
     )
     temperature: float | None = field(
-        default=0.8, metadata={"help": "Sampling temperature; 0.8 is the paper's for open models."}
+        default=0.8,
+        metadata={"help": "Sampling temperature; 0.8 is the paper's for open models. null: it is not sent."},
     )
-    top_p: float | None = field(default=1.0, metadata={"help": "Nucleus sampling."})
+    top_p: float | None = field(default=1.0, metadata={"help": "Nucleus sampling; null: it is not sent."})
     max_tokens: int = field(default=4096, metadata={"help": "The most tokens of one reply."})
-    sampling_seed: int = field(default=0, metadata={"help": "Seed of the first reply; a retry adds one."})
+    sampling_seed: int | None = field(
+        default=0, metadata={"help": "Seed of the first reply; a retry adds one. null: none is sent."}
+    )
     extra_body: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -281,6 +284,11 @@ class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
 
     def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
         """Return the name of the configuration and the digest."""
+        # datasets skips what is None, as if it had not been given: `temperature: null` would be 0.8. Here is the last
+        # place before the fields are used.
+        for name, value in config_kwargs.items():
+            if value is None and hasattr(self, name):
+                setattr(self, name, None)
         return f"{self.name}-{self.fingerprint()}"
 
     def fingerprint(self, without: tuple[str, ...] = ()) -> str:

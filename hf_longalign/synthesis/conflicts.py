@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from math import log
 
-from hf_longalign.synthesis.text import content_words
+from hf_longalign.text import content_words
 
 
 # Over 450 published seeds of 2WikiMQA, HotpotQA and MuSiQue the median gold context covers 0.82 to 1.0 of its

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hf_longalign.synthesis.rows import Row, read_rows
-from hf_longalign.synthesis.text import normalise
+from hf_longalign.text import normalise
 
 
 class Contamination:

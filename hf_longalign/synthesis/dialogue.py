@@ -1,21 +1,27 @@
 """Asking until a reply can be read, within one allowance of retries for a seed."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
-from hf_longalign.synthesis.generators.base import GenerationError, Reply, Request, Sampling
+from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.prompts import Messages
 from hf_longalign.synthesis.replies import ReplyError
-from hf_longalign.synthesis.text import digest
+from hf_longalign.text import digest
 
 
 T = TypeVar("T")
 Ask = Callable[[Request], Awaitable[Reply]]
-Count = Callable[[str], None]
 
 
-def ignore_count(kind: str) -> None:
+class Count(Protocol):
+    """Counts "retried" and "rejected" seeds, "usable" and "unusable" replies, the latter with reason and key."""
+
+    def __call__(self, kind: str, reason: str = "", key: str = "") -> None:
+        """Count one."""
+
+
+def ignore_count(kind: str, reason: str = "", key: str = "") -> None:
     """Count nothing."""
 
 
@@ -47,19 +53,29 @@ class Dialogue:
         while True:
             messages = prompt(reason)
             # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
-            sampling = replace(self.sampling, seed=self.sampling.seed + self.used)
-            request = Request(messages, self.model, sampling, purpose)
+            request = Request(messages, self.model, self.sampling.again(self.used), purpose)
             try:
                 reply = await self.ask(request)
             except GenerationError as error:
-                raise GiveUpError(f"{error.kind}: the generator will not reply") from None
+                self.count("unusable", error.kind, request.key)
+                raise GiveUpError(f"{error.kind}: {error.told}") from None
             self.keys.append(request.key)
             self.prompt_hash = digest(*(part for message in messages for part in message))
             try:
                 return read(reply.text), reply.finish_reason
             except ReplyError as error:
-                reason = f"parse: {error}"
-                self.retry(reason)
+                cut = f"it was cut off at the limit of {self.sampling.token_limit} tokens; be shorter: "
+                reason = f"parse: {cut if reply.finish_reason == 'length' else ''}{error}"
+                self.refuse(reason)
+
+    def refuse(self, reason: str) -> None:
+        """Count the last reply as unusable and use up a retry.
+
+        Raises:
+            GiveUpError: none is left.
+        """
+        self.count("unusable", reason, self.keys[-1])
+        self.retry(reason)
 
     def retry(self, reason: str) -> None:
         """Use up a retry.

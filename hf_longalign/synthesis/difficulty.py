@@ -12,7 +12,7 @@ import numpy as np
 from hf_longalign.synthesis.prompts import answer_prompt
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.text import digest
+from hf_longalign.text import digest
 
 
 USES = ("record", "select", "stratify", "weight")

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from hf_longalign.synthesis.extras import require
-from hf_longalign.synthesis.text import normalise
+from hf_longalign.text import normalise
 
 
 SOURCES = ("same_task", "other_tasks", "documents")

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_longalign.synthesis.rows import BadRowError, read_rows
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.text import digest
+from hf_longalign.text import digest
 
 
 COLUMNS = ("text", "context")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_longalign.synthesis.extras import require
-from hf_longalign.synthesis.text import normalise
+from hf_longalign.text import normalise
 
 
 _PERMUTATIONS = 128

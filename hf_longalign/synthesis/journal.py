@@ -13,15 +13,15 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import claims
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.generators.base import Fault, Reply, Request, RunStopped
 
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,28 @@ class Journal:
         )
         with self._transaction() as connection:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
+
+    def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
+        """Forget the replies whose entries (see `entries`) are `unwanted`, and return how many.
+
+        They are asked for again; what they have cost stays counted, as faults named "dropped".
+        """
+        keys = [(entry["key"],) for entry in self.entries() if unwanted(entry)]
+        with self._transaction() as connection:
+            for key in keys:
+                connection.execute(
+                    "UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (SELECT totals.replies - 1, "
+                    "totals.prompt_tokens - r.prompt_tokens, totals.completion_tokens - r.completion_tokens, "
+                    "totals.usd - r.usd FROM replies AS r WHERE r.key = ?)",
+                    key,
+                )
+                connection.execute(
+                    "INSERT INTO faults SELECT lower(hex(randomblob(16))), key, 'dropped', model, purpose, "
+                    "prompt_tokens, completion_tokens, usd, 1, at FROM replies WHERE key = ?",
+                    key,
+                )
+            connection.executemany("DELETE FROM replies WHERE key = ?", keys)
+        return len(keys)
 
     def totals(self) -> Totals:
         """What the journal holds, in numbers."""

@@ -40,8 +40,9 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore
             checks = [Check("parse", PASSED), *found]
             reason = failures(checks)
             if not reason:
+                count("usable")
                 break
-            dialogue.retry(reason)
+            dialogue.refuse(reason)
     except GiveUpError as error:
         reason = str(error)
         count("rejected")

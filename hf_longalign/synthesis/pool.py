@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from hf_longalign.synthesis.conflicts import Rivals
 from hf_longalign.synthesis.documents import Document
-from hf_longalign.synthesis.text import content_words, digest, normalise
+from hf_longalign.text import content_words, digest, normalise
 
 
 # So many texts tell which words are rare.

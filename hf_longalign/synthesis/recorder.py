@@ -19,8 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.generators.base import (
+from hf_longalign.endpoint.protocol import (
     Fault,
     Generator,
     Notify,
@@ -29,6 +28,7 @@ from hf_longalign.synthesis.generators.base import (
     RunStopped,
     ignore,
 )
+from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.journal import Journal
 
 

@@ -5,7 +5,8 @@ import re
 from hf_longalign.synthesis.prompts import Facts, Outline
 
 
-_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
+_THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
+_THOUGHT_START = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\])", re.IGNORECASE)
 _LABEL = r"^[ \t>#*_]*{label}[ \t*_]*:[ \t*_]*"
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(\S.*)$", re.MULTILINE)
 _SECTION = re.compile(r"^[ \t>#*_]*Section[ \t]+(\d+)[ \t*_]*[:.][ \t*_]*(\S.*)$", re.MULTILINE | re.IGNORECASE)
@@ -27,7 +28,7 @@ def read_context(text: str) -> tuple[str | None, str]:
     >>> read_context("Title: Dams\\nContext:\\nThe dam was built in 1912.")
     ('Dams', 'The dam was built in 1912.')
     """
-    before, context = _cut(_spoken(text), "Context")
+    before, context = _cut(spoken(text), "Context")
     title, rest = _title(before)
     if rest:
         raise ReplyError(f'it must open with the title and "Context:", but opened with {_start(rest)!r}')
@@ -42,7 +43,7 @@ def read_facts(text: str) -> Facts:
     Raises:
         ReplyError: no title, or a list is missing or empty.
     """
-    before, rest = _cut(_spoken(text), "Evidence")
+    before, rest = _cut(spoken(text), "Evidence")
     evidence, distraction = _cut(rest, "Distraction")
     title, _ = _title(before)
     found = [tuple(match.strip() for match in _BULLET.findall(part)) for part in (evidence, distraction)]
@@ -58,7 +59,7 @@ def read_outline(text: str, sections: int) -> Outline:
     Raises:
         ReplyError: the sections are not numbered from 1 to `sections`.
     """
-    text = _spoken(text)
+    text = spoken(text)
     plan = _SECTION.findall(text)
     if [int(number) for number, _ in plan] != list(range(1, sections + 1)):
         raise ReplyError(f'the plan must have {sections} lines "Section <number>: ...", got {len(plan)}')
@@ -77,7 +78,7 @@ def read_pair(text: str) -> tuple[str, str]:
     >>> read_pair("Question: When?\\nAnswer: In 1912.")
     ('When?', 'In 1912.')
     """
-    _, rest = _cut(_spoken(text), "Question")
+    _, rest = _cut(spoken(text), "Question")
     question, answer = _cut(rest, "Answer")
     if not question or not answer:
         raise ReplyError("the question or the answer was empty")
@@ -95,15 +96,30 @@ def read_verdict(text: str) -> tuple[bool, str]:
     >>> read_verdict("Not supported: the text names another year.")
     (False, 'the text names another year.')
     """
-    match = _VERDICT.match(_spoken(text))
+    match = _VERDICT.match(spoken(text))
     if match is None:
         raise ReplyError(f"no verdict in {_start(text)!r}")
     return match[1].lower() in ("supported", "yes"), match[2].strip()
 
 
-def _spoken(text: str) -> str:
-    """The reply without the thinking some models put in front of it."""
-    return _THINKING.sub("", text, count=1).strip()
+def spoken(text: str) -> str:
+    """Return a reply without the thoughts some models put in front of it.
+
+    Many chat templates open the thoughts in the prompt, so that a reply holds their end alone, and a thought may draft
+    all that is asked for: what stands before the last end of a thought is thought.
+
+    Raises:
+        ReplyError: the thoughts have no end.
+
+    Example:
+
+    >>> spoken("I could write <think>Context: ...</think> first.</think>Context: The dam.")
+    'Context: The dam.'
+    """
+    ends = list(_THOUGHT_END.finditer(text))
+    if not ends and _THOUGHT_START.match(text):
+        raise ReplyError("it ended inside its thoughts")
+    return text[ends[-1].end() :].strip() if ends else text.strip()
 
 
 def _cut(text: str, label: str) -> tuple[str, str]:

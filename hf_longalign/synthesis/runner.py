@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.claims import Claim
-from hf_longalign.synthesis.generators.base import (
+from hf_longalign.endpoint.protocol import (
     CONTENT_FILTER,
     Fault,
     GenerationError,
@@ -23,6 +21,9 @@ from hf_longalign.synthesis.generators.base import (
     Request,
     RunStopped,
 )
+from hf_longalign.synthesis.breaker import Breaker
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.claims import Claim
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.progress import Progress
 from hf_longalign.synthesis.recorder import Recorder
@@ -57,7 +58,7 @@ class Runner:
     Example:
 
     >>> import tempfile
-    >>> from hf_longalign.synthesis.generators.base import Reply, Request
+    >>> from hf_longalign.endpoint.protocol import Reply, Request
     >>> class Echo:
     ...     model, concurrency, remote = "echo", 2, False
     ...     async def check(self): pass
@@ -85,6 +86,8 @@ class Runner:
         self._stop: BaseException | None = None
         self._without_reply: Counter[str] = Counter()
         self._in_a_row = 0
+        self._breaker = Breaker()
+        self._refused: GenerationError | None = None
 
     async def ask(self, request: Request) -> Reply:
         """The journal's reply, or the generator's once it is on disk. One key is asked once, however many ask for it.
@@ -100,9 +103,19 @@ class Runner:
             reply = await asyncio.shield(task)
         else:
             self.progress.count("journaled")
+            self._breaker.replied()
         if reply.finish_reason == CONTENT_FILTER:
             raise GenerationError(CONTENT_FILTER, f"The endpoint's content filter refused request {request.key}.")
         return reply
+
+    def count(self, kind: str, reason: str = "", key: str = "") -> None:
+        """Count what became of a seed or a reply; "usable" and "unusable" ones tell whether it is worth going on."""
+        self.progress.count(kind)
+        if kind == "usable":
+            self._breaker.usable()
+        elif kind == "unusable":
+            reply = self.journal.get(key)
+            self._halt_if(self._breaker.unusable(reason, key, reply.text if reply else ""))
 
     def run(self, jobs: Iterable[Job[T]]) -> list[T]:
         """Run every job, in any order, and return their results in the order of the jobs.
@@ -114,6 +127,7 @@ class Runner:
         # Here and not on the loop: an interrupt may come before the loop of another thread runs.
         self._loop, self._stop, self._checked, self._in_a_row = None, None, None, 0
         self._without_reply.clear()
+        self._breaker, self._refused = Breaker(), None
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -128,6 +142,8 @@ class Runner:
                     results = running.result()
         if self._stop is not None:
             raise self._stop
+        if self._refused is not None and not self.journal.totals().replies:
+            raise self._breaker.hopeless(self._refused)
         if self._without_reply:
             kinds = ", ".join(f"{kind}: {number}" for kind, number in self._without_reply.most_common())
             raise RunStopped(
@@ -179,6 +195,8 @@ class Runner:
         except GenerationError as error:
             if error.kind != CONTENT_FILTER:
                 self._release(request)
+                self._refused = error
+                self._halt_if(self._breaker.refused(error))
                 raise
             reply = Reply("", CONTENT_FILTER, 0, 0, request.model)
         except Exception:
@@ -187,6 +205,7 @@ class Runner:
         spend = self.budget.cost(reply.prompt_tokens, reply.completion_tokens)
         stored = self.journal.put(request, reply, spend)
         self._in_a_row = 0
+        self._breaker.paid(request.key)
         self.progress.add(spend)
         return stored
 
@@ -234,6 +253,10 @@ class Runner:
         if self._stop is None:
             self._stop = reason
             self.generator.drain()
+
+    def _halt_if(self, reason: RunStopped | None) -> None:
+        if reason is not None:
+            self._halt(reason)
 
     def _halt_from_outside(self, reason: BaseException) -> None:
         """Halt a run on another thread's loop."""

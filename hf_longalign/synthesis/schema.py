@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Features, Value
 
 from hf_longalign.synthesis.outcome import Outcome
-from hf_longalign.synthesis.text import word_count
+from hf_longalign.text import word_count
 
 
 CONFIGS = ("chat", "contexts", "rejected")

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.text import digest
+from hf_longalign.text import digest
 
 
 _TASK_PREFIX = re.compile(r"^(?P<task>\w+)=(?P<source>.+)$")

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
+from hf_longalign.endpoint.protocol import Generator, Sampling
 from hf_longalign.synthesis.answering import score_closed_book, score_open_book
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
@@ -19,7 +20,6 @@ from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
 from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
 from hf_longalign.synthesis.duplicates import find_duplicates
 from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
-from hf_longalign.synthesis.generators.base import Generator, Sampling
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.language import majority_language
 from hf_longalign.synthesis.outcome import Outcome, accepted
@@ -201,12 +201,13 @@ class Stage:
     ) -> list[R]:
         progress = Progress(len(items), name=name, show=self.show_progress)
 
-        async def job(item: T, ask: Ask) -> R:
-            return await work(item, ask, progress.count)
-
         try:
             with Journal(self.journal) as journal:
                 runner = Runner(generator, journal, budget=self.budget, progress=progress)
+
+                async def job(item: T, ask: Ask) -> R:
+                    return await work(item, ask, runner.count)
+
                 return runner.run(partial(job, item) for item in items)
         finally:
             progress.close()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from hf_longalign.synthesis.language import identify_language
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.text import content_words, normalise, word_count
+from hf_longalign.text import content_words, normalise, word_count
 
 
 PASSED, FAILED, OPEN = "passed", "failed", "open"

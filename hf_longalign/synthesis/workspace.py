@@ -23,8 +23,8 @@ from hf_longalign.synthesis.pool import Pool
 from hf_longalign.synthesis.schema import features, general_row, outcome_row
 from hf_longalign.synthesis.tables import read_array, read_table, write_array, write_table
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.text import digest
 from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.text import digest
 
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from math import ceil
 
+from hf_longalign.endpoint.protocol import GenerationError, Request, Sampling
 from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
-from hf_longalign.synthesis.generators.base import GenerationError, Request, Sampling
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
     Facts,
@@ -88,8 +88,9 @@ async def write_context(
             drafted = await _draft(seed, plan, dialogue, reason)
             reason = failures(drafted.checks)
             if not reason:
+                count("usable")
                 break
-            dialogue.retry(reason)
+            dialogue.refuse(reason)
     except GiveUpError as error:
         reason = str(error)
         count("rejected")
@@ -187,7 +188,9 @@ async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask:
     number = next((number for number, check in enumerate(checks) if check.name == "support"), None)
     if number is None or checks[number].outcome == PASSED or plan.judge is None:
         return checks
-    sampling = replace(plan.sampling, temperature=0.0, max_tokens=min(256, plan.sampling.max_tokens))
+    # A model that takes no temperature takes no 0 either.
+    temperature = None if plan.sampling.temperature is None else 0.0
+    sampling = replace(plan.sampling, temperature=temperature, max_tokens=min(256, plan.sampling.max_tokens))
     request = Request(judge_prompt(seed, context), plan.judge, sampling, "judge")
     try:
         verdict, why = read_verdict((await ask(request)).text)

@@ -35,11 +35,12 @@ def test_mask_is_the_padding_or_none():
     padding = torch.tensor([[True, True, False], [True, True, True]])
     assert longalign_mask(2, 3, 3) is None
     assert longalign_mask(2, 3, 3, attention_mask=torch.ones(2, 3, dtype=torch.bool)) is None
-    assert torch.equal(longalign_mask(2, 3, 3, attention_mask=padding), padding)
+    assert torch.equal(longalign_mask(2, 3, 3, attention_mask=padding), padding[:, None, None])
     # A sliding cache has dropped the first token; a static one has room for two more.
-    assert torch.equal(longalign_mask(2, 1, 2, q_offset=2, kv_offset=1, attention_mask=padding), padding[:, 1:])
-    assert torch.equal(longalign_mask(2, 3, 5), torch.ones(2, 3, dtype=torch.bool))
-    assert torch.equal(longalign_mask(2, 3, 5, attention_mask=padding), padding)
+    dropped = longalign_mask(2, 1, 2, q_offset=2, kv_offset=1, attention_mask=padding)
+    assert torch.equal(dropped, padding[:, None, None, 1:])
+    assert torch.equal(longalign_mask(2, 3, 5), torch.ones(2, 1, 1, 3, dtype=torch.bool))
+    assert torch.equal(longalign_mask(2, 3, 5, attention_mask=padding), padding[:, None, None])
 
 
 def test_chunked_attention_is_refused():
@@ -87,7 +88,7 @@ def packed_with(**changes):
         ({"cu_seq_lens_k": torch.tensor([0, 1, 43])}, "`cu_seq_lens_k` must equal"),
         ({"cu_seq_lens_q": torch.tensor([0, 12, 42])}, "must rise from 0 to the row's length 43"),
         ({"attention_mask": torch.tensor([[0] + [1] * 42])}, "must not both be given"),
-        ({"attention_mask": torch.ones(1, 1, 43, 43, dtype=torch.bool)}, "4-D attention mask"),
+        ({"attention_mask": torch.ones(1, 1, 43, 43, dtype=torch.bool)}, r"mask of shape \(1, 1, 43, 43\)"),
         ({"input_ids": torch.ones(2, 43, dtype=torch.long)}, "needs one packed row, got a batch of 2"),
         ({"output_attentions": True}, "returning attention weights"),
     ],

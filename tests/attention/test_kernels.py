@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longalign.attention import kernels
 from hf_longalign.attention.kernels import Scoring, cached_attention, packed_attention
@@ -112,6 +113,39 @@ def test_flash_is_called_so_that_it_gives_the_same(window, width, monkeypatch):
     expected = naive(query, key, value, naive_visible(DOCUMENTS.bounds, positions, window), 0.3)
     torch.testing.assert_close(actual, expected)
     assert actual.shape[-1] == width
+
+
+class Paddings(TorchDispatchMode):
+    """Counts the copies that padding makes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "pad" in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", ["documents", "one length", "window", "softcap", "cache", "flash"])
+def test_nothing_is_copied_where_nothing_is_padded(path, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen_attn)
+    query, key, value, _ = (state.detach() for state in random_states(26))
+    scoring = Scoring(0.3, softcap=2.0 if path == "softcap" else None)
+    segments = Documents((0, 13, 26)).segments if path == "one length" else DOCUMENTS.segments
+    if path == "window":
+        segments = window_segments(DOCUMENTS, POSITIONS, 6)
+
+    def attend(value):
+        if path == "cache":
+            rows = [states.transpose(0, 1)[None] for states in (query, key, value)]
+            return cached_attention(rows[0][:, :, -1:], rows[1], rows[2], scoring)
+        return (kernels._flash if path == "flash" else packed_attention)(query, key, value, segments, scoring)
+
+    with Paddings() as paddings:
+        attend(value)
+    assert paddings.count == 0
+    with Paddings() as paddings:
+        attend(value[..., :5])
+    assert (paddings.count > 0) == (path != "softcap")  # the formula takes values of any width
 
 
 def test_flash_does_not_serve_where_tokens_and_positions_differ():

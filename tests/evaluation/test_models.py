@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_longalign.base_weights import weights_sample
+from hf_longalign.adapter import weights_sample
 from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope

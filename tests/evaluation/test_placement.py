@@ -191,11 +191,11 @@ def test_longer_prompts_begin_like_shorter_ones():
     assert short.answers != long.answers
 
 
-def test_samples_differ():
+def test_samples_differ_in_their_needles():
     prompts = grid(tasks=["single"], samples=6)
     assert [prompt.index for prompt in prompts] == list(range(6))
     assert len({prompt.answers for prompt in prompts}) == 6
-    assert len({around(prompt)[0][:40] for prompt in prompts}) == 6
+    assert len({around(prompt)[0][:40] for prompt in prompts}) == 1  # the haystack is the same: it is read once
 
 
 def test_a_prompt_depends_on_its_own_place_in_the_grid_alone():

@@ -1,6 +1,6 @@
 import re
 
-from hf_longalign.synthesis.generators.base import Reply, RunStopped, ignore
+from hf_longalign.endpoint.protocol import Reply, RunStopped, ignore
 
 
 _NAMES = "Ada Bela Cora Dora Edna Fern Gwen Hope Iris June Kay Lena Mona Nora Olga Pia Rosa Sara Tess Uma Vera"

@@ -8,9 +8,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint.protocol import Request, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.generators.base import Request, RunStopped, Sampling
-from hf_longalign.synthesis.generators.openai import OpenAIGenerator
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.runner import Runner
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 
+from hf_longalign.endpoint.protocol import RunStopped
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-from hf_longalign.synthesis.generators.base import RunStopped
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.rows import BadRowError
 
@@ -366,7 +366,7 @@ def test_a_judge_decides_where_strings_do_not_tell(tmp_path):
 
 
 def test_replies_of_a_real_model_that_cannot_write_are_all_rejected(tmp_path, tiny_model):
-    from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+    from hf_longalign.synthesis.local import TransformersGenerator
 
     generator = TransformersGenerator(tiny_model, batch_size=8, device="cpu")
     options = {"seeds": PAIRS[:6], "generator": generator, "max_tokens": 8, "retries": 1}
@@ -424,8 +424,12 @@ def test_documents_need_a_context_for_every_seed(tmp_path):
 
 
 def test_nothing_accepted_is_an_error_with_a_reason(tmp_path):
-    with pytest.raises(ValueError, match=r"No seed of 24 was accepted\. The first was rejected: parse:"):
-        build(tmp_path, generator=FakeGenerator(fail=range(24)))
+    with pytest.raises(ValueError, match=r"No seed of 6 was accepted\. The first was rejected: parse:"):
+        build(tmp_path / "few", generator=FakeGenerator(fail=range(6)), seeds=PAIRS[:6], n_distractors=2)
+    generator = FakeGenerator(fail=range(24))
+    with pytest.raises(RunStopped, match=r"None of the last 20 replies can be used\. The first: parse:"):
+        build(tmp_path / "many", generator=generator)
+    assert 20 <= len(generator.asked) <= 20 + 2 * generator.concurrency
 
 
 def test_neither_paths_nor_keys_stand_in_cache_paths_or_rows(tmp_path):

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
+from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
 from hf_longalign.synthesis.answering import score_answer, score_closed_book, score_open_book
 from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
-from hf_longalign.synthesis.generators.base import GenerationError, Reply, Sampling
 from hf_longalign.synthesis.seeds import Seed
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hf_longalign.synthesis.conflicts import Rivals
 from hf_longalign.synthesis.distractors import bm25_scores, embedding_scores, nearest, offer, shuffled
-from hf_longalign.synthesis.text import content_words
+from hf_longalign.text import content_words
 
 
 TEXTS = [

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from hf_longalign.endpoint.protocol import Reply, Sampling
 from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
-from hf_longalign.synthesis.generators.base import Reply, Sampling
 from hf_longalign.synthesis.mixing import draw_general
 from hf_longalign.synthesis.pairs import write_pair
 from hf_longalign.synthesis.rows import BadRowError

@@ -2,10 +2,10 @@ import sys
 
 from datasets import Dataset
 
+from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.records.data import Cost, DataSource
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.facts import dataset_facts
-from hf_longalign.synthesis.generators.base import Reply, Request
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.save import save
 

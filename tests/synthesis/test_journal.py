@@ -12,9 +12,9 @@ from contextlib import closing
 
 import pytest
 
+from hf_longalign.endpoint.protocol import Fault, Reply, Request, Sampling
 from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.claims import BudgetExceeded, Claim
-from hf_longalign.synthesis.generators.base import Fault, Reply, Request, Sampling
 from hf_longalign.synthesis.journal import Journal, JournalError
 
 
@@ -59,6 +59,25 @@ def test_totals_count_replies_and_faults(path):
     assert totals.spend == Spend(50, 1.75) and totals.unconfirmed == Spend(27, 1.0)
 
 
+def test_what_is_dropped_is_asked_again_and_what_it_cost_stays_counted(path, tmp_path):
+    with Journal(path) as journal:
+        for number in range(4):
+            text = "" if number % 2 else "fine"
+            journal.put(_request(number), Reply(text, "stop", 5, 3, "tiny"), Spend(8, 0.25))
+        before = journal.totals()
+        assert journal.drop(lambda entry: not entry["text"]) == 2
+        after = journal.totals()
+        assert (after.replies, after.faults, after.spend) == (2, 2, before.spend) and not after.unconfirmed.tokens
+        assert journal.get(_request(1).key) is None and journal.get(_request(2).key).text == "fine"
+        assert journal.claim(_request(1), NO_BUDGET) is Claim.MINE
+        journal.put(_request(1), _reply(), Spend(8, 0.25))
+        assert journal.totals().spend == Spend(40, 1.25)
+        assert journal.drop(lambda entry: False) == 0
+    with Journal(tmp_path / "other.sqlite") as other:
+        other.merge(path)
+        assert other.totals().spend == Spend(40, 1.25)
+
+
 def test_two_journals_claim_a_key_once(path):
     with Journal(path) as one, Journal(path) as two:
         assert one.claim(_request(), NO_BUDGET) is Claim.MINE
@@ -72,7 +91,7 @@ def test_two_journals_claim_a_key_once(path):
 _CLAIM_AND_DIE = """
 import os, signal, sys
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.generators.base import Request, Sampling
+from hf_longalign.endpoint.protocol import Request, Sampling
 from hf_longalign.synthesis.journal import Journal
 request = Request((("user", "prompt 0"),), "tiny", Sampling(max_tokens=10))
 assert Journal(sys.argv[1]).claim(request, Budget(tokens=1000)).value == "mine"
@@ -250,7 +269,7 @@ def test_a_forked_journal_is_refused(path):
 
 _PUT_AND_DIE = """
 import os, signal, sys
-from hf_longalign.synthesis.generators.base import Reply, Request
+from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.synthesis.journal import Journal
 journal = Journal(sys.argv[1])
 for number in range(100):

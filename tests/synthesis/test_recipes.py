@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -102,6 +103,57 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
     assert (tmp_path / "replies.jsonl").read_bytes() == (tmp_path / "merged.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="no such journal"):
         run(monkeypatch, "journal", "list", tmp_path / "none.sqlite")
+
+
+def test_null_in_the_yaml_leaves_an_option_out(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(4))
+    settings = tmp_path / "settings.yaml"
+    with FakeEndpoint(refuses={name: f"{name} is unsupported" for name in ("temperature", "top_p", "seed")}) as server:
+        arguments = ("--config", settings, "--endpoints", server.url, "--cache_dir", tmp_path / "cache")
+        arguments += (
+            "--seeds",
+            seeds,
+            "--output_dir",
+            tmp_path / "out",
+            "--checks",
+            "duplicate",
+            "--n_distractors",
+            1,
+        )
+        settings.write_text("generator: openai\nmodel: tiny\n")
+        # Each refusal names the option; with its remedy the next one is met.
+        for option in ("temperature", "top_p", "sampling_seed"):
+            assert run(monkeypatch, "synthesize", *arguments) == 1
+            remedy = f"{option}: null"
+            assert f"Set `{remedy}` in the YAML" in capsys.readouterr().err
+            settings.write_text(f"{settings.read_text()}{remedy}\n")
+        assert run(monkeypatch, "synthesize", *arguments) == 0
+        bodies = [entry.body for entry in server.log if entry.answered]
+    assert [sorted(body) for body in bodies] == [["max_tokens", "messages", "model"]] * 4
+
+
+def test_a_poisoned_journal_is_saved(tmp_path, monkeypatch, capsys):
+    pairs = make_pairs(6)
+    pairs[2]["instruction"] += " [[ended*2]]"  # the first two replies to each of its prompts are empty
+    seeds = lines(tmp_path / "pairs.jsonl", pairs)
+    journal = tmp_path / "cache" / "context_synthesis" / "journal.sqlite"
+    with FakeEndpoint() as server:
+        arguments = ("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds)
+        arguments += ("--checks", "duplicate", "--n_distractors", 1, "--cache_dir", tmp_path / "cache", "--output_dir")
+        assert run(monkeypatch, "synthesize", *arguments, tmp_path / "poor") == 0
+        assert len(load_dataset(str(tmp_path / "poor"), "chat", split="train", cache_dir=tmp_path / "hf")) == 5
+        assert len(server.log) == 5 + 3
+        capsys.readouterr()
+        run(monkeypatch, "journal", "drop", journal, "--reason", "empty")
+        assert capsys.readouterr().out.startswith("3 replies dropped")
+        for folder in journal.parent.iterdir():
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        assert run(monkeypatch, "synthesize", *arguments, tmp_path / "rich") == 0
+        assert len(load_dataset(str(tmp_path / "rich"), "chat", split="train", cache_dir=tmp_path / "hf")) == 6
+        assert len(server.log) == 5 + 3 + 2
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "journal", "drop", journal, "--reason", "whim")
 
 
 def test_two_processes_on_cpus_ask_once(tmp_path):

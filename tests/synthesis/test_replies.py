@@ -19,6 +19,11 @@ from hf_longalign.synthesis.replies import (
         ('**Title:** "The Dam"\n\n**Context:**\nOne.', "The Dam", "One."),
         ("## Context:\nOne.\nContext: again.", None, "One.\nContext: again."),
         ("<think>Context: no</think>\n\ncontext: One.", None, "One."),
+        ("I could write\nContext: no\n</think>\n\nTitle: Dam\nContext: One.", "Dam", "One."),
+        ("<think>a</think><think>Context: no</think>Context: One.", None, "One."),
+        ("[THINK]Context: no[/THINK]Context: One.", None, "One."),
+        ("<thinking>\nContext: no\n</thinking>\nContext: One.", None, "One."),
+        ("Context: He <think>s so.", None, "He <think>s so."),
     ],
 )
 def test_a_context_is_read(reply, title, context):
@@ -32,6 +37,7 @@ def test_a_context_is_read(reply, title, context):
         ("The dam was built in 1912.", '"Context:" was missing'),
         ("Sure! Here it is.\nContext: One.", 'must open with the title and "Context:", but opened with \'Sure!'),
         ("Title: The Dam\nContext:  \n", 'nothing followed "Context:"'),
+        ("<think>Context: a draft of the dam", "it ended inside its thoughts"),
     ],
 )
 def test_a_reply_that_does_not_parse_is_an_error_with_a_reason(reply, reason):

@@ -1,6 +1,7 @@
 """The runner: each key asked once, results in order, every way to stop."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,9 +14,7 @@ from functools import partial
 import pytest
 from fake_endpoint import FakeEndpoint
 
-from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.claims import BudgetExceeded
-from hf_longalign.synthesis.generators.base import (
+from hf_longalign.endpoint.protocol import (
     EndpointError,
     Fault,
     GenerationError,
@@ -25,6 +24,8 @@ from hf_longalign.synthesis.generators.base import (
     RunStopped,
     Sampling,
 )
+from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.claims import BudgetExceeded
 from hf_longalign.synthesis.journal import Journal, JournalError
 from hf_longalign.synthesis.progress import Progress
 from hf_longalign.synthesis.runner import Runner
@@ -212,6 +213,44 @@ def test_a_bad_request_is_the_job_s_to_judge_and_not_kept(journal):
     assert echo.asked.count("bad") == 2 and echo.asked.count("a") == 1
 
 
+def test_a_run_whose_requests_are_all_refused_stops_and_a_mended_one_goes_on(journal):
+    async def job(prompt, ask):
+        try:
+            return (await ask(_request(prompt))).text
+        except GenerationError as error:
+            return error.kind
+
+    def run(echo, prompts):
+        return Runner(echo, journal).run(partial(job, prompt) for prompt in prompts)
+
+    refused = GenerationError("bad_request", "no such field")
+    for number in (3, 500):
+        echo = Echo({f"p{place}": [refused] for place in range(number)})
+        with pytest.raises(EndpointError, match=r"Every request is refused\. The last: no such field"):
+            run(echo, echo.script)
+        assert len(echo.asked) <= 20 + 2 * echo.concurrency
+    assert run(Echo(), ["p0", "p1"]) == ["P0", "P1"]
+    # One that is refused where others are served is the job's to judge, whoever served them and when.
+    assert run(Echo({"p2": [refused]}), ["p2"]) == ["bad_request"]
+
+
+def test_a_run_whose_replies_are_all_unusable_stops_and_a_rerun_goes_on(journal):
+    async def job(prompt, ask):
+        await ask(_request(prompt))
+        runner.count("unusable", "parse: no context", _request(prompt).key)
+
+    runner = Runner(Echo(), journal)
+    prompts = [f"p{number}" for number in range(300)]
+    with pytest.raises(RunStopped, match=r"last 20 replies can be used\. The first: parse: no context, in 'P\d+'"):
+        runner.run(partial(job, prompt) for prompt in prompts)
+    paid = journal.totals().replies
+    assert 20 <= paid <= 20 + 2 * Echo().concurrency
+    runner = Runner(Echo(), journal)
+    with contextlib.suppress(RunStopped):
+        runner.run(partial(job, prompt) for prompt in prompts)
+    assert journal.totals().replies > paid + 200
+
+
 def test_without_a_reply_the_others_go_on_and_the_run_is_not_done(journal):
     echo = Echo({"b": [NoReplyError("reset", "no reply")]})
     with pytest.raises(RunStopped, match=r"1 seeds got no reply \(reset: 1\)"):
@@ -306,10 +345,11 @@ def test_progress_counts_what_happened(journal):
 
 def test_every_fault_at_once_on_a_crowded_endpoint(journal):
     pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
-    from hf_longalign.synthesis.generators.openai import OpenAIGenerator
+    from hf_longalign.endpoint.client import OpenAIGenerator
 
     passing = ["429", "429bare", "500", "503", "reset", "truncated", "cut", "html", "error200", "nochoices", "wrong"]
-    marks = [*passing, "empty", "length", "unparsable", "nousage", "filter", "filter400", "400"]
+    passing += ["limit200", "errorfinish", "errorchoice", "nullchoices", "nofinish", "empty"]
+    marks = [*passing, "ended", "length", "unparsable", "nousage", "filter", "filter400", "400", "odd400"]
     prompts = [f"{number} [[{mark}]]" for number, mark in enumerate(marks * 5)]
 
     async def job(prompt, ask):
@@ -323,21 +363,23 @@ def test_every_fault_at_once_on_a_crowded_endpoint(journal):
         generator = OpenAIGenerator("tiny", server.url, max_concurrency=32)
         texts = Runner(generator, journal, progress=progress).run(partial(job, prompt) for prompt in prompts)
         asked = Counter(entry.prompt for entry in server.log if entry.fault != "full")
-    ends = {"empty": "", "unparsable": "As you wish.", "400": "bad_request"}
+    ends = {"ended": "", "unparsable": "As you wish.", "400": "too_long", "odd400": "bad_request"}
     ends |= dict.fromkeys(("filter", "filter400"), "content_filter")
     for mark, prompt, text in zip(marks * 5, prompts, texts, strict=True):
         assert text == ends[mark] if mark in ends else text.startswith("Context: ")
         assert asked[prompt] == (2 if mark in passing else 1)
     full = progress.faults.pop("rate_limit")
-    assert full >= 10  # 429 as scripted, and for want of a slot
-    assert progress.faults == {"server_error": 10, "overloaded": 5, "reset": 10, "bad_body": 15, "wrong_model": 5}
-    assert journal.totals().replies == 5 * (len(marks) - 1)
-    assert journal.totals().faults == 30  # those that may have cost something
+    assert full >= 15  # 429 as scripted, and for want of a slot
+    kinds = {"server_error": 20, "overloaded": 5, "reset": 10, "bad_body": 15, "wrong_model": 5}
+    assert progress.faults == {**kinds, "web_page": 5, "empty": 10}
+    assert journal.totals().replies == 5 * (len(marks) - 2)
+    # Those that may have cost something: all but a page, an error in place of a completion, and what is overloaded.
+    assert journal.totals().faults == 10 + 10 + 15 + 5 + 10
 
 
 def test_no_key_password_or_path_is_left_anywhere(tmp_path, monkeypatch, capfd):
     pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
-    from hf_longalign.synthesis.generators.openai import OpenAIGenerator
+    from hf_longalign.endpoint.client import OpenAIGenerator
 
     monkeypatch.setenv("OPENAI_API_KEY", "sesame-9000")
     model = str(tmp_path / "secret-folder" / "llama")

@@ -12,10 +12,10 @@ from functools import partial
 import pytest
 from tiny_chat import make_tiny_chat
 
-from hf_longalign.synthesis.generators.base import EndpointError, Request, Sampling
-from hf_longalign.synthesis.generators.openai import OpenAIGenerator
-from hf_longalign.synthesis.generators.transformers import TransformersGenerator
+from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint.protocol import EndpointError, Request, Sampling
 from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.runner import Runner
 
 

@@ -3,7 +3,6 @@ import pytest
 from hf_longalign.synthesis.duplicates import find_duplicates
 from hf_longalign.synthesis.language import identify_language, majority_language
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.text import content_words, normalise, word_count
 from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS, FAILED, Check, Rules, failures, verify_context
 
 
@@ -111,9 +110,3 @@ def test_near_duplicates_are_found_and_the_first_is_kept():
     assert find_duplicates(texts, threshold=0.6) == {2: 0, 3: 0}
     assert find_duplicates(texts, threshold=0.95) == {}
     assert find_duplicates(["a", "a", "a"]) == {1: 0, 2: 0}
-
-
-def test_text_comparison():
-    assert normalise("  The CAFÉ's 1,000 (one-thousand) guests ") == "cafe s 1000 one thousand guests"
-    assert content_words("What is a summary of the 3 reports?") == {"summary", "3", "reports"}
-    assert word_count("") == 0

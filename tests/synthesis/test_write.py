@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from hf_longalign.synthesis.generators.base import GenerationError, Reply, Sampling
+from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.verify import Rules
 from hf_longalign.synthesis.write import Plan, check_given, judge_given, write_context
@@ -19,7 +19,7 @@ class Script:
     def __init__(self, *replies):
         self.replies = list(replies)
         self.requests = []
-        self.counted = []
+        self.counted, self.unusable = [], []
 
     async def __call__(self, request):
         self.requests.append(request)
@@ -27,6 +27,11 @@ class Script:
         if isinstance(reply, Exception):
             raise reply
         return reply if isinstance(reply, Reply) else Reply(reply, "stop", 10, 20, "m")
+
+    def count(self, kind, reason="", key=""):
+        self.counted.append(kind)
+        if kind == "unusable":
+            self.unusable.append((reason, key))
 
     def content(self, number):
         return self.requests[number].messages[-1][1]
@@ -37,7 +42,7 @@ def plan(**changes):
 
 
 def write(script, the_plan=None, **kwargs):
-    return asyncio.run(write_context(SEED, the_plan or plan(), script, count=script.counted.append, **kwargs))
+    return asyncio.run(write_context(SEED, the_plan or plan(), script, count=script.count, **kwargs))
 
 
 def test_a_good_reply_is_accepted_at_once():
@@ -46,7 +51,7 @@ def test_a_good_reply_is_accepted_at_once():
     assert outcome.accepted and outcome.title == "The Dam" and outcome.context.startswith("The dam below")
     assert [check.outcome for check in outcome.checks] == ["passed"] * 7
     assert outcome.provenance.journal_keys == (script.requests[0].key,)
-    assert outcome.provenance.attempts == 1 and script.counted == []
+    assert outcome.provenance.attempts == 1 and script.counted == ["usable"]
     assert script.requests[0].purpose == "context" and script.requests[0].sampling.seed == 7
 
 
@@ -57,7 +62,17 @@ def test_a_failure_is_retried_with_the_reason_and_another_seed():
     assert 'An earlier reply was rejected: parse: "Context:" was missing.' in script.content(1)
     assert "rejected: length: it has 2 words, at least 5 are needed; support: it does not hold" in script.content(2)
     assert [request.sampling.seed for request in script.requests] == [7, 8, 9]
-    assert len(set(outcome.provenance.journal_keys)) == 3 and script.counted == ["retried", "retried"]
+    assert len(set(outcome.provenance.journal_keys)) == 3
+    assert script.counted == ["unusable", "retried", "unusable", "retried", "usable"]
+    assert [key for _, key in script.unusable] == [request.key for request in script.requests[:2]]
+    assert script.unusable[0][0] == 'parse: "Context:" was missing'
+
+
+def test_without_a_seed_each_retry_is_another_request():
+    script = Script("Sure.", "Sure.", GOOD)
+    assert write(script, plan(sampling=Sampling(None, None, seed=None))).accepted
+    assert [request.sampling.seed for request in script.requests] == [None] * 3
+    assert len({request.key for request in script.requests}) == 3
 
 
 def test_after_the_last_retry_it_is_rejected_with_the_last_reason():
@@ -65,7 +80,7 @@ def test_after_the_last_retry_it_is_rejected_with_the_last_reason():
     outcome = write(script)
     assert not outcome.accepted and outcome.reason.startswith("length: it has 2 words")
     assert outcome.context == "Too short." and outcome.provenance.attempts == 3
-    assert script.counted == ["retried", "retried", "rejected"]
+    assert script.counted == ["unusable", "retried"] * 2 + ["unusable", "rejected"]
     assert write(Script("Sure."), plan(retries=0)).reason == 'parse: "Context:" was missing'
 
 
@@ -74,11 +89,17 @@ def test_a_reply_cut_off_by_length_is_not_data():
     assert outcome.reason.startswith("complete: it was cut off")
 
 
+@pytest.mark.parametrize("text", ["The dam", "<think>Context: a draft", "Context:"])
+def test_an_unreadable_reply_that_was_cut_off_says_so(text):
+    outcome = write(Script(Reply(text, "length", 1, 1, "m")), plan(retries=0, sampling=Sampling(max_tokens=77)))
+    assert outcome.reason.startswith("parse: it was cut off at the limit of 77 tokens; be shorter: ")
+
+
 def test_a_generator_that_will_not_reply_is_not_asked_again():
-    script = Script(GenerationError("content_filter", "refused"))
+    script = Script(GenerationError("too_long", "http://host refuses request 1: 9 tokens", "9 tokens"))
     outcome = write(script)
-    assert outcome.reason == "content_filter: the generator will not reply"
-    assert len(script.requests) == 1 and script.counted == ["rejected"]
+    assert outcome.reason == "too_long: 9 tokens"
+    assert len(script.requests) == 1 and script.counted == ["unusable", "rejected"]
 
 
 def test_facts_first():

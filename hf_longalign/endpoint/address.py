@@ -1,0 +1,105 @@
+"""Where a model is served, with its key, and how keys, logins and paths are kept out of whatever is written down."""
+
+import base64
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+
+_LOGIN = re.compile(r"(?<=://)[^\s/@]+@")
+_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=*-]+")
+_OPENAI_KEY = re.compile(r"\bsk-[\w*.-]+")
+# An absolute path of at least two parts, which no URL leads into.
+_PATH = re.compile(r"(?<![\w:/.@-])(?:[A-Za-z]:\\|~?/)(?:[^\s/\\'\"`:,;()<>]+[/\\])+([^\s/\\'\"`:,;()<>]+)")
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """`text` without `secrets`, keys and URL passwords, and with the last part of a local path alone.
+
+    >>> redact("no /home/me/models/tiny at http://me:pw@host/v1/models with Bearer abc", ["pw"])
+    'no tiny at http://host/v1/models with Bearer ***'
+    """
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = _LOGIN.sub("", text)
+    text = _BEARER.sub(r"\1 ***", text)
+    text = _OPENAI_KEY.sub("***", text)
+    return _PATH.sub(r"\1", text)
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a model's name is a path of this machine and no Hub id.
+
+    >>> is_local_path("/models/tiny"), is_local_path("./tiny"), is_local_path("org/tiny")
+    (True, True, False)
+    """
+    return (
+        name.startswith(("/", "./", "../", "~", ".\\", "..\\")) or PurePath(name).is_absolute() or name[1:3] == ":\\"
+    )
+
+
+def recorded_name(model: str) -> str:
+    """The name of a model in keys, rows and the journal: a local path by its last part and a hash of the whole.
+
+    >>> recorded_name("org/tiny"), recorded_name("/models/tiny")
+    ('org/tiny', 'tiny-7bda4981')
+    """
+    if not is_local_path(model):
+        return model
+    return f"{PurePath(model).name}-{hashlib.blake2b(model.encode(), digest_size=4).hexdigest()}"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One base URL and the key it takes. A login in the URL is sent as HTTP basic authentication and never shown.
+
+    Raises:
+        ValueError: no such URL, or a login beside a key.
+
+    >>> Endpoint("http://me:secret@host:8000")
+    Endpoint(name='http://host:8000/v1')
+    """
+
+    url: str = field(repr=False)
+    api_key: str | None = field(default=None, repr=False)
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+            shown = redact(self.url.split("?")[0])
+            raise ValueError(
+                f"`endpoint` must be a URL such as http://localhost:8000/v1, got {shown!r}. Set no query."
+            )
+        if self.api_key and parts.username:
+            raise ValueError("`endpoint` must hold a login or come with a key, got both. Set one of them.")
+        host = parts.netloc.rpartition("@")[2]
+        name = urlunsplit((parts.scheme, host, parts.path.rstrip("/") or "/v1", "", ""))
+        object.__setattr__(self, "name", name)
+
+    @property
+    def login(self) -> str | None:
+        """User and password of the URL, as sent."""
+        parts = urlsplit(self.url)
+        if not parts.username:
+            return None
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        return base64.b64encode(login.encode()).decode()
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must not be written down."""
+        password = urlsplit(self.url).password
+        return [secret for secret in (self.api_key, password, unquote(password or ""), self.login) if secret]
+
+    @classmethod
+    def with_key_of(cls, url: str, variable: str) -> "Endpoint":
+        """The endpoint at `url` with the key that the environment variable holds, if it is set.
+
+        A login in the URL goes before the key.
+        """
+        return cls(url, None if urlsplit(url).username else os.environ.get(variable) or None)

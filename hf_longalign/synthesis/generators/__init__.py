@@ -1,1 +1,0 @@
-"""Where replies come from: an OpenAI-compatible endpoint or a local model, behind one small protocol."""

@@ -1,0 +1,301 @@
+"""Replies from a local transformers model: what waits is generated together, each row drawn on its own."""
+
+import asyncio
+import hashlib
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_longalign.endpoint.protocol import (
+    BAD_REQUEST,
+    TOO_LONG,
+    EndpointError,
+    GenerationError,
+    Notify,
+    Reply,
+    Request,
+    RunStopped,
+    ignore,
+)
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+logger = logging.getLogger(__name__)
+
+# Requests that come this close together share a batch.
+_GATHER_SECONDS = 0.01
+_BLOCK = 2**16
+_STRIDE = 2**24
+
+
+@dataclass
+class _Waiting:
+    request: Request
+    prompt: list[int]
+    reply: "asyncio.Future[Reply]"
+
+    def end(self, outcome: Reply | Exception) -> None:
+        """Hand over what became of the request, if anybody still waits."""
+        if self.reply.done():
+            return
+        if isinstance(outcome, Reply):
+            self.reply.set_result(outcome)
+        else:
+            self.reply.set_exception(outcome)
+
+
+class TransformersGenerator:
+    """Generates with a causal language model from the Hub or a folder, whose tokenizer has a chat template.
+
+    The random numbers of a reply depend on its request alone: neither on the batch it is in nor on the device. What a
+    batch can still change are the last bits of the logits, since padding and batch size choose other kernels; in
+    float32 that seldom turns a token, in bfloat16 more often. The journal keeps the first reply either way.
+
+    A folder is recorded by its name and a hash of its files, so that another model under the same path is another key.
+
+    Parameters:
+        model: Hub id or folder.
+        revision: of a Hub id; recorded with it.
+        batch_size: the most rows at once; halved when memory runs out.
+        device: "cuda", "mps", "cpu" or "auto" (spread over all GPUs); by default the best there is.
+        dtype: of the weights; "auto" is what the model was saved in.
+
+    Example (nothing is loaded before the first request):
+
+    >>> generator = TransformersGenerator("org/tiny", revision="v2", batch_size=4)
+    >>> generator.model, generator.concurrency
+    ('org/tiny@v2', 4)
+    """
+
+    remote = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        batch_size: int = 16,
+        device: str | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size!r}. Set it to what the memory holds.")
+        self._source = model
+        self._revision = revision
+        self._device = device
+        self._dtype = dtype
+        folder = Path(model)
+        self.model = folder_name(folder) if folder.is_dir() else f"{model}@{revision}" if revision else model
+        self.concurrency = batch_size
+        self._loaded: tuple[Any, Any] | None = None
+        self._loading = threading.Lock()
+        self._waiting: list[_Waiting] = []
+        self._working: asyncio.Task[None] | None = None
+        self._draining = False
+
+    async def check(self) -> None:
+        """Load model and tokenizer. Raises `EndpointError` where there are none, or no chat template."""
+        await asyncio.to_thread(self._load)
+
+    async def reply(self, request: Request, notify: Notify = ignore) -> Reply:
+        """The reply, from the next batch. See `Generator.reply`."""
+        if self._draining:
+            raise RunStopped("The run is stopping.")
+        prompt = await asyncio.to_thread(self._encode, request)
+        waiting = _Waiting(request, prompt, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        if self._working is None or self._working.done():
+            self._working = asyncio.create_task(self._work())
+        return await waiting.reply
+
+    def drain(self) -> None:
+        """Finish the batch at work and no other."""
+        self._draining = True
+        for waiting in self._waiting:
+            waiting.end(RunStopped("The run is stopping."))
+        self._waiting.clear()
+
+    async def close(self) -> None:
+        """End the batch at work; the model stays loaded for the next run."""
+        if self._working is not None:
+            await self._working
+        self._working = None
+        self._draining = False
+
+    async def _work(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(_GATHER_SECONDS)
+            batch, self._waiting = self._waiting[: self.concurrency], self._waiting[self.concurrency :]
+            outcomes: Sequence[Reply | Exception]
+            try:
+                outcomes = await asyncio.to_thread(self._generate, batch)
+            except Exception as error:  # noqa: BLE001 - raised where the replies are awaited
+                outcomes = [error] * len(batch)
+            for waiting, outcome in zip(batch, outcomes, strict=True):
+                waiting.end(outcome)
+
+    def _load(self) -> tuple[Any, Any]:
+        with self._loading:
+            if self._loaded is None:
+                self._loaded = self._read_files()
+        return self._loaded
+
+    def _read_files(self) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = self._device or _best_device()
+        where = {"device_map": "auto"} if device == "auto" else {}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._source, revision=self._revision)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self._source, revision=self._revision, dtype=self._dtype, **where
+            )
+        except (OSError, ValueError) as error:
+            told = str(error).replace(self._source, self.model)
+            raise EndpointError(f"The model {self.model!r} cannot be loaded: {told}") from None
+        if tokenizer.chat_template is None:
+            raise EndpointError(f"The tokenizer of {self.model!r} has no chat template. Take an instruct model.")
+        return (model.eval() if where else model.eval().to(device)), tokenizer
+
+    def _encode(self, request: Request) -> list[int]:
+        """The prompt's token ids. Raises `GenerationError` where it and the reply exceed the model's length."""
+        model, tokenizer = self._load()
+        messages = [{"role": role, "content": content} for role, content in request.messages]
+        if not request.chat:
+            raise GenerationError(BAD_REQUEST, "A request to a local model must be a chat.")
+        try:
+            ids: list[int] = tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                return_dict=False,
+                **request.sampling.extra.get("chat_template_kwargs", {}),
+            )
+        except Exception as error:  # noqa: BLE001 - a template raises what it likes
+            raise GenerationError(BAD_REQUEST, f"The chat template refuses the messages: {error}") from None
+        length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if length is not None and len(ids) + request.sampling.token_limit > length:
+            raise GenerationError(
+                TOO_LONG,
+                f"{len(ids)} tokens of prompt and {request.sampling.token_limit} of reply exceed the {length} of "
+                f"{self.model!r}. Set a smaller `max_tokens`.",
+            )
+        return ids
+
+    def _generate(self, batch: Sequence[_Waiting]) -> list[Reply]:
+        import torch
+
+        try:
+            return self._generate_at_once(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise RunStopped(f"No memory for one request to {self.model!r}. Set a smaller `max_tokens`.") from None
+        half = len(batch) // 2
+        self.concurrency = max(1, half)
+        logger.warning("Out of memory with %d rows: going on with %d.", len(batch), half)
+        torch.cuda.empty_cache()
+        return self._generate(batch[:half]) + self._generate(batch[half:])
+
+    def _generate_at_once(self, batch: Sequence[_Waiting]) -> list[Reply]:
+        """Prompts are padded on the left, so that every row's last token is its newest."""
+        import torch
+        from transformers import GenerationConfig
+
+        model, tokenizer = self._load()
+        width = max(len(waiting.prompt) for waiting in batch)
+        limits = torch.tensor([waiting.request.sampling.token_limit for waiting in batch], device=model.device)
+        ends = _end_tokens(model, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+        gaps = [width - len(waiting.prompt) for waiting in batch]
+        ids = [[pad] * gap + waiting.prompt for gap, waiting in zip(gaps, batch, strict=True)]
+        mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
+        longest = int(limits.max())
+        config = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad)
+        with torch.inference_mode():
+            output = model.generate(
+                torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=config,
+                logits_processor=[Draw([waiting.request for waiting in batch], width, longest, model.device)],
+                stopping_criteria=[lambda tokens, scores, **_: tokens.shape[1] - width >= limits],
+            )
+        rows = output[:, width:].tolist()
+        return [self._read(waiting, row, ends) for waiting, row in zip(batch, rows, strict=True)]
+
+    def _read(self, waiting: _Waiting, row: list[int], ends: Sequence[int]) -> Reply:
+        row = row[: waiting.request.sampling.token_limit]
+        end = next((place for place, token in enumerate(row) if token in ends), None)
+        _, tokenizer = self._load()
+        text = tokenizer.decode(row[:end], skip_special_tokens=True)
+        used = len(row) if end is None else end + 1
+        return Reply(text, "length" if end is None else "stop", len(waiting.prompt), used, self.model)
+
+
+class Draw:
+    """A logits processor that draws each row's next token itself and leaves no other to choose from.
+
+    Token i of a row comes from number i of a sequence that the request's key seeds: the first token, by falling
+    probability, at which the cumulated probability exceeds that number times the mass that `top_p` keeps.
+    """
+
+    def __init__(self, requests: Sequence[Request], width: int, longest: int, device: "torch.device") -> None:
+        import torch
+
+        self._width = width
+        # On the CPU, where the same seed gives the same numbers on every machine; the step past the end is never read.
+        draws = [
+            torch.rand(longest + 1, generator=torch.Generator().manual_seed(int(request.key[:15], 16)))
+            for request in requests
+        ]
+        self._draws = torch.stack(draws).to(device)
+        asked = [(request.sampling.temperature, request.sampling.top_p) for request in requests]
+        # What is not set leaves the model's distribution as it is, which is what 1.0 does.
+        rows = [[1.0 if value is None else value for value in pair] for pair in asked]
+        self._temperature, self._top_p = torch.tensor(rows, device=device).T
+
+    def __call__(self, tokens: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        """Scores `(rows, vocabulary)` -> 0 for the token drawn, minus infinity for all others."""
+        import torch
+
+        step = min(tokens.shape[1] - self._width, self._draws.shape[1] - 1)
+        greedy = self._temperature == 0
+        temperature = self._temperature.masked_fill(greedy, 1.0)[:, None]
+        ordered, order = (scores.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        mass = ordered.cumsum(-1)
+        # A token is kept if those before it hold less than top_p: the first always is.
+        kept = (mass - ordered < self._top_p[:, None]).sum(-1, keepdim=True)
+        target = self._draws[:, step, None] * mass.gather(-1, kept - 1)
+        place = torch.searchsorted(mass, target, right=True).clamp(max=kept - 1).masked_fill(greedy[:, None], 0)
+        return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
+
+
+def folder_name(folder: Path) -> str:
+    """A model folder's last part with a hash of its files: names, sizes, and 64 KiB of every 16 MiB."""
+    digest = hashlib.blake2b(digest_size=4)
+    for file in sorted(path for path in folder.iterdir() if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, _STRIDE):
+                content.seek(start)
+                digest.update(content.read(_BLOCK))
+    return f"{folder.resolve().name}-{digest.hexdigest()}"
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}) or [-1]
+
+
+def _best_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -1,0 +1,130 @@
+"""Pair counts against a double loop over tokens."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_longalign.coverage import MAX_RUNS, DistanceCoverage
+from hf_longalign.positions import STRATEGIES, sample_positions
+from hf_longalign.records.base import dumps
+
+
+def naive_pairs(documents, target_length):
+    pairs = [0] * target_length
+    for positions in documents:
+        for index, query in enumerate(positions):
+            for key in positions[: index + 1]:
+                if query - key < target_length:
+                    pairs[query - key] += 1
+    return pairs
+
+
+document = st.sets(st.integers(0, 59), min_size=1).map(sorted)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(document, min_size=1, max_size=4), st.integers(1, 60))
+def test_pairs_by_distance(documents, target_length):
+    coverage = DistanceCoverage(target_length)
+    for positions in documents:
+        coverage.add(np.array(positions, dtype=np.int32))
+    assert coverage.pairs.tolist() == naive_pairs(documents, target_length)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sets(st.integers(0, 255), min_size=140).map(sorted), min_size=1, max_size=3))
+def test_pairs_of_many_runs(documents):
+    """140 of 256 positions break into enough runs for the FFT nearly always; a short document stands beside them."""
+    coverage = DistanceCoverage(256)
+    documents = [*documents, list(range(0, 256, 2)), [0, 1, 2, 200]]
+    assert len(documents[-2]) > MAX_RUNS
+    for positions in documents:
+        coverage.add(positions)
+    assert coverage.pairs.tolist() == naive_pairs(documents, 256)
+    # Asking turns the spectra into counts; asking again, or adding more, must not count them twice.
+    coverage.add([0, 5])
+    assert coverage.pairs.tolist() == naive_pairs([*documents, [0, 5]], 256)
+
+
+def test_large_counts_are_exact():
+    coverage = DistanceCoverage(20_000)
+    positions = np.arange(0, 20_000, 2)
+    for _ in range(50):
+        coverage.add(positions)
+    expected = np.zeros(20_000, dtype=np.int64)
+    expected[::2] = 50 * np.arange(10_000, 0, -1)
+    assert (coverage.pairs == expected).all()
+
+
+def test_positions_past_the_target_length_are_left_out():
+    coverage = DistanceCoverage(4)
+    coverage.add(np.arange(10))
+    assert coverage.pairs.tolist() == [10, 9, 8, 7]
+    coverage.add(np.arange(0, 300, 2))
+    assert coverage.pairs.tolist() == [160, 9, 157, 7]
+
+
+def test_metrics_by_hand():
+    coverage = DistanceCoverage(8)
+    coverage.add([0, 1, 2])
+    coverage.add([0, 1, 6])
+    assert coverage.metrics() == {
+        "skip_share": 0.5,
+        "skip_span_mean": 5.0,
+        "skip_span_max": 7,
+        "skip_distance_max": 6,
+        "skip_distance_coverage": 5 / 8,  # 0, 1, 2, 5, 6
+    }
+
+
+def test_spans_are_of_the_window_and_distances_of_the_run():
+    coverage = DistanceCoverage(8)
+    coverage.add([0, 7])
+    coverage.metrics()
+    assert coverage.metrics() == {}
+    coverage.add([0, 1, 2])
+    assert coverage.metrics() == {
+        "skip_share": 0.0,
+        "skip_span_mean": 3.0,
+        "skip_span_max": 3,
+        "skip_distance_max": 7,
+        "skip_distance_coverage": 4 / 8,  # 0, 1, 2, 7
+    }
+    assert coverage.record().skip_share == 0.5
+    assert coverage.record().documents == 2
+
+
+def test_state_is_json_with_a_histogram_of_the_run():
+    coverage = DistanceCoverage(1000)
+    rng = np.random.default_rng(0)
+    documents = []
+    for strategy in STRATEGIES:
+        documents.append(sample_positions([40, 60], strategy=strategy, target_length=1000, rng=rng).tolist())
+        coverage.add(documents[-1])
+    state = json.loads(dumps(coverage.record()))
+    pairs = naive_pairs(documents, 1000)
+    histogram = state["histogram"]
+    edges = histogram["edges"]
+    assert edges[0] == 0 and edges[-1] == 1000 and len(edges) == 65
+    for index, (low, high) in enumerate(pairwise(edges)):
+        assert histogram["pairs"][index] == sum(pairs[low:high])
+        assert histogram["covered"][index] == sum(count > 0 for count in pairs[low:high]) / (high - low)
+    assert state["skip_distance_coverage"] == sum(count > 0 for count in pairs) / 1000
+    assert state["skip_distance_max"] == max(distance for distance, count in enumerate(pairs) if count)
+
+
+def test_an_empty_run_has_a_state():
+    state = DistanceCoverage(3).record().to_json()
+    assert state["documents"] == 0
+    assert state["skip_distance_coverage"] == 0
+    assert state["histogram"] == {"edges": [0, 1, 2, 3], "pairs": [0, 0, 0], "covered": [0.0, 0.0, 0.0]}
+
+
+@pytest.mark.parametrize("positions", [[], [0, 0], [3, 2]])
+def test_what_is_no_document_is_refused(positions):
+    with pytest.raises(ValueError, match="`positions` must increase strictly"):
+        DistanceCoverage(8).add(positions)
