@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Example:
 
-    >>> main(["--version"])
+    >>> status = main(["--version"])  # doctest: +ELLIPSIS
+    hf_longalign ...
+    >>> status
     0
     """
     name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]

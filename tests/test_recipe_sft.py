@@ -179,10 +179,6 @@ def test_files_folders_and_streams(files, tmp_path, place, streaming):
     [
         (["--dataset_train_split", "dev"], r"`dataset_train_split` must be one of \['train'\], got 'dev'"),
         (["--test_size", "0"], "needs the split 'test'"),
-        (
-            ["--rope_type", "yarn", "--skip_target_length", "none"],
-            "`skip_target_length` must be given with `rope_type='yarn'`",
-        ),
     ],
 )
 def test_bad_options_are_named(files, tmp_path, options, message):

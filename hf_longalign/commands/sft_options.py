@@ -88,13 +88,9 @@ def check(model: ModelConfig, training: TrainingOptions, hub: HubOptions, publis
 
 
 def _trainer_fields() -> set[str]:
-    """Names of the fields of `LongAlignSFTConfig` and of the classes below it, read in their source."""
+    """Names of the fields of `trl.SFTConfig` and of the classes below it, read in their source."""
     names = set()
-    for package, pattern in (
-        ("hf_longalign", "config.py"),
-        ("trl", "trainer/*_config.py"),
-        ("transformers", "training_args.py"),
-    ):
+    for package, pattern in (("trl", "trainer/*_config.py"), ("transformers", "training_args.py")):
         spec = find_spec(package)
         for file in Path(str(spec and spec.origin)).parent.glob(pattern):
             classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
