@@ -160,8 +160,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             if config._attn_implementation != "longalign_varlen":
                 # transformers only warns where a model computes its attention itself.
                 raise ValueError(
-                    f"{type(base).__name__} computes its attention itself, and {problem} With `packing=False` and "
-                    "`skip_strategy='none'` it can be trained."
+                    f"{type(base).__name__} computes its attention itself, and {present!r} is not exact here for "
+                    "packed rows or skipped positions. Set packing=False and skip_strategy='none'."
                 )
 
     def _attention_problem(self, config: Any, attention: str, collator: SkipPositionDataCollator) -> str | None:

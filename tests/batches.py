@@ -14,7 +14,8 @@ TARGET = 64
 # Skips of less than a window, of exactly a window, and of more, at the start, in the middle and near the end.
 MIXED = np.cumsum([0, 1, 3, 1, 1, WINDOW, 1, 1, WINDOW - 1, 1, 1, 1, 1, 5, 1, 2, 1, 1, 12, 1, 1])
 ALL_STRATEGIES = [*STRATEGIES, "mixed"]
-ATOL = 3e-5
+# Rounding: four times what the worst family has. A wrong mask is off by 0.05 and more.
+ATOL = 1e-4
 
 
 @dataclass(frozen=True)

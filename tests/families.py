@@ -49,6 +49,20 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "mistral_window": ("Mistral", {"sliding_window": WINDOW}),
     "gemma2": ("Gemma2", {"head_dim": 8, "attn_logit_softcapping": 2.0, **_LOCAL}),
     "gemma3": ("Gemma3", {"head_dim": 8, **_LOCAL}),
+    "gemma4": (
+        "Gemma4",
+        {
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 4,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "initializer_range": 0.2,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "phi3": ("Phi3", {"sliding_window": None}),
     "phi3_window": ("Phi3", {"sliding_window": WINDOW}),
     "olmo2": ("Olmo2", {}),
@@ -104,13 +118,14 @@ HYBRIDS: dict[str, tuple[str, dict]] = {
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8}),
 }
 WINDOWED = {
-    "mistral_window", "gemma2", "gemma3", "phi3_window", "olmo3", "cohere2", "gpt_oss", "phimoe", "qwen2_moe"
+    "mistral_window", "gemma2", "gemma3", "gemma4", "phi3_window", "olmo3", "cohere2", "gpt_oss", "phimoe", "qwen2_moe"
 }  # fmt: skip
 
 
 def tiny_config(family: str) -> transformers.PretrainedConfig:
     prefix, own = (FAMILIES | HYBRIDS)[family]
-    config_class = getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
+    multimodal = prefix in ("Gemma3", "Gemma4")
+    config_class = getattr(transformers, f"{prefix}TextConfig" if multimodal else f"{prefix}Config")
     return config_class(**(_TINY | own))
 
 

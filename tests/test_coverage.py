@@ -1,14 +1,15 @@
-"""Pair counts against a double loop over tokens."""
+"""Pair counts against a double loop over tokens; which tokens of a batch are counted."""
 
 import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_longalign.coverage import MAX_RUNS, DistanceCoverage
+from hf_longalign.coverage import MAX_RUNS, CoverageCallback, DistanceCoverage
 from hf_longalign.positions import STRATEGIES, sample_positions
 from hf_longalign.records.base import dumps
 
@@ -128,3 +129,26 @@ def test_an_empty_run_has_a_state():
 def test_what_is_no_document_is_refused(positions):
     with pytest.raises(ValueError, match="`positions` must increase strictly"):
         DistanceCoverage(8).add(positions)
+
+
+def counted(batch):
+    callback = CoverageCallback(8)
+    callback.observe({key: torch.tensor(values) for key, values in batch.items()})
+    callback.gather()
+    record = callback.record()
+    return record.documents, callback.coverage.pairs.tolist()
+
+
+def test_padding_and_documents_without_targets_are_not_counted():
+    rows = {
+        "position_ids": [[0, 1, 6, 0], [0, 1, 2, 3], [0, 0, 0, 0]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]],
+        "labels": [[-100, 5, 6, -100], [7, -100, -100, -100], [-100, -100, -100, -100]],
+    }
+    assert counted(rows) == (1, naive_pairs([[0, 1, 6]], 8))
+    packed = {
+        "position_ids": [[0, 1, 6, 0, 1, 0, 1, 2]],
+        "seq_idx": [[0, 0, 0, 1, 1, 2, 2, 2]],  # the last one fills up to a multiple of 8
+        "labels": [[-100, 5, 6, -100, 4, -100, -100, -100]],
+    }
+    assert counted(packed) == (2, naive_pairs([[0, 1, 6], [0, 1]], 8))

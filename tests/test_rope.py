@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import (
     BloomConfig,
     Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
@@ -23,7 +25,15 @@ from transformers import (
 
 from hf_longalign.records.base import dumps
 from hf_longalign.records.training import RopeRecord, TrainingRecord
-from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, model_range, rope_record, scale_rope
+from hf_longalign.rope import (
+    apply_rope,
+    check_range,
+    check_rope,
+    check_rope_reached,
+    model_range,
+    rope_record,
+    scale_rope,
+)
 from hf_longalign.run_record import RECORD_NAME, load_record, save_record
 
 
@@ -223,6 +233,46 @@ def test_full_attention_layers_alone_are_scaled():
     assert scaled.rope_parameters["full_attention"]["factor"] == 4.0
     assert scaled.rope_parameters["full_attention"]["rope_theta"] == 1e6
     assert model_range(scaled) == 32768
+
+
+def test_gemma_4_is_scaled_by_its_own_type():
+    """Its RoPE turns a part of each head alone; the factor interpolates that part like "linear"."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 16}
+    config = Gemma4TextConfig(
+        **sizes, global_head_dim=16, num_key_value_heads=1, num_hidden_layers=2, max_position_embeddings=64,
+        hidden_size_per_layer_input=4, vocab_size_per_layer_input=32, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="`rope_type` must be 'proportional'"):
+        scale_rope(config, 256)
+    scaled = scale_rope(config, 256, "proportional")
+    assert model_range(scaled) == 256
+    plain, further = (AutoModelForCausalLM.from_config(one) for one in (config, scaled))
+    check_rope_reached(further)
+    before, after = (dict(model.named_buffers()) for model in (plain, further))
+    name = "model.rotary_emb.{}_inv_freq"
+    torch.testing.assert_close(before[name.format("full_attention")] / 4, after[name.format("full_attention")])
+    torch.testing.assert_close(before[name.format("sliding_attention")], after[name.format("sliding_attention")])
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-4b, yarn as its card says", "olmo-3-7b", "phi-3-mini-128k"])
+def test_the_remedy_past_the_range_works(name):
+    config, limit = PUBLISHED[name]
+    check_range(config, limit)
+    with pytest.raises(ValueError, match=f"`length` must be at most {limit}.*scale_rope") as error:
+        check_range(config, 2 * limit, "length")
+    remedy = re.search(r"scale_rope\(config, (\d+), '(\w+)'\)", str(error.value))
+    check_range(scale_rope(config, int(remedy[1]), remedy[2]), 2 * limit)
+
+
+def test_rope_of_an_unknown_type_is_not_scaled():
+    config = tiny()
+    config.rope_parameters = {"rope_type": "axial", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match=r"'axial' cannot be scaled further\. Lower the target length to at most 64"):
+        scale_rope(config, 256)
+    with pytest.raises(ValueError, match=r"got 256\. Lower `target_length`\.$"):
+        check_range(config, 256)
+    assert scale_rope(config, 64).rope_parameters == config.rope_parameters
 
 
 def test_text_part_of_a_multimodal_config():

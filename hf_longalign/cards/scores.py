@@ -54,7 +54,7 @@ def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
     >>> report = Report([EvaluatedModel("adapter", "a")], [SuiteResult("longbench", [task])])
     >>> found = eval_results(report, "user/a")[0]
     >>> found.dataset_type, found.metric_type, found.metric_value, found.dataset_args
-    ('THUDM/LongBench', 'f1', 45.7, {'samples': 200})
+    ('zai-org/LongBench', 'f1', 45.7, {'samples': 200})
     """
     results = []
     for found in _measured(report):

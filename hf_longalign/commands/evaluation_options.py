@@ -84,7 +84,7 @@ class SuiteArguments:
         metadata={"help": "LongBench tasks; `context_synthesis`: that paper's eight; `all`: all of them."},
     )
     longbench_source: str = field(
-        default="THUDM/LongBench", metadata={"help": "Hub id, data.zip or a folder of `<task>.jsonl`."}
+        default="zai-org/LongBench", metadata={"help": "Hub id, data.zip or a folder of `<task>.jsonl`."}
     )
     short_tasks: list[str] = field(
         default_factory=lambda: ["mmlu_pro", "gsm8k", "ifeval"], metadata={"help": "lm-eval tasks of short contexts."}

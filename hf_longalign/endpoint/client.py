@@ -155,17 +155,16 @@ class OpenAIGenerator:
             if attempts >= self.max_attempts and error.reply is not None:
                 return error.reply
             await notify(error.fault)
+            told = redact(str(error), self._secrets)
             wrong_models += kind == "wrong_model"
             if wrong_models >= _WRONG_MODELS and not self._any_reply:
                 raise EndpointError(
-                    f"The endpoint answers with another model than {self.model!r}: {redact(str(error), self._secrets)}. Set `model` "
-                    "to the one it serves, or name it in `accept_models`."
+                    f"The endpoint answers with another model than {self.model!r}: {told}. Set `model` to the one it "
+                    "serves, or name it in `accept_models`."
                 )
             if attempts >= self.max_attempts:
-                told = redact(str(error), self._secrets)
-                raise NoReplyError(
-                    kind, f"No reply to request {request.key} in {attempts} attempts, the last: {told}."
-                )
+                message = f"No reply to request {request.key} in {attempts} attempts, the last: {told}."
+                raise NoReplyError(kind, message)
             # The endpoint waits for what it asked for as a whole; a little spread keeps the rest from one burst.
             wait = self._rng.uniform(0, 0.1 * error.wait) if error.wait else backoff(failures, self._rng)
             if kind not in AWAY:

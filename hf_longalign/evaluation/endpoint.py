@@ -5,7 +5,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -145,13 +145,14 @@ class EndpointGenerator:
         sent: dict[Future[Reply], Prompt] = {}
         failure: Exception | None = None
         start = time.perf_counter()
-        with self._connected() as run:
+        with self._loop() as loop:
             if prompts and not self._checked:
-                run(self._client.check()).result()
+                asyncio.run_coroutine_threadsafe(self._client.check(), loop).result()
                 self._checked = True
             while True:
                 room = 0 if failure else self._client.concurrency - len(sent)
-                sent |= {run(self._ask(prompt)): prompt for prompt in islice(waiting, room)}
+                for prompt in islice(waiting, room):
+                    sent[asyncio.run_coroutine_threadsafe(self._ask(prompt), loop)] = prompt
                 if not sent:
                     break
                 for future in wait(sent, return_when=FIRST_COMPLETED).done:
@@ -161,8 +162,13 @@ class EndpointGenerator:
                         yield prompt, self._counted(prompt, future.result())
                         start = time.perf_counter()
                     elif failure is None:
-                        failure = _explained(error, prompt)
-                        run(_drain(self._client)).result()
+                        # Its size and not its text: that may be nobody's business, and is long.
+                        size = f"{len(prompt.text):,} characters and {prompt.max_new_tokens} new tokens"
+                        failure = EndpointError(
+                            f"No answer to a prompt of {size}. {error} Answers that arrived are kept."
+                        )
+                        failure.__cause__ = error
+                        loop.call_soon_threadsafe(self._client.drain)
         if failure is not None:
             raise failure
 
@@ -180,8 +186,8 @@ class EndpointGenerator:
         longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
         needed = count(longest.text) + longest.max_new_tokens
         what = f"`lengths`: the longest prompt ({longest.task}) with its answer"
-        with self._connected() as run:
-            listing = run(self._client.listing()).result()
+        with self._loop() as loop:
+            listing = asyncio.run_coroutine_threadsafe(self._client.listing(), loop).result()
         reach = next((int(listing[name]) for name in _RANGE_FIELDS if listing.get(name)), None)
         if reach is not None and reach < needed:
             raise ValueError(_no_room(what, needed, f"{self.model!r} is served with a range of {reach:,}"))
@@ -225,8 +231,8 @@ class EndpointGenerator:
         return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens)
 
     @contextmanager
-    def _connected(self) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Future[Any]]]:
-        """What runs a coroutine on a loop in a thread, for the caller may have a loop running (notebooks do).
+    def _loop(self) -> Iterator[asyncio.AbstractEventLoop]:
+        """An event loop in a thread of its own, for the caller may have one running (notebooks do).
 
         What is still on its way in the end is given up.
         """
@@ -234,16 +240,12 @@ class EndpointGenerator:
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
         try:
-            yield lambda work: asyncio.run_coroutine_threadsafe(work, loop)
+            yield loop
         finally:
             asyncio.run_coroutine_threadsafe(_leave(self._client), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
-
-
-async def _drain(client: OpenAIGenerator) -> None:
-    client.drain()
 
 
 async def _leave(client: OpenAIGenerator) -> None:
@@ -252,14 +254,6 @@ async def _leave(client: OpenAIGenerator) -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await client.close()
-
-
-def _explained(error: BaseException, prompt: Prompt) -> Exception:
-    """The error with the prompt's size, never its text."""
-    what = f"a prompt of {len(prompt.text):,} characters and {prompt.max_new_tokens} new tokens"
-    explained = EndpointError(f"No answer to {what}. {error} Answers that arrived are kept.")
-    explained.__cause__ = error
-    return explained
 
 
 def _no_room(what: str, needed: int, told: str) -> str:

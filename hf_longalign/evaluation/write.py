@@ -1,6 +1,5 @@
 """Writing a report folder: `report.json`, `report.md` and the pictures."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from typing import Any
 from hf_longalign.coverage_plot import plot_coverage
 from hf_longalign.evaluation.pictures import draw_pictures
 from hf_longalign.evaluation.report import render_report
+from hf_longalign.records.base import dumps
+from hf_longalign.records.report import Report
 from hf_longalign.records.training import CoverageRecord
 
 
@@ -36,9 +37,33 @@ def write_report(
         logger.warning("The report has no pictures: %s", error)
         images = []
     report = {**report, "images": images}
-    _replace(folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    _replace(folder / "report.json", dumps(typed_report(report)))
     _replace(folder / "report.md", render_report(report))
     return report
+
+
+def typed_report(report: Mapping[str, Any]) -> Report:
+    """Return the results as the record that is stored, and that a card is made from."""
+    labels = [model["label"] for model in report["models"]]
+    suites = [_typed_suite(suite, labels, report.get("settings") or {}) for suite in report["suites"]]
+    found = {**report, "suites": suites}
+    if report.get("perplexity"):
+        found["perplexity"] = {**report["perplexity"], "values": report["perplexity"]["perplexity"]}
+    return Report.from_json(found)
+
+
+def _typed_suite(suite: Mapping[str, Any], labels: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    tasks = []
+    for task in suite["tasks"]:
+        known = {name: value for name, value in task.items() if value is not None}
+        if "difference" in known:
+            known["differences"] = [{"label": labels[-1], "reference": labels[0], **known["difference"]}]
+        if "grid" in known:
+            known["grid"] = {**known["grid"], "cells": {label: known["grid"][label] for label in labels}}
+        if suite["suite"] == "needle" and "haystack" in settings:
+            known["haystack"] = settings["haystack"]
+        tasks.append(known)
+    return {"suite": suite["suite"], "tasks": tasks, "groups": suite.get("groups") or []}
 
 
 def _draw_coverage(report: Mapping[str, Any], coverage: CoverageRecord, folder: Path) -> Path:

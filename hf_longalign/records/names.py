@@ -19,7 +19,7 @@ class Metric(NamedTuple):
 
 SUITES = {
     "needle": Suite("Needle in a haystack"),
-    "longbench": Suite("LongBench", "THUDM/LongBench"),
+    "longbench": Suite("LongBench", "zai-org/LongBench"),
     "ruler": Suite("RULER"),
     "short": Suite("Short contexts"),
 }

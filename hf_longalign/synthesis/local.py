@@ -209,7 +209,10 @@ class TransformersGenerator:
         model, tokenizer = self._load()
         width = max(len(waiting.prompt) for waiting in batch)
         limits = torch.tensor([waiting.request.sampling.token_limit for waiting in batch], device=model.device)
-        ends = _end_tokens(model, tokenizer)
+        ends = model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        # A model may end its turn with a token that only one of the two names; -1 is none.
+        ends = sorted(ends | ({tokenizer.eos_token_id} - {None})) or [-1]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
         gaps = [width - len(waiting.prompt) for waiting in batch]
         ids = [[pad] * gap + waiting.prompt for gap, waiting in zip(gaps, batch, strict=True)]
@@ -285,12 +288,6 @@ def folder_name(folder: Path) -> str:
                 content.seek(start)
                 digest.update(content.read(_BLOCK))
     return f"{folder.resolve().name}-{digest.hexdigest()}"
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return sorted({*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}) or [-1]
 
 
 def _best_device() -> str:

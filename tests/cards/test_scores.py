@@ -94,9 +94,9 @@ def test_the_hubs_results_are_of_data_that_it_knows():
     assert set(files) == {".eval_results/longbench.yaml", ".eval_results/short.yaml"}
     entries = parse_eval_result_entries(yaml.safe_load(files[".eval_results/longbench.yaml"]))
     assert [(entry.dataset_id, entry.task_id, entry.value) for entry in entries] == [
-        ("THUDM/LongBench", "qasper", 33.4),
-        ("THUDM/LongBench", "gov_report", 24.5),
-        ("THUDM/LongBench", "hotpotqa", 30.0),
+        ("zai-org/LongBench", "qasper", 33.4),
+        ("zai-org/LongBench", "gov_report", 24.5),
+        ("zai-org/LongBench", "hotpotqa", 30.0),
     ]
     assert entries[0].date == "2026-11-21" and entries[0].notes == "F1 in percent, samples 200"
     assert entries[0].source_url == "https://huggingface.co/user/a/blob/main/report.md"

@@ -11,7 +11,8 @@ from hf_longalign.evaluation.results import suite_results
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import PromptSuite
-from hf_longalign.evaluation.write import write_report
+from hf_longalign.evaluation.write import typed_report, write_report
+from hf_longalign.records.report import Report
 from hf_longalign.records.training import CoverageRecord, Histogram
 
 
@@ -82,7 +83,8 @@ def test_the_folder_holds_numbers_text_and_pictures(tmp_path):
     }
     speed = {"base": {"prompt_tokens": 1000, "cached_tokens": 400, "generated_tokens": 80, "seconds": 2.0}}
     written = write_report(tmp_path, report(perplexity=perplexity, speed=speed))
-    assert json.loads((tmp_path / "report.json").read_text()) == written
+    stored = Report.from_json(json.loads((tmp_path / "report.json").read_text()))
+    assert stored == typed_report(written) and stored.perplexity.values["base"] == [9.0, None]
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", *written["images"]}
     assert set(written["images"]) == {
         "needle_accuracy.png",
