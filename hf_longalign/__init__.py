@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table belo
     from hf_longalign.collator import SkipPositionDataCollator
     from hf_longalign.config import LongAlignSFTConfig
     from hf_longalign.endpoint import OpenAIGenerator
+    from hf_longalign.evaluation import evaluate
     from hf_longalign.hub import publish_adapter, publish_dataset
     from hf_longalign.positions import sample_positions
     from hf_longalign.preflight import run_preflight
@@ -41,6 +42,7 @@ _EXPORTS = {
     "SkipPositionCallback": "callback",
     "SkipPositionDataCollator": "collator",
     "TransformersGenerator": "synthesis",
+    "evaluate": "evaluation",
     "load_adapter": "adapter",
     "merge_adapter": "adapter",
     "publish_adapter": "hub",

@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.adapter import weights_sample
-from hf_longalign.commands.evaluation_options import SuiteArguments, check_output
 from hf_longalign.coverage import DistanceCoverage
+from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import save_record
@@ -180,9 +180,9 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
 
 def test_options_are_checked_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="`limit` must be at least 1, got 0"):
-        SuiteArguments(limit=0).check()
+        SuiteOptions(limit=0, output_dir=str(tmp_path)).check()
     with pytest.raises(ValueError, match=r"`longbench_source` must be .* which is not there"):
-        SuiteArguments(suites=["longbench"], longbench_source=str(tmp_path / "gone")).check()
-    check_output(str(tmp_path / "new" / "report"))
+        SuiteOptions(suites=["longbench"], longbench_source=str(tmp_path / "gone")).check()
+    SuiteOptions(output_dir=str(tmp_path / "new" / "report")).check()
     with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):
-        check_output(__file__)
+        SuiteOptions(output_dir=__file__).check()

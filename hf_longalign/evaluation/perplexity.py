@@ -17,7 +17,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_longalign.evaluation.eval_mode import eval_mode
+from hf_longalign.evaluation.encoding import eval_mode
 from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
 

@@ -12,6 +12,7 @@ from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.perplexity import PositionLoss, document_loss, position_edges
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import PerplexityResult
 
 
 # Enough for a steady curve: 20 documents of 32k tokens are 640k predictions.
@@ -57,8 +58,8 @@ class PerplexitySuite:
         """Return what tells the documents and how they are read."""
         return [self._unit(ids) for ids in self.documents]
 
-    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
-        """Return `edges`, `window`, number of `documents`, and `perplexity` per bin by label."""
+    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> PerplexityResult:
+        """Return the perplexity per bin by label."""
         curves = {}
         for examinee in examinees:
             keys = [self._key(examinee, ids) for ids in self.documents]
@@ -66,12 +67,7 @@ class PerplexitySuite:
             losses = [self._loss(store.get(key)) for key in keys]
             values = sum(losses[1:], start=losses[0]).perplexity
             curves[examinee.label] = [None if np.isnan(value) else float(value) for value in values]
-        return {
-            "edges": self.edges,
-            "window": self.window,
-            "documents": len(self.documents),
-            "perplexity": curves,
-        }
+        return PerplexityResult(list(self.edges), self.window, len(self.documents), curves)
 
     def _loss(self, value: dict[str, list]) -> PositionLoss:
         return PositionLoss(np.array(self.edges), np.array(value["sums"]), np.array(value["counts"]))

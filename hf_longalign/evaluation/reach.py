@@ -6,9 +6,10 @@ score.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from hf_longalign.records.report import Reach
 
 
 # Llama-2-7B (chat) at 4,096 tokens.
@@ -17,18 +18,6 @@ SHARE = 0.85
 DRAWS = 2000
 # Half the width of a 95 % interval below which more samples are not worth their time.
 WIDTH = 0.03
-
-
-@dataclass(frozen=True)
-class Reach:
-    """An effective length in tokens with its 95 % interval; 0 where even the shortest falls short.
-
-    Where `low` or `high` is the longest length that was asked, the model may reach further.
-    """
-
-    length: int
-    low: int
-    high: int
 
 
 def effective_length(lengths: Sequence[int], scores: Sequence[float], threshold: float) -> int:

@@ -19,14 +19,16 @@ class Metric(NamedTuple):
 
 SUITES = {
     "needle": Suite("Needle in a haystack"),
+    "puzzles": Suite("Puzzles"),
     "longbench": Suite("LongBench", "zai-org/LongBench"),
     "ruler": Suite("RULER"),
     "short": Suite("Short contexts"),
 }
 METRICS = {
     "exact_match": Metric("exact match", "exact_match"),
-    "found": Metric("share of values found", "recall"),
-    "string_match": Metric("string match", "exact_match"),
+    "recall": Metric("share of values found", "recall"),
+    "set_f1": Metric("F1 of the names", "f1"),
+    "string_match": Metric("string match", "recall"),
     "qa_f1": Metric("F1", "f1"),
     "qa_f1_zh": Metric("F1", "f1"),
     "rouge_l": Metric("ROUGE-L", "rouge"),

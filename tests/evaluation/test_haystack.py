@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from hf_longalign.evaluation.haystack import read_texts, sentences_of, split_sentences, split_units
 from hf_longalign.evaluation.noise import noise
-from hf_longalign.evaluation.texts import load_texts
 
 
 def stripped(text: str) -> list[str]:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 from hf_longalign.evaluation.runner import Examinee, answers, ask, share, spent
-from hf_longalign.evaluation.stats import GenerationStats
 from hf_longalign.evaluation.store import ResultStore
 
 

@@ -8,15 +8,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hf_longalign.evaluation.ruler_tasks import (
+from hf_longalign.evaluation.ruler import (
     DEPTHS,
     HOPS,
     TASKS,
-    Pairs,
-    Question,
     RulerBuilder,
     string_match,
 )
+from hf_longalign.evaluation.ruler_data import Pairs, Question
 
 
 def words(text):

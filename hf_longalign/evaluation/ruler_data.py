@@ -1,17 +1,19 @@
-"""Questions for RULER's two question-answering tasks: from the user's own file or data set, or invented here.
+"""What RULER's samples are made of: its words, and questions from the user's own file or invented here.
 
 RULER takes SQuAD's and HotpotQA's, which are downloads. The invented ones are of the same two kinds: a fact that one
 document tells, and a fact that takes two documents.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from hf_longalign.evaluation.ruler_tasks import Question
 
 
 _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
@@ -26,6 +28,15 @@ _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
         "monks fishermen miners weavers soldiers traders exiles shepherds",
     )
 )
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question over documents: one of `answers` counts; `documents` hold the evidence."""
+
+    query: str
+    answers: tuple[str, ...]
+    documents: tuple[str, ...]
 
 
 def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
@@ -140,3 +151,65 @@ def _roman(number: int) -> str:
         text += figure * (number // value)
         number %= value
     return text
+
+
+class Pairs(Sequence[str]):
+    """All "adjective-noun" words in sorted order, six millions of them, none of which is kept.
+
+    Args:
+        adjectives: any order, with doubles.
+        nouns: the same.
+
+    Example:
+
+    >>> list(Pairs(["old", "old-world", "big"], ["yew", "map"]))
+    ['big-map', 'big-yew', 'old-map', 'old-world-map', 'old-world-yew', 'old-yew']
+    """
+
+    def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:
+        self._nouns = sorted(set(nouns))
+        self._groups: list[list[str]] = []
+        for adjective in sorted(set(adjectives), key=lambda word: f"{word}-"):
+            # "old-world-map" stands between "old-map" and "old-yew": these alone must be sorted as whole words.
+            if self._groups and adjective.startswith(f"{self._groups[-1][0]}-"):
+                self._groups[-1].append(adjective)
+            else:
+                self._groups.append([adjective])
+        self._sorted = {
+            number: sorted({f"{adjective}-{noun}" for adjective in group for noun in self._nouns})
+            for number, group in enumerate(self._groups)
+            if len(group) > 1
+        }
+        sizes = [len(self._sorted.get(number, self._nouns)) for number in range(len(self._groups))]
+        self._ends = list(accumulate(sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        place = index - (self._ends[number - 1] if number else 0)
+        if number in self._sorted:
+            return self._sorted[number][place]
+        return f"{self._groups[number][0]}-{self._nouns[place]}"
+
+
+@cache
+def word_pairs() -> Pairs:
+    """Return RULER's adjective-noun words."""
+    return Pairs(_words("adjectivelist.txt"), _words("nounlist.txt"))
+
+
+def word_list() -> list[str]:
+    """Return RULER's nouns, adjectives and verbs, sorted."""
+    return sorted({word for kind in ("noun", "adjective", "verb") for word in _words(f"{kind}list.txt")})
+
+
+def _words(name: str) -> list[str]:
+    try:
+        from wonderwords import random_word
+    except ImportError as error:
+        raise ImportError('RULER takes its words from wonderwords. Run: pip install "hf_longalign[eval]"') from error
+    return random_word._get_words_from_text_file(name)

@@ -5,8 +5,7 @@ import re
 
 import pytest
 
-from hf_longalign.evaluation.ruler_questions import invented_questions, load_questions
-from hf_longalign.evaluation.ruler_tasks import Question
+from hf_longalign.evaluation.ruler_data import Question, invented_questions, load_questions
 
 
 SUBJECT = r"(?:was|does|of|which) ([A-Z]\w+(?: [A-Z]\w+| [IVX]+)*)(?: founded| lie| born|\?| was)"
