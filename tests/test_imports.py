@@ -21,9 +21,11 @@ PURE = {
     *("positions", "blocks", "records"),
     *("synthesis/prompts", "synthesis/compose"),
     *("evaluation/prompt", "evaluation/noise", "evaluation/placement", "evaluation/intervals"),
-    *("evaluation/longbench/metrics", "evaluation/longbench/rouge", "evaluation/longbench/scoring"),
+    *("evaluation/longbench/metrics", "evaluation/longbench/tasks"),
 }
 PURE_MODULES = set(sys.stdlib_module_names) | {"numpy", "hf_longalign"}
+# Of an extra, imported where Chinese is cut into words.
+WORD_CUTTERS = {"jieba"}
 CARDS_MAY_USE = PURE_MODULES | {"huggingface_hub", "jinja2", "yaml"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate"}
 # What writes to the Hub.
@@ -88,7 +90,7 @@ def test_import_rules(path):
         assert not eager, f"{name} imports {eager} before it needs them: do so in the function"
     foreign = {module.split(".")[0] for module in imports(path)}
     if room in PURE or name in PURE:
-        assert foreign <= PURE_MODULES, f"{name} is pure, got {foreign - PURE_MODULES}"
+        assert foreign <= PURE_MODULES | WORD_CUTTERS, f"{name} is pure, got {foreign}"
     if room == "cards":
         assert foreign <= CARDS_MAY_USE, f"{name} makes text of records, got {foreign - CARDS_MAY_USE}"
 

@@ -20,8 +20,8 @@ from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import load_texts
+from hf_longalign.evaluation.longbench.metrics import score_longbench
 from hf_longalign.evaluation.longbench.prompts import longbench_prompts
-from hf_longalign.evaluation.longbench.scoring import score_longbench
 from hf_longalign.evaluation.longbench.tasks import GROUPS, expand_tasks
 from hf_longalign.evaluation.models import (
     ADAPTER,

@@ -25,6 +25,7 @@ class Prompt:
         classes: all labels of a classification task, in the data's order.
         prefix: how the answer is made to begin, after the chat template's own beginning; no part of the answer.
         shortened: whether something was cut out of it to fit.
+        parts: parts of its task that it counts to, such as "0-4k" or "hard".
 
     Example:
 
@@ -46,6 +47,7 @@ class Prompt:
     classes: tuple[str, ...] = ()
     prefix: str = ""
     shortened: bool = False
+    parts: tuple[str, ...] = ()
 
     @property
     def sample(self) -> tuple[str, int | None, int]:

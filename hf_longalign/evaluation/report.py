@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_longalign.cards.markdown import table
 from hf_longalign.cards.scores import headline, scores_note, scores_table
-from hf_longalign.evaluation.pictures import draw_pictures
+from hf_longalign.plots import draw_pictures
 from hf_longalign.records.base import dumps
 from hf_longalign.records.names import metric_of, suite_of
 from hf_longalign.records.report import Grid, PerplexityResult, Reach, Report, Speed, SuiteResult
@@ -44,7 +44,7 @@ def write_report(folder: str | Path, report: Report, *, coverage: CoverageRecord
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        report = replace(report, images=draw_pictures(report, folder, coverage))
+        report = replace(report, images=draw_pictures(report, folder, coverage=coverage))
     except ImportError as error:
         logger.warning("The report has no pictures: %s", error)
     for name, text in (("report.json", dumps(report)), ("report.md", render_report(report))):

@@ -19,8 +19,8 @@ class Metric(NamedTuple):
 
 SUITES = {
     "needle": Suite("Needle in a haystack"),
-    "puzzles": Suite("Puzzles"),
     "longbench": Suite("LongBench", "zai-org/LongBench"),
+    "puzzles": Suite("Puzzles"),
     "ruler": Suite("RULER"),
     "short": Suite("Short contexts"),
 }
@@ -38,6 +38,7 @@ METRICS = {
     "retrieval": Metric("accuracy", "accuracy"),
     "retrieval_zh": Metric("accuracy", "accuracy"),
     "code_similarity": Metric("edit similarity", "edit_similarity"),
+    "choice": Metric("accuracy", "accuracy"),
     "acc": Metric("accuracy", "accuracy"),
     "acc_norm": Metric("length-normalised accuracy", "accuracy"),
 }
