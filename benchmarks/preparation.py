@@ -41,7 +41,34 @@ MARKED = CHATML.replace(
     "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] + '<|end|>\n' }}{% endif %}",
 )
-SYLLABLES = "ar ba cen do el fin gor ha in jo kal lem mo nu or pil que ras sol tur un ven wes xi yor zan".split()
+SYLLABLES = [
+    "ar",
+    "ba",
+    "cen",
+    "do",
+    "el",
+    "fin",
+    "gor",
+    "ha",
+    "in",
+    "jo",
+    "kal",
+    "lem",
+    "mo",
+    "nu",
+    "or",
+    "pil",
+    "que",
+    "ras",
+    "sol",
+    "tur",
+    "un",
+    "ven",
+    "wes",
+    "xi",
+    "yor",
+    "zan",
+]
 SHAPES = {  # kind of rows, words of their messages, options
     "chat": ("messages", (60, 120, 20, 120), {}),
     "chat, answers only": ("messages", (60, 120, 20, 120), {"assistant_only_loss": True}),

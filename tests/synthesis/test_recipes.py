@@ -2,13 +2,13 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 from fake_endpoint import FakeEndpoint
 
+from hf_longalign.cli import main
 from hf_longalign.synthesis.coherence import compare, without_contexts
 from hf_longalign.synthesis.journal import Journal
 
@@ -22,8 +22,7 @@ DOCUMENTS = ("--min_words", 20, "--n_distractors", 4)
 
 
 def run(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return import_module(f"hf_longalign.commands.{name}").main()
+    return main([name, *map(str, arguments)])
 
 
 def files(folder):
@@ -243,14 +242,15 @@ def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys):
     assert len(load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf")) == 12
 
 
-def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given):
+def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="`output_dir` must be absent, empty or an earlier output"):
         run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir",
             tmp_path / "out")  # fmt: skip
-    with pytest.raises(ValueError, match="`output_dir` must be given"):
+    with pytest.raises(SystemExit):
         run(monkeypatch, "synthesize", "--seeds", given)
+    assert "error: `output_dir` must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "synthesis").glob("*.yaml")), ids=lambda path: path.stem)
