@@ -428,8 +428,8 @@ def _lacks_marks(processing_class: Any, dataset: Any) -> bool:
         get_training_chat_template(processing_class)
     except ValueError:
         logger.warning(
-            "The chat template marks no answers with `{% generation %}`: `assistant_only_loss` takes them from where the "
-            "turns stand in the text."
+            "The chat template marks no answers with `{% generation %}`: `assistant_only_loss` takes them from where "
+            "the turns stand in the text."
         )
         return True
     return False
