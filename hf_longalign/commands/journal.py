@@ -10,9 +10,8 @@ python recipes/journal.py drop journal.sqlite --reason empty
 import argparse
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.journal import Entry, Journal
 from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_pair, read_verdict
 
 
@@ -24,10 +23,10 @@ READERS = {
 }
 
 
-def is_unreadable(entry: dict[str, Any]) -> bool:
+def is_unreadable(entry: Entry) -> bool:
     """Whether the reply does not hold what it was asked for."""
     try:
-        READERS.get(entry["purpose"], str)(entry["text"])
+        READERS.get(entry.purpose, str)(entry.text)
     except ReplyError:
         return True
     return False
@@ -35,11 +34,11 @@ def is_unreadable(entry: dict[str, Any]) -> bool:
 
 # Why a reply may be unwanted.
 REASONS = {
-    "empty": lambda entry: not entry["text"].strip() and entry["finish_reason"] != "content_filter",
-    "error": lambda entry: entry["finish_reason"] == "error",
-    "filtered": lambda entry: entry["finish_reason"] == "content_filter",
-    "cut": lambda entry: entry["finish_reason"] == "length",
-    "page": lambda entry: entry["text"].lstrip()[:9].lower().startswith(("<html", "<!doctype")),
+    "empty": lambda entry: not entry.text.strip() and entry.finish_reason != "content_filter",
+    "error": lambda entry: entry.finish_reason == "error",
+    "filtered": lambda entry: entry.finish_reason == "content_filter",
+    "cut": lambda entry: entry.finish_reason == "length",
+    "page": lambda entry: entry.text.lstrip()[:9].lower().startswith(("<html", "<!doctype")),
     "unreadable": is_unreadable,
 }
 
@@ -56,11 +55,11 @@ def list_replies(args: argparse.Namespace) -> None:
     purposes: Counter[str] = Counter()
     with open_journal(args.journal) as journal:
         for entry in journal.entries():
-            if args.purpose in (None, entry["purpose"]):
-                purposes[entry["purpose"]] += 1
-                start = " ".join(entry["text"].split())[:60]
-                tokens = f"{entry['prompt_tokens']:>6} + {entry['completion_tokens']:<6}"
-                print(f"{entry['key'][:12]}  {entry['purpose']:<12} {entry['model']:<24} {tokens} {start}")
+            if args.purpose in (None, entry.purpose):
+                purposes[entry.purpose] += 1
+                start = " ".join(entry.text.split())[:60]
+                tokens = f"{entry.prompt_tokens:>6} + {entry.completion_tokens:<6}"
+                print(f"{entry.key[:12]}  {entry.purpose:<12} {entry.model:<24} {tokens} {start}")
         totals = journal.totals()
     listed = ", ".join(f"{number:,} {purpose}" for purpose, number in purposes.most_common())
     print(f"{listed or 'no replies'}; in all {totals.replies:,} replies, {totals.faults:,} faults, "
@@ -70,14 +69,14 @@ def list_replies(args: argparse.Namespace) -> None:
 def show(args: argparse.Namespace) -> None:
     """Print the prompt and the reply of every key that begins so."""
     with open_journal(args.journal) as journal:
-        entries = [entry for entry in journal.entries() if entry["key"].startswith(args.key)]
+        entries = [entry for entry in journal.entries() if entry.key.startswith(args.key)]
     if not entries:
         raise SystemExit(f"No key begins with {args.key}.")
     for entry in entries:
-        print(f"{entry['key']}  {entry['purpose']}  {entry['model']}  {entry['sampling']}  {entry['finish_reason']}")
-        for role, content in entry["messages"]:
+        print(f"{entry.key}  {entry.purpose}  {entry.model}  {entry.sampling}  {entry.finish_reason}")
+        for role, content in entry.messages:
             print(f"\n[{role}]\n{content}")
-        print(f"\n[reply]\n{entry['text']}\n")
+        print(f"\n[reply]\n{entry.text}\n")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ reason, goes on where it stopped when it is started again.
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +26,7 @@ from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.estimate import estimate, planned_requests
 from hf_longalign.synthesis.local import TransformersGenerator
-from hf_longalign.synthesis.save import save
-from hf_longalign.synthesis.schema import CONFIGS
-from hf_longalign.synthesis.stage import Team
+from hf_longalign.synthesis.team import join_team
 
 
 @dataclass
@@ -109,43 +106,35 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], 
     return TransformersGenerator(model, batch_size=args.batch_size, device=device)
 
 
-def make_builders(args: SynthesizeArguments, options: SynthesisOptions) -> dict[str, ContextSynthesisBuilder]:
-    """Return a builder for every configuration; they share journal, generators and files."""
+def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> ContextSynthesisBuilder:
+    """Return the builder of `chat`, from which those of the other configurations come."""
     state = PartialState()
     generator, judge = make_generators(args, state.process_index)
-    budget = Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price)
-    builders = {
-        name: ContextSynthesisBuilder(
-            generator=generator,
-            judge=judge,
-            journal=args.journal,
-            budget=budget,
-            show_progress=None if state.is_main_process else False,
-            cache_dir=args.cache_dir,
-            config_name=name,
-            **asdict(options),
-        )
-        for name in CONFIGS
-    }
-    for builder in builders.values():
-        builder.stage.shard = (args.shard_index, args.num_shards)
-    if state.num_processes > 1:
-        builders["chat"].stage.team = Team(state.process_index, state.num_processes, state.wait_for_everyone)
-    return builders
+    builder = ContextSynthesisBuilder(
+        generator=generator,
+        judge=judge,
+        journal=args.journal,
+        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price),
+        show_progress=None if state.is_main_process else False,
+        cache_dir=args.cache_dir,
+        **asdict(options),
+    )
+    builder.pipeline.shard = (args.shard_index, args.num_shards)
+    return builder
 
 
 def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, options: SynthesisOptions) -> None:
     """Print what a run would do, and ask nothing."""
-    stage = builder.stage
-    stage.check()
-    seeds, plan = stage.seeds, stage.plan
+    pipeline = builder.pipeline
+    pipeline.check()
+    seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
     budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
-    count = stage.counter.count if stage.counter else None
+    count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
     print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
-    for reason, number in stage.all_seeds.skipped.most_common():
+    for reason, number in pipeline.all_seeds.skipped.most_common():
         print(f"skipped    {number:,}: {reason}")
     print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
     requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())
@@ -162,24 +151,6 @@ def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, opti
             print("\n\n".join(f"[{role}]\n{content}" for role, content in planned.messages))
 
 
-def write_data(builders: dict[str, ContextSynthesisBuilder], args: SynthesizeArguments) -> Path:
-    """Prepare every configuration and write it."""
-    data = {}
-    for name, builder in builders.items():
-        builder.download_and_prepare(num_proc=args.num_proc)
-        data[name] = builder.as_dataset()
-    stage = builders["chat"].stage
-    return save(
-        args.output_dir,
-        data,
-        stage.config,
-        journal=stage.journal,
-        budget=stage.budget,
-        license=args.license,
-        seeds_license=args.seeds_license,
-    )
-
-
 def main() -> int:
     """Run the recipe; the exit status is 1 where it stopped and a rerun goes on."""
     start_logging()
@@ -192,20 +163,19 @@ def main() -> int:
     check_license(license=args.license, seeds_license=args.seeds_license)
     if args.push_to_hub is not None and not args.dry_run:
         publish_args.check(args.push_to_hub)
-    builders = make_builders(args, options)
+    builder = make_builder(args, options)
     if args.dry_run:
         if state.is_main_process:
-            print_plan(builders["chat"], args, options)
+            print_plan(builder, args, options)
         return 0
+    builder.pipeline.team = join_team(builder.files.folder)
     try:
-        if args.num_shards > 1:
-            # Its replies are all a shard leaves behind: the outcomes on disk are those of all seeds.
-            builders["chat"].stage.run()
-            print(f"Shard {args.shard_index} of {args.num_shards} is in {builders['chat'].stage.journal.name}.")
-            return 0
-        builders["chat"].prepare_outcomes()
-        if state.is_main_process:
-            folder = write_data(builders, args)
+        leads = builder.prepare_outcomes()
+        if leads and args.num_shards > 1:
+            print(f"Shard {args.shard_index} of {args.num_shards} is in {builder.pipeline.journal.name}.")
+        elif leads:
+            licenses = {"license": args.license, "seeds_license": args.seeds_license}
+            folder = builder.export(args.output_dir, num_proc=args.num_proc, **licenses)
             print(f"Wrote {folder}.")
             if args.push_to_hub is not None:
                 to: dict[str, Any] = {"repo_id": args.push_to_hub, "private": args.private or None}

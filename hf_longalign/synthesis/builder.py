@@ -1,6 +1,7 @@
 """The builder: seeds become a data set with the configurations `chat`, `contexts` and `rejected`."""
 
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import datasets
 from hf_longalign.endpoint.protocol import Generator, SwitchGenerator
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.schema import CONFIGS, features
-from hf_longalign.synthesis.stage import Stage
-from hf_longalign.synthesis.workspace import Workspace
+from hf_longalign.synthesis.export import export
+from hf_longalign.synthesis.files import Files
+from hf_longalign.synthesis.outcome import CONFIGS, features
+from hf_longalign.synthesis.pipeline import Pipeline
 
 
 class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
@@ -78,44 +80,99 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         writer = None if isinstance(generator, str) else generator
         if isinstance(config.get("seeds"), str):
             config["seeds"] = [config["seeds"]]
+        # What a builder of another configuration is made with.
+        who = {"generator": generator, "judge": judge}
+        self._arguments = {"cache_dir": cache_dir, "dataset_name": dataset_name, **who, **config}
         super().__init__(
             cache_dir=None if cache_dir is None else str(cache_dir),
             dataset_name=dataset_name,
             config_name=config_name,
-            generator="documents" if writer is None else _kind(writer),
-            model="" if writer is None else writer.model,
-            judge_model="" if judge is None else judge.model,
+            # `OpenAIGenerator` -> "openai"
+            generator=type(writer).__name__.removesuffix("Generator").lower() if writer else "documents",
+            model=writer.model if writer else "",
+            judge_model=judge.model if judge else "",
             **config,
         )
         self.config.validate()
-        folder = Path(self._cache_dir_root) / self.dataset_name
-        self.workspace = Workspace(self.config, folder)
-        asked: Generator | None = writer or judge
-        if writer is not None and judge is not None:
-            asked = SwitchGenerator([writer, judge])
-        self.stage = Stage(
+        self.files = Files(self.config, Path(self._cache_dir_root) / self.dataset_name)
+        self.pipeline = Pipeline(
             config=self.config,
-            generator=asked,
-            journal=Path(journal) if journal is not None else folder / "journal.sqlite",
+            files=self.files,
+            generator=SwitchGenerator([writer, judge]) if writer and judge else writer or judge,
+            journal=Path(journal) if journal is not None else self.files.folder / "journal.sqlite",
             budget=budget,
-            counter=self.workspace.counter,
             show_progress=show_progress,
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Sent to the processes that compose, which ask nobody: clients and open files stay here.
-        return {**self.__dict__, "stage": None}
+        # Sent to the processes that compose, which ask nobody: clients, open files and seeds stay here.
+        config = copy(self.config)
+        config.seeds = None
+        return {**self.__dict__, "config": config, "pipeline": None, "_arguments": None}
 
-    def prepare_outcomes(self) -> None:
+    def other(self, config_name: str) -> "ContextSynthesisBuilder":
+        """Return the builder of another configuration of the same data: seeds are read and checked once for all.
+
+        Example:
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     chat = ContextSynthesisBuilder(cache_dir=folder, seeds=[{"instruction": "Who?", "answer": "Ada"}])
+        ...     rejected = chat.other("rejected")
+        >>> rejected.config.name, rejected.pipeline is chat.pipeline
+        ('rejected', True)
+        """
+        builder = type(self)(config_name=config_name, **self._arguments)
+        builder.pipeline, builder.files = self.pipeline, self.files
+        return builder
+
+    def prepare_outcomes(self) -> bool:
         """Write or check every context, if that is not done yet; here the money is spent.
+
+        Returns:
+            Whether this process goes on to compose the rows: of several that ask together, one does.
 
         Raises:
             ValueError: something is wrong with the configuration or the seeds; nothing was spent.
             RunStopped: the budget is spent or the endpoint gone; a rerun continues.
         """
-        self.stage.check()
-        if not self.workspace.has_outcomes():
-            self.workspace.write_outcomes(self.stage.run())
+        return self.pipeline.run()
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        num_proc: int | None = None,
+        license: str | None = None,
+        seeds_license: str | None = None,
+    ) -> Path:
+        """Prepare all configurations and write them to a folder with their card. See `synthesis.export.export`.
+
+        Args:
+            folder: where to; it must be absent, empty, or an earlier output.
+            num_proc: processes that compose.
+            license: licence of the data set, as the Hub names it.
+            seeds_license: licence of the seeds, as the Hub names it.
+
+        Raises:
+            ValueError: what `prepare_outcomes` raises, or the folder holds something else.
+            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
+        """
+        data = {}
+        for name in CONFIGS:
+            builder = self if name == self.config.name else self.other(name)
+            builder.download_and_prepare(num_proc=num_proc)
+            data[name] = builder.as_dataset()
+        pipeline = self.pipeline
+        return export(
+            folder,
+            data,
+            self.config,
+            journal=pipeline.journal,
+            budget=pipeline.budget,
+            license=license,
+            seeds_license=seeds_license,
+        )
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
@@ -125,7 +182,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         self.prepare_outcomes()
-        splits = self.workspace.splits(self.config.name)
+        splits = self.files.splits(self.config.name)
         return [datasets.SplitGenerator(name, gen_kwargs={"rows": rows}) for name, rows in splits.items()]
 
     def _as_dataset(self, split: Any = datasets.Split.TRAIN, in_memory: bool = False) -> datasets.Dataset:
@@ -137,11 +194,6 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
     def _generate_examples(self, rows: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number in rows:
-            row = self.workspace.row(self.config.name, number)
+            row = self.files.row(self.config.name, number)
             if row is not None:
                 yield number, row
-
-
-def _kind(generator: Generator) -> str:
-    """`OpenAIGenerator` -> "openai"."""
-    return type(generator).__name__.removesuffix("Generator").lower()

@@ -20,7 +20,7 @@ from hf_longalign.synthesis.prompts import (
 )
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.write import Plan
+from hf_longalign.synthesis.writer import Plan
 
 
 # English under the tokenizers in use; only for text that is not written yet.

@@ -13,7 +13,7 @@ from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.language import majority_language
-from hf_longalign.synthesis.schema import CONFIGS
+from hf_longalign.synthesis.outcome import CONFIGS
 from hf_longalign.text import digest, word_count
 from hf_longalign.version import __version__
 

@@ -1,34 +1,36 @@
-"""Every reply that was paid for, on disk before anything else happens to it: an sqlite file in WAL mode.
+"""Every reply that was paid for, on disk before anything else happens to it: one sqlite file.
 
-`put` commits where it is called, in about 0.1 ms: what it has returned survives a kill of the process. A thread
-flushes the file to the disk every second, which is the most that a loss of power can cost. Nothing here is a secret or
-a local path: prompts, replies, model names, counts.
+`put` commits where it is called, in about 0.1 ms: what it has returned survives a kill of the process. On a disk of
+this machine sqlite's write-ahead log is in use, and a thread flushes it every second, which is the most that a loss of
+power can cost. Nothing here is a secret or a local path: prompts, replies, model names, counts.
 """
 
 import json
 import logging
 import os
 import shutil
+import socket
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
-from hf_longalign.synthesis import claims
-from hf_longalign.synthesis.budget import Budget, Spend
+from hf_longalign.synthesis import budget as claims
+from hf_longalign.synthesis.budget import Budget, Claim, Spend
+from hf_longalign.synthesis.disk import network_file_system, whole
 
 
 logger = logging.getLogger(__name__)
 
-# "LAsj" in the file's header, and the version of the tables.
+# "LAsj" in the file's header, and the version of the tables. Version 1 was not closed as `close` does it now.
 _APPLICATION = 0x4C41736A
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = (
     """
     CREATE TABLE replies (
@@ -42,7 +44,7 @@ _SCHEMA = (
         prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL,
         confirmed INTEGER NOT NULL, at REAL NOT NULL
     )""",
-    claims.TABLE,
+    claims.CLAIMS_TABLE,
     """
     CREATE TABLE totals (
         replies INTEGER, faults INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER, usd REAL,
@@ -68,10 +70,12 @@ _SCHEMA = (
 _REPLY = "text, finish_reason, prompt_tokens, completion_tokens, reply_model"
 # A full disk must stop the run before the next request is paid for, with room left for the replies under way.
 _DISK_RESERVE = 64 * 2**20
-_FLUSH_SECONDS = 1.0
+_EVERY_SECONDS = 1.0
 _PATIENCE_SECONDS = 60
 # Pages of 4 KiB in the write-ahead log after which a commit moves them into the file itself, should the thread lag.
 _LONGEST_LOG = 20_000
+# After so long without a sign of it, another machine is taken to have left the journal.
+_HOST_SECONDS = 300
 
 
 class JournalError(RunStopped):
@@ -88,10 +92,31 @@ class Totals:
     unconfirmed: Spend
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A reply with its request, as the journal holds them."""
+
+    key: str
+    model: str
+    purpose: str
+    messages: list[tuple[str, str]]
+    sampling: dict[str, Any]
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    reply_model: str
+    usd: float
+    at: float
+
+
 class Journal:
     """Replies by key, shared by any number of threads and processes on one machine.
 
     A journal is opened in the process that uses it, after a fork and not before. `owner` is its name on claims.
+
+    Raises:
+        JournalError: the file is no journal, a copy without its log, or on a network's disk in use by another machine.
 
     >>> import tempfile
     >>> request = Request((("user", "Hi"),), "tiny")
@@ -107,10 +132,22 @@ class Journal:
         self._pid = os.getpid()
         self.owner = claims.new_owner()
         self._lock = threading.Lock()
+        self._lost: JournalError | None = None
+        # sqlite shares its log through mapped memory, which the disk of another machine does not give
+        # (https://sqlite.org/wal.html). There it is left out, each commit is flushed, and one machine works at a time.
+        self._network = network_file_system(self.path.parent)
+        if self._network:
+            self._mark_host()
+        if _lacks_its_log(self.path):
+            logger.warning(
+                "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
+                "another program has opened it after a kill. Every other reply is there.",
+                self.path.name,
+            )
         self._connection = self._connect()
         self._closing = threading.Event()
-        self._flusher = threading.Thread(target=self._flush, name="journal", daemon=True)
-        self._flusher.start()
+        self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
+        self._keeper.start()
 
     def get(self, key: str) -> Reply | None:
         """The reply to `key`, or None."""
@@ -135,25 +172,22 @@ class Journal:
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
 
-    def claim(self, request: Request, budget: Budget, owner: str | None = None) -> claims.Claim:
-        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`.
-
-        `owner` is the journal of the process that will ask, if it is another one.
-        """
+    def claim(self, request: Request, budget: Budget) -> Claim:
+        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`."""
+        with self._locked() as connection:
+            # Without a lock on the file: many wait here for what another process asks.
+            found = claims.look(connection, request.key, self.owner)
+        if found is not None:
+            return found
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
         with self._transaction() as connection:
-            return claims.claim(connection, request, budget, owner or self.owner)
+            return claims.claim(connection, request, budget, self.owner)
 
-    def release(self, request: Request, owner: str | None = None) -> None:
+    def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""
         with self._transaction() as connection:
-            claims.release(connection, request.key, owner or self.owner)
-
-    def release_all(self) -> None:
-        """Give up every claim of this journal: none of its requests is under way."""
-        with self._transaction() as connection:
-            connection.execute("DELETE FROM claims WHERE owner = ?", (self.owner,))
+            claims.release(connection, request.key, self.owner)
 
     def fault(self, request: Request, fault: Fault, spend: Spend) -> None:
         """Note what an attempt without a reply has cost."""
@@ -165,12 +199,12 @@ class Journal:
         with self._transaction() as connection:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
 
-    def drop(self, unwanted: Callable[[dict[str, Any]], bool]) -> int:
+    def drop(self, unwanted: Callable[[Entry], bool]) -> int:
         """Forget the replies whose entries (see `entries`) are `unwanted`, and return how many.
 
         They are asked for again; what they have cost stays counted, as faults named "dropped".
         """
-        keys = [(entry["key"],) for entry in self.entries() if unwanted(entry)]
+        keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
         with self._transaction() as connection:
             for key in keys:
                 connection.execute(
@@ -180,7 +214,7 @@ class Journal:
                     key,
                 )
                 connection.execute(
-                    "INSERT INTO faults SELECT lower(hex(randomblob(16))), key, 'dropped', model, purpose, "
+                    "INSERT INTO faults SELECT key || '@' || at, key, 'dropped', model, purpose, "
                     "prompt_tokens, completion_tokens, usd, 1, at FROM replies WHERE key = ?",
                     key,
                 )
@@ -193,50 +227,70 @@ class Journal:
             row = connection.execute("SELECT * FROM totals").fetchone()
         return Totals(row[0], row[1], Spend(row[2] + row[3], row[4]), Spend(row[5], row[6]))
 
-    def entries(self) -> Iterator[dict[str, Any]]:
+    def entries(self) -> Iterator[Entry]:
         """Every reply with its request, ordered by key."""
         connection = self._connect()
         try:
-            cursor = connection.execute("SELECT * FROM replies ORDER BY key")
-            names = [column[0] for column in cursor.description]
-            for row in cursor:
-                entry = dict(zip(names, row, strict=True))
-                yield entry | {name: json.loads(entry[name]) for name in ("messages", "sampling")}
+            for key, model, purpose, messages, sampling, *reply in connection.execute(
+                "SELECT * FROM replies ORDER BY key"
+            ):
+                asked = [(role, content) for role, content in json.loads(messages)]
+                yield Entry(key, model, purpose, asked, json.loads(sampling), *reply)
         finally:
             connection.close()
 
     def export(self, path: str | Path) -> int:
         """Write every entry as a line of JSON and return how many. Equal journals give equal bytes: no times."""
-        target = Path(path)
-        unfinished = target.with_name(target.name + ".part")
         number = 0
-        with unfinished.open("w", encoding="utf-8") as file:
+        with whole(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for entry in self.entries():
-                entry.pop("at")
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                fields = asdict(entry)
+                del fields["at"]
+                file.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 number += 1
-        unfinished.replace(target)
         return number
 
     def merge(self, path: str | Path) -> int:
-        """Take over the replies of another journal that this one lacks, and what it spent; returns how many."""
+        """Take over the replies of another journal that this one lacks, and what it spent; returns how many.
+
+        A reply that both journals paid for counts twice in the totals, however often and in whatever order journals
+        are merged; one that was copied counts once. A journal in use is taken as it stands.
+
+        Raises:
+            JournalError: no such journal, or one that is not whole: a copy without its log, or cut short.
+        """
         if not Path(path).is_file():
             raise JournalError(f"The journal `{Path(path).name}` does not exist.")
-        Journal(path).close()  # is one, of this version
-        with self._locked() as connection:
-            connection.execute("ATTACH ? AS other", (str(path),))
-            try:
-                connection.execute("INSERT OR IGNORE INTO faults SELECT * FROM other.faults")
-                return connection.execute("INSERT OR IGNORE INTO replies SELECT * FROM other.replies").rowcount
-            finally:
-                connection.execute("DETACH other")
+        if _lacks_its_log(Path(path)):
+            name = Path(path).name
+            raise JournalError(
+                f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
+                f"without its last replies. Copy `{name}-wal` along with it, or copy it once its run has ended. If it "
+                f"is no copy, open it once (`hf-longalign journal list {name}`) and merge it then."
+            )
+        with Journal(path) as other:
+            other._check_all_pages()
+            with self._locked() as connection:
+                connection.execute("ATTACH ? AS other", (str(path),))
+                try:
+                    with self._in_one(connection):
+                        for statement in _MERGE[:-1]:
+                            connection.execute(statement)
+                        return connection.execute(_MERGE[-1]).rowcount
+                finally:
+                    connection.execute("DETACH other")
 
     def close(self) -> None:
         """Flush and close the file. What this journal still claims was cut off under way."""
         self._closing.set()
-        self._flusher.join()
+        self._keeper.join()
         with self._transaction() as connection:
             claims.reap(connection, self.owner)
+        with suppress(sqlite3.OperationalError):
+            # The last to leave takes the log into the file and says so in its header: a file that says "log" and has
+            # none beside it was copied without. Others who still use the journal are not waited for.
+            self._connection.execute("PRAGMA busy_timeout = 0")
+            self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()
         self._connection.close()
 
     def __enter__(self) -> "Journal":
@@ -248,10 +302,17 @@ class Journal:
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
-            _use_write_ahead_log(connection)
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute(f"PRAGMA wal_autocheckpoint = {_LONGEST_LOG}")
+            # The tables come before the log is turned on, so that the file itself is a journal from the first moment.
             _prepare(connection)
+            mode = "delete" if self._network else "wal"
+            answer = _set_mode(connection, mode)
+            if answer != mode:
+                raise sqlite3.NotSupportedError(
+                    f"its file system does not take sqlite's journal mode {mode!r} but {answer!r}. Set `journal` to a "
+                    "file on a disk of this machine"
+                )
+            connection.execute(f"PRAGMA synchronous = {'FULL' if self._network else 'NORMAL'}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {_LONGEST_LOG}")
         except sqlite3.Error as error:
             connection.close()
             raise self._failure(error) from None
@@ -261,6 +322,8 @@ class Journal:
     def _locked(self) -> Iterator[sqlite3.Connection]:
         if os.getpid() != self._pid:
             raise RuntimeError("`Journal` must be opened in the process that uses it. Open it after the fork.")
+        if self._lost is not None:
+            raise self._lost
         with self._lock:
             try:
                 yield self._connection
@@ -269,27 +332,93 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._locked() as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+        with self._locked() as connection, self._in_one(connection):
+            yield connection
 
-    def _flush(self) -> None:
-        """Move the log into the file, which flushes both, until the journal is closed."""
-        connection = self._connect()
-        while not self._closing.wait(_FLUSH_SECONDS):
+    @contextmanager
+    def _in_one(self, connection: sqlite3.Connection) -> Iterator[None]:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+    def _keep_up(self) -> None:
+        """Until the journal is closed, flush the log to the disk; on a network's disk, say that it is in use."""
+        connection = None if self._network else self._connect()
+        while not self._closing.wait(_EVERY_SECONDS):
             try:
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except sqlite3.Error as error:
+                if connection is None:
+                    self._mark_host()
+                else:  # moves the log into the file, which flushes both
+                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except JournalError as error:
+                self._lost = error
+            except (sqlite3.Error, OSError) as error:
                 logger.warning("%s", self._failure(error))
-        connection.close()
+        if connection is not None:
+            connection.close()
 
-    def _failure(self, error: sqlite3.Error) -> JournalError:
+    def _mark_host(self) -> None:
+        """Keep every other machine away: locks between machines cannot be relied on, and two would break the file."""
+        mark, host = self.path.with_name(f"{self.path.name}.host"), socket.gethostname()
+        with suppress(FileNotFoundError):
+            user, age = mark.read_text(encoding="utf-8"), time.time() - mark.stat().st_mtime
+            if user not in ("", host) and age < _HOST_SECONDS:
+                raise JournalError(
+                    f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
+                    f"machine {user}. Ask for a part of the seeds on each machine, with `--num_shards`, "
+                    "`--shard_index` and a `--journal` of its own, then merge them. If nothing runs there any more, "
+                    f"delete `{mark.name}`."
+                )
+        mark.write_text(host, encoding="utf-8")
+
+    def _check_all_pages(self) -> None:
+        """Raise `JournalError` where the file was cut or torn by copying."""
+        with self._locked() as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
+            (total,) = connection.execute("SELECT replies FROM totals").fetchone()
+        if found != "ok" or counted != total:
+            raise JournalError(
+                f"The journal `{self.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy it "
+                "again once its run has ended."
+            )
+
+    def _failure(self, error: Exception) -> JournalError:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")
+
+
+# A payment is known by its key and time: in `replies` where its reply is kept, in `faults` where it is not.
+_MERGE = (
+    """
+    INSERT OR IGNORE INTO faults SELECT * FROM other.faults AS theirs WHERE kind NOT IN ('paid_twice', 'dropped')
+        OR NOT EXISTS (SELECT 1 FROM main.replies AS ours WHERE ours.key = theirs.key AND ours.at = theirs.at)""",
+    """
+    INSERT OR IGNORE INTO faults
+        SELECT theirs.key || '@' || theirs.at, theirs.key, 'paid_twice', theirs.model, theirs.purpose,
+            theirs.prompt_tokens, theirs.completion_tokens, theirs.usd, 1, theirs.at
+        FROM other.replies AS theirs JOIN main.replies AS ours ON ours.key = theirs.key WHERE ours.at != theirs.at""",
+    """
+    INSERT OR IGNORE INTO replies SELECT * FROM other.replies AS theirs
+        WHERE NOT EXISTS (SELECT 1 FROM main.faults AS ours WHERE ours.id = theirs.key || '@' || theirs.at)""",
+)
+
+
+def _lacks_its_log(path: Path) -> bool:
+    """Whether the header says that there is a log (bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html)."""
+    for _ in range(10):  # another process may be opening or closing the file just now
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            header = file.read(100)
+        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == _VERSION.to_bytes(4, "big")
+        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:
@@ -297,13 +426,13 @@ def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:
     return Reply(*row) if row else None
 
 
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Turn it on. Where others open a new journal at the same moment, SQLite does not wait for them by itself."""
+def _set_mode(connection: sqlite3.Connection, mode: str) -> str:
+    """Return the mode that is in use now. Where others open or close it at the same moment, sqlite does not wait."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
+            (answer,) = connection.execute(f"PRAGMA journal_mode = {mode}").fetchone()
+            return str(answer)
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
@@ -321,6 +450,8 @@ def _prepare(connection: sqlite3.Connection) -> None:
             connection.execute(statement)
     elif application != _APPLICATION:
         raise sqlite3.DatabaseError("it is another kind of database")
-    elif version != _VERSION:
+    elif version > _VERSION:
         raise sqlite3.DatabaseError(f"it has version {version}, not {_VERSION}")
+    elif version < _VERSION:  # the same tables
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
     connection.execute("COMMIT")

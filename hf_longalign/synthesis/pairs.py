@@ -12,7 +12,7 @@ from hf_longalign.synthesis.prompts import pair_prompt
 from hf_longalign.synthesis.replies import read_pair
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.verify import PASSED, Check, failures, verify_context
-from hf_longalign.synthesis.write import Plan
+from hf_longalign.synthesis.writer import Plan
 
 
 async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore_count) -> Outcome:

@@ -1,15 +1,18 @@
-"""Drives many jobs at once: each asks through the journal, and the generator is kept busy."""
+"""Drives many jobs at once: each asks through the journal, the generator is kept busy, a bar shows how far it is."""
 
 import asyncio
 import logging
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
 
 from hf_longalign.endpoint.protocol import (
     CONTENT_FILTER,
@@ -22,11 +25,8 @@ from hf_longalign.endpoint.protocol import (
     RunStopped,
 )
 from hf_longalign.synthesis.breaker import Breaker
-from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.claims import Claim
+from hf_longalign.synthesis.budget import Budget, Claim, Spend
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.progress import Progress
-from hf_longalign.synthesis.recorder import Recorder
 
 
 T = TypeVar("T")
@@ -46,6 +46,76 @@ class _AnsweredElsewhereError(Exception):
     def __init__(self, reply: Reply) -> None:
         super().__init__()
         self.reply = reply
+
+
+class Progress:
+    """A bar on a terminal, a log line every `log_every` seconds elsewhere.
+
+    `counts` holds what happened to seeds and requests by name ("done", "rejected", "retried", "asked", "journaled"),
+    `faults` the attempts that gave no reply.
+
+    >>> progress = Progress(total=2, show=False)
+    >>> progress.count("rejected"); progress.done(); progress.counts["rejected"], progress.counts["done"]
+    (1, 1)
+    """
+
+    def __init__(
+        self, total: int | None = None, *, name: str = "contexts", show: bool | None = None, log_every: float = 30.0
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.spend = Spend()
+        self._name = name
+        self._log_every = log_every
+        self._logged = time.monotonic()
+        # disable=None: tqdm hides the bar where stderr is no terminal, and the log lines take over.
+        self._bar = tqdm(
+            total=total, desc=name, unit="seed", smoothing=0.05, disable=None if show is None else not show
+        )
+        self._log = show is None and self._bar.disable
+
+    def count(self, kind: str, number: int = 1) -> None:
+        """Count one thing by its name."""
+        self.counts[kind] += number
+
+    def add(self, spend: Spend) -> None:
+        """Add what a reply or a fault has cost."""
+        self.spend += spend
+        self._refresh()
+
+    def done(self) -> None:
+        """One seed has its outcome."""
+        self.counts["done"] += 1
+        self._bar.update()
+        self._refresh()
+
+    def close(self) -> None:
+        """Leave the bar as it stands and log the last line."""
+        self._bar.close()
+        if self._log:
+            logger.info("%s", self)
+
+    def __str__(self) -> str:
+        total = f"/{self._bar.total}" if self._bar.total else ""
+        return f"{self._name}: {self.counts['done']}{total} done, " + ", ".join(
+            f"{value} {key}" for key, value in self._shown().items()
+        )
+
+    def _shown(self) -> dict[str, str]:
+        return {
+            "rejected": str(self.counts["rejected"]),
+            "retried": str(self.counts["retried"]),
+            "faults": str(self.faults.total()),
+            "tokens": f"{self.spend.tokens:,}",
+            "cost": f"${self.spend.usd:.2f}",
+        }
+
+    def _refresh(self) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix(self._shown(), refresh=False)
+        elif self._log and time.monotonic() - self._logged > self._log_every:
+            self._logged = time.monotonic()
+            logger.info("%s", self)
 
 
 class Runner:
@@ -78,7 +148,7 @@ class Runner:
     ) -> None:
         self.journal = journal
         self.budget = budget or Budget()
-        self.generator: Generator = Recorder(generator, journal.path, self.budget) if generator.remote else generator
+        self.generator = generator
         self.progress = progress or Progress(show=False)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
         self._checked: asyncio.Task[None] | None = None
@@ -194,14 +264,15 @@ class Runner:
             return other.reply
         except GenerationError as error:
             if error.kind != CONTENT_FILTER:
-                self._release(request)
+                self.journal.release(request)
                 self._refused = error
                 self._halt_if(self._breaker.refused(error))
                 raise
             reply = Reply("", CONTENT_FILTER, 0, 0, request.model)
         except Exception:
-            self._release(request)
+            self.journal.release(request)
             raise
+        # Before anything else happens to the reply: from here on a kill does not lose it.
         spend = self.budget.cost(reply.prompt_tokens, reply.completion_tokens)
         stored = self.journal.put(request, reply, spend)
         self._in_a_row = 0
@@ -214,7 +285,7 @@ class Runner:
         while True:
             if self._stop is not None:
                 raise RunStopped("The run is stopping.")
-            claim = self.journal.claim(request, self.budget, self._owner)
+            claim = self.journal.claim(request, self.budget)
             if claim is Claim.MINE:
                 return None
             if claim is Claim.ANSWERED:
@@ -229,18 +300,10 @@ class Runner:
             self.journal.fault(request, fault, spend)
             self.progress.add(spend)
             # Not under way while it waits: two that wait for each other's room would wait forever.
-            self._release(request)
+            self.journal.release(request)
             stored = await self._claim(request)
             if stored is not None:
                 raise _AnsweredElsewhereError(stored)
-
-    def _release(self, request: Request) -> None:
-        self.journal.release(request, self._owner)
-
-    @property
-    def _owner(self) -> str | None:
-        """Who asks, and so has the claims: the recorder, where there is one."""
-        return self.generator.owner if isinstance(self.generator, Recorder) else None
 
     async def _check(self) -> None:
         """Check the generator once, before the first request that the journal cannot answer."""

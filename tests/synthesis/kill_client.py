@@ -22,7 +22,8 @@ async def job(number, ask):
     return [number, outline.text, section.text]
 
 
-def main(folder, seeds, budget, patience, *urls):
+def run(name, folder, seeds, budget, patience, *urls):
+    """Ask for the seeds of START:STOP:STEP and write their rows; also the target of a process that is forked."""
     generator = OpenAIGenerator("tiny", urls, max_concurrency=8, patience=float(patience))
     with Journal(folder / "journal.sqlite") as journal:
         runner = Runner(generator, journal, budget=Budget(tokens=int(budget) or None))
@@ -30,8 +31,8 @@ def main(folder, seeds, budget, patience, *urls):
             rows = runner.run(partial(job, number) for number in range(*map(int, seeds.split(":"))))
         except RunStopped as reason:
             sys.exit(str(reason))
-    (folder / f"rows-{sys.argv[1]}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / f"rows-{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[2]), *sys.argv[3:])
+    run(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

@@ -203,6 +203,24 @@ def test_hard_distractors_come_from_the_nearest(tmp_path):
     assert set(easy["context_ids"]) != set(row["context_ids"])
 
 
+def test_what_is_prepared_first_takes_nothing_from_the_others(tmp_path, tokenizer):
+    """`rejected` composes to see what exceeds the budget, before the nearest texts are known."""
+    options = {
+        "seeds": GIVEN,
+        "tokenizer": tokenizer,
+        "target_tokens": 3000,
+        "hard_share": 1.0,
+        "min_words": 20,
+        "show_progress": False,
+    }
+    chat = ContextSynthesisBuilder(cache_dir=tmp_path / "a", **options)
+    chat.download_and_prepare()
+    other = ContextSynthesisBuilder(cache_dir=tmp_path / "b", **options)
+    other.other("rejected").download_and_prepare()
+    other.download_and_prepare()
+    assert rows(chat) == rows(other)
+
+
 def test_distractors_from_documents_and_other_tasks(tmp_path):
     (tmp_path / "essay.txt").write_text("An essay on whales, which are mammals.")
     seeds = make_pairs(3, context=make_text) + make_pairs(3, "qmsum", context=lambda n: make_text(n + 50))
@@ -472,10 +490,10 @@ def test_changed_seeds_settings_and_models_get_another_folder(tmp_path):
 
 def test_the_builder_can_be_sent_to_processes(tmp_path):
     builder = build(tmp_path, generator=FakeGenerator())
-    builder.stage.generator.lock = open(__file__)  # noqa: SIM115 - cannot be pickled
+    builder.pipeline.generator.lock = open(__file__)  # noqa: SIM115 - cannot be pickled
     copied = pickle.loads(pickle.dumps(builder))
     assert next(iter(copied._generate_examples([3])))[1]["seed_id"] == "narrativeqa-3"
-    builder.stage.generator.lock.close()
+    builder.pipeline.generator.lock.close()
 
 
 def test_the_seed_changes_the_composition_and_not_the_contexts(tmp_path):
@@ -488,6 +506,34 @@ def test_gold_depth_is_spread_evenly(tmp_path):
     found = rows(build(tmp_path, seeds=make_pairs(300, context=make_text), checks=["support"], n_distractors=4))
     counts = np.bincount([row["gold_index"] for row in found], minlength=5)
     assert ((counts - 60) ** 2 / 60).sum() < 18.5  # 4 degrees of freedom, p = 0.001
+
+
+def test_all_configurations_are_made_from_one_reading_of_the_seeds(tmp_path, monkeypatch, caplog):
+    """Each thing is said once, and each reply goes into the journal once."""
+    from hf_longalign.synthesis import pipeline
+
+    read, put = [], []
+    read_seeds, put_reply = pipeline.read_seeds, Journal.put
+    monkeypatch.setattr(
+        pipeline, "read_seeds", lambda *args, **options: read.append(1) or read_seeds(*args, **options)
+    )
+    monkeypatch.setattr(Journal, "put", lambda *args: put.append(args[1].key) or put_reply(*args))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*PAIRS, {**PAIRS[0], "answer": ""}])))
+    builder = ContextSynthesisBuilder(
+        cache_dir=tmp_path / "cache",
+        generator=FakeGenerator(fail=[3]),
+        seeds=str(path),
+        on_bad_seed="skip",
+        min_words=20,
+        n_distractors=5,
+        show_progress=False,
+    )
+    folder = builder.export(tmp_path / "out", num_proc=2)
+    for name, number in (("chat", 23), ("contexts", 23), ("rejected", 1)):
+        assert load_dataset(str(folder), name, split="train", cache_dir=tmp_path / "hf").num_rows == number
+    assert len(read) == 1 and caplog.text.count("Skipped 1 seeds: empty (`answer`)") == 1
+    assert len(put) == len(set(put)) == 23 + 3
 
 
 def test_the_exports_are_lazy():

@@ -5,9 +5,9 @@ from datasets import Dataset
 from hf_longalign.endpoint.protocol import Reply, Request
 from hf_longalign.records.data import Cost, DataSource
 from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.export import export
 from hf_longalign.synthesis.facts import dataset_facts
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.save import save
 
 
 TEXT = "The dam below the village of Thornwick was finished in the autumn of 1912, two years after the first stone."
@@ -70,7 +70,7 @@ def test_cost_is_that_of_the_rows_and_left_out_where_replies_are_missing(tmp_pat
 
 def test_without_matplotlib_the_card_goes_without_picture(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    folder = save(tmp_path / "out", tables([chat(0)], [outcome(0, "a:1")]), config())
+    folder = export(tmp_path / "out", tables([chat(0)], [outcome(0, "a:1")]), config())
     assert "The card goes without its picture." in caplog.text
     assert "assets" not in (folder / "README.md").read_text() and not (folder / "assets").exists()
 

@@ -3,18 +3,21 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 
 import pytest
 
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, Sampling
-from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.claims import BudgetExceeded, Claim
+from hf_longalign.synthesis.budget import Budget, BudgetExceeded, Claim, Spend
+from hf_longalign.synthesis.disk import network_file_system
 from hf_longalign.synthesis.journal import Journal, JournalError
 
 
@@ -64,11 +67,15 @@ def test_what_is_dropped_is_asked_again_and_what_it_cost_stays_counted(path, tmp
         for number in range(4):
             text = "" if number % 2 else "fine"
             journal.put(_request(number), Reply(text, "stop", 5, 3, "tiny"), Spend(8, 0.25))
+        with Journal(tmp_path / "copy.sqlite") as copy:
+            copy.merge(path)
         before = journal.totals()
-        assert journal.drop(lambda entry: not entry["text"]) == 2
+        assert journal.drop(lambda entry: not entry.text) == 2
         after = journal.totals()
         assert (after.replies, after.faults, after.spend) == (2, 2, before.spend) and not after.unconfirmed.tokens
         assert journal.get(_request(1).key) is None and journal.get(_request(2).key).text == "fine"
+        # It does not come back with a copy from before, nor is it counted again.
+        assert journal.merge(tmp_path / "copy.sqlite") == 0 and journal.totals() == after
         assert journal.claim(_request(1), NO_BUDGET) is Claim.MINE
         journal.put(_request(1), _reply(), Spend(8, 0.25))
         assert journal.totals().spend == Spend(40, 1.25)
@@ -202,6 +209,17 @@ def test_equal_journals_give_equal_exports(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def _pay(path, number, usd, text="text"):
+    with Journal(path) as journal:
+        journal.put(_request(number), Reply(text, "stop", 5, 3, "tiny"), Spend(8, usd))
+
+
+def _merged(into, *others):
+    """How many replies were new, and what all have cost."""
+    with Journal(into) as journal:
+        return [journal.merge(other) for other in others], journal.totals().spend
+
+
 def test_merging_takes_what_is_new(tmp_path):
     with Journal(tmp_path / "a.sqlite") as one, Journal(tmp_path / "b.sqlite") as two:
         one.put(_request(1), _reply(1))
@@ -209,12 +227,171 @@ def test_merging_takes_what_is_new(tmp_path):
         two.put(_request(2), _reply(2), Spend(8, 0.5))
         assert one.merge(tmp_path / "b.sqlite") == 1
         assert one.get(_request(1).key) == _reply(1) and one.get(_request(2).key) == _reply(2)
-        assert one.totals().spend == Spend(16, 0.5)
+        assert one.totals().spend == Spend(24, 0.5)
         two.fault(_request(3), Fault("wrong_model", 10, 5), Spend(15, 0.5))
         assert one.merge(tmp_path / "b.sqlite") == 0 == one.merge(tmp_path / "b.sqlite")
-        assert one.totals().faults == 1
+        assert one.totals().faults == 2 and one.totals().spend == Spend(39, 1.0)
     with pytest.raises(JournalError, match=r"missing\.sqlite"), Journal(tmp_path / "a.sqlite") as one:
         one.merge(tmp_path / "missing.sqlite")
+
+
+def test_what_two_shards_have_paid_for_counts_twice_and_a_copy_once(tmp_path):
+    a, b, c, d = (tmp_path / f"{name}.sqlite" for name in "abcd")
+    _pay(a, 1, 1.0)
+    _pay(a, 2, 2.0)
+    _pay(b, 2, 2.0, "theirs")
+    assert _merged(c, a, b, a, b) == ([2, 0, 0, 0], Spend(24, 5.0))
+    assert _merged(d, b, a) == ([1, 1], Spend(24, 5.0))
+    # Each holds the payments of all by now: nothing is counted anew, in whatever order.
+    assert _merged(c, d, a) == ([0, 0], Spend(24, 5.0))
+    assert _merged(d, c, b) == ([0, 0], Spend(24, 5.0))
+    assert _merged(a, c, d) == ([0, 0], Spend(24, 5.0))
+    with Journal(d) as journal:
+        assert journal.get(_request(2).key).text == "theirs" and journal.totals().replies == 2
+
+
+_PUT_TWO_AND_WAIT = """
+import sys, time
+from hf_longalign.endpoint.protocol import Reply, Request
+from hf_longalign.synthesis.journal import Journal
+journal = Journal(sys.argv[1])
+for number in range(2):
+    request = Request((("user", f"prompt {number}"),), "tiny")
+    journal.put(request, Reply("text", "stop", 1, 1, "tiny"))
+print("there", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def live(path):
+    """A process that has put two replies and goes on."""
+    process = subprocess.Popen([sys.executable, "-c", _PUT_TWO_AND_WAIT, path], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "there\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_live_shard_is_merged_whole_or_refused(tmp_path, path, live):
+    copied = tmp_path / "copied.sqlite"
+    with Journal(tmp_path / "all.sqlite") as journal:
+        shutil.copy(path, copied)
+        with pytest.raises(
+            JournalError, match=r"copied\.sqlite-wal` along with it, or copy it once its run has ended"
+        ):
+            journal.merge(copied)
+        assert journal.totals().replies == 0
+        # The remedies of the message.
+        shutil.copy(f"{path}-wal", f"{copied}-wal")
+        assert journal.merge(copied) == 2
+    with Journal(tmp_path / "in_place.sqlite") as journal:
+        assert journal.merge(path) == 2
+        live.kill()
+        live.wait()
+        assert journal.merge(path) == 0
+    shutil.copy(path, tmp_path / "ended.sqlite")
+    with Journal(tmp_path / "later.sqlite") as journal:
+        assert journal.merge(tmp_path / "ended.sqlite") == 2
+
+
+def test_what_another_program_opened_after_a_kill_is_merged_once_it_was_looked_at(tmp_path, path, live, caplog):
+    live.kill()
+    live.wait()
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM replies").fetchone() == (2,)
+    assert not path.with_name("journal.sqlite-wal").exists()
+    with Journal(tmp_path / "all.sqlite") as journal:
+        with pytest.raises(JournalError, match=r"If it is no copy, open it once \(`hf-longalign journal list journal"):
+            journal.merge(path)
+        Journal(path).close()
+        assert "`journal.sqlite` may lack its last replies" in caplog.text
+        assert journal.merge(path) == 2
+        assert caplog.text.count("may lack") == 1
+
+
+def test_a_journal_cut_short_by_copying_is_not_merged(tmp_path, path):
+    with Journal(path) as journal:
+        for number in range(200):
+            journal.put(_request(number), Reply("text " * 200, "stop", 5, 3, "tiny"))
+    short = tmp_path / "short.sqlite"
+    short.write_bytes(path.read_bytes()[: 20 * 4096])
+    with Journal(tmp_path / "all.sqlite") as journal, pytest.raises(JournalError, match=r"short\.sqlite"):
+        journal.merge(short)
+
+
+def test_a_journal_of_the_version_before_is_taken_as_it_is(path):
+    with Journal(path) as journal:
+        journal.put(_request(), _reply())
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 1")
+        connection.execute("PRAGMA journal_mode = WAL")
+    assert path.read_bytes()[18] == 2 and not path.with_name("journal.sqlite-wal").exists()
+    with Journal(path) as journal:
+        assert journal.get(_request().key) == _reply()
+    assert path.read_bytes()[18] == 1
+
+
+@pytest.fixture
+def on_nfs(monkeypatch):
+    monkeypatch.setattr("hf_longalign.synthesis.journal.network_file_system", lambda folder: "nfs4")
+
+
+def test_on_a_network_s_disk_there_is_no_shared_log_and_every_commit_is_flushed(path, on_nfs):
+    with Journal(path) as one, Journal(path) as two:
+        one.put(_request(1), _reply(1))
+        assert two.claim(_request(2), NO_BUDGET) is Claim.MINE
+        assert one.claim(_request(2), NO_BUDGET) is Claim.THEIRS
+        two.put(_request(2), _reply(2))
+        assert one.get(_request(2).key) == _reply(2)
+        assert one._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert one._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert not path.with_name("journal.sqlite-shm").exists()
+    with Journal(path) as journal:
+        assert journal.totals().replies == 2
+
+
+def test_on_a_network_s_disk_another_machine_is_refused_until_it_is_gone(path, on_nfs, monkeypatch):
+    with Journal(path) as journal:
+        journal.put(_request(), _reply())
+        monkeypatch.setattr("socket.gethostname", lambda: "node7")
+        with pytest.raises(JournalError, match=r"\(nfs4\) and is in use by .*`--num_shards`.*delete `(.+)`") as caught:
+            Journal(path)
+    mark = path.with_name(re.search("delete `(.+)`", str(caught.value))[1])
+    old = time.time() - 400
+    os.utime(mark, (old, old))
+    with Journal(path) as journal:
+        assert journal.get(_request().key) == _reply() and mark.read_text() == "node7"
+        # Should two machines have come at once, the one whose mark was overwritten stops.
+        mark.write_text("node8")
+        deadline = time.monotonic() + 60
+        while journal._lost is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(JournalError, match="in use by the machine node8"):
+            journal.get("key")
+        mark.unlink()
+        journal._lost = None
+    with Journal(path) as journal:
+        assert journal.totals().replies == 1
+
+
+def test_what_put_has_returned_survives_a_kill_on_a_network_s_disk(path):
+    patch = "import hf_longalign.synthesis.journal as j; j.network_file_system = lambda folder: 'nfs'\n"
+    died = subprocess.run([sys.executable, "-c", patch + _PUT_AND_DIE, path], stdout=subprocess.PIPE, text=True)
+    assert died.returncode == -signal.SIGKILL and not path.with_name("journal.sqlite-wal").exists()
+    keys = died.stdout.split()
+    with Journal(path) as journal:
+        assert len(keys) == 100 and all(journal.get(key) for key in keys)
+
+
+def test_file_systems_are_known_by_the_mount_that_a_folder_lies_on(tmp_path, monkeypatch):
+    kinds = {"": "xfs", "home": "nfs4", "home/local": "ext4", "work": "lustre", "s3": "fuse.s3fs"}
+    mounts = [type("disk", (), {"mountpoint": str(tmp_path / name), "fstype": kinds[name]}) for name in kinds]
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    expected = {**kinds, "": None, "home/local": None, "home/me": "nfs4", "home/local/b": None, "other": None}
+    assert {name: network_file_system(tmp_path / name) for name in expected} == expected
 
 
 def test_a_full_disk_is_said_and_survived(path, monkeypatch):
@@ -306,4 +483,19 @@ def test_a_journal_that_another_is_making_is_waited_for(tmp_path, monkeypatch):
     assert not refusals
     refusals.append("disk I/O error")
     with pytest.raises(JournalError, match="disk I/O error"):
+        Journal(tmp_path / "journal.sqlite")
+
+
+def test_a_file_system_that_takes_no_shared_log_is_refused_by_name(tmp_path, monkeypatch):
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *arguments):
+            return super().execute(
+                "SELECT 'delete'" if statement == "PRAGMA journal_mode = wal" else statement, *arguments
+            )
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    with pytest.raises(
+        JournalError, match=r"journal mode 'wal' but 'delete'\. Set `journal` to a file on a disk of this"
+    ):
         Journal(tmp_path / "journal.sqlite")

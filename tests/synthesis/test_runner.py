@@ -24,11 +24,9 @@ from hf_longalign.endpoint.protocol import (
     RunStopped,
     Sampling,
 )
-from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.claims import BudgetExceeded
+from hf_longalign.synthesis.budget import Budget, BudgetExceeded
 from hf_longalign.synthesis.journal import Journal, JournalError
-from hf_longalign.synthesis.progress import Progress
-from hf_longalign.synthesis.runner import Runner
+from hf_longalign.synthesis.runner import Progress, Runner
 
 
 class Echo:
@@ -406,8 +404,7 @@ def test_no_key_password_or_path_is_left_anywhere(tmp_path, monkeypatch, capfd):
 
 def test_nothing_is_printed_off_a_terminal(tmp_path):
     code = (
-        "from hf_longalign.synthesis.progress import Progress\n"
-        "progress = Progress(3); progress.done(); progress.close()"
+        "from hf_longalign.synthesis.runner import Progress\nprogress = Progress(3); progress.done(); progress.close()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == done.stderr == ""

@@ -5,7 +5,7 @@ import pytest
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.verify import Rules
-from hf_longalign.synthesis.write import Plan, check_given, judge_given, write_context
+from hf_longalign.synthesis.writer import Plan, check_given, judge_given, write_context
 
 
 SEED = Seed("a", "narrativeqa", "When was the dam below Thornwick finished?", "1912", context="Finished in 1912.")

@@ -1,94 +1,130 @@
 """From seeds to outcomes: choose, write or check contexts, refuse what repeats or is contaminated, measure.
 
-Everything that is paid for happens here, in one process, through the journal; all the rest can be repeated for free.
+Everything that is paid for happens here, through the journal; all the rest can be repeated for free.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-from hf_longalign.endpoint.protocol import Generator, Sampling
-from hf_longalign.synthesis.answering import score_closed_book, score_open_book
+from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.decontaminate import Contamination
 from hf_longalign.synthesis.dialogue import Ask, Count
 from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
-from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
+from hf_longalign.synthesis.documents import draw_chunks
 from hf_longalign.synthesis.duplicates import find_duplicates
 from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
+from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.language import majority_language
 from hf_longalign.synthesis.outcome import Outcome, accepted
 from hf_longalign.synthesis.pairs import write_pair
-from hf_longalign.synthesis.progress import Progress
 from hf_longalign.synthesis.prompts import check_template
-from hf_longalign.synthesis.runner import Runner
+from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.synthesis.team import Team
 from hf_longalign.synthesis.verify import PASSED, Check, Rules
-from hf_longalign.synthesis.write import Plan, check_given, judge_given, write_context
+from hf_longalign.synthesis.writer import (
+    Plan,
+    check_given,
+    judge_given,
+    score_closed_book,
+    score_open_book,
+    write_context,
+)
 
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
+# So many seeds tell the language of all.
+_LANGUAGE_SAMPLE = 1000
+# What a step asks for, as the user sees it.
+_STEPS = {
+    "answer_blind": "closed-book answers",
+    "write": "contexts",
+    "write_pair": "pairs",
+    "judge": "verdicts",
+    "rewrite": "rewriting",
+    "answer_both": "answers",
+}
 _REPEATED = "duplicate: it nearly repeats another context; choose other names, places, figures and events"
 
 
-@dataclass(frozen=True)
-class Team:
-    """The processes that ask together, such as one per GPU: each asks its part, then waits for the others.
-
-    They share one journal on one machine, so after the wait each finds every reply there.
-    """
-
-    rank: int
-    size: int
-    wait: Callable[[], None]
-
-
 @dataclass
-class Stage:
-    """Turns the seeds of a configuration into outcomes.
+class Pipeline:
+    """Turns the seeds of a configuration into outcomes on disk, once for all three configurations of a data set.
 
     Attributes:
         config: what is made and how.
+        files: where the outcomes go.
         generator: writes, answers and judges; `None` where contexts are given and nothing is asked.
         journal: path of the journal.
         budget: what a run may spend.
-        counter: counts tokens; `None` without a tokenizer.
         show_progress: a bar (`True`), nothing (`False`), or a bar on a terminal and log lines elsewhere (`None`).
         team: the processes that ask together; `None` for this one alone.
         shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
     """
 
     config: ContextSynthesisConfig
+    files: Files
     generator: Generator | None
     journal: Path
     budget: Budget | None = None
-    counter: TokenCounter | None = None
     show_progress: bool | None = None
     team: Team | None = None
     shard: tuple[int, int] = (0, 1)
+    _checked: bool = field(default=False, init=False)
+    _done: bool = field(default=False, init=False)
 
-    @cached_property
-    def documents(self) -> list[Document]:
-        """The documents of the configuration."""
-        return read_documents(self.config.documents)
+    def run(self) -> bool:
+        """Ask for everything, and write the outcomes if they are not on disk; of a shard, only its replies remain.
+
+        Returns:
+            Whether this process goes on to compose: of a team, one does.
+
+        Raises:
+            ValueError: what `check` raises, or no seed was accepted.
+            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
+        """
+        if not self._done:
+            if self.team is not None:
+                self._done = self.team.run(self._lead, self._follow)
+            else:
+                self._lead()
+                self._done = True
+        return self._done
+
+    def _lead(self) -> None:
+        self.check()
+        if self.shard != (0, 1):
+            self.outcomes()
+        elif not self.files.has_outcomes():
+            self.files.write_outcomes(self.outcomes())
+
+    def _follow(self, part: tuple[tuple[str, Plan], list[Any]]) -> None:
+        """Ask for what another process has handed out."""
+        (name, plan), items = part
+        self.plan = plan
+        try:
+            self._ask_in_turn(name, items)
+        except RunStopped as stop:
+            # The leader makes up for it, or stops for the same reason and says so.
+            logger.info("This process stops asking: %s", stop)
 
     @cached_property
     def all_seeds(self) -> SeedSet:
         """The seeds, or for instruction synthesis the chunks pairs are written for."""
         config = self.config
         if config.method == "instruction":
-            return SeedSet(draw_chunks(self.documents, config.chunk_words, config.pairs_per_document, config.seed))
+            return SeedSet(
+                draw_chunks(self.files.documents, config.chunk_words, config.pairs_per_document, config.seed)
+            )
         return read_seeds(
             config.seeds,
             contexts=config.contexts,
@@ -107,7 +143,9 @@ class Stage:
         """How contexts are written and what they are held to."""
         config = self.config
         # Of all seeds, not of the shard's: a context must not pass in one shard and fail in the merged run.
-        texts = (f"{seed.instruction} {seed.answer} {(seed.context or '')[:200]}" for seed in self.all_seeds.seeds)
+        seeds = self.all_seeds.seeds
+        sample = seeds[:: max(1, len(seeds) // _LANGUAGE_SAMPLE)]
+        texts = (f"{seed.instruction} {seed.answer} {(seed.context or '')[:200]}" for seed in sample)
         language = config.language or majority_language(texts)
         template = None
         if config.prompt_template is not None:
@@ -134,11 +172,13 @@ class Stage:
         return Contamination(self.config.decontaminate_against, self.config.decontaminate_ngram)
 
     def check(self) -> None:
-        """Read and check everything that can be checked before a request is sent.
+        """Read and check everything that can be checked before a request is sent; once, however often it is called.
 
         Raises:
             ValueError: anything wrong with the configuration, the seeds, the documents or the tokenizer.
         """
+        if self._checked:
+            return
         self.config.validate()
         self._check_asker()
         seeds = self.seeds
@@ -147,14 +187,15 @@ class Stage:
         if self.config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):
-            check_distractors(seeds, self.config, len(self.documents))
+            check_distractors(seeds, self.config, len(self.files.documents))
         elif self.config.difficulty_use != "record":
             raise ValueError(
                 f"`difficulty_use` must be 'record' with shards, got {self.config.difficulty_use!r}: a shard cannot "
                 "compare its seeds with the others. Choose in a run over all seeds."
             )
-        check_budget(seeds, self.config, self.counter)
+        check_budget(seeds, self.config, self.files.counter)
         _ = self.plan, self.contamination
+        self._checked = True
 
     def _check_asker(self) -> None:
         config = self.config
@@ -167,7 +208,7 @@ class Stage:
             if wanted and self.generator is None:
                 raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
 
-    def run(self) -> list[Outcome]:
+    def outcomes(self) -> list[Outcome]:
         """Return one outcome per seed, in the order of the seeds.
 
         Raises:
@@ -182,35 +223,64 @@ class Stage:
         outcomes = [self._decontaminated(outcome) for outcome in outcomes]
         return self._with_answerability(outcomes)
 
-    def ask_all(self, name: str, items: Sequence[T], work: Callable[[T, Ask, Count], Awaitable[R]]) -> list[R]:
-        """Do `work` on every item, through the journal and the generator; the results in the order of the items.
+    def _ask(self, step: str, items: Sequence[Any]) -> list[Any]:
+        """Do a step for every item, together with the team; returns the results in the order of the items."""
+        if not items or self.generator is None:
+            return []
+        if self.team is None:
+            return self._ask_in_turn(step, items)
+        order = self.team.hand_out((step, self.plan), items)
+        done = self._ask_in_turn(step, [items[number] for number in order])
+        results = dict(zip(order, done, strict=True))
+        return [results[number] for number in range(len(items))]
+
+    def _ask_in_turn(self, step: str, items: Sequence[Any]) -> list[Any]:
+        """Do a step for every item, through the journal and the generator.
 
         Raises:
             RunStopped: the budget is spent or the endpoint gone.
         """
-        if not items or self.generator is None:
+        if self.generator is None:
             return []
-        run = partial(self._run, self.generator, name, work=work)
-        if self.team is not None:
-            run(items[self.team.rank :: self.team.size])
-            self.team.wait()
-        return run(items)
-
-    def _run(
-        self, generator: Generator, name: str, items: Sequence[T], work: Callable[[T, Ask, Count], Awaitable[R]]
-    ) -> list[R]:
-        progress = Progress(len(items), name=name, show=self.show_progress)
-
+        work, progress = getattr(self, f"_{step}"), Progress(len(items), name=_STEPS[step], show=self.show_progress)
         try:
             with Journal(self.journal) as journal:
-                runner = Runner(generator, journal, budget=self.budget, progress=progress)
+                runner = Runner(self.generator, journal, budget=self.budget, progress=progress)
 
-                async def job(item: T, ask: Ask) -> R:
+                async def job(item: Any, ask: Ask) -> Any:
                     return await work(item, ask, runner.count)
 
                 return runner.run(partial(job, item) for item in items)
         finally:
             progress.close()
+
+    # The steps. A process that follows another does them by their names.
+
+    async def _answer_blind(self, seed: Seed, ask: Ask, count: Count) -> float | None:
+        return await score_closed_book(
+            seed, self._answering_model, self.plan.sampling, self.config.difficulty_samples, ask
+        )
+
+    async def _write(self, seed: Seed, ask: Ask, count: Count) -> Outcome:
+        return await write_context(seed, self.plan, ask, count=count)
+
+    async def _write_pair(self, chunk: Seed, ask: Ask, count: Count) -> Outcome:
+        return await write_pair(chunk, self.plan, ask, count=count)
+
+    async def _judge(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+        return await judge_given(outcome, self.plan, ask)
+
+    async def _rewrite(self, refused: Outcome, ask: Ask, count: Count) -> Outcome:
+        return await write_context(refused.seed, self.plan, ask, count=count, refused=refused)
+
+    async def _answer_both(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+        model, sampling = self._answering_model, self.plan.sampling
+        found = {
+            "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
+            "answerable_without": await score_closed_book(outcome.seed, model, sampling, 1, ask),
+        }
+        known = {name: score for name, score in found.items() if score is not None}
+        return replace(outcome, scores={**outcome.scores, **known})
 
     def _decontaminated(self, outcome: Outcome) -> Outcome:
         seed = outcome.seed
@@ -231,7 +301,11 @@ class Stage:
             return outcomes
         numbers = accepted(outcomes)
         seeds = [outcomes[number].seed for number in numbers]
-        scores = self._closed_book(seeds) if config.difficulty == "closed_book" else self._losses(seeds)
+        scores: list[float | None]
+        if config.difficulty == "closed_book":
+            scores = self._ask("answer_blind", seeds)
+        else:
+            scores = list(answer_losses(seeds, config.difficulty_model or ""))
         outcomes = list(outcomes)
         for number, score in zip(numbers, scores, strict=True):
             if score is not None:
@@ -244,17 +318,6 @@ class Stage:
                 outcomes[number] = replace(outcomes[number], reason=f"difficulty: not chosen by {config.difficulty}")
         return outcomes
 
-    def _closed_book(self, seeds: Sequence[Seed]) -> list[float | None]:
-        plan, samples = self.plan, self.config.difficulty_samples
-
-        async def work(seed: Seed, ask: Ask, count: Count) -> float | None:
-            return await score_closed_book(seed, self._answering_model, plan.sampling, samples, ask)
-
-        return self.ask_all("closed-book answers", seeds, work)
-
-    def _losses(self, seeds: Sequence[Seed]) -> list[float | None]:
-        return list(answer_losses(seeds, self.config.difficulty_model or ""))
-
     @property
     def _answering_model(self) -> str:
         """The model that answers: the judge where there is one, so that no model marks its own texts."""
@@ -262,43 +325,22 @@ class Stage:
 
     def _with_contexts(self, outcomes: list[Outcome]) -> list[Outcome]:
         numbers = accepted(outcomes)
-        seeds, plan = [outcomes[number].seed for number in numbers], self.plan
+        seeds = [outcomes[number].seed for number in numbers]
         if self.config.method == "instruction":
-
-            async def write(seed: Seed, ask: Ask, count: Count) -> Outcome:
-                return await write_pair(seed, plan, ask, count=count)
-
-            made = self.ask_all("pairs", seeds, write)
-        elif self.config.generator == "documents":
-            made = self._judged([check_given(seed, plan) for seed in seeds])
+            made = self._ask("write_pair", seeds)
+        elif self.config.generator != "documents":
+            made = self._ask("write", seeds)
         else:
-
-            async def write(seed: Seed, ask: Ask, count: Count) -> Outcome:
-                return await write_context(seed, plan, ask, count=count)
-
-            made = self.ask_all("contexts", seeds, write)
+            made = [check_given(seed, self.plan) for seed in seeds]
+            if self.plan.judge is not None:
+                made = self._ask("judge", made)
         return _replaced(outcomes, numbers, made)
-
-    def _judged(self, outcomes: list[Outcome]) -> list[Outcome]:
-        plan = self.plan
-        if plan.judge is None:
-            return outcomes
-
-        async def judge(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-            return await judge_given(outcome, plan, ask)
-
-        return self.ask_all("judge", outcomes, judge)
 
     def _without_duplicates(self, outcomes: list[Outcome]) -> list[Outcome]:
         """Refuse what nearly repeats an earlier context; a written one is written anew while retries are left."""
         if "duplicate" not in self.config.checks:
             return outcomes
         writes = self.config.generator != "documents" and self.config.method == "context"
-        plan = self.plan
-
-        async def rewrite(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-            return await write_context(outcome.seed, plan, ask, count=count, refused=outcome)
-
         while True:
             numbers = accepted(outcomes)
             repeated = find_duplicates(
@@ -308,7 +350,7 @@ class Stage:
                 break
             places = [numbers[place] for place in repeated]
             refused = [replace(outcomes[place], reason=_REPEATED) for place in places]
-            outcomes = _replaced(outcomes, places, self.ask_all("rewriting", refused, rewrite) if writes else refused)
+            outcomes = _replaced(outcomes, places, self._ask("rewrite", refused) if writes else refused)
         passed = Check("duplicate", PASSED)
         return [
             replace(outcome, checks=(*outcome.checks, passed)) if outcome.accepted else outcome for outcome in outcomes
@@ -318,18 +360,8 @@ class Stage:
         """Record what the model answers with and without the context: a row that needs none teaches nothing."""
         if not self.config.answerability:
             return outcomes
-        model, sampling = self._answering_model, self.plan.sampling
-
-        async def work(outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-            found = {
-                "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
-                "answerable_without": await score_closed_book(outcome.seed, model, sampling, 1, ask),
-            }
-            known = {name: score for name, score in found.items() if score is not None}
-            return replace(outcome, scores={**outcome.scores, **known})
-
         numbers = accepted(outcomes)
-        return _replaced(outcomes, numbers, self.ask_all("answers", [outcomes[number] for number in numbers], work))
+        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
 
 
 def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence[Outcome]) -> list[Outcome]:

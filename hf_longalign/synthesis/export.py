@@ -1,8 +1,6 @@
 """Writing a prepared data set to a folder: Parquet files by configuration and split, a card and its picture."""
 
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hf_longalign.cards import dataset_card
 from hf_longalign.records.data import DataRecord
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.disk import whole
 from hf_longalign.synthesis.facts import dataset_facts
 from hf_longalign.synthesis.plots import plot_lengths
 
@@ -26,7 +25,7 @@ _BATCH_ROWS = 100
 PICTURE = "assets/lengths.png"
 
 
-def save(
+def export(
     folder: str | Path,
     data: Mapping[str, Mapping[str, Dataset]],
     config: ContextSynthesisConfig,
@@ -38,8 +37,8 @@ def save(
 ) -> Path:
     """Write the configurations and their card; `load_dataset(folder, "chat")` reads them, as does the Hub.
 
-    The folder appears whole or not at all, and equal data gives equal bytes. A configuration without rows is left out:
-    nothing could load it.
+    The folder appears whole or not at all, also where two processes write it at once, and equal data gives equal
+    bytes. A configuration without rows is left out: nothing could load it.
 
     Args:
         folder: where to; it must be absent, empty, or written by this function.
@@ -59,9 +58,7 @@ def save(
     data = {
         name: kept for name, splits in data.items() if (kept := {k: rows for k, rows in splits.items() if len(rows)})
     }
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    with whole(folder) as unfinished:
         for name, splits in data.items():
             (unfinished / name).mkdir(parents=True)
             for split, dataset in splits.items():
@@ -75,10 +72,6 @@ def save(
             seeds_license=seeds_license,
         )
         (unfinished / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

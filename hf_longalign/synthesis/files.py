@@ -1,8 +1,9 @@
-"""The files between the stages and the rows made from them, for the process that asks and those that compose."""
+"""The files between the pipeline and the rows made from them, for the process that asks and those that compose."""
 
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,13 @@ import pyarrow as pa
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
 from hf_longalign.synthesis.distractors import bm25_scores, embedding_scores, nearest
-from hf_longalign.synthesis.documents import read_documents
+from hf_longalign.synthesis.documents import Document, read_documents
 from hf_longalign.synthesis.feasible import available_distractors, distractor_limit
-from hf_longalign.synthesis.mixing import draw_general
-from hf_longalign.synthesis.outcome import Outcome
+from hf_longalign.synthesis.outcome import Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool
-from hf_longalign.synthesis.schema import features, general_row, outcome_row
-from hf_longalign.synthesis.tables import read_array, read_table, write_array, write_table
+from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import TokenCounter
 from hf_longalign.text import digest
@@ -35,11 +35,12 @@ _COMPOSITION = (
     *("embedding_model", "reference", "test_share", "general_data", "general_share"),
 )
 _QUERY_WORDS = 100
+_ROLES = ("system", "user", "assistant")
 
 
 @dataclass
-class Workspace:
-    """One configuration's files, in the folder of its data set.
+class Files:
+    """The files of a data set, in its folder, which its three configurations share.
 
     Attributes:
         config: what is made and how.
@@ -50,8 +51,19 @@ class Workspace:
     folder: Path
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tables are mapped, and a composer built, by each process for itself.
-        return {"config": self.config, "folder": self.folder}
+        # Each process that composes maps the tables and builds a composer for itself. It needs no seeds, and it must
+        # look where this process has written, whatever has become of their files.
+        config = copy(self.config)
+        config.seeds = None
+        return {"config": config, "folder": self.folder, "_outcomes": self._outcomes, "_composed": self._composed}
+
+    @cached_property
+    def _outcomes(self) -> Path:
+        return self.folder / f"outcomes-{self.config.fingerprint(without=_COMPOSITION)}"
+
+    @cached_property
+    def _composed(self) -> Path:
+        return self.folder / f"composition-{self.config.fingerprint()}"
 
     @cached_property
     def counter(self) -> TokenCounter | None:
@@ -59,19 +71,27 @@ class Workspace:
         return None if self.config.tokenizer is None else TokenCounter(self.config.tokenizer)
 
     @cached_property
+    def documents(self) -> Sequence[Document]:
+        """The documents of the configuration, read once; processes that compose map what was read into memory."""
+        path = self._composed / "documents.arrow"
+        if path.is_file():
+            return _Documents(read_table(path))
+        return read_documents(self.config.documents)
+
+    @cached_property
     def accepted(self) -> pa.Table:
         """The accepted contexts, with the columns of `contexts`."""
-        return read_table(self._outcomes("accepted"))
+        return read_table(self._outcomes / "accepted.arrow")
 
     @cached_property
     def rejected(self) -> pa.Table:
         """What was rejected, with the columns of `rejected`."""
-        return read_table(self._outcomes("rejected"))
+        return read_table(self._outcomes / "rejected.arrow")
 
     @cached_property
     def general(self) -> pa.Table:
         """The general rows that are mixed in."""
-        return read_table(self._composed("general.arrow"))
+        return read_table(self._composed / "general.arrow")
 
     @cached_property
     def test(self) -> np.ndarray:
@@ -83,12 +103,12 @@ class Workspace:
     @cached_property
     def pool(self) -> Pool:
         """All contexts and documents."""
-        return Pool(self.accepted, read_documents(self.config.documents), self.test)
+        return Pool(self.accepted, self.documents, self.test)
 
     @cached_property
     def composer(self) -> Composer:
         """What composes the rows of `chat`."""
-        config = self.config
+        config, nearest = self.config, self._composed / "nearest.npy"
         return Composer(
             pool=self.pool,
             sources=tuple(config.distractor_sources),
@@ -96,7 +116,7 @@ class Workspace:
             counter=self.counter,
             budget=config.target_tokens,
             reference=config.reference,
-            nearest=read_array(self._composed("nearest.npy")) if config.hard_share and config.name == "chat" else None,
+            nearest=read_array(nearest) if config.hard_share and nearest.is_file() else None,
             hard_share=config.hard_share,
             avoid_conflicts="conflict" in config.checks,
             seed=config.seed,
@@ -104,7 +124,7 @@ class Workspace:
 
     def has_outcomes(self) -> bool:
         """Whether the outcomes are on disk."""
-        return self._outcomes("accepted").is_file() and self._outcomes("rejected").is_file()
+        return all((self._outcomes / f"{kind}.arrow").is_file() for kind in ("accepted", "rejected"))
 
     def write_outcomes(self, outcomes: Sequence[Outcome]) -> None:
         """Write the outcomes.
@@ -117,11 +137,13 @@ class Workspace:
         for kind, name in (("rejected", "rejected"), ("accepted", "contexts")):
             columns = features(name)
             rows = (outcome_row(outcome) for outcome in outcomes if outcome.accepted is (kind == "accepted"))
-            write_table(self._outcomes(kind), ({key: row[key] for key in columns} for row in rows), columns)
+            kept = ({key: row[key] for key in columns} for row in rows)
+            write_table(self._outcomes / f"{kind}.arrow", kept, columns.arrow_schema)
 
     def splits(self, config_name: str) -> dict[str, list[int]]:
         """Return the row numbers of each split of a configuration, and write what their rows need."""
         numbers = np.arange(len(self.test))
+        self._write_documents()
         if config_name == "rejected":
             # With a budget, whether a context alone exceeds it is found by the processes that count.
             tested = len(numbers) if self.config.target_tokens is not None else 0
@@ -130,6 +152,7 @@ class Workspace:
         if config_name == "chat":
             self._report_few_distractors()
             self._write_nearest()
+            self.__dict__.pop("composer", None)  # one that was made for `rejected` has no nearest texts
             splits["train"] += [len(numbers) + number for number in range(self._write_general(len(splits["train"])))]
         return {name: rows for name, rows in splits.items() if rows}
 
@@ -163,8 +186,15 @@ class Workspace:
             if limit is not None and number < limit:
                 logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
 
+    def _write_documents(self) -> None:
+        path = self._composed / "documents.arrow"
+        if self.config.documents and not path.is_file():
+            rows = ({"text": one.text, "origin": one.origin, "title": one.title} for one in self.documents)
+            write_table(path, rows, pa.schema([(name, pa.string()) for name in ("text", "origin", "title")]))
+            del self.documents  # from here on they are read from the disk here too
+
     def _write_nearest(self) -> None:
-        config, path = self.config, self._composed("nearest.npy")
+        config, path = self.config, self._composed / "nearest.npy"
         if not config.hard_share or path.is_file():
             return
         texts = [self.pool.text(index) for index in range(len(self.pool))]
@@ -186,15 +216,67 @@ class Workspace:
         config = self.config
         rows = draw_general(config.general_data, config.general_share, long_rows, config.seed)
         if rows:
-            write_table(self._composed("general.arrow"), map(general_row, rows), features("chat"))
+            write_table(self._composed / "general.arrow", map(general_row, rows), features("chat").arrow_schema)
         return len(rows)
-
-    def _outcomes(self, kind: str) -> Path:
-        return self.folder / f"outcomes-{self.config.fingerprint(without=_COMPOSITION)}" / f"{kind}.arrow"
-
-    def _composed(self, name: str) -> Path:
-        return self.folder / f"composition-{self.config.fingerprint()}" / name
 
 
 def _row(table: pa.Table, number: int) -> dict[str, Any]:
     return table.slice(number, 1).to_pylist()[0]
+
+
+class _Documents(Sequence[Document]):
+    """Documents in a table, each made when it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        return Document(**_row(self._table, number))
+
+
+def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int) -> list[dict[str, Any]]:
+    """Return general rows, each `{"messages": [...], "seed_id": ...}`, that make up `share` of the whole.
+
+    Args:
+        sources: files or Hub data sets with a column `messages` of `{"role", "content"}`.
+        share: general rows over all rows, from 0 up to, but not including, 1. Where the sources hold too few, all
+            of them are returned.
+        long_rows: how many rows they are mixed with.
+        seed: seed of the draw.
+
+    Raises:
+        BadRowError: a row whose `messages` are no conversation that ends with the assistant.
+
+    Example:
+
+    >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    >>> draw_general([[{"messages": chat}] * 9], 0.5, long_rows=2, seed=0)[0]["messages"] == chat
+    True
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"`general_share` must be at least 0 and below 1, got {share!r}. Set the share of all rows.")
+    wanted = round(share / (1 - share) * long_rows)
+    if not wanted:
+        return []
+    rows = [row for source in sources for row in read_rows(source)]
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:wanted])
+    return [_conversation(rows[number]) for number in chosen]
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    if row.fault:
+        raise row.fault
+    messages = row.values.get("messages")
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise BadRowError(row, "no conversation", "Give a list of {role, content}.", "messages")
+    for message in messages:
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        if role not in _ROLES or not isinstance(content, str):
+            raise BadRowError(row, f"not a message: {str(message)[:60]}", f"Roles: {', '.join(_ROLES)}.", "messages")
+    if messages[-1]["role"] != "assistant":
+        raise BadRowError(row, "does not end with the assistant", "Cut what follows its last message.", "messages")
+    cleaned = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return {"messages": cleaned, "seed_id": f"general:{row.origin}"}
