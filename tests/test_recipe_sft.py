@@ -219,10 +219,13 @@ def test_adapter_loads_back(uninterrupted):
 
 
 def test_the_adapter_is_published_once_with_its_card(files, tmp_path):
+    """By two processes, of which one pushes and the other waits."""
     with Hub() as hub:
         names = ("--push_to_hub", "true", "--hub_model_id", "user/adapter", "--base_name", "org/base")
         options = ("--max_steps", "2", "--license", "mit", "--languages", "en", "--tag", "v1")
-        command = [sys.executable, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(tmp_path)]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        launcher += ["--config_file", str(RECIPE.parent / "accelerate" / "cpu.yaml")]
+        command = [*launcher, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(tmp_path)]
         hub_settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         environment = {**os.environ, **hub_settings, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

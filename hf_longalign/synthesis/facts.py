@@ -60,7 +60,7 @@ def dataset_facts(
         sampling={} if given else _used(config, _SAMPLING),
         longbench_prompts=_longbench_prompts(chat),
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
-        checks=list(config.checks),
+        checks=_checks(data, config),
         lengths=lengths,
         unit=unit,
         depths=_depths(chat),
@@ -73,6 +73,13 @@ def dataset_facts(
         languages=[language] if language else [],
         hf_longalign=__version__,
     )
+
+
+def _checks(data: Data, config: ContextSynthesisConfig) -> list[str]:
+    """The checks that were run: those of replies are not, where the texts are given."""
+    columns = (rows["checks"] for rows in data.get("contexts", {}).values() if "checks" in rows.column_names)
+    run = {check["name"] for column in columns for checks in column for check in checks}
+    return [name for name in config.checks if name in run]
 
 
 def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, Any]:

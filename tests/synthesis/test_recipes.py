@@ -82,7 +82,7 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
     with Journal(next((tmp_path / "cache").rglob("journal.sqlite"))) as journal:
         entries = list(journal.entries())
     sent, got = (sum(getattr(entry, name) for entry in entries) for name in ("prompt_tokens", "completion_tokens"))
-    cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, ${(sent + 2 * got) / 1e6:,.2f}"
+    cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, less than $0.01"
     assert cost in card and "license: cc-by-4.0" in card and "Licence of the seeds: `cc0-1.0`." in card
     assert "| written by | `tiny`, OpenAI-compatible endpoint |" in card and server.url not in card
     rows = load_dataset(str(tmp_path / "one"), "chat", split="train", cache_dir=tmp_path / "hf")
@@ -286,3 +286,24 @@ def test_coherence_data_is_aligned_and_compared(tmp_path, monkeypatch, given, ca
     assert (tmp_path / "r.md").read_text() == report
     with pytest.raises(ValueError, match=r"same evaluations, got differences in \['qasper'\]"):
         compare({"qasper": 1.0}, {})
+
+
+def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pairs = make_pairs(8, context=lambda n: make_text(n) + " She kept the plans in /home/ann/x.")
+    arguments = ("--seeds", lines(tmp_path / "pairs.jsonl", pairs), *DOCUMENTS, "--cache_dir", tmp_path / "cache")
+    arguments += ("--output_dir", tmp_path / "out", "--push_to_hub", "user/rows", "--push_dry_run", tmp_path / "look")
+    with pytest.raises(
+        ValueError, match=r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done"
+    ):
+        run(monkeypatch, "synthesize", *arguments)
+    assert run(monkeypatch, "synthesize", *arguments, "--allow", "/home/ann") == 0
+    assert (tmp_path / "look" / "README.md").is_file()
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(tmp_path, monkeypatch, given):
+    arguments = ("--seeds", given, *DOCUMENTS, "--output_dir", tmp_path / "out", "--seeds_license", "CC BY 4.0")
+    with pytest.raises(ValueError, match=r"`seeds_license` must be an id of the Hub .* Set 'cc-by-4.0'"):
+        run(monkeypatch, "synthesize", *arguments)
+    assert not (tmp_path / "out").exists()
