@@ -8,9 +8,7 @@ import os
 import re
 import sys
 import tempfile
-from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
 
 
 TESTS = Path(__file__).parents[1]
@@ -34,8 +32,9 @@ def normalised(text: str) -> str:
 
 def run(name: str, *arguments: object) -> None:
     """A command in this process."""
-    with patch.object(sys, "argv", [name, *map(str, arguments)]):
-        assert import_module(f"hf_longalign.commands.{name}").main() == 0
+    from hf_longalign.cli import main
+
+    assert main([name, *map(str, arguments)]) == 0
 
 
 def produce(folder: Path) -> dict[str, str]:
@@ -63,11 +62,24 @@ def adapters(folder: Path) -> dict[str, str]:
     for task in ("qasper", "gov_report"):
         lines = (json.dumps({**row, "all_classes": None, "language": "en", "dataset": task}) + "\n" for row in rows)
         (folder / f"{task}.jsonl").write_text("".join(lines))
-    questions = ("--suite", "needle,longbench,perplexity", "--lengths", 512, 1024, "--depths", 0, 1, "--samples", 2)
+    questions = (
+        "--suites",
+        "needle",
+        "longbench",
+        "perplexity",
+        "--lengths",
+        512,
+        1024,
+        "--depths",
+        0,
+        1,
+        "--samples",
+        2,
+    )
     questions += ("--longbench_source", folder, "--longbench_tasks", "qasper", "gov_report", "multi_news")
     questions += ("--max_new_tokens", 16, "--limit", 4, "--dtype", "float32")
     look = folder / "look"
-    publish = ("--push_to_hub", "user/adapter", "--base_name", "org/base", "--push_dry_run", look)
+    publish = ("--push_to_hub", "--hub_model_id", "user/adapter", "--base_name", "org/base", "--push_dry_run", look)
     models = ("--model", base, "--adapter", folder / "adapter")
     run("evaluate", *models, *questions, *publish, "--output_dir", folder / "report")
     return {
