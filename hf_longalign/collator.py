@@ -16,6 +16,8 @@ from hf_longalign.positions import Strategy, check_target_length, document_rng, 
 
 logger = logging.getLogger(__name__)
 
+# Boundaries in a few sizes are never for fewer documents.
+FEWEST_DOCUMENTS = 16
 # Samples without a place to skip that are met before the user is told so.
 PATIENCE = 32
 
@@ -50,6 +52,8 @@ class SkipPositionDataCollator:
     Padding-free, it returns `"input_ids"`, `"labels"` and `"position_ids"`, int64 `(1, total)`, `"cu_seq_lens_q"` and
     `"cu_seq_lens_k"`, int32 `(documents + 1,)`, `"max_length_q"` and `"max_length_k"`, int, and `"seq_idx"`, int32
     `(1, total)`. The label of each document's first token is -100. Padding to a multiple is a document of its own.
+    With `few_shapes`, for `torch.compile`, the boundaries end in repeated ends, documents without a token, up to a
+    power of two, and the longest document counts as long as the next power of two: kernels need no more than that.
 
     The positions are a function of (seed, epoch, token ids of the sample): the same for any number of workers and
     processes, after a resume and in any batch order. Call [`~SkipPositionDataCollator.set_epoch`] for new ones.
@@ -71,6 +75,9 @@ class SkipPositionDataCollator:
             If set, the length is padded to a multiple of it.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the positions.
+        few_shapes (`bool`, *optional*, defaults to `False`):
+            Whether padding-free boundaries come in a few sizes, so that a compiled model is not compiled again for
+            every number of documents.
 
     Raises:
         ValueError: an argument or a row that is not as said above; among the rows an empty one, one longer than
@@ -115,6 +122,7 @@ class SkipPositionDataCollator:
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     seed: int = 0
+    few_shapes: bool = False
     # Shared memory, so that an epoch set here reaches the workers of a dataloader that are running already.
     _epoch: torch.Tensor = field(init=False, repr=False, compare=False)
 
@@ -240,8 +248,13 @@ class SkipPositionDataCollator:
         boundaries = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         labels = np.concatenate((flat.labels, np.full(padding, IGNORE)))
         labels[boundaries[:-1]] = IGNORE
-        cu_seq_lens = torch.from_numpy(boundaries)
         max_length = int(lengths.max())
+        if self.few_shapes:
+            # The kernels' memory grows by 128 tokens per document, empty or not: no large size for all.
+            missing = max(FEWEST_DOCUMENTS, _power_of_two(lengths.size)) - lengths.size
+            boundaries = np.append(boundaries, np.full(missing, boundaries[-1]))
+            max_length = _power_of_two(max_length)
+        cu_seq_lens = torch.from_numpy(boundaries)
         return {
             "input_ids": _row(np.concatenate((flat.input_ids, np.full(padding, self.pad_token_id)))),
             "labels": _row(labels),
@@ -252,6 +265,10 @@ class SkipPositionDataCollator:
             "max_length_k": max_length,
             "seq_idx": _row(np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)),
         }
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _row(values: np.ndarray) -> torch.Tensor:
