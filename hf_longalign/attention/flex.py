@@ -118,7 +118,7 @@ def flex_packed(
         # Short rows would take a kernel made for decoding, compiled apart.
         "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},
     }
-    attend = _compiled() if query.is_cuda else flex_attention
+    attend: Any = _compiled() if query.is_cuda else flex_attention
     if sinks is None:
         out = attend(*rows, **options)
     else:

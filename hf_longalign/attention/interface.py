@@ -115,7 +115,8 @@ def longalign_attention(
     _refuse_unsupported(module, attention_mask, is_causal, softcap, s_aux, kwargs)
     query, key, value = _to_one_dtype(module, query, key, value)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap, s_aux)
-    longest, one_row = kwargs.get("max_length_q"), query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    longest: Any = kwargs.get("max_length_q")
+    one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     if (
         torch.compiler.is_compiling()
         and one_row
