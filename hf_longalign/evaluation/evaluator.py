@@ -214,7 +214,8 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
         elif name == "perplexity":
             documents = read_documents(options.perplexity_documents or options.haystack, options)
             window = options.perplexity_window or max(grid.lengths)
-            suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window))
+            limit = options.perplexity_limit
+            suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
             suites.append(
                 HarnessSuite(
@@ -302,7 +303,7 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
                 chat=chat,
             )
         except (ConnectionError, FileNotFoundError) as error:
-            missing[task] = str(error).replace(source, public_name(source))
+            missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
             logger.warning("%s is left out: %s", task, error)
     return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
 
@@ -369,7 +370,7 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
     if "short" in options.suites:
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
-        chosen["LongBench data"] = public_name(options.longbench_source)
+        chosen["LongBench data"] = public_name(options.longbench_source or "zai-org/LongBench")
         chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"
     if options.limit is not None:
         chosen["limit"] = options.limit
