@@ -72,6 +72,12 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        if self.packing and self.packing_strategy == "wrapped" and self.skip_strategy != "none":
+            raise ValueError(
+                "`packing_strategy` must be 'bfd' or 'bfd_split' with "
+                f"`skip_strategy={self.skip_strategy!r}`, got 'wrapped', which cuts documents and lets them see each "
+                "other. Set 'bfd'."
+            )
         if self.loss_weighting == "sequence" and not self.average_tokens_across_devices:
             raise ValueError(
                 "`loss_weighting='sequence'` averages over the sequences of all devices, got "

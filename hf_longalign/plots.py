@@ -3,6 +3,7 @@
 Drawn without a display or a global state; equal numbers give equal bytes.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,9 +102,10 @@ def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list
         )
     ]
     if len(first.depths) > 1:
+        reach = {label: found.length for label, found in suite.reaches[0].reach.items()} if suite.reaches else {}
         means = {label: np.mean([grid.cells[label] for grid in alike.values()], axis=0) for label in labels}
         path = folder / f"{suite.suite}_heatmap.png"
-        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}"))
+        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}", reach=reach))
         for task, grid in grids.items() if len(grids) > 1 else ():
             path, title = folder / f"{suite.suite}_{task}.png", f"{name}, {task.replace('_', '-')}"
             paths.append(plot_heatmap(grid.cells, grid.lengths, grid.depths, path, title=title))
@@ -229,7 +231,13 @@ def spread(heights: Mapping[str, float], *, gap: float, top: float) -> dict[str,
 
 
 def plot_heatmap(
-    panels: Mapping[str, ArrayLike], lengths: Sequence[int], depths: Sequence[float], path: str | Path, *, title: str
+    panels: Mapping[str, ArrayLike],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    path: str | Path,
+    *,
+    title: str,
+    reach: Mapping[str, int] | None = None,
 ) -> Path:
     """Draw accuracy by depth and length, one panel per model on one colour scale, and return the file's path.
 
@@ -239,6 +247,7 @@ def plot_heatmap(
         depths: place of the fact, 0 at the beginning of the context, 1 at its end, one per row.
         path: where the PNG goes; its folder is made.
         title: what the reader should see.
+        reach: effective length by name, after whose column a line is drawn.
 
     Raises:
         ValueError: a panel that is not one accuracy per depth and length.
@@ -259,7 +268,11 @@ def plot_heatmap(
             axes.set_xlabel("context length in tokens")
             if index == 0:
                 axes.set_ylabel("depth of the fact")
-            axes.set_title(name, fontsize=11)
+            reached = (reach or {}).get(name)
+            if reached is not None:
+                axes.axvline(bisect_right(list(lengths), reached) - 0.5, color=COLOURS[1], linewidth=2.5)
+            shown = "" if reached is None else f", reaches {reached:,}" if reached else ", reaches none"
+            axes.set_title(name + shown, fontsize=11)
         figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9).outline.set_visible(False)
     return Path(path)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_longalign.positions import STRATEGIES
+from hf_longalign.positions import STRATEGIES, check_share, check_target_length, get_strategy
 
 
 # Those that need nothing but a length; "longrope" needs factors that somebody has searched for the model.
@@ -60,16 +60,10 @@ class TrainingOptions:
         from hf_longalign.cards.page import check_license
 
         check_license(license=self.license)
-        if self.skip_strategy not in STRATEGIES:
-            raise ValueError(
-                f"`skip_strategy` must be one of {', '.join(STRATEGIES)}, got {self.skip_strategy!r}. "
-                "Set 'skip_all' if in doubt."
-            )
-        if not isinstance(self.skip_probability, float | int) or not 0 <= self.skip_probability <= 1:
-            raise ValueError(
-                f"`skip_probability` must be a number from 0 to 1, got {self.skip_probability!r}. Set 0.5 for half of "
-                "the samples."
-            )
+        get_strategy(self.skip_strategy, name="skip_strategy")
+        check_share("skip_probability", self.skip_probability)
+        if self.skip_target_length is not None:
+            check_target_length(self.skip_target_length, name="skip_target_length")
         if self.rope_type is not None and self.rope_type not in ROPE_TYPES:
             raise ValueError(
                 f"`rope_type` must be one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}. Set 'yarn' if in doubt."

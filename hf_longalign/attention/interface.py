@@ -37,10 +37,8 @@ from hf_longalign.attention.packing import (
     remembered,
     window_segments,
 )
-from hf_longalign.attention.support import ATTENTION_NAME, SUPPORTED_LAYERS, exactness_problem, has_recurrent_layers
+from hf_longalign.attention.support import ATTENTION_NAME, SUPPORTED_LAYERS
 
-
-__all__ = ["ATTENTION_NAME", "exactness_problem", "has_recurrent_layers", "register_attention"]
 
 # The parts of transformers' mask functions that say "causal", "window" or "packed"; this attention does those itself.
 _CAUSAL_PARTS = {

@@ -12,8 +12,9 @@ from hf_longalign.hub import check_base_name
 
 DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions, and write a report of what changed.
 
-    hf-longalign evaluate --model Qwen/Qwen2.5-0.5B-Instruct --adapter outputs/qwen2.5-0.5b \\
-        --suites needle puzzles --output_dir outputs/report
+    hf-longalign evaluate Qwen/Qwen2.5-0.5B-Instruct
+    hf-longalign evaluate Qwen/Qwen2.5-0.5B-Instruct --adapter outputs/qwen2.5-0.5b \\
+        --suites needle puzzles ruler --output_dir outputs/report
 
 Every answer is on disk as soon as it is there: the same command goes on where a killed one stopped. Several processes
 (accelerate launch -m hf_longalign evaluate …) share the questions."""
@@ -23,6 +24,8 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the options of the models, the suites, the Hub, publishing and the card."""
     classes = (ModelOptions, SuiteOptions, HubOptions, PublishOptions, AdapterCardOptions)
     parser = OptionParser("evaluate", classes, DESCRIPTION)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
     model, suites, hub, publish, card = parser.read(arguments)
     try:
         suites.check(model.endpoint)

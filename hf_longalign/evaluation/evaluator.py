@@ -1,7 +1,7 @@
 """`evaluate`: ask a model, and the adapter trained on it, the same questions, and report what changed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from importlib.metadata import version
@@ -39,15 +39,15 @@ from hf_longalign.evaluation.noise import noise
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity_suite import PerplexitySuite
 from hf_longalign.evaluation.placement import needle_prompts
-from hf_longalign.evaluation.plan import plan_grid
+from hf_longalign.evaluation.plan import cells_to_refine, plan_grid, seconds_per_prompt
 from hf_longalign.evaluation.prompt import Prompt, fingerprint
-from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts
+from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import Examinee, spent
 from hf_longalign.evaluation.store import ResultStore
-from hf_longalign.evaluation.suites import PromptSuite
+from hf_longalign.evaluation.suites import Maker, PromptSuite
 from hf_longalign.records.report import EvaluatedModel, Report
 from hf_longalign.rope import model_range
 from hf_longalign.run_record import loaded_commit
@@ -105,6 +105,7 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> Report | None:
         state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
         for suite in suites:
             suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
+        refine(examined, suites, options, store)
         if not state.is_main_process:
             return None
         report = make_report(examined, options, suites, store)
@@ -199,35 +200,15 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
     grid = plan_grid(examined.model, len(examined.who), options, lengths, state)
     texts = read_documents(options.haystack, options)
     haystack = public_documents(options.haystack)
-    asked: dict[str, Any] = {"lengths": grid.lengths, "samples": grid.samples, "count": count, "chat": chat}
     suites: list[Suite] = []
     for name in options.suites:
-        if name == "needle":
-            prompts = needle_prompts(
-                **asked,
-                haystack=texts,
-                depths=options.depths,
-                tasks=options.needle_tasks,
-                seed=options.seed,
-                max_new_tokens=options.max_new_tokens,
-            )
-            total = len(options.needle_tasks) * len(grid.lengths) * grid.samples * len(options.depths)
-            made = list(tqdm(prompts, desc="making needle prompts", total=total, disable=not state.is_main_process))
-            suites.append(PromptSuite(name, made, score_needle, haystack=haystack))
-        elif name == "puzzles":
-            made = puzzle_prompts(
-                **asked,
-                haystack=texts,
-                tasks=options.puzzles,
-                seed=options.seed,
-                max_new_tokens=min(options.max_new_tokens, 64),
-                diagnose=options.diagnose,
-            )
-            suites.append(PuzzleSuite(made, haystack))
-        elif name == "ruler":
-            questions = load_questions(options.ruler_questions) if options.ruler_questions else ()
-            made, missing = ruler_prompts(**asked, tasks=options.ruler_tasks, essays=texts, questions=questions)
-            suites.append(PromptSuite(name, made, score_ruler, missing=missing, haystack=haystack))
+        if name in ("needle", "puzzles", "ruler"):
+            make = _maker(name, options, texts, count=count, chat=chat)
+            tasks = {"needle": options.needle_tasks, "puzzles": options.puzzles, "ruler": options.ruler_tasks}[name]
+            made, missing = make(tqdm(tasks, desc=name, disable=not state.is_main_process), grid.lengths, grid.samples)
+            kind = PuzzleSuite if name == "puzzles" else PromptSuite
+            scorer = {"needle": score_needle, "puzzles": score_puzzle, "ruler": score_ruler}[name]
+            suites.append(kind(name, made, scorer, missing=missing, haystack=haystack, make=make))
         elif name == "longbench":
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
@@ -250,6 +231,60 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
     return suites
 
 
+def _maker(name: str, options: SuiteOptions, texts: Any, **asked: Any) -> Maker:
+    """What makes the prompts of some tasks at some lengths; those of fewer samples are the first of more."""
+
+    def make(tasks: Iterable[str], lengths: Sequence[int], samples: int) -> tuple[list[Prompt], dict[str, str]]:
+        prompts: list[Prompt] = []
+        missing: dict[str, str] = {}
+        for task in tasks:
+            grid = {"tasks": [task], "lengths": lengths, "samples": samples, **asked}
+            if name == "needle":
+                room = options.max_new_tokens
+                own = {"haystack": texts, "depths": options.depths, "seed": options.seed, "max_new_tokens": room}
+                prompts += needle_prompts(**grid, **own)
+            elif name == "puzzles":
+                room = min(options.max_new_tokens, 64)
+                own = {"haystack": texts, "diagnose": options.diagnose, "seed": options.seed, "max_new_tokens": room}
+                prompts += puzzle_prompts(**grid, **own)
+            else:
+                questions = load_questions(options.ruler_questions) if options.ruler_questions else ()
+                made, without_room = ruler_prompts(**grid, essays=texts, questions=questions)
+                prompts += made
+                missing |= without_room
+        return prompts, missing
+
+    return make
+
+
+def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, store: ResultStore) -> None:
+    """Ask more samples where intervals are wide, until none is wider than ± 3 points or the minutes are over.
+
+    Every process decides by the same results, and so decides the same.
+    """
+    if options.samples is not None or examined.model is None:
+        return
+    state = PartialState()
+    grids = [suite for suite in suites if isinstance(suite, PromptSuite) and suite.make is not None]
+    while True:
+        prompts = [prompt for suite in grids for prompt in suite.prompts]
+        costs = seconds_per_prompt(examined.who, prompts, store)
+        left = 60 * options.minutes - sum(spent(one, prompts, store).seconds for one in examined.who)
+        more = []
+        for suite in grids:
+            cells = cells_to_refine(suite.results(examined.who, store), suite.prompts, costs, left)
+            left -= sum(cell.seconds for cell in cells)
+            more += [(suite, cell) for cell in cells]
+        if not more:
+            return
+        if state.is_main_process:
+            logger.info("Intervals are wide at %d tasks and lengths: more samples are asked there.", len(more))
+        for suite, cell in more:
+            suite.extend(cell.task, cell.length, cell.samples)
+        for suite in grids:
+            suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
+
+
 def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) -> PromptSuite:
     """Make LongBench's prompts; tasks whose data cannot be had are left out, and told."""
     source = options.longbench_source
@@ -261,6 +296,7 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
                 [task],
                 tokenizer=examined.tokenizer,
                 max_length=examined.reach,
+                longbench_length=options.longbench_length,
                 source=source,
                 limit=options.limit,
                 chat=chat,
@@ -334,6 +370,7 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
         chosen["LongBench data"] = public_name(options.longbench_source)
+        chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"
     if options.limit is not None:
         chosen["limit"] = options.limit
     if local:

@@ -104,6 +104,10 @@ class SuiteOptions:
     longbench_source: str = field(
         default="THUDM/LongBench", metadata={"help": "Hub id, data.zip or a folder of `<task>.jsonl`."}
     )
+    longbench_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens that longer LongBench prompts are cut to, as published: 3500, 7500, 31500."},
+    )
     short_tasks: list[str] = field(
         default_factory=lambda: list(SHORT), metadata={"help": "lm-eval tasks of short contexts."}
     )

@@ -1,12 +1,13 @@
-"""How many samples, at which lengths: as many as the time allows, told before the first is asked."""
+"""How many samples, at which lengths: as many as the time allows, and more where it helps."""
 
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from accelerate import PartialState
 
 from hf_longalign.evaluation.options import SuiteOptions
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.runner import Examinee, spent
+from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import SuiteResult
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +32,8 @@ ANSWER_STEPS = 8
 # The share of a needle prompt that is read anew, the mean over its depths: what stands before the needle is kept.
 NEEDLE_SHARE = 0.6
 FOLDER_WAIT = 0.2
+# Half the width of a 95 % interval below which more samples are not worth their time.
+WIDTH = 0.03
 
 
 @dataclass(frozen=True)
@@ -127,3 +134,58 @@ def seconds_per_token(model: Any) -> tuple[float, float, float]:
     short, long = PROBES
     pair = max(0.0, (at_long / long - at_short / short) / (long - short))
     return max(1e-9, at_short / short - pair * short), pair, written
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task at a length: the samples it shall have in all, and about how many seconds the new ones take."""
+
+    task: str
+    length: int
+    samples: int
+    seconds: float
+
+
+def cells_to_refine(
+    result: SuiteResult, prompts: Sequence[Prompt], costs: Mapping[int, float], seconds: float
+) -> list[Cell]:
+    """Return where more samples are worth their time: the shortest lengths first, as many as there is time for.
+
+    A 95 % interval narrows with the root of the samples, so how many bring it within ± 3 points is known. At most four
+    times as many are asked at once, since the width itself is known badly from few.
+
+    Args:
+        result: of a suite, so far.
+        prompts: of that suite.
+        costs: seconds of a prompt by its length, all models together.
+        seconds: that are left.
+    """
+    cells = []
+    for task, grid in [(task, task.grid) for task in result.tasks if task.grid is not None]:
+        for column, length in enumerate(grid.lengths):
+            own = [prompt for prompt in prompts if prompt.task == task.task and prompt.length == length]
+            present = len({prompt.index for prompt in own})
+            scores = [row[column] for row in grid.by_length.values()]
+            half = max((score.high or 1.0) - (score.low or 0.0) for score in scores) / 2
+            wanted = min(ceil(present * (half / WIDTH) ** 2), 4 * present)
+            if half > WIDTH and wanted > present:
+                each = costs[length] * len(own) / present
+                cells.append(Cell(task.task, length, wanted, (wanted - present) * each))
+    kept = []
+    for cell in sorted(cells, key=lambda cell: (cell.length, cell.task)):
+        seconds -= cell.seconds
+        if seconds < 0:
+            break
+        kept.append(cell)
+    return kept
+
+
+def seconds_per_prompt(
+    examinees: Sequence[Examinee], prompts: Sequence[Prompt], store: ResultStore
+) -> dict[int, float]:
+    """Return what a prompt of each length took on average, all models together."""
+    costs = {}
+    for length in {prompt.length for prompt in prompts if prompt.length is not None}:
+        own = [prompt for prompt in prompts if prompt.length == length]
+        costs[length] = sum(spent(examinee, own, store).seconds for examinee in examinees) / len(own)
+    return costs

@@ -58,7 +58,7 @@ def puzzle_prompts(
                 puzzle = draw_puzzle(task, seed, index)
                 rng = seeded_rng("puzzle", seed, task, index)
                 texts = {FULL: lengthen(puzzle, length - max_new_tokens, count, filler, rng).text}
-                if diagnose and length == lengths[0]:
+                if diagnose and length == lengths[0]:  # the shorter ways do not depend on the length
                     texts |= {EVIDENCE: puzzle.open_evidence(), CLOSED_BOOK: puzzle.closed_book()}
                 prompts += [
                     Prompt(
@@ -90,9 +90,6 @@ def score_puzzle(prompt: Prompt, answer: str) -> dict[str, float]:
 
 class PuzzleSuite(PromptSuite):
     """Puzzles, with the reason why an answer at the longest length is wrong where they were asked in all ways."""
-
-    def __init__(self, prompts: Sequence[Prompt], haystack: str) -> None:
-        super().__init__(SUITE, prompts, score_puzzle, haystack=haystack)
 
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> SuiteResult:
         """Return the scores over the long texts, and the diagnosis of each task."""

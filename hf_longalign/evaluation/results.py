@@ -43,7 +43,8 @@ def suite_result(
         for rule, threshold in (("85 % of its own short score", None), ("RULER's, 85.6 %", RULER_THRESHOLD))
         if suite == "ruler" or threshold is None
     ]
-    return SuiteResult(suite, tasks, group_means(tasks, groups or {}), [found for found in reach if found is not None])
+    means = group_means(tasks, groups or {}) + _part_means(prompts, answers, scorer)
+    return SuiteResult(suite, tasks, means, [found for found in reach if found is not None])
 
 
 def group_means(tasks: Sequence[TaskResult], groups: Mapping[str, Sequence[str]]) -> list[GroupResult]:
@@ -69,6 +70,24 @@ def group_means(tasks: Sequence[TaskResult], groups: Mapping[str, Sequence[str]]
             scores = {label: float(np.mean([done[task][label].value for task in members])) for label in labels}
             means.append(GroupResult(name, scores))
     return means
+
+
+def _part_means(
+    prompts: Sequence[Prompt], answers: Mapping[str, Sequence[Completion]], scorer: Scorer
+) -> list[GroupResult]:
+    """The means of the parts that tasks have in common, such as LongBench-E's ranges of lengths: over the tasks."""
+    found = []
+    for part in sorted({part for prompt in prompts for part in prompt.parts}):
+        tasks = {prompt.task for prompt in prompts if part in prompt.parts}
+        scores = {}
+        for label, texts in answers.items():
+            values: dict[str, list[float]] = {task: [] for task in tasks}
+            for prompt, answer in zip(prompts, texts, strict=True):
+                if part in prompt.parts:
+                    values[prompt.task].append(next(iter(scorer(prompt, answer.text).values())))
+            scores[label] = float(np.mean([np.mean(own) for own in values.values()]))
+        found.append(GroupResult(part, scores))
+    return found
 
 
 def _task_result(

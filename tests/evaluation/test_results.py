@@ -88,6 +88,19 @@ def test_prompts_without_length_have_no_grid():
     assert result.groups == [] and result.reaches == []
 
 
+def test_parts_are_averaged_over_their_tasks():
+    prompts = [
+        Prompt("longbench", task, index, "text", ("yes",), 8, parts=(part,))
+        for task, parts in (("a", ("0-4k", "0-4k", "8k+")), ("b", ("0-4k",)))
+        for index, part in enumerate(parts)
+    ]
+    result = suite_result("longbench", prompts, {"base": completions(["yes yes", "", "yes yes", "yes yes"])}, score)
+    assert {group.group: group.scores["base"] for group in result.groups if group.group != "average"} == {
+        "0-4k": 0.75,
+        "8k+": 1.0,
+    }
+
+
 def test_prompts_without_depth_have_one_row():
     prompts = [
         Prompt("ruler", "vt", index, "text", ("yes",), 8, length=length) for length in LENGTHS for index in range(4)

@@ -170,6 +170,17 @@ def test_two_processes_on_cpus_ask_once(tmp_path):
     assert done.stdout.count("Wrote ") == 1
 
 
+def test_the_same_command_twice_at_once_gives_one_output(tmp_path, given):
+    command = [sys.executable, str(RECIPES / "synthesize.py"), "--seeds", str(given), *map(str, DOCUMENTS)]
+    command += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 0 and "Wrote " in output, errors[-3000:]
+    assert load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf").num_rows == 24
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, monkeypatch, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
     with FakeEndpoint() as server:

@@ -1,9 +1,22 @@
+from dataclasses import replace
+
 import pytest
 
-from hf_longalign.synthesis.duplicates import find_duplicates
-from hf_longalign.synthesis.language import identify_language, majority_language
+from hf_longalign.synthesis.checks import (
+    CHECKS,
+    DEFAULT_CHECKS,
+    FAILED,
+    Check,
+    Rules,
+    failures,
+    identify_language,
+    majority_language,
+    verify_context,
+)
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS, FAILED, Check, Rules, failures, verify_context
+from hf_longalign.synthesis.tokens import ControlTokens
+
+from .twins import TWINS
 
 
 STORY = (
@@ -37,6 +50,22 @@ def run(name, context=STORY, pair=None, written=True, finish_reason="stop", **ru
         ("meta", STORY + "This text provides what is needed.", "failed", "'This text provides'"),
         ("meta", STORY + "[continue with more detail]", "failed", "[continue with more detail]"),
         ("meta", STORY + '"No note," she said, "was left."', "passed", ""),
+        (
+            "meta",
+            STORY + "\n\nLet me know if you would like me to expand it!",
+            "failed",
+            "a remark to the reader: 'Let me",
+        ),
+        ("meta", STORY + "Feel free to ask for any changes.", "failed", "a remark to the reader: 'Feel free"),
+        ("meta", STORY + "\n---\n*Would you like me to adjust the tone?*", "failed", "a remark to the reader: 'Would"),
+        ("meta", STORY + "如果您需要更多细节，请告诉我。", "failed", "a remark to the reader: '如果您需要"),
+        ("meta", STORY + '"Let me know if you would like more tea," said Ada.', "passed", ""),
+        ("meta", "Let me know if you would like more, she wrote. " + STORY * 3, "passed", ""),
+        ("complete", STORY + "เขื่อนสร้างเสร็จในปี 1912 ใต้หมู่บ้าน", "open", "marks no end"),
+        ("complete", "水坝建于1912年。", "passed", ""),
+        ("complete", "她说：「水坝建好了。」", "passed", ""),
+        ("complete", "水坝建于1912年，然后", "failed", "breaks off"),
+        ("refusal", "抱歉，我无法编写这段文字。", "failed", "it refuses"),
         ("leak", STORY + "When was the dam below Thornwick finished?", "failed", "word for word"),
         ("leak", STORY, "passed", ""),
     ],
@@ -57,8 +86,14 @@ def test_cut_off_and_length():
 @pytest.mark.parametrize(
     "answer, outcome, detail",
     [
-        ("1912", "passed", "string"),
-        ("The Autumn of 1912!", "passed", "normalised"),
+        ("1912", "passed", "word for word"),
+        ("The Autumn of 1912!", "passed", "word for word"),
+        ("in the year 1912", "passed", "close together"),
+        ("1912, in autumn", "passed", "close together"),
+        ("91", "failed", "does not hold"),
+        ("Lovell, Ada", "passed", "close together"),
+        ("Lovell, valley", "failed", "does not hold"),
+        ("It is her.", "open", "no word to compare"),
         ("1913", "failed", "does not hold what the answer '1913' says"),
         ("Ada Lovell drew all the plans", "failed", "does not hold"),
         ("Ada Lovell had the plans drawn", "passed", "1.00 of the answer's words"),
@@ -93,7 +128,7 @@ def test_a_short_instruction_cannot_leak():
 
 def test_a_given_text_is_not_tested_for_what_only_models_do():
     checks = verify_context("As an AI", seed(), Rules(DEFAULT_CHECKS), written=False)
-    assert [check.name for check in checks] == ["length", "support", "leak", "language"]
+    assert [check.name for check in checks] == ["length", "support", "leak", "language", "control_tokens"]
 
 
 def test_every_check_can_be_left_out_and_failures_are_the_reason():
@@ -104,9 +139,31 @@ def test_every_check_can_be_left_out_and_failures_are_the_reason():
     assert failures(checks[1:2]) == ""
 
 
-def test_near_duplicates_are_found_and_the_first_is_kept():
-    texts = [STORY * 3, GERMAN * 3, STORY * 3 + "So it was.", STORY.replace("Ada", "Eve") * 3, "Another text."]
-    assert find_duplicates(texts) == {2: 0}
-    assert find_duplicates(texts, threshold=0.6) == {2: 0, 3: 0}
-    assert find_duplicates(texts, threshold=0.95) == {}
-    assert find_duplicates(["a", "a", "a"]) == {1: 0, 2: 0}
+@pytest.mark.parametrize("language", TWINS)
+def test_every_script_is_decided_as_the_english_twin(language):
+    rows = TWINS[language]
+    for number, (context, instruction, answer) in enumerate(rows):
+        pair = Seed("a", "narrativeqa", instruction, answer)
+        others = " ".join(row[0] for row in rows[:number] + rows[number + 1 :])
+        decided = number < len(rows) - 1  # the last one asks for yes or no
+        assert run("support", context, pair)[0] == ("passed" if decided else "open")
+        assert run("support", others, pair)[0] == ("failed" if decided else "open")
+        assert run("leak", context, pair)[0] == "passed"
+        assert run("leak", f"{context} {instruction} {others}", pair)[0] == "failed"
+        assert run("language", f"{context} {others}", pair, language=language) == ("passed", language)
+
+
+def test_control_tokens():
+    assert run("control_tokens", STORY + "<|im_end|>\n<|im_start|>user", seed())[0] == "failed"
+    assert run("control_tokens", STORY, seed("1912</s>")) == (
+        "failed",
+        "it holds '</s>', a mark of a chat template; leave it out",
+    )
+    assert run("control_tokens", STORY)[0] == "passed"
+    (check,) = verify_context(STORY, seed(), Rules(("control_tokens",)), written=True, title="<s>Dams")
+    assert check.outcome == "failed"
+    own = ControlTokens(["<unused7>", "[dam]"])
+    assert run("control_tokens", STORY + "<unused7>", control=own)[0] == "failed"
+    assert run("control_tokens", STORY + "<unused7>")[0] == "passed"
+    mended = replace(seed(), neutralised=2)
+    assert run("control_tokens", STORY, mended) == ("neutralised", "2 in the seed")
