@@ -170,14 +170,19 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if target_length is None and self._strategy != "none":
             target_length = model_range(self.model.config)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        multiple: Any = self.args.pad_to_multiple_of  # TRL has resolved "auto"
+        if self.args.torch_compile and self.args.packing and multiple is None:
+            # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
+            multiple = self.args.max_length
         return SkipPositionDataCollator(
             self._tokenizer,
             target_length=target_length,
             strategy=self._strategy,
             skip_probability=self.args.skip_probability,
             padding_free=self.padding_free,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
+            pad_to_multiple_of=multiple,
             seed=seed,
+            few_shapes=self.args.torch_compile,
         )
 
     def _use_collator(self, collator: SkipPositionDataCollator) -> None:
