@@ -43,8 +43,9 @@ from hf_longalign.evaluation.plan import cells_to_refine, plan_grid, seconds_per
 from hf_longalign.evaluation.prompt import Prompt, fingerprint
 from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
-from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
+from hf_longalign.evaluation.ruler import ruler_prompts
 from hf_longalign.evaluation.ruler_data import load_questions
+from hf_longalign.evaluation.ruler_tasks import score_ruler
 from hf_longalign.evaluation.runner import Examinee, spent
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import Maker, PromptSuite
