@@ -8,23 +8,25 @@ tokenizers), nothing is tokenised again unless `parts` need it.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.data_utils import common_prefix_length, get_dataset_column_names, is_conversational
-
-from hf_longalign.blocks import (
-    IGNORE,
-    Blocks,
-    block_response,
-    blocks_at,
-    blocks_from_labels,
-    blocks_to_column,
+from trl import SFTConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import (
+    common_prefix_length,
+    get_dataset_column_names,
+    is_conversational,
+    is_conversational_from_value,
+    maybe_convert_to_chatml,
 )
+
+from hf_longalign.blocks import IGNORE, Blocks, block_response, blocks_at, blocks_from_labels, blocks_to_column
 from hf_longalign.turns import (
     PROMPT_COMPLETION_FRAME,
     TEXT_FRAME,
@@ -34,7 +36,6 @@ from hf_longalign.turns import (
     content_of,
     place_turns,
     read_frame,
-    special_tokens_pattern,
 )
 from hf_longalign.version import __version__
 
@@ -194,10 +195,7 @@ class RowPreparer:
         if shape not in self._frames:
             if len(self._frames) >= MAX_FRAMES:
                 self._frames.clear()
-            special = special_tokens_pattern(self.tokenizer.get_added_vocab())
-            self._frames[shape] = read_frame(
-                messages, lambda part, **options: self._render(row, part, **options), special
-            )
+            self._frames[shape] = read_frame(messages, partial(self._render, row), self.tokenizer.get_added_vocab())
         frame = self._frames[shape]
         return None if frame is None else place_turns(text, contents, frame)
 
@@ -260,7 +258,8 @@ class RowPreparer:
                     "or does not tokenise to its `input_ids`. Give a `block_lengths` column instead."
                 )
             return None
-        cuts = _merge(text.turns.cuts + _part_cuts(text, text.turns, parts))
+        # Of a part and a turn that begin at one character the response comes last, and stays.
+        cuts = sorted(text.turns.cuts + _part_cuts(text, text.turns, parts))
         tokens = [_token_at(encoding, cut.start, len(text.text)) for cut in cuts]
         return blocks_at(tokens, [cut.response for cut in cuts], len(encoding.ids))
 
@@ -324,14 +323,6 @@ def _part_cuts(text: Text, turns: Turns, parts: list[dict[str, Any]]) -> list[Cu
     return cuts
 
 
-def _merge(cuts: list[Cut]) -> list[Cut]:
-    """Sorted cuts, one per character; at the same one the message's own cut is a response, a part's keeps it."""
-    merged: dict[int, bool] = {}
-    for cut in cuts:
-        merged[cut.start] = merged.get(cut.start, False) or cut.response
-    return [Cut(start, response) for start, response in sorted(merged.items())]
-
-
 def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens: bool, **progress: Any) -> Any:
     """Map a preparer over a data set and leave out the rows that train nothing, saying how many.
 
@@ -369,3 +360,59 @@ def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens:
 def _has_target(labels: Sequence[int]) -> bool:
     # Nothing comes before the first token that could predict it.
     return any(label != IGNORE for label in labels[1:])
+
+
+def is_fast(processing_class: Any) -> bool:
+    """Whether it is a tokenizer that knows the characters of its tokens."""
+    return isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.is_fast
+
+
+def as_conversations(dataset: Any, **progress: Any) -> Any:
+    """Return the data set in ChatML's form if it holds conversations that are not tokenised yet, else `None`."""
+    first = next(iter(dataset))
+    if "input_ids" in first:
+        return None
+    if is_conversational_from_value(first):
+        dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations", **progress)
+        first = next(iter(dataset))
+    return dataset if is_conversational(first) else None
+
+
+def lacks_marks(processing_class: Any, dataset: Any) -> bool:
+    """Whether the answers of a data set's conversations must be found without the template's help.
+
+    TRL's `assistant_only_loss` refuses templates without `{% generation %}` of which it knows no version with them.
+    """
+    sample: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
+    template = getattr(processing_class, "chat_template", None)
+    if "input_ids" in sample or not is_conversational(sample) or not is_fast(processing_class) or not template:
+        return False
+    if has_generation_markers(template):
+        return False
+    try:
+        get_training_chat_template(processing_class)
+    except ValueError:
+        logger.warning(
+            "The chat template marks no answers with `{% generation %}`: `assistant_only_loss` takes them from where "
+            "the turns stand in the text."
+        )
+        return True
+    return False
+
+
+def kept_tokens(args: SFTConfig, packing: bool) -> slice:
+    """What truncation leaves of a row. TRL's "bfd" keeps the start, whatever the truncation mode.
+
+    Raises:
+        ValueError: a mode that there is not, or packing without a length.
+    """
+    if packing and args.max_length is None:
+        raise ValueError("`max_length` must be the length of a packed row, got None. Set it, or `packing=False`.")
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(
+            f"`truncation_mode` must be 'keep_start' or 'keep_end', got {args.truncation_mode!r}. Set one of them."
+        )
+    if args.max_length is None or (packing and args.packing_strategy != "bfd"):
+        return slice(None)
+    keeps_end = args.truncation_mode == "keep_end" and not packing
+    return slice(-args.max_length, None) if keeps_end else slice(args.max_length)
