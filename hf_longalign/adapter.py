@@ -7,6 +7,7 @@ the same one in another precision or quantised apart.
 
 import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -239,16 +240,13 @@ def _check_merge(
 def _dequantised(base: Any) -> PreTrainedModel:
     base = base.dequantize()
     # transformers would undo on saving what it did on loading, and cannot with the quantised names that are left here.
-    base._weight_conversions = [step for step in base._weight_conversions or [] if _can_be_undone(step)]
+    kept = []
+    for step in base._weight_conversions or []:
+        with suppress(NotImplementedError):
+            step.reverse_transform()
+            kept.append(step)
+    base._weight_conversions = kept
     return base
-
-
-def _can_be_undone(conversion: Any) -> bool:
-    try:
-        conversion.reverse_transform()
-    except NotImplementedError:
-        return False
-    return True
 
 
 def _merged(model: PeftModel) -> PreTrainedModel:

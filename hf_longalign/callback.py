@@ -77,7 +77,9 @@ class SkipPositionCallback(TrainerCallback):
         self._epoch = int(state.epoch or 0)
         check_parallelism(whole_rows=self.collator.strategy != "none" or self.collator.padding_free)
         if self.preflight:
-            run_preflight(kwargs["model"], self.collator, args.device, log_probs=self.log_probs)
+            pads = args.per_device_train_batch_size > 1 or bool(self.collator.pad_to_multiple_of)
+            pads = pads or (args.eval_strategy != "no" and args.per_device_eval_batch_size > 1)
+            run_preflight(kwargs["model"], self.collator, args.device, log_probs=self.log_probs, pads=pads)
         base = kwargs["model"].get_base_model() if is_peft_model(kwargs["model"]) else kwargs["model"]
         if self.log_probs is None and not hasattr(base.loss_function, "__wrapped__"):
             # One step of nothing but rows without a target would make every weight NaN.

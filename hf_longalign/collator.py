@@ -23,6 +23,8 @@ from hf_longalign.positions import Strategy, check_share, check_target_length, d
 
 logger = logging.getLogger(__name__)
 
+# Boundaries in a few sizes are never for fewer documents.
+FEWEST_DOCUMENTS = 16
 # Samples without a place to skip that are met before the user is told so.
 PATIENCE = 32
 
@@ -61,6 +63,8 @@ class SkipPositionDataCollator:
     Padding-free, it returns `"input_ids"`, `"labels"` and `"position_ids"`, int64 `(1, total)`, `"cu_seq_lens_q"` and
     `"cu_seq_lens_k"`, int32 `(documents + 1,)`, `"max_length_q"` and `"max_length_k"`, int, and `"seq_idx"`, int32
     `(1, total)`. The label of each document's first token is -100. Padding to a multiple is a document of its own.
+    With `few_shapes`, for `torch.compile`, the boundaries end in repeated ends, documents without a token, up to a
+    power of two, and the longest document counts as long as the next power of two: kernels need no more than that.
 
     The positions are a function of (seed, epoch, token ids of the sample): the same for any number of workers and
     processes, after a resume and in any batch order. Call [`~SkipPositionDataCollator.set_epoch`] for new ones.
@@ -90,6 +94,9 @@ class SkipPositionDataCollator:
             Id of the pad token, in place of a tokenizer's.
         return_tensors (`str`, *optional*, defaults to `"pt"`):
             Kind of the tensors; there is no other.
+        few_shapes (`bool`, *optional*, defaults to `False`):
+            Whether padding-free boundaries come in a few sizes, so that a compiled model is not compiled again for
+            every number of documents.
 
     Raises:
         ValueError: an argument or a row that is not as said above; among the rows an empty one, and one longer than
@@ -135,6 +142,7 @@ class SkipPositionDataCollator:
     seed: int = 0
     pad_token_id: int = None  # type: ignore[assignment] # a number once it is made
     return_tensors: str = "pt"
+    few_shapes: bool = False
     # Epoch and count of idle rows. In shared memory, so that they pass to and from the workers of a dataloader that
     # are running already.
     _shared: torch.Tensor = field(init=False, repr=False, compare=False)
@@ -273,8 +281,13 @@ class SkipPositionDataCollator:
         boundaries = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         labels = np.concatenate((flat.labels, np.full(padding, IGNORE)))
         labels[boundaries[:-1]] = IGNORE
-        cu_seq_lens = torch.from_numpy(boundaries)
         max_length = int(lengths.max())
+        if self.few_shapes:
+            # The kernels' memory grows by 128 tokens per document, empty or not: no large size for all.
+            missing = max(FEWEST_DOCUMENTS, _power_of_two(lengths.size)) - lengths.size
+            boundaries = np.append(boundaries, np.full(missing, boundaries[-1]))
+            max_length = _power_of_two(max_length)
+        cu_seq_lens = torch.from_numpy(boundaries)
         return {
             "input_ids": _row(np.concatenate((flat.input_ids, np.full(padding, self.pad_token_id)))),
             "labels": _row(labels),
@@ -285,6 +298,10 @@ class SkipPositionDataCollator:
             "max_length_k": max_length,
             "seq_idx": _row(np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)),
         }
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _row(values: np.ndarray) -> torch.Tensor:

@@ -149,6 +149,10 @@ class Probe:
         lengths = zip(starts, self.lengths, strict=True)
         return [logits[line, start : start + length] for (line, start), length in lengths]
 
+    def alone(self) -> list[torch.Tensor]:
+        """Logits of each document by itself, as the model has it: without positions, mask and padding."""
+        return [self._own_logits({"input_ids": ids[None].to(self.device)})[0] for ids in self.ids]
+
     def log_probs(self, training: LogProbs) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the targets, by the model's own logits and as training computes them, `(targets,)`."""
         batch, _ = self._batch(self.ids, self.ordinary())

@@ -65,9 +65,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         args: a [`LongAlignSFTConfig`]; any other training arguments are completed with its defaults.
         data_collator: `None`, or a [`SkipPositionDataCollator`] that replaces the fields of `args`. Another collator
             is taken only with `skip_strategy="none"`.
-        train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics, callbacks, optimizers, \
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config, formatting_func:
-            as in `SFTTrainer`.
+        train_dataset: as in `SFTTrainer`, like every argument after it.
 
     Raises:
         ValueError: the model cannot be trained exactly this way; the message names backend, layer kind and remedy.
@@ -130,9 +128,9 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         with _scaled_rope(model, args), _unmarked_answers(args, self._answers_by_turns):
             # Else a target out of range would be refused after the whole data set has been prepared.
             if self._strategy != "none":
-                name = "skip_target_length" if own_collator is None else "target_length"
                 asked = args.skip_target_length if own_collator is None else own_collator.target_length
                 if asked is not None:
+                    name = "skip_target_length" if own_collator is None else "target_length"
                     check_range(_model_config(model, args), asked, name)
             super().__init__(
                 model,
@@ -168,14 +166,19 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if target_length is None and self._strategy != "none":
             target_length = model_range(self.model.config)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        multiple: Any = self.args.pad_to_multiple_of  # TRL has resolved "auto"
+        if self.args.torch_compile and self.args.packing and multiple is None:
+            # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
+            multiple = self.args.max_length
         return SkipPositionDataCollator(
             self._tokenizer,
             target_length=target_length,
             strategy=self._strategy,
             skip_probability=self.args.skip_probability,
             padding_free=self.padding_free,
-            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
+            pad_to_multiple_of=multiple,
             seed=seed,
+            few_shapes=self.args.torch_compile,
         )
 
     def _use_collator(self, collator: SkipPositionDataCollator) -> None:
@@ -395,9 +398,8 @@ def _model_config(model: Any, args: LongAlignSFTConfig) -> Any:
 
 def _load_processing_class(model: Any, args: LongAlignSFTConfig) -> Any:
     """The tokenizer or processor of the model, as TRL loads it."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    options: Any = args.model_init_kwargs or {}
-    revision = options.get("revision") if isinstance(model, str) else None
+    options: Any = (isinstance(model, str) and args.model_init_kwargs) or {}
+    name, revision = model if isinstance(model, str) else model.config._name_or_path, options.get("revision")
     return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
 
 

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import causal_mask_function
 
-from hf_longalign.attention.kernels import Scoring, cached_attention, packed_attention
+from hf_longalign.attention.kernels import Scoring, cached_attention, flash_attention, flash_serves, packed_attention
 from hf_longalign.attention.packing import (
     Documents,
     Segments,
@@ -37,10 +37,8 @@ from hf_longalign.attention.packing import (
     remembered,
     window_segments,
 )
-from hf_longalign.attention.support import ATTENTION_NAME, SUPPORTED_LAYERS, exactness_problem, has_recurrent_layers
+from hf_longalign.attention.support import ATTENTION_NAME, SUPPORTED_LAYERS
 
-
-__all__ = ["ATTENTION_NAME", "exactness_problem", "has_recurrent_layers", "register_attention"]
 
 # The parts of transformers' mask functions that say "causal", "window" or "packed"; this attention does those itself.
 _CAUSAL_PARTS = {
@@ -73,7 +71,6 @@ def register_attention() -> str:
     return ATTENTION_NAME
 
 
-@torch.compiler.disable
 def longalign_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -118,6 +115,37 @@ def longalign_attention(
     _refuse_unsupported(module, attention_mask, is_causal, softcap, s_aux, kwargs)
     query, key, value = _to_one_dtype(module, query, key, value)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap, s_aux)
+    longest: Any = kwargs.get("max_length_q")
+    one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    if (
+        torch.compiler.is_compiling()
+        and one_row
+        and attention_mask is None
+        and window is None
+        and cu_seq_lens_q is not None
+        and isinstance(longest, (int, torch.SymInt))
+        and flash_serves(query, value, scoring)
+    ):
+        # Part of the compiled graph. Nothing is read on the host here, so boundaries are taken as they come.
+        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+        return flash_attention(q, k, v, cu_seq_lens_q, longest, scoring.scale)[None], None
+    out = _attend(query, key, value, attention_mask, scoring, window, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    return out, None
+
+
+@torch.compiler.disable
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scoring: Scoring,
+    window: int | None,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None,
+    cu_seq_lens_k: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend outside compiled graphs: how documents lie is read on the host, and decides what is called."""
     batch, _, length, _ = query.shape
     if attention_mask is not None:
         # A static cache holds room for tokens to come; the mask ends where they begin.
@@ -126,12 +154,11 @@ def longalign_attention(
         if cu_seq_lens_q is not None:
             raise ValueError("`cu_seq_lens_q` cannot be used with a filled cache. Generate from padded rows instead.")
         padding = None if attention_mask is None else attention_mask.flatten(1)
-        out = cached_attention(query, key, value, scoring, window, padding)
-        return out.transpose(1, 2).contiguous(), None
+        return cached_attention(query, key, value, scoring, window, padding).transpose(1, 2).contiguous()
     documents = _documents(batch, length, attention_mask, cu_seq_lens_q, cu_seq_lens_k, position_ids)
     segments = _segments(documents, batch, position_ids, window)
     row = packed_attention(documents.pack(query), documents.pack(key), documents.pack(value), segments, scoring)
-    return documents.unpack(row, batch, length).contiguous(), None
+    return documents.unpack(row, batch, length).contiguous()
 
 
 def longalign_mask(

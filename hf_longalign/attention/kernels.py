@@ -3,6 +3,7 @@
 | what | how |
 | --- | --- |
 | CUDA, half precision, nothing unusual | torch's variable-length FlashAttention over the whole row |
+| CUDA, windows over skips, softcap, sinks, float32 | one `flex_attention` over the whole row (`flex.py`) |
 | elsewhere | scaled_dot_product_attention, segment by segment (one batched call when all are of one length) |
 | a window that counts positions | the same over blocks of queries, each with the keys its window can reach |
 | attention sinks | one more key of value zero, so the kernels above serve |
@@ -16,12 +17,15 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+from hf_longalign.attention.flex import flex_packed
 from hf_longalign.attention.packing import Segments
 
 
@@ -63,8 +67,11 @@ def packed_attention(
     Returns:
         (tokens, heads, value width).
     """
-    if _flash_serves(query, value, segments, scoring):
-        return _flash(query, key, value, segments, scoring)
+    if segments.positions is None and flash_serves(query, value, scoring):
+        starts, window = segments.cumulative(query.device), None if all(segments.plain) else segments.window
+        return flash_attention(query, key, value, starts, max(segments.lengths), scoring.scale, window)
+    if _flex_serves(query, segments, scoring):
+        return flex_packed(query, key, value, segments, scoring.scale, scoring.softcap, scoring.sinks)
     if segments.uniform:
         rows = [states.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2) for states in (query, key, value)]
         return causal_attention(rows[0], rows[1], rows[2], scoring).transpose(1, 2).flatten(0, 1)
@@ -248,17 +255,12 @@ def _repeat(states: torch.Tensor, heads: int, dim: int = 1) -> torch.Tensor:
     return states if groups == 1 else states.repeat_interleave(groups, dim)
 
 
-@lru_cache(maxsize=1)
-def _flash_parameters() -> frozenset[str]:
-    """What torch's variable-length attention takes: it has gained `window_size` and `enable_gqa` over the versions."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
+# torch's variable-length attention has gained `window_size` and `enable_gqa` over the versions.
+_FLASH_PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _flash_serves(query: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring) -> bool:
+def flash_serves(query: torch.Tensor, value: torch.Tensor, scoring: Scoring) -> bool:
+    """Whether torch's FlashAttention computes these scores, on this device, in this precision."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -266,28 +268,62 @@ def _flash_serves(query: torch.Tensor, value: torch.Tensor, segments: Segments, 
         and scoring.softcap is None
         and scoring.sinks is None
         and scoring.dropout == 0
-        and segments.positions is None
-        and {"window_size", "scale"} <= _flash_parameters()
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and _runs_flash(query.device)
     )
 
 
-def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring
-) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+@torch.compiler.assume_constant_result
+def _runs_flash(device: torch.device) -> bool:
+    known = {"window_size", "scale"} <= _FLASH_PARAMETERS
+    return known and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
+
+def _flex_serves(query: torch.Tensor, segments: Segments, scoring: Scoring) -> bool:
+    """Where a launch per segment would be many; rows of one length are one batched call already."""
+    batched = segments.uniform and scoring.softcap is None and scoring.sinks is None
+    return (
+        query.is_cuda
+        and not batched
+        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and scoring.dropout == 0
+        and _runs_triton(query.device)
+    )
+
+
+@lru_cache(maxsize=8)
+def _runs_triton(device: torch.device) -> bool:
+    # Windows has none, and cards before Volta cannot run it.
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attend causally within each segment by torch's FlashAttention; nothing is read on the host.
+
+    Args:
+        query: (tokens, heads, width), in half precision; key and value accordingly.
+        starts: int32 (segments + 1,), where segments begin, and the end of the row; empty segments may end it.
+        longest: tokens of the longest segment, or any number above.
+        scale: factor on query-key products.
+        window: tokens a query sees, itself included; None for all before it.
+
+    Returns:
+        (tokens, heads, value width).
+    """
     value_width = value.shape[-1]
     query, key, value = _same_width(query, key, value, step=8)
-    options: dict[str, Any] = {"scale": scoring.scale, "window_size": (-1, 0)}
-    if segments.window is not None and not all(segments.plain):
-        # (w, 0) lets a query see w keys before its own, (-1, 0) all of them.
-        options["window_size"] = (segments.window - 1, 0)
-    if "enable_gqa" in _flash_parameters():
+    # (w, 0) lets a query see w keys before its own, (-1, 0) all of them.
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in _FLASH_PARAMETERS:
         options["enable_gqa"] = True
     else:
         key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
-    starts, longest = segments.cumulative(query.device), max(segments.lengths)
     out: Any = varlen_attn(query, key, value, starts, starts, longest, longest, **options)
     return out[..., :value_width]

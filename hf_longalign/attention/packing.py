@@ -12,7 +12,7 @@ Every batch becomes one packed row of tokens before attention is computed:
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ class Segments:
     spans: tuple[int, ...]
     window: int | None = None
     positions: torch.Tensor | None = None
-    _copies: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -97,9 +97,15 @@ class Segments:
 
     def cumulative(self, device: torch.device) -> torch.Tensor:
         """`bounds` as the int32 tensor that variable-length kernels want, copied to the device once."""
-        if device not in self._copies:
-            self._copies[device] = torch.tensor(self.bounds, dtype=torch.int32, device=device)
-        return self._copies[device]
+        return self.once(("bounds", device), lambda: torch.tensor(self.bounds, dtype=torch.int32, device=device))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Make what the kernels want of these segments once for all layers, and keep it."""
+        if key not in self._made:
+            # Else what was made while generating could not be kept for a backward pass.
+            with torch.inference_mode(False):
+                self._made[key] = make()
+        return self._made[key]
 
 
 def remembered(tensor: torch.Tensor, key: Hashable, compute: Callable[[], T]) -> T:

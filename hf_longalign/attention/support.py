@@ -5,6 +5,7 @@ position holds a masked token. The rule knows the layer kinds and backends of tr
 the model itself.
 """
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -21,6 +22,12 @@ SUPPORTED_LAYERS = (
 )
 
 _MASK_BACKENDS = frozenset({"eager", "sdpa", "flex_attention"})
+# Flash attention by the `kernels` package: all run behind the one function of transformers that hands boundaries on.
+# A kernel of another name may bring a function of its own.
+_FLASH_KERNELS = frozenset(
+    f"kernels-community/{name}"
+    for name in ("flash-attn2", "flash-attn3", "flash-attn4", "vllm-flash-attn3", "aiter-flash-attn")
+)
 # A packed mask is made of the position ids, which these models do not hand to the function that makes it.
 _NO_POSITIONS_FOR_MASK = frozenset({"afmoe", "falcon", "gpt_oss", "granitemoehybrid"})
 # Why no attention can keep the packed documents of these models apart once positions skip.
@@ -39,6 +46,18 @@ _PADDED_ALONE = {
 # Models whose attention is not told the positions, in which a window must be counted.
 _NO_POSITIONS_FOR_WINDOW = frozenset({"moshi", "recurrent_gemma"})
 _REMEDY = f'Set attn_implementation="{ATTENTION_NAME}"'
+
+
+def is_flash_attention(attn_implementation: str) -> bool:
+    """Whether a backend is flash attention that takes document boundaries: an installed one, or one by `kernels`.
+
+    >>> is_flash_attention("flash_attention_2"), is_flash_attention("kernels-community/vllm-flash-attn3@main")
+    (True, True)
+    >>> is_flash_attention("sdpa"), is_flash_attention("someone/flashy-attention")
+    (False, False)
+    """
+    repository = re.split("[@:]", attn_implementation)[0].strip()
+    return re.fullmatch(r"flash_attention_[234]", attn_implementation) is not None or repository in _FLASH_KERNELS
 
 
 def layer_kinds(config: PretrainedConfig) -> frozenset[str]:
@@ -186,12 +205,12 @@ def _model_problem(model_type: str, kinds: frozenset[str], backend: str, packed:
 def _backend_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
     if backend == ATTENTION_NAME or not (packed or skipped):
         return None
-    if backend not in _MASK_BACKENDS and "flash" not in backend:
+    if backend not in _MASK_BACKENDS and not is_flash_attention(backend):
         return f'"{backend}" is not known to be exact for packed rows or skipped positions. {_REMEDY}.'
     sliding = sorted(kind for kind in kinds if "sliding" in kind)
     if skipped and sliding:
         return f'"{backend}" counts the window of {", ".join(sliding)} layers in tokens, not in positions. {_REMEDY}.'
-    if "flash" in backend or not packed:
+    if is_flash_attention(backend) or not packed:
         return None
     if skipped:
         return f'"{backend}" takes every skipped position in a packed row for the end of a document. {_REMEDY}.'

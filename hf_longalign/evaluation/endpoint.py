@@ -15,8 +15,7 @@ from typing import Any
 from hf_longalign.endpoint import EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
 from hf_longalign.endpoint.protocol import TOO_LONG
 from hf_longalign.evaluation.noise import noise
-from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.evaluation.stats import GenerationStats
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 
 
 logger = logging.getLogger(__name__)
@@ -216,19 +215,21 @@ class EndpointGenerator:
     async def _ask(self, prompt: Prompt) -> Reply:
         extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
         sampling = Sampling(0.0, None, prompt.max_new_tokens, seed=None, extra=extra)
+        # A chat server writes the whole answer: it cannot be told how to begin it.
+        text = prompt.text if prompt.chat else prompt.text + prompt.prefix
         return await self._client.reply(
-            Request((("user", prompt.text),), self._client.model, sampling, prompt.task, prompt.chat)
+            Request((("user", text),), self._client.model, sampling, prompt.task, prompt.chat)
         )
 
     def _counted(self, prompt: Prompt, reply: Reply) -> Completion:
         if not reply.text and reply.completion_tokens > 1:
             logger.warning("An answer of %s has no content: a filter or a reasoning parser took it.", self.model)
         if not reply.confirmed:
-            return Completion(_cut(reply.text, prompt.stop), 0)
+            return Completion(_cut(reply.text, prompt.stop), 0, reply.finish_reason == "length")
         self.stats.prompt_tokens += reply.prompt_tokens
         self.stats.cached_tokens += reply.cached_tokens
         self.stats.generated_tokens += reply.completion_tokens
-        return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens)
+        return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens, reply.finish_reason == "length")
 
     @contextmanager
     def _loop(self) -> Iterator[asyncio.AbstractEventLoop]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import datasets
 
+from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
 from hf_longalign.synthesis.difficulty import USES
 from hf_longalign.synthesis.distractors import SOURCES
-from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS
 from hf_longalign.text import digest
 
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 PUBLISHED_DISTRACTORS = 9
 
 
@@ -32,8 +32,8 @@ class SynthesisOptions:
     seeds: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files (.jsonl, .parquet), or Hub data sets user/name[:config][@split], each with an optional "
-            "task= in front. Columns: instruction, answer; optional task, context, title, id."
+            "help": "Files (.jsonl, .csv, .parquet), or Hub data sets user/name[:config][@split], each with an "
+            "optional task= in front. Columns: instruction, answer; optional task, context, title, id."
         },
     )
     contexts: list[str] = field(
@@ -44,6 +44,14 @@ class SynthesisOptions:
     )
     on_bad_seed: str = field(
         default="raise", metadata={"help": 'What to do about a bad row: "raise", or "skip" to count it and go on.'}
+    )
+    on_control_tokens: str = field(
+        default="neutralise",
+        metadata={
+            "help": "What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "
+            '"neutralise" makes plain words of them, "reject" makes theirs a bad row. Replies with one are asked for '
+            "again."
+        },
     )
     seeds_per_task: int | None = field(default=None, metadata={"help": "Use only the first so many seeds of a task."})
 
@@ -237,6 +245,7 @@ class SynthesisOptions:
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "on_bad_seed": ("raise", "skip"),
+    "on_control_tokens": ("neutralise", "reject"),
     "method": ("context", "instruction"),
     "difficulty": (None, "closed_book", "answer_loss"),
     "difficulty_use": USES,
@@ -305,6 +314,9 @@ def _content(value: Any) -> str:
     """A digest of the file or data behind a value; the value itself where there is none."""
     if isinstance(value, datasets.Dataset):
         return str(value._fingerprint)
+    if hasattr(value, "to_dict") and hasattr(value, "isna"):
+        # The text of a DataFrame shows a few of its rows.
+        return digest(value.to_json(orient="split"))
     if hasattr(value, "backend_tokenizer"):
         return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
     if isinstance(value, str):

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     StaticCache,
 )
 
@@ -49,8 +51,11 @@ def test_chunked_attention_is_refused():
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, num_local_experts=2, attention_chunk_size=4,
     )  # fmt: skip
     model = Llama4ForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME).eval()
-    with pytest.raises(ValueError, match="chunked_overlay"):
-        model(torch.randint(0, VOCABULARY, (1, 9)), use_cache=False)
+    ids = torch.randint(0, VOCABULARY, (1, 9))
+    with pytest.raises(ValueError, match=r'chunked_overlay.*Set attn_implementation="sdpa" and train padded'):
+        model(ids, use_cache=False)
+    model.set_attn_implementation("sdpa")
+    assert model(ids, use_cache=False).logits.isfinite().all()
 
 
 def test_images_that_see_all_of_themselves_are_refused_and_text_is_not():
@@ -67,6 +72,25 @@ def test_images_that_see_all_of_themselves_are_refused_and_text_is_not():
     actual = model(ids, use_cache=False).logits
     model.set_attn_implementation("eager")
     torch.testing.assert_close(actual, model(ids, use_cache=False).logits, atol=ATOL, rtol=0)
+
+
+def test_a_vision_tower_keeps_its_own_attention():
+    vision = {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8,
+        "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
+    }  # fmt: skip
+    text = {**tiny_config("mistral").to_dict(), "model_type": "mistral"}
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=2, spatial_merge_size=1)
+    torch.manual_seed(0)
+    model = Mistral3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    ids = torch.cat([torch.full((1, 4), 2), torch.randint(3, VOCABULARY, (1, 8))], dim=1)
+    image = {"pixel_values": torch.randn(1, 3, 8, 8), "image_sizes": torch.tensor([[8, 8]])}
+    expected = model(ids, **image, use_cache=False).logits
+    model.set_attn_implementation(ATTENTION_NAME)
+    with pytest.raises(ValueError, match=r'"text_config": "longalign_varlen", "vision_config": "sdpa"'):
+        model(ids, **image, use_cache=False)
+    model.set_attn_implementation({"text_config": ATTENTION_NAME, "vision_config": "sdpa"})
+    torch.testing.assert_close(model(ids, **image, use_cache=False).logits, expected, atol=ATOL, rtol=0)
 
 
 def test_bidirectional_models_are_refused():

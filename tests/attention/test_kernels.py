@@ -104,12 +104,13 @@ def fake_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, wind
 @pytest.mark.parametrize("width", [5, WIDTH, 11])
 @pytest.mark.parametrize("window", [None, 6, 50])
 def test_flash_is_called_so_that_it_gives_the_same(window, width, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(kernels, "varlen_attn", fake_varlen_attn)
     positions = torch.tensor([*range(16), 90, 91, 95, 0, 1, 2, 3, 9, 0, 0])
     query, key, value, _ = random_states(26, width)
     segments = DOCUMENTS.segments if window is None else window_segments(DOCUMENTS, positions, window)
     assert segments.positions is None
-    actual = kernels._flash(query, key, value, segments, Scoring(0.3))
+    monkeypatch.setattr(kernels, "flash_serves", lambda *_: True)
+    actual = packed_attention(query, key, value, segments, Scoring(0.3))
     expected = naive(query, key, value, naive_visible(DOCUMENTS.bounds, positions, window), 0.3)
     torch.testing.assert_close(actual, expected)
     assert actual.shape[-1] == width
@@ -127,7 +128,7 @@ class Paddings(TorchDispatchMode):
 
 @pytest.mark.parametrize("path", ["documents", "one length", "window", "softcap", "cache", "flash"])
 def test_nothing_is_copied_where_nothing_is_padded(path, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(kernels, "varlen_attn", fake_varlen_attn)
     query, key, value, _ = (state.detach() for state in random_states(26))
     scoring = Scoring(0.3, softcap=2.0 if path == "softcap" else None)
     segments = Documents((0, 13, 26)).segments if path == "one length" else DOCUMENTS.segments
@@ -138,7 +139,9 @@ def test_nothing_is_copied_where_nothing_is_padded(path, monkeypatch):
         if path == "cache":
             rows = [states.transpose(0, 1)[None] for states in (query, key, value)]
             return cached_attention(rows[0][:, :, -1:], rows[1], rows[2], scoring)
-        return (kernels._flash if path == "flash" else packed_attention)(query, key, value, segments, scoring)
+        return packed_attention(query, key, value, segments, scoring)
+
+    monkeypatch.setattr(kernels, "flash_serves", lambda *_: path == "flash")
 
     with Paddings() as paddings:
         attend(value)
@@ -212,7 +215,7 @@ def test_cuda_equals_the_formula(feature, window, dtype):
     positions = POSITIONS.cuda()
     segments = DOCUMENTS.segments if window is None else window_segments(DOCUMENTS, positions, window)
     scoring = Scoring(0.3, softcap=softcap, sinks=None if sinks is None else sinks.to("cuda", dtype))
-    flash = kernels._flash_serves(device[0], device[2], segments, scoring)
+    flash = segments.positions is None and kernels.flash_serves(device[0], device[2], scoring)
     capable = torch.cuda.get_device_capability() >= (8, 0)
     assert flash == (feature in ("plain", "narrow values") and dtype != torch.float32 and window != 6 and capable)
     actual = packed_attention(*device, segments, scoring)

@@ -1,0 +1,162 @@
+"""Compiled models: the same losses, and nothing compiled again after the third step, whatever the documents.
+
+On a GPU packed FlashAttention is part of the compiled graph. A CPU has no such kernel; an operator with its signature
+stands in for it, and the graphs are those of a GPU.
+"""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from batches import make_documents, packed_batch
+from families import FAMILIES, tiny_config
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from hf_longalign import SkipPositionDataCollator
+from hf_longalign.attention import ATTENTION_NAME, interface, kernels, register_attention
+
+
+register_attention()
+
+
+def run_varlen(query, key, value, starts, scale):
+    """Causal attention document by document; empty documents are nothing."""
+    lengths = starts.diff().tolist()
+    pieces = []
+    for q, k, v in zip(*(states.split(lengths) for states in (query, key, value)), strict=True):
+        rows = (states.transpose(0, 1)[None] for states in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=True)
+        pieces.append(out[0].transpose(0, 1))
+    return torch.cat(pieces)
+
+
+@torch.library.custom_op("longalign_test::varlen", mutates_args=())
+def varlen_op(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int, scale: float
+) -> torch.Tensor:
+    assert starts.dtype == torch.int32 and longest >= int(starts.diff().max())
+    return run_varlen(query, key, value, starts, scale)
+
+
+@torch.library.custom_op("longalign_test::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, scale: float
+) -> list[torch.Tensor]:
+    states = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+    with torch.enable_grad():
+        out = run_varlen(*states, starts, scale)
+    return [gradient.clone() for gradient in torch.autograd.grad(out, states, grad)]
+
+
+varlen_op.register_fake(lambda query, key, value, starts, longest, scale: torch.empty_like(query))
+varlen_backward.register_fake(lambda grad, *states: [torch.empty_like(tensor) for tensor in states[:3]])
+
+
+def keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.scale = inputs[5]
+
+
+varlen_op.register_autograd(
+    lambda ctx, grad: (*varlen_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None), setup_context=keep
+)
+
+
+def varlen_attn(query, key, value, starts, _, longest, __, *, scale, window_size, enable_gqa):
+    assert window_size == (-1, 0) and enable_gqa
+    return varlen_op(query, key, value, starts, longest, scale)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
+    for module in (kernels, interface):
+        monkeypatch.setattr(module, "flash_serves", lambda query, value, scoring: scoring.softcap is None)
+    yield
+    torch._dynamo.reset()
+
+
+def new_model(family):
+    torch.manual_seed(0)
+    model_class = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")
+    return model_class._from_config(tiny_config(family), attn_implementation=ATTENTION_NAME).train()
+
+
+def batches(steps, few_shapes, multiple=None):
+    """Packed rows of one to twenty documents with skipped positions."""
+    rng = np.random.default_rng(0)
+    collator = SkipPositionDataCollator(
+        0, 512, skip_probability=1.0, padding_free=True, few_shapes=few_shapes, pad_to_multiple_of=multiple
+    )
+    for step in range(steps):
+        rows = []
+        for _ in range([3, 1, 7, 20, 2, 11][step % 6]):
+            ids = rng.integers(3, 32, int(rng.integers(4, 40))).tolist()
+            rows.append({"input_ids": ids, "labels": [-100] * 2 + ids[2:]})
+        yield collator(rows)
+
+
+def train(model, step_model, steps=6, compiled=None, **options):
+    """Losses, and how many graphs there were after each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, graphs = [], []
+    for batch in batches(steps, **options):
+        loss = step_model(**batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        graphs.append(compiled.frame_count if compiled else 0)
+    return losses, graphs
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_flash_is_part_of_one_graph_that_is_compiled_once(backend, like_a_gpu):
+    model, twin = new_model("llama"), new_model("llama")
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    options = {"few_shapes": True, "multiple": 1024}
+    losses, graphs = train(model, compiled, compiled=counter, **options)
+    assert graphs == [1] * 6
+    expected, _ = train(twin, twin, few_shapes=False)
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_any_length_are_compiled_a_few_times_at_first(like_a_gpu):
+    model, twin = new_model("llama"), new_model("llama")
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    losses, graphs = train(model, compiled, compiled=counter, few_shapes=True)
+    assert graphs[2:] == [graphs[2]] * 4
+    torch.testing.assert_close(losses, train(twin, twin, few_shapes=False)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_attention_outside_the_graph_is_not_compiled_again_either(family):
+    """On a CPU, and on a GPU where windows, softcap or sinks ask for flex attention."""
+    torch._dynamo.reset()
+    model, twin = new_model(family), new_model(family)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter)
+    losses, graphs = train(model, compiled, compiled=counter, few_shapes=True, multiple=1024)
+    assert graphs[2:] == [graphs[2]] * 4
+    torch.testing.assert_close(losses, train(twin, twin, few_shapes=False)[0], atol=1e-4, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_uneven_boundaries_of_a_compiled_model_reach_the_kernel_as_they_are(like_a_gpu):
+    model = new_model("llama").eval()
+    batch = packed_batch(make_documents("mixed"))
+    longest = int(batch["cu_seq_lens_q"].diff().max())
+    batch |= {"max_length_q": longest, "max_length_k": longest}
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        counters.clear()
+        actual = torch.compile(model, backend="eager", fullgraph=True)(**batch, use_cache=False).logits
+        assert not counters["graph_break"]
+        torch.testing.assert_close(actual, expected)
+        padded = torch.cat([batch["cu_seq_lens_q"], batch["cu_seq_lens_q"][-1:].expand(5)])
+        batch |= {"cu_seq_lens_q": padded, "cu_seq_lens_k": padded}
+        torch.testing.assert_close(model(**batch, use_cache=False).logits, expected)
