@@ -47,6 +47,8 @@ COLUMNS = (
     *("messages", "prompt", "completion", "tools", "chat_template_kwargs"),
     *("parts", "block_lengths", "input_ids", "labels", "completion_mask"),
 )
+# Columns that are read and removed again.
+FLAGS = ["blocks_found", "trains"]
 BATCH_SIZE = 128
 # Shapes of conversations whose frames are kept; rows that call tools have one each.
 MAX_FRAMES = 1024
@@ -126,12 +128,13 @@ class RowPreparer:
             batch: lists by column.
 
         Returns:
-            `input_ids` (int32), `labels` (int32) and `blocks` (int8), each a list of arrays `(tokens,)`, and
-            `blocks_found`, whether the blocks of a row are more than the runs of its labels could tell.
+            `input_ids` (int32), `labels` (int32) and `blocks` (int8), each a list of arrays `(tokens,)`;
+            `blocks_found`, whether the blocks of a row are more than the runs of its labels could tell; and `trains`,
+            whether truncation leaves it a target.
         """
         names = [name for name in {*COLUMNS, self.text_field} if name in batch]
         rows = [dict(zip(names, row, strict=True)) for row in zip(*(batch[name] for name in names), strict=True)]
-        prepared: dict[str, list] = {"input_ids": [], "labels": [], "blocks": [], "blocks_found": []}
+        prepared: dict[str, list] = {name: [] for name in ("input_ids", "labels", "blocks", *FLAGS)}
         texts = [self._text(row) for row in rows]
         self._encode(rows, texts)
         for row, text in zip(rows, texts, strict=True):
@@ -145,6 +148,8 @@ class RowPreparer:
                 lengths = np.asarray(row["block_lengths"])
                 blocks = Blocks(lengths, block_response(labels, lengths))
             prepared["blocks_found"].append(blocks is not None or text is None)
+            # Nothing comes before the first token that could predict it.
+            prepared["trains"].append(bool((labels[self.kept][1:] != IGNORE).any()))
             column = blocks_to_column(blocks or _runs(row, labels))
             for name, values in (("input_ids", ids), ("labels", labels), ("blocks", column)):
                 prepared[name].append(values[self.kept])
@@ -331,35 +336,22 @@ def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens:
         preparer: what to map.
         name: what to call the data set in the log.
         only_tokens: whether the other columns may go, for packing.
-        **progress: what `map` and `filter` of this kind of data set take.
+        **progress: what `map` of this kind of data set takes.
     """
     columns = get_dataset_column_names(dataset)
     spent = columns if only_tokens else [column for column in columns if column == "block_lengths"]
     dataset = dataset.map(preparer, batched=True, batch_size=BATCH_SIZE, remove_columns=spent, **progress)
-    kept = dataset.filter(_has_target, input_columns=["labels"], **progress)
-    if isinstance(dataset, Dataset):
-        rows, found = len(dataset), int(np.sum(dataset.with_format("numpy")["blocks_found"][:]))
-        if found < rows:
-            logger.warning(
-                "%d of %d rows of the %s dataset do not show their turns: their blocks are the runs of their labels.",
-                rows - found,
-                rows,
-                name,
-            )
-        if len(kept) < rows:
-            logger.warning(
-                "%d of %d rows of the %s dataset have no target within `max_length` and are left out. Raise it to "
-                "train on them.",
-                rows - len(kept),
-                rows,
-                name,
-            )
-    return kept.remove_columns("blocks_found")
-
-
-def _has_target(labels: Sequence[int]) -> bool:
-    # Nothing comes before the first token that could predict it.
-    return any(label != IGNORE for label in labels[1:])
+    if not isinstance(dataset, Dataset):
+        return dataset.filter(bool, input_columns=["trains"]).remove_columns(FLAGS)
+    found, trains = (np.array(dataset[flag][:], dtype=bool) for flag in FLAGS)
+    for flag, message in (
+        (found, "do not show their turns: their blocks are the runs of their labels."),
+        (trains, "have no target within `max_length` and are left out. Raise it to train on them."),
+    ):
+        if not flag.all():
+            logger.warning("%d of %d rows of the %s dataset %s", (~flag).sum(), flag.size, name, message)
+    kept = dataset if trains.all() else dataset.select(trains.nonzero()[0])
+    return kept.remove_columns(FLAGS)
 
 
 def is_fast(processing_class: Any) -> bool:
