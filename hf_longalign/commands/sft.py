@@ -106,7 +106,7 @@ def run(
         trust_remote_code=training_args.trust_remote_code,
     )
     trainer = LongAlignSFTTrainer(
-        model_args.model_name_or_path,
+        str(model_args.model_name_or_path),
         args=training_args,
         train_dataset=dataset[data_args.dataset_train_split],
         eval_dataset=dataset[data_args.dataset_test_split] if evaluates else None,
