@@ -320,6 +320,7 @@ def compare(trainer: LongAlignSFTTrainer, name: str) -> Cell:
     logits = model.eval()(**inputs, use_cache=False).logits
     targets = int((batch["labels"] != -100).sum())
     worst, moved, spread, loss = 0.0, 0.0, 0.0, torch.zeros(())
+    batch.setdefault("position_ids", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
     for row, columns in documents(batch):
         ids, labels, positions = (batch[key][row, columns] for key in ("input_ids", "labels", "position_ids"))
         expected = reference(own, ids, positions)
@@ -327,7 +328,8 @@ def compare(trainer: LongAlignSFTTrainer, name: str) -> Cell:
         moved = max(moved, float((reference(own, ids, torch.arange(len(ids))) - expected).abs().max().detach()))
         spread = max(spread, float(expected.std().detach()))
         loss = loss + cross_entropy(expected[:-1].float(), labels[1:], reduction="sum") / targets
-    trained = trainer.compute_loss(model.train(), dict(batch), num_items_in_batch=torch.tensor(targets))
+    batch = {key: batch[key] for key in (*inputs, "labels", "seq_idx") if key in batch}
+    trained = trainer.compute_loss(model.train(), batch, num_items_in_batch=torch.tensor(targets))
     ours, theirs = gradients(model, trained), gradients(own, loss)
     # A weight that one side gave no gradient has a gradient of zero.
     none = {key: torch.zeros_like(gradient) for key, gradient in {**ours, **theirs}.items()}

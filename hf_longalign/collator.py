@@ -58,7 +58,8 @@ class SkipPositionDataCollator:
     - `"attention_mask"` (optional): tokens it masks are padding and are taken out before anything else.
 
     Padded, it returns `"input_ids"`, `"labels"`, `"attention_mask"` and `"position_ids"`, int64 `(batch, length)`. The
-    position of padding is 0: a larger one could raise the largest position, which "dynamic" RoPE reads.
+    position of padding is 0: a larger one could raise the largest position, which "dynamic" RoPE reads. With strategy
+    "none" there are no `"position_ids"`, as in TRL's batches: the model gives itself its own.
 
     Padding-free, it returns `"input_ids"`, `"labels"` and `"position_ids"`, int64 `(1, total)`, `"cu_seq_lens_q"` and
     `"cu_seq_lens_k"`, int32 `(documents + 1,)`, `"max_length_q"` and `"max_length_k"`, int, and `"seq_idx"`, int32
@@ -272,6 +273,8 @@ class SkipPositionDataCollator:
             batch["attention_mask"][row, :length] = 1
             batch["position_ids"][row, :length] = positions[start:end]
             start = end
+        if self.strategy == "none":
+            del batch["position_ids"]  # RoBERTa's begin at 2
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 
     def _packed(self, flat: Flat, positions: np.ndarray) -> dict[str, Any]:

@@ -194,7 +194,12 @@ def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]
 def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositionDataCollator, skipped: bool) -> None:
     """Refuse what the config tells, and warn of what it limits."""
     if skipped:
-        _check_positions(base, text_config)
+        kind = _position_kind(base, text_config)
+        if kind != "rotary":
+            raise PreflightError(
+                f"Positions can be skipped only where they are rotary, got {text_config.model_type!r} with {kind}. "
+                "Set the strategy to 'none', or take a model with RoPE."
+            )
         try:
             check_range(base.config, collator.target_length)
             check_rope_reached(base)
@@ -221,15 +226,6 @@ def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositi
             "Lower the target length, or take a model with full attention.",
             text_config.model_type,
             text_config.sliding_window,
-        )
-
-
-def _check_positions(base: Any, text_config: PretrainedConfig) -> None:
-    kind = _position_kind(base, text_config)
-    if kind != "rotary":
-        raise PreflightError(
-            f"Positions can be skipped only where they are rotary, got {text_config.model_type!r} with {kind}. Set "
-            "the strategy to 'none', or take a model with RoPE."
         )
 
 

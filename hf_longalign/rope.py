@@ -325,15 +325,12 @@ def check_rope_reached(model: torch.nn.Module) -> None:
             if not key.endswith("original_inv_freq") or frequencies.is_meta:
                 continue
             if not torch.allclose(frequencies.float().cpu(), expected[key].float().cpu(), rtol=0.01, atol=0.0):
+                present = ", ".join(f"{key}={value!r}" for key, value in _flat(module.config.rope_parameters).items())
                 raise ValueError(
-                    f"`{name}` does not turn as its config says, got {_rope_of(module.config)} set on a loaded model, "
+                    f"`{name}` does not turn as its config says, got {present} set on a loaded model, "
                     "where it does nothing. Load the model with the config: "
                     "`from_pretrained(model_id, config=hf_longalign.scale_rope(config, target_length))`."
                 )
-
-
-def _rope_of(config: PretrainedConfig) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in _flat(config.rope_parameters).items())
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -101,6 +101,8 @@ def test_padded_batch(strategy, count, seed, multiple, probability):
         expected["labels"].append(row["labels"] + [-100] * padding)
         expected["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
         expected["position_ids"].append(naive_positions(**as_arguments(row), collator=collator) + [0] * padding)
+    if strategy == "none":
+        del expected["position_ids"]
     assert {key: value.tolist() for key, value in batch.items()} == expected
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
@@ -161,17 +163,13 @@ def test_ordinary_positions_give_the_batch_of_trl(padding_free, packed):
     rows = make_rows(5)
     if packed:
         rows = [pack(rows[:2]), pack(rows[2:])]
-    theirs = DataCollatorForLanguageModeling(PAD, padding_free=padding_free, return_position_ids=not padding_free)(
-        rows
-    )
+    theirs = DataCollatorForLanguageModeling(PAD, padding_free=padding_free)(rows)
     ours = make_collator(strategy="none", padding_free=padding_free)(rows)
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
         if isinstance(value, torch.Tensor):
             assert ours[key].dtype == value.dtype, key
             assert ours[key].is_contiguous()
-            if key == "position_ids" and not padding_free:
-                value = value * theirs["attention_mask"]
             torch.testing.assert_close(ours[key], value, msg=key)
         else:
             assert ours[key] == value, key
@@ -373,7 +371,7 @@ def test_pickled_and_replaced_collators_work():
     collator.set_epoch(3)
     copy = pickle.loads(pickle.dumps(collator))
     assert torch.equal(copy(rows)["position_ids"], collator(rows)["position_ids"])
-    ordinary = dataclasses.replace(collator, strategy="none")(rows)
+    ordinary = dataclasses.replace(collator, strategy="none", padding_free=True)(rows)
     assert torch.equal(
         ordinary["position_ids"][0, : len(rows[0]["input_ids"])], torch.arange(len(rows[0]["input_ids"]))
     )
@@ -520,8 +518,8 @@ def test_a_document_of_a_packed_row_may_train_nothing():
 
 def test_ordinary_positions_need_no_target_length():
     for target_length in (2, None):
-        batch = make_collator(strategy="none", target_length=target_length)([{"input_ids": [1, 2, 3, 4]}])
-        assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
+        collator = make_collator(strategy="none", target_length=target_length, padding_free=True)
+        assert collator([{"input_ids": [1, 2, 3, 4]}])["position_ids"].tolist() == [[0, 1, 2, 3]]
 
 
 def test_warns_once_where_nothing_can_be_skipped(caplog):

@@ -60,7 +60,8 @@ def make_trainer(tmp_path, *, dataset=None, model=None, **options):
 
 def documents_of(batch):
     """(input_ids, labels, position_ids) of each document of a collated batch, padding left out."""
-    columns = [batch[key] for key in ("input_ids", "labels", "position_ids")]
+    ordinary = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    columns = [batch["input_ids"], batch["labels"], batch.get("position_ids", ordinary)]
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
         return [[c[0, a:b] for c in columns] for a, b in pairwise(bounds)]

@@ -43,8 +43,9 @@ from hf_longalign.evaluation.plan import cells_to_refine, plan_grid, seconds_per
 from hf_longalign.evaluation.prompt import Prompt, fingerprint
 from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
-from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
+from hf_longalign.evaluation.ruler import ruler_prompts
 from hf_longalign.evaluation.ruler_data import load_questions
+from hf_longalign.evaluation.ruler_tasks import score_ruler
 from hf_longalign.evaluation.runner import Examinee, spent
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import Maker, PromptSuite
@@ -217,7 +218,8 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
         elif name == "perplexity":
             documents = read_documents(options.perplexity_documents or options.haystack, options)
             window = options.perplexity_window or max(grid.lengths)
-            suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window))
+            limit = options.perplexity_limit
+            suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
             suites.append(
                 HarnessSuite(
@@ -305,7 +307,7 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
                 chat=chat,
             )
         except (ConnectionError, FileNotFoundError) as error:
-            missing[task] = str(error).replace(source, public_name(source))
+            missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
             logger.warning("%s is left out: %s", task, error)
     return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
 
@@ -372,7 +374,7 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
     if "short" in options.suites:
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
-        chosen["LongBench data"] = public_name(options.longbench_source)
+        chosen["LongBench data"] = public_name(options.longbench_source or "zai-org/LongBench")
         chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"
     if options.limit is not None:
         chosen["limit"] = options.limit

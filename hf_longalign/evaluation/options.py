@@ -98,10 +98,14 @@ class SuiteOptions:
     )
     longbench_tasks: list[str] = field(
         default_factory=lambda: ["context_synthesis"],
-        metadata={"help": "LongBench tasks; `context_synthesis`: that paper's eight; `all`: all of them."},
+        metadata={
+            "help": "LongBench tasks; `context_synthesis`: that paper's eight; `all`: those of v1; `even`: those of "
+            "LongBench-E; `v2`: the multiple choice of v2."
+        },
     )
-    longbench_source: str = field(
-        default="THUDM/LongBench", metadata={"help": "Hub id, data.zip or a folder of `<task>.jsonl`."}
+    longbench_source: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, data.zip, v2's data.json or a folder of `<task>.jsonl`; unset: LongBench's own."},
     )
     longbench_length: int | None = field(
         default=None,
@@ -117,6 +121,7 @@ class SuiteOptions:
     perplexity_window: int | None = field(
         default=None, metadata={"help": "Tokens of a perplexity window; unset: the largest of `lengths`."}
     )
+    perplexity_limit: int = field(default=20, metadata={"help": "Documents that perplexity is read of."})
 
     def check(self, endpoint: str | None = None) -> None:
         """Refuse, before anything is loaded, what would fail later.
@@ -137,11 +142,11 @@ class SuiteOptions:
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        for name in ("samples", "max_new_tokens", "limit", "perplexity_window"):
+        for name in ("samples", "max_new_tokens", "limit", "perplexity_window", "perplexity_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Set a larger number, or leave it out.")
-        source = Path(self.longbench_source)
+        source = Path(self.longbench_source or ".")
         if "longbench" in self.suites and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
             raise ValueError(
                 f"`longbench_source` must be a Hub id, data.zip or a folder, got {str(source)!r}, which is not there. "
