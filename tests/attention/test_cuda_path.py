@@ -5,6 +5,7 @@ CUDA tensors are fake ones: they have device, dtype, shape and strides, and no n
 
 import inspect
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ register_attention()
 
 BOUNDS = (0, 5, 150, 300)
 TOKENS = BOUNDS[-1]
-ORDINARY = torch.cat([torch.arange(stop - start) for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False)])[None]
+ORDINARY = torch.cat([torch.arange(stop - start) for start, stop in pairwise(BOUNDS)])[None]
 SKIPPED = ORDINARY + 90 * (ORDINARY > 60)
 
 
@@ -80,6 +81,8 @@ class Indexing(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (torch.Tensor.__setitem__, torch.Tensor.copy_):
             return args[0]  # there are no numbers to write
+        if func is torch.Tensor.contiguous:
+            return torch.ops.aten.clone(args[0], memory_format=torch.contiguous_format)
         if func is not torch.Tensor.__getitem__:
             return func(*args, **(kwargs or {}))
         tensor, index = args
@@ -372,7 +375,7 @@ def flash(request, monkeypatch):
     name, signature, calls = request.param, FLASHES[request.param], []
 
     def varlen(*args, **kwargs):
-        query, key, value, starts, key_starts, longest, key_longest, scale, causal, window, softcap = signature(
+        query, key, value, starts, key_starts, longest, key_longest, scale, causal, window, _ = signature(
             *args, **kwargs
         )
         calls.append((query, key, value, starts, key_starts, longest, key_longest, causal, window))
