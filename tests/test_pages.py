@@ -109,8 +109,8 @@ def test_what_stands_on_a_page_runs(page, place, server, monkeypatch):
     monkeypatch.setattr(hf_longalign, "evaluate", partial(hf_longalign.evaluate, **asked))
     found = [words for words in commands(page) if not " ".join(words).startswith(NOT_RUN)]
     if page.name == "publishing.md":  # what the commands of other pages made, where pages are tested one by one
-        run_command(["hf-longalign", "synthesize", *"--generator openai --model tiny --seeds pairs.jsonl".split(),
-                     *"--n_distractors 2 --output_dir outputs/contexts".split()], server)  # fmt: skip
+        options = ["--generator", "openai", "--model", "tiny", "--seeds", "pairs.jsonl", "--n_distractors", "2"]
+        run_command(["hf-longalign", "synthesize", *options, "--output_dir", "outputs/contexts"], server)
     for words in found:
         assert words[0] in ("hf-longalign", "accelerate"), words
         run_command(words, server)
