@@ -26,7 +26,6 @@ import numpy as np
 
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.checks import DEFAULT_CHECKS, Rules
-from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import read_table, write_table
 from hf_longalign.synthesis.distractors import by_bm25, nearest
 from hf_longalign.synthesis.outcome import features, outcome_row
@@ -77,12 +76,11 @@ def measure(count: int, folder: Path) -> dict[str, Any]:
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     read, found["read"] = timed(lambda: read_seeds(str(source), control=control), count)
     seeds = read.seeds
-    config = ContextSynthesisConfig(seeds=[str(source)])
     rules = Rules(tuple(DEFAULT_CHECKS), 20, None, None, control)
     plan = Plan("documents", "", None, rules)  # type: ignore[arg-type] # nobody is asked
     _, found["check"] = timed(lambda: [check_given(seed, plan) for seed in seeds[:SAMPLE]], min(count, SAMPLE))
     contexts = [seed.context or "" for seed in seeds]
-    _, found["duplicates"] = timed(lambda: Duplicates(config.duplicate_threshold).find(contexts), count)
+    _, found["duplicates"] = timed(lambda: Duplicates().find(contexts), count)
     columns = features("contexts")
     unchecked = Plan("documents", "", None, Rules(()))  # type: ignore[arg-type]
     rows = ({name: outcome_row(check_given(seed, unchecked))[name] for name in columns} for seed in seeds)

@@ -83,7 +83,7 @@ class EndpointGenerator:
         endpoint: such as http://localhost:8000/v1, which a URL without a path gets; or several that serve the same. A
             login in it is sent as HTTP basic authentication and shown nowhere.
         api_key_env: the environment variable that holds the key; without it none is sent.
-        concurrency: the most requests at once.
+        max_concurrency: the most requests at once.
         timeout: seconds for one answer.
         max_attempts: attempts at one answer; waiting for a busy server is none.
 
@@ -91,7 +91,7 @@ class EndpointGenerator:
         stats: counts as the server tells them, and seconds, see [`GenerationStats`].
 
     Raises:
-        ValueError: a URL or concurrency that is none.
+        ValueError: a URL or number of requests that is none.
         ImportError: `openai` is missing, at the first prompt.
 
     Example:
@@ -109,19 +109,21 @@ class EndpointGenerator:
         endpoint: str | Sequence[str],
         *,
         api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 16,
+        max_concurrency: int = 16,
         timeout: float = 1800.0,
         max_attempts: int = 8,
     ) -> None:
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(f"`concurrency` must be a positive integer, got {concurrency!r}. Set 16 if in doubt.")
+        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:
+            raise ValueError(
+                f"`max_concurrency` must be a positive integer, got {max_concurrency!r}. Set 16 if in doubt."
+            )
         self.model = model
         self.stats = GenerationStats()
         self._client = OpenAIGenerator(
             model,
             endpoint,
             api_key_env=api_key_env,
-            max_concurrency=concurrency,
+            max_concurrency=max_concurrency,
             timeout=timeout,
             max_attempts=max_attempts,
             # One answer to a long prompt may take longer than a server may be away.

@@ -145,7 +145,10 @@ class Examined:
                     label,
                     f"{options.endpoint.split('@')[-1]}/{name}",
                     EndpointGenerator(
-                        name, options.endpoint, api_key_env=options.api_key_env, concurrency=options.concurrency
+                        name,
+                        options.endpoint,
+                        api_key_env=options.api_key_env,
+                        max_concurrency=options.max_concurrency,
                     ),
                     what=f"as served by {options.endpoint.split('@')[-1]}",
                 )
@@ -335,7 +338,7 @@ def read_documents(source: str | None, options: SuiteOptions) -> Any:
     """Return texts: built-in ones, those of a file or folder, or a column of a data set."""
     if source is None:
         return noise(seed=options.seed)
-    return load_texts(source, column=options.haystack_column, split=options.haystack_split)
+    return load_texts(source)
 
 
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:

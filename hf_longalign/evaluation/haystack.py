@@ -22,13 +22,12 @@ _ABBREVIATIONS = frozenset(_SHORT_FORMS.split())
 _UNIT = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]{{1,30}})")
 
 
-def load_texts(source: str, *, column: str = "text", split: str = "train") -> Iterable[str]:
-    """Return the texts of a file or folder, see [`read_texts`], or of a column of a data set, read as they are needed.
+def load_texts(source: str) -> Iterable[str]:
+    """Return the texts of a file or folder, see [`read_texts`], or of a data set, read as they are needed.
 
     Args:
-        source: path, or id of a data set on the Hub.
-        column: of the data set.
-        split: of the data set.
+        source: path, or a data set on the Hub, `user/name[:config][@split]` (default: train); its texts are the column
+            text, or context.
 
     Raises:
         ValueError: a path to nothing, or no such column.
@@ -43,21 +42,25 @@ def load_texts(source: str, *, column: str = "text", split: str = "train") -> It
         return read_texts(source)
     from datasets import load_dataset
 
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
     try:
-        rows = load_dataset(source, split=split, streaming=True)
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the Hub's, the network's, the format's
         raise ConnectionError(
             f"`haystack` must be a text file, a folder or a data set, got {source!r}: there is no such path, and as a "
             f"data set it cannot be had ({type(error).__name__}: {error}). Correct it, or leave it out."
         ) from error
-    return _column(rows, column)
+    return _texts(rows, source)
 
 
-def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
+def _texts(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[str]:
     for row in rows:
-        if column not in row:
+        column = next((name for name in ("text", "context") if name in row), None)
+        if column is None:
             raise ValueError(
-                f"`haystack_column` must be one of {', '.join(row)}, got {column!r}. Set it to the text's."
+                f"`haystack` must be a data set with a column text or context, got {source!r} with {', '.join(row)}. "
+                "Save its texts as .txt files."
             )
         yield row[column]
 

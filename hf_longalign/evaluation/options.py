@@ -44,7 +44,7 @@ class ModelOptions:
         default="OPENAI_API_KEY",
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
-    concurrency: int = field(default=16, metadata={"help": "Requests at once to the endpoint."})
+    max_concurrency: int = field(default=16, metadata={"help": "The most requests at once to the endpoint."})
     batch_tokens: int = field(default=65536, metadata={"help": "Tokens of a batch, answers included."})
 
 
@@ -93,10 +93,9 @@ class SuiteOptions:
     )
     max_new_tokens: int = field(default=128, metadata={"help": "Room for an answer, in tokens."})
     haystack: str | None = field(
-        default=None, metadata={"help": "A text file, a folder of them or a data set; unset: built-in sentences."}
+        default=None,
+        metadata={"help": "A text file, a folder of them or user/name[:config][@split]; unset: built-in sentences."},
     )
-    haystack_column: str = field(default="text", metadata={"help": "Column of the data set."})
-    haystack_split: str = field(default="train", metadata={"help": "Split of the data set."})
     longbench_tasks: list[str] = field(
         default_factory=lambda: ["context_synthesis"],
         metadata={

@@ -107,9 +107,6 @@ class SynthesisOptions:
     language: str | None = field(
         default=None, metadata={"help": "Two-letter code the contexts must have; unset: the language of the seeds."}
     )
-    duplicate_threshold: float = field(
-        default=0.8, metadata={"help": "Share of common 5-grams from which two contexts count as the same."}
-    )
 
     # Parameters that control difficulty
     difficulty: str | None = field(
@@ -262,7 +259,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "pairs_per_document": (1, _LARGE),
     "min_words": (0, _LARGE),
     "max_words": (1, _LARGE),
-    "duplicate_threshold": (0.01, 0.99),
     "difficulty_samples": (1, 1000),
     "n_distractors": (0, _LARGE),
     "target_tokens": (1, _LARGE),

@@ -358,7 +358,7 @@ class Pipeline:
         if "duplicate" not in self.config.checks:
             return outcomes
         writes = self.config.generator != "documents" and self.config.method == "context"
-        duplicates = Duplicates(self.config.duplicate_threshold)
+        duplicates = Duplicates()
         while True:
             numbers = accepted(outcomes)
             repeated = duplicates.find([outcomes[number].context for number in numbers])

@@ -39,8 +39,16 @@ def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
     assert list(load_texts(str(tmp_path))) == ["One."]
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"text": "Two.", "id": 1}]))
     assert list(load_texts("org/data")) == ["Two."]
-    with pytest.raises(ValueError, match="`haystack_column` must be one of text, id, got 'body'"):
-        list(load_texts("org/data", column="body"))
+    asked = {}
+    rows = iter([{"context": "Three.", "id": 1}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: asked.update(options, args=args) or rows)
+    assert list(load_texts("org/data:chat@test")) == ["Three."]
+    assert asked == {"args": ("org/data", "chat"), "split": "test", "streaming": True}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"body": "Four."}]))
+    with pytest.raises(
+        ValueError, match="`haystack` must be a data set with a column text or context, got 'org/data'"
+    ):
+        list(load_texts("org/data"))
     for gone in ("gone.txt", str(tmp_path / "gone")):
         with pytest.raises(ValueError, match="which is not there"):
             load_texts(gone)
