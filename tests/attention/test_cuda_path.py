@@ -219,6 +219,7 @@ def test_nothing_is_called_document_by_document(feature, dtype, calls, monkeypat
     elif feature == "window":
         config = MistralConfig(**SIZES, head_dim=64, sliding_window=40)
     elif feature == "sinks":
+        dtype = torch.bfloat16  # its experts' grouped product knows no other on a card
         config = GptOssConfig(**SIZES, head_dim=64, num_local_experts=2, num_experts_per_tok=1, sliding_window=40)
     else:
         config = gemma2()
