@@ -6,7 +6,8 @@ Made-up seeds of eight tasks in turns, with contexts of about 300 words (drawn f
 made-up words), are read from a JSONL file, checked, searched for near-duplicates and composed among 9 distractors,
 half of them the nearest by BM25. Reading, duplicates, words and nearest texts are measured over all rows, checks and
 composing over 2,000 of them, next to a pool of all. Every size runs in a process of its own. CPU time of all
-processes is what counts where the machine is shared; memory is the most that was resident, mapped files included.
+processes is what counts where the machine is shared; memory is the most that was resident, mapped files included. The
+checks see the same 2,000 texts at every size: what they differ by is what other work on the machine adds.
 """
 
 import argparse
