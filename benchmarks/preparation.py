@@ -2,8 +2,8 @@
 
     python benchmarks/preparation.py
 
-Both build a trainer on the same conversations in turn in one process, nothing cached; what is measured is the CPU time
-of `_prepare_dataset`, which tokenises, builds labels, truncates and packs, and, on our side, finds the blocks. Ratios are
+Both build a trainer on the same rows in turn in one process, nothing cached; what is measured is the CPU time of
+`_prepare_dataset`, which tokenises, builds labels, truncates and packs, and, on our side, finds the blocks. Ratios are
 of medians.
 """
 
@@ -41,7 +41,7 @@ MARKED = CHATML.replace(
     "{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] + '<|end|>\n' }}{% endif %}",
 )
-SYLLABLES = [
+SYLLABLES = (
     "ar",
     "ba",
     "cen",
@@ -60,15 +60,7 @@ SYLLABLES = [
     "pil",
     "que",
     "ras",
-    "sol",
-    "tur",
-    "un",
-    "ven",
-    "wes",
-    "xi",
-    "yor",
-    "zan",
-]
+)
 SHAPES = {  # kind of rows, words of their messages, options
     "chat": ("messages", (60, 120, 20, 120), {}),
     "chat, answers only": ("messages", (60, 120, 20, 120), {"assistant_only_loss": True}),

@@ -16,15 +16,25 @@ from hf_longalign.probe import LogProbs
 logger = logging.getLogger(__name__)
 
 
-def check_parallelism(*, whole_rows: bool) -> None:
+def check_parallelism(*, whole_rows: bool, n_gpu: int = 1) -> None:
     """Refuse, before the first step, to cut rows over devices where training would not be exact.
 
     Args:
         whole_rows: whether rows are packed, skip positions or weigh as wholes.
+        n_gpu: GPUs that this one process trains on, as `TrainingArguments.n_gpu` counts them: 1 where a
+            `device_map` lays the layers on several. TRL's trainers refuse more themselves.
 
     Raises:
         ValueError: names the setting of accelerate.
     """
+    if n_gpu > 1 and whole_rows:
+        # `DataParallel` cuts every tensor of a batch into as many parts, `cu_seq_lens_q` too: flash attention would
+        # take the first half of the boundaries for all of them, without a word.
+        raise ValueError(
+            f"`n_gpu` must be 1 with packed rows, skipped positions or loss_weighting='sequence', got {n_gpu}: "
+            "several GPUs in one process share out the document boundaries like rows. Start one process per GPU, "
+            f"`accelerate launch --num_processes {n_gpu} …`, or set CUDA_VISIBLE_DEVICES=0."
+        )
     # Not `args.parallelism_config`, which stays None where accelerate's own YAML asks for it.
     parallelism = AcceleratorState().parallelism_config
     if parallelism is None:
@@ -75,7 +85,7 @@ class SkipPositionCallback(TrainerCallback):
         """Run the preflight, on every process, and find out at which epoch a resumed run goes on."""
         # 1.5 after a resume in the middle of the second epoch, 2.0 after one at its end.
         self._epoch = int(state.epoch or 0)
-        check_parallelism(whole_rows=self.collator.strategy != "none" or self.collator.padding_free)
+        check_parallelism(whole_rows=self.collator.strategy != "none" or self.collator.padding_free, n_gpu=args.n_gpu)
         if self.preflight:
             pads = args.per_device_train_batch_size > 1 or bool(self.collator.pad_to_multiple_of)
             pads = pads or (args.eval_strategy != "no" and args.per_device_eval_batch_size > 1)

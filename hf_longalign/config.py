@@ -1,7 +1,9 @@
 """The options of `LongAlignSFTTrainer` that `trl.SFTConfig` does not have."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
@@ -89,3 +91,14 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
                 f"`loss_type={self.loss_type!r}` and "
                 f"`label_smoothing_factor={self.label_smoothing_factor!r}`. Set 'nll' and 0."
             )
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None, model: Any) -> "LongAlignSFTConfig":
+        """Complete other arguments with the defaults of this class, the way `SFTTrainer` takes `TrainingArguments`."""
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            return cls(f"{name.split('/')[-1]}-SFT")
+        # Not `to_dict`, which hides every field whose name ends in "_token".
+        return cls(**{item.name: getattr(args, item.name) for item in fields(args) if item.init})

@@ -121,7 +121,7 @@ def ignore_padding_of_packed_rows(backbone: torch.nn.Module, pad_token_id: int, 
         bounds, logits = inputs.get("cu_seq_lens_q"), getattr(outputs, "router_logits", None)
         if bounds is None or logits is None:
             return outputs
-        start = int(bounds[-2])
+        start = int(bounds[bounds < bounds[-1]].max())  # documents without a token may follow
         padding = inputs["input_ids"][0, start:]
         if start and len(padding) < multiple and bool((padding == pad_token_id).all()):
             outputs.router_logits = tuple(layer.flatten(0, -2)[:start] for layer in logits)

@@ -8,23 +8,25 @@ tokenizers), nothing is tokenised again unless `parts` need it.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.data_utils import common_prefix_length, get_dataset_column_names, is_conversational
-
-from hf_longalign.blocks import (
-    IGNORE,
-    Blocks,
-    block_response,
-    blocks_at,
-    blocks_from_labels,
-    blocks_to_column,
+from trl import SFTConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import (
+    common_prefix_length,
+    get_dataset_column_names,
+    is_conversational,
+    is_conversational_from_value,
+    maybe_convert_to_chatml,
 )
+
+from hf_longalign.blocks import IGNORE, Blocks, block_response, blocks_at, blocks_from_labels, blocks_to_column
 from hf_longalign.turns import (
     PROMPT_COMPLETION_FRAME,
     TEXT_FRAME,
@@ -34,7 +36,6 @@ from hf_longalign.turns import (
     content_of,
     place_turns,
     read_frame,
-    special_tokens_pattern,
 )
 from hf_longalign.version import __version__
 
@@ -46,6 +47,8 @@ COLUMNS = (
     *("messages", "prompt", "completion", "tools", "chat_template_kwargs"),
     *("parts", "block_lengths", "input_ids", "labels", "completion_mask"),
 )
+# Columns that are read and removed again.
+FLAGS = ["blocks_found", "trains"]
 BATCH_SIZE = 128
 # Shapes of conversations whose frames are kept; rows that call tools have one each.
 MAX_FRAMES = 1024
@@ -125,12 +128,13 @@ class RowPreparer:
             batch: lists by column.
 
         Returns:
-            `input_ids` (int32), `labels` (int32) and `blocks` (int8), each a list of arrays `(tokens,)`, and
-            `blocks_found`, whether the blocks of a row are more than the runs of its labels could tell.
+            `input_ids` (int32), `labels` (int32) and `blocks` (int8), each a list of arrays `(tokens,)`;
+            `blocks_found`, whether the blocks of a row are more than the runs of its labels could tell; and `trains`,
+            whether truncation leaves it a target.
         """
         names = [name for name in {*COLUMNS, self.text_field} if name in batch]
         rows = [dict(zip(names, row, strict=True)) for row in zip(*(batch[name] for name in names), strict=True)]
-        prepared: dict[str, list] = {"input_ids": [], "labels": [], "blocks": [], "blocks_found": []}
+        prepared: dict[str, list] = {name: [] for name in ("input_ids", "labels", "blocks", *FLAGS)}
         texts = [self._text(row) for row in rows]
         self._encode(rows, texts)
         for row, text in zip(rows, texts, strict=True):
@@ -144,6 +148,8 @@ class RowPreparer:
                 lengths = np.asarray(row["block_lengths"])
                 blocks = Blocks(lengths, block_response(labels, lengths))
             prepared["blocks_found"].append(blocks is not None or text is None)
+            # Nothing comes before the first token that could predict it.
+            prepared["trains"].append(bool((labels[self.kept][1:] != IGNORE).any()))
             column = blocks_to_column(blocks or _runs(row, labels))
             for name, values in (("input_ids", ids), ("labels", labels), ("blocks", column)):
                 prepared[name].append(values[self.kept])
@@ -194,10 +200,7 @@ class RowPreparer:
         if shape not in self._frames:
             if len(self._frames) >= MAX_FRAMES:
                 self._frames.clear()
-            special = special_tokens_pattern(self.tokenizer.get_added_vocab())
-            self._frames[shape] = read_frame(
-                messages, lambda part, **options: self._render(row, part, **options), special
-            )
+            self._frames[shape] = read_frame(messages, partial(self._render, row), self.tokenizer.get_added_vocab())
         frame = self._frames[shape]
         return None if frame is None else place_turns(text, contents, frame)
 
@@ -260,7 +263,8 @@ class RowPreparer:
                     "or does not tokenise to its `input_ids`. Give a `block_lengths` column instead."
                 )
             return None
-        cuts = _merge(text.turns.cuts + _part_cuts(text, text.turns, parts))
+        # Of a part and a turn that begin at one character the response comes last, and stays.
+        cuts = sorted(text.turns.cuts + _part_cuts(text, text.turns, parts))
         tokens = [_token_at(encoding, cut.start, len(text.text)) for cut in cuts]
         return blocks_at(tokens, [cut.response for cut in cuts], len(encoding.ids))
 
@@ -324,14 +328,6 @@ def _part_cuts(text: Text, turns: Turns, parts: list[dict[str, Any]]) -> list[Cu
     return cuts
 
 
-def _merge(cuts: list[Cut]) -> list[Cut]:
-    """Sorted cuts, one per character; at the same one the message's own cut is a response, a part's keeps it."""
-    merged: dict[int, bool] = {}
-    for cut in cuts:
-        merged[cut.start] = merged.get(cut.start, False) or cut.response
-    return [Cut(start, response) for start, response in sorted(merged.items())]
-
-
 def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens: bool, **progress: Any) -> Any:
     """Map a preparer over a data set and leave out the rows that train nothing, saying how many.
 
@@ -340,32 +336,75 @@ def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens:
         preparer: what to map.
         name: what to call the data set in the log.
         only_tokens: whether the other columns may go, for packing.
-        **progress: what `map` and `filter` of this kind of data set take.
+        **progress: what `map` of this kind of data set takes.
     """
     columns = get_dataset_column_names(dataset)
     spent = columns if only_tokens else [column for column in columns if column == "block_lengths"]
     dataset = dataset.map(preparer, batched=True, batch_size=BATCH_SIZE, remove_columns=spent, **progress)
-    kept = dataset.filter(_has_target, input_columns=["labels"], **progress)
-    if isinstance(dataset, Dataset):
-        rows, found = len(dataset), int(np.sum(dataset.with_format("numpy")["blocks_found"][:]))
-        if found < rows:
-            logger.warning(
-                "%d of %d rows of the %s dataset do not show their turns: their blocks are the runs of their labels.",
-                rows - found,
-                rows,
-                name,
-            )
-        if len(kept) < rows:
-            logger.warning(
-                "%d of %d rows of the %s dataset have no target within `max_length` and are left out. Raise it to "
-                "train on them.",
-                rows - len(kept),
-                rows,
-                name,
-            )
-    return kept.remove_columns("blocks_found")
+    if not isinstance(dataset, Dataset):
+        return dataset.filter(bool, input_columns=["trains"]).remove_columns(FLAGS)
+    found, trains = (np.array(dataset[flag][:], dtype=bool) for flag in FLAGS)
+    for flag, message in (
+        (found, "do not show their turns: their blocks are the runs of their labels."),
+        (trains, "have no target within `max_length` and are left out. Raise it to train on them."),
+    ):
+        if not flag.all():
+            logger.warning("%d of %d rows of the %s dataset %s", (~flag).sum(), flag.size, name, message)
+    kept = dataset if trains.all() else dataset.select(trains.nonzero()[0])
+    return kept.remove_columns(FLAGS)
 
 
-def _has_target(labels: Sequence[int]) -> bool:
-    # Nothing comes before the first token that could predict it.
-    return any(label != IGNORE for label in labels[1:])
+def is_fast(processing_class: Any) -> bool:
+    """Whether it is a tokenizer that knows the characters of its tokens."""
+    return isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.is_fast
+
+
+def as_conversations(dataset: Any, **progress: Any) -> Any:
+    """Return the data set in ChatML's form if it holds conversations that are not tokenised yet, else `None`."""
+    first = next(iter(dataset))
+    if "input_ids" in first:
+        return None
+    if is_conversational_from_value(first):
+        dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations", **progress)
+        first = next(iter(dataset))
+    return dataset if is_conversational(first) else None
+
+
+def lacks_marks(processing_class: Any, dataset: Any) -> bool:
+    """Whether the answers of a data set's conversations must be found without the template's help.
+
+    TRL's `assistant_only_loss` refuses templates without `{% generation %}` of which it knows no version with them.
+    """
+    sample: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
+    template = getattr(processing_class, "chat_template", None)
+    if "input_ids" in sample or not is_conversational(sample) or not is_fast(processing_class) or not template:
+        return False
+    if has_generation_markers(template):
+        return False
+    try:
+        get_training_chat_template(processing_class)
+    except ValueError:
+        logger.warning(
+            "The chat template marks no answers with `{% generation %}`: `assistant_only_loss` takes them from where "
+            "the turns stand in the text."
+        )
+        return True
+    return False
+
+
+def kept_tokens(args: SFTConfig, packing: bool) -> slice:
+    """What truncation leaves of a row. TRL's "bfd" keeps the start, whatever the truncation mode.
+
+    Raises:
+        ValueError: a mode that there is not, or packing without a length.
+    """
+    if packing and args.max_length is None:
+        raise ValueError("`max_length` must be the length of a packed row, got None. Set it, or `packing=False`.")
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(
+            f"`truncation_mode` must be 'keep_start' or 'keep_end', got {args.truncation_mode!r}. Set one of them."
+        )
+    if args.max_length is None or (packing and args.packing_strategy != "bfd"):
+        return slice(None)
+    keeps_end = args.truncation_mode == "keep_end" and not packing
+    return slice(-args.max_length, None) if keeps_end else slice(args.max_length)

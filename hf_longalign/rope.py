@@ -253,7 +253,10 @@ def check_range(config: PretrainedConfig, target_length: int, name: str = "targe
     if types and types <= {"default", *SCALING_KEYS}:
         # A model that is scaled already is scaled further by its own type alone.
         kind = next(iter(types - {"default"}), "yarn")
-        remedy = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`, or {remedy}"
+        scaling = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`"
+        if name == "skip_target_length":  # an option beside the one that scales
+            scaling = f"set `rope_type={kind!r}` and give the model by its name"
+        remedy = f"{scaling}, or {remedy}"
     raise ValueError(
         f"`{name}` must be at most {limit}, the range of this {text_config.model_type!r} model, got {target_length}. "
         f"{remedy[0].upper()}{remedy[1:]}."

@@ -24,9 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from trl import SFTConfig, is_conversational, maybe_convert_to_chatml, pack_dataset
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational_from_value
+from trl import SFTConfig, pack_dataset
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, register_attention
@@ -36,7 +34,7 @@ from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.coverage import CoverageCallback
 from hf_longalign.loss import SequenceWeightedModel, ignore_padding_of_packed_rows, one_label_per_sequence
 from hf_longalign.preflight import check_no_virtual_tokens
-from hf_longalign.preparation import RowPreparer, prepare_rows
+from hf_longalign.preparation import RowPreparer, as_conversations, is_fast, kept_tokens, lacks_marks, prepare_rows
 from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
 from hf_longalign.rope import check_range, model_range, rope_record, scale_rope
@@ -67,9 +65,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         args: a [`LongAlignSFTConfig`]; any other training arguments are completed with its defaults.
         data_collator: `None`, or a [`SkipPositionDataCollator`] that replaces the fields of `args`. Another collator
             is taken only with `skip_strategy="none"`.
-        train_dataset, eval_dataset, processing_class, compute_loss_func, compute_metrics, callbacks, optimizers, \
-        optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, peft_config, formatting_func:
-            as in `SFTTrainer`.
+        train_dataset: as in `SFTTrainer`, like every argument after it.
 
     Raises:
         ValueError: the model cannot be trained exactly this way; the message names backend, layer kind and remedy.
@@ -112,7 +108,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         peft_config: "PeftConfig | None" = None,
         formatting_func: Callable[[dict], str] | None = None,
     ) -> None:
-        args = _as_config(args, model)
+        args = LongAlignSFTConfig.of(args, model)
         own_collator = data_collator if isinstance(data_collator, SkipPositionDataCollator) else None
         if data_collator is not None and own_collator is None and args.skip_strategy != "none":
             raise ValueError(
@@ -127,14 +123,14 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if args.assistant_only_loss and processing_class is None:
             processing_class = _load_processing_class(model, args)
         self._answers_by_turns = (
-            args.assistant_only_loss and formatting_func is None and _lacks_marks(processing_class, train_dataset)
+            args.assistant_only_loss and formatting_func is None and lacks_marks(processing_class, train_dataset)
         )
         with _scaled_rope(model, args), _unmarked_answers(args, self._answers_by_turns):
             # Else a target out of range would be refused after the whole data set has been prepared.
             if self._strategy != "none":
-                name = "skip_target_length" if own_collator is None else "target_length"
                 asked = args.skip_target_length if own_collator is None else own_collator.target_length
                 if asked is not None:
+                    name = "skip_target_length" if own_collator is None else "target_length"
                     check_range(_model_config(model, args), asked, name)
             super().__init__(
                 model,
@@ -262,30 +258,29 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         needs_blocks = self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train"
-        if not (needs_blocks or self._answers_by_turns) or _is_transformed(dataset):
+        made_when_read = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # which TRL refuses
+        if not (needs_blocks or self._answers_by_turns) or made_when_read:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         progress = _progress(dataset, args, f"Preparing {dataset_name} dataset")
-        if formatting_func is None and _is_fast(processing_class) and "input_ids" not in next(iter(dataset)):
-            if is_conversational_from_value(next(iter(dataset))):
-                dataset = dataset.map(maybe_convert_to_chatml, remove_columns="conversations", **progress)
-            tokenised = is_conversational(next(iter(dataset)))
-        else:
-            tokenised = False
-        if not tokenised:
+        rows: Any = None
+        if formatting_func is None and is_fast(processing_class):
+            with PartialState().local_main_process_first():
+                rows = as_conversations(dataset, **progress)
+        if rows is None:
             # Text, and what only a processor or a slow tokenizer can read, is TRL's to tokenise.
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
-            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         preparer = RowPreparer(
             self._tokenizer,
             text_field=args.dataset_text_field,
             chat_template=self.chat_template,
             completion_only=self.completion_only_loss,
             answers_only="turns" if self._answers_by_turns else "marks" if args.assistant_only_loss else None,
-            kept=_kept_tokens(args, packing),
+            kept=kept_tokens(args, packing),
         )
         with PartialState().local_main_process_first():
-            dataset = prepare_rows(dataset, preparer, dataset_name, only_tokens=packing, **progress)
+            dataset = prepare_rows(rows, preparer, dataset_name, only_tokens=packing, **progress)
             if packing:
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)
@@ -390,19 +385,6 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             self.coverage.load(checkpoint)
 
 
-def _as_config(args: SFTConfig | TrainingArguments | None, model: Any) -> LongAlignSFTConfig:
-    """The arguments as ours, the way `SFTTrainer` takes `TrainingArguments`."""
-    if isinstance(args, LongAlignSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        return LongAlignSFTConfig(f"{name.split('/')[-1]}-SFT")
-    # Not `to_dict`, which hides every field whose name ends in "_token".
-    return LongAlignSFTConfig(
-        **{item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init}
-    )
-
-
 def _model_config(model: Any, args: LongAlignSFTConfig) -> Any:
     """The config that the model has, or will be loaded with."""
     if not isinstance(model, str):
@@ -416,28 +398,9 @@ def _model_config(model: Any, args: LongAlignSFTConfig) -> Any:
 
 def _load_processing_class(model: Any, args: LongAlignSFTConfig) -> Any:
     """The tokenizer or processor of the model, as TRL loads it."""
-    name = model if isinstance(model, str) else model.config._name_or_path
-    options: Any = args.model_init_kwargs or {}
-    revision = options.get("revision") if isinstance(model, str) else None
+    options: Any = (isinstance(model, str) and args.model_init_kwargs) or {}
+    name, revision = model if isinstance(model, str) else model.config._name_or_path, options.get("revision")
     return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-def _lacks_marks(processing_class: Any, dataset: Any) -> bool:
-    """Whether the answers of conversations must be found without the template's help, which TRL refuses to do."""
-    sample: dict[str, Any] = next(iter(dataset), {}) if isinstance(dataset, (Dataset, IterableDataset)) else {}
-    if "input_ids" in sample or not is_conversational(sample) or not _is_fast(processing_class):
-        return False
-    if not processing_class.chat_template or has_generation_markers(processing_class.chat_template):
-        return False
-    try:
-        get_training_chat_template(processing_class)
-    except ValueError:
-        logger.warning(
-            "The chat template marks no answers with `{% generation %}`: `assistant_only_loss` takes them from where "
-            "the turns stand in the text."
-        )
-        return True
-    return False
 
 
 @contextmanager
@@ -485,27 +448,3 @@ def _fused_log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def _progress(dataset: Dataset | IterableDataset, args: Any, desc: str) -> dict[str, Any]:
     """What `map` and `filter` of a data set in memory or on disk take, and those of a streamed one do not."""
     return {"num_proc": args.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
-
-
-def _is_fast(processing_class: Any) -> bool:
-    return isinstance(processing_class, PreTrainedTokenizerBase) and processing_class.is_fast
-
-
-def _is_transformed(dataset: Any) -> bool:
-    """Whether rows are made when they are read, which TRL refuses to prepare."""
-    return isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
-
-
-def _kept_tokens(args: LongAlignSFTConfig, packing: bool) -> slice:
-    """What truncation leaves of a row. TRL's "bfd" keeps the start, whatever the truncation mode."""
-    if packing and args.max_length is None:
-        raise ValueError("`max_length` must be the length of a packed row, got None. Set it, or `packing=False`.")
-    if args.truncation_mode not in ("keep_start", "keep_end"):
-        raise ValueError(
-            f"`truncation_mode` must be 'keep_start' or 'keep_end', got {args.truncation_mode!r}. Set one of them."
-        )
-    if args.max_length is None or (packing and args.packing_strategy != "bfd"):
-        return slice(None)
-    return (
-        slice(-args.max_length, None) if args.truncation_mode == "keep_end" and not packing else slice(args.max_length)
-    )

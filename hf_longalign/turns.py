@@ -15,6 +15,7 @@ Then the gaps are followed through the real text, one after the other, whatever 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -75,24 +76,19 @@ TEXT_FRAME = Frame((0,), (Gap("", 0), Gap("", 0)))
 PROMPT_COMPLETION_FRAME = Frame((0, 1), (Gap("", 0), Gap("", 0, (Cut(0, True),)), Gap("", 0)))
 
 
-def special_tokens_pattern(tokens: Iterable[str]) -> re.Pattern:
-    """Compile a pattern of special tokens, the longest of those that fit first; without any it matches nowhere."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
 def content_of(message: Message) -> str:
     """A message's content; empty where it has none, or only white space, which no template is held to keep."""
     content = message.get("content") or ""
     return content if content.strip() else ""
 
 
-def read_frame(messages: Sequence[Message], render: Render, special: re.Pattern) -> Frame | None:
+def read_frame(messages: Sequence[Message], render: Render, special_tokens: Iterable[str]) -> Frame | None:
     """Ask a template what it writes around messages of these roles.
 
     Args:
         messages: the conversation; of the contents only those that are empty matter.
         render: the template; may raise Jinja's `TemplateError` for a conversation that ends early.
-        special: the tokenizer's special tokens, see [`special_tokens_pattern`].
+        special_tokens: the tokenizer's, as text.
 
     Returns:
         The frame, or `None` if the template refuses the words or shows them in another order.
@@ -103,7 +99,7 @@ def read_frame(messages: Sequence[Message], render: Render, special: re.Pattern)
     ...     text = "".join(f"<{message['role']}>{message['content']}<end>" for message in messages)
     ...     return text + "<assistant>" * add_generation_prompt
     >>> messages = [{"role": role, "content": "…"} for role in ("user", "assistant", "user")]
-    >>> frame = read_frame(messages, render, special_tokens_pattern(["<end>"]))
+    >>> frame = read_frame(messages, render, ["<end>"])
     >>> frame.gaps[1].text, frame.gaps[1].cuts
     ('<end><assistant>', (Cut(start=16, response=True),))
     >>> frame.gaps[2].text, frame.gaps[2].cuts
@@ -121,6 +117,8 @@ def read_frame(messages: Sequence[Message], render: Render, special: re.Pattern)
     spans = {index: (text.index(words[index]), text.index(words[index]) + len(words[index])) for index in shown}
     if not shown or list(spans.values()) != sorted(spans.values()):
         return None
+    # The longest of those that fit first; without any it matches nowhere.
+    special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or "(?!)")
     reader = _Reader(text, words, spans, messages, render, special)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     cuts = [cut for index in answers for cut in reader.answer(index)]
@@ -215,10 +213,7 @@ class _Reader(NamedTuple):
 
 def _agreement(one: str, other: str) -> int:
     """How many characters two texts have in common at the start."""
-    if one == other:
-        return len(one)
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+    return len(commonprefix((one, other)))  # noqa: RUF071 - characters are what is wanted
 
 
 def _skip_space(text: str, at: int) -> int:

@@ -1,28 +1,32 @@
-"""The notebooks run from top to bottom, on a CPU and without the Hub, and keep no outputs."""
+"""The notebooks run from their first cell to their last, without the Hub."""
 
-import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 
-nbformat = pytest.importorskip("nbformat", reason='needs pip install "hf_longalign[test]"')
-nbclient = pytest.importorskip("nbclient", reason='needs pip install "hf_longalign[test]"')
-NOTEBOOKS = Path(__file__).parents[1] / "recipes" / "notebooks"
+nbclient = pytest.importorskip("nbclient", reason="the notebooks run with nbclient, of the extra [test]")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("ipykernel", reason="the notebooks run in a kernel, of the extra [test]")
+
+FOLDER = Path(__file__).parents[1] / "recipes" / "notebooks"
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    for name, value in {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(NOTEBOOKS.parents[1]), os.environ.get("PYTHONPATH", "")]))
-    book = nbformat.read(path, as_version=4)
-    assert not any(cell.get("outputs") for cell in book.cells), "clear the outputs before you commit"
-    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
-    expected = {
-        "train_with_skips": "jumps from and to [(",
-        "write_contexts": "7 contexts a row, 0 requests",
-        "prove_it": "'report.json'",
-    }
-    assert expected[path.stem] in said, said
+@pytest.mark.parametrize("name", ["train_with_skips", "write_contexts", "prove_it"])
+def test_a_notebook_runs_without_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shutil.copy(FOLDER / "stand_in.py", tmp_path)
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()  # raises with the cell and its traceback
+
+
+def test_notebooks_are_committed_without_output():
+    names = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+    assert names == ["prove_it", "train_with_skips", "write_contexts"]
+    for name in names:
+        for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells:
+            assert not cell.get("outputs") and not cell.get("execution_count")

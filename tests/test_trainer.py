@@ -421,8 +421,16 @@ def test_a_target_past_the_range_is_refused_before_the_data_is_prepared(tmp_path
     if as_name:
         model.save_pretrained(tmp_path / "model")
         model = str(tmp_path / "model")
-    with pytest.raises(ValueError, match="`skip_target_length` must be at most 1024, the range of this 'llama' model"):
+    message = (
+        "`skip_target_length` must be at most 1024, the range of this 'llama' model, got 4096. "
+        "Set `rope_type='yarn'` and give the model by its name"
+    )
+    with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, model=model, skip_target_length=4096)
+    if as_name:  # the remedy
+        monkeypatch.undo()
+        trainer = make_trainer(tmp_path, model=model, skip_target_length=4096, rope_type="yarn")
+        assert trainer.data_collator.target_length == 4096
     collator = SkipPositionDataCollator(0, target_length=4096)
     with pytest.raises(ValueError, match="`target_length` must be at most 1024"):
         make_trainer(tmp_path, model=model, data_collator=collator)

@@ -7,10 +7,11 @@ import pytest
 import torch
 import transformers
 from accelerate import ParallelismConfig
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from tiny import chat_dataset, tiny_llama, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign import (
     LongAlignSFTConfig,
@@ -253,6 +254,15 @@ def test_virtual_tokens_have_one_refusal(tmp_path, method):
 # --- rows cut over devices ---
 
 
+class CopyingHook(AlignDevicesHook):
+    """What accelerate does between devices: each layer is handed tensors of its own."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        args, kwargs = super().pre_forward(module, *args, **kwargs)
+        copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in kwargs.items()}
+        return args, copies
+
+
 class CutRows(ParallelismConfig):
     """accelerate's parallelism as its YAML sets it, without the GPUs that it needs."""
 
@@ -277,6 +287,34 @@ def test_rows_cut_over_devices_are_refused(tmp_path, monkeypatch, sizes, options
         return
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, tiny_llama(), **options)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    """By TRL in its trainers; `SkipPositionCallback` refuses them in any other."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"does not support `nn.DataParallel`"):
+        make_trainer(tmp_path, tiny_llama(), packing=True)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for options in ({"padding_free": True, "strategy": "none"}, {}):
+        callback = SkipPositionCallback(SkipPositionDataCollator(0, 1024, **options))
+        with pytest.raises(ValueError, match=r"`n_gpu` must be 1 .*got 2: .*`accelerate launch --num_processes 2 …`"):
+            callback.on_train_begin(args, TrainerState(), TrainerControl(), model=tiny_llama())
+    SkipPositionCallback(SkipPositionDataCollator(0, 1024, strategy="none")).on_train_begin(
+        args, TrainerState(), TrainerControl(), model=tiny_llama()
+    )
+
+
+def test_layers_on_several_devices_are_one_model(tmp_path):
+    """A `device_map` moves what each layer is handed; boundaries and positions come as tensors of its device."""
+    model = tiny_llama()
+    losses = []
+    for spread in (False, True):
+        if spread:
+            for layer in model.model.layers:
+                add_hook_to_module(layer, CopyingHook(execution_device="cpu", io_same_device=True))
+        trainer = make_trainer(tmp_path, model, packing=True, learning_rate=0.0)
+        losses.append(loss_of(trainer))
+    assert losses[0] == losses[1]
 
 
 def test_a_target_length_past_the_range_names_a_remedy_that_works(tmp_path):

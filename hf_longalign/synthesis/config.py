@@ -301,13 +301,18 @@ class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
         parts = [VERSION, self.generator, self.model, self.judge_model]
         for option in fields(SynthesisOptions):
             if option.name not in without:
-                value = getattr(self, option.name)
-                parts += [option.name, *(_content(part) for part in (value if isinstance(value, list) else [value]))]
+                parts += [option.name, _content(getattr(self, option.name))]
         return digest(*parts)
 
 
 def _content(value: Any) -> str:
     """A digest of the file or data behind a value; the value itself where there is none."""
+    if isinstance(value, list):
+        # One by one: seeds in memory may be many, and their texts would all be held at once.
+        state = hashlib.blake2b(digest_size=8)
+        for part in value:
+            state.update(digest(_content(part)).encode())
+        return f"{len(value)} {state.hexdigest()}"
     if isinstance(value, datasets.Dataset):
         return str(value._fingerprint)
     if hasattr(value, "to_dict") and hasattr(value, "isna"):

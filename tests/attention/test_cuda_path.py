@@ -5,17 +5,19 @@ CUDA tensors are fake ones: they have device, dtype, shape and strides, and no n
 
 import inspect
 from contextlib import contextmanager
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from batches import ATOL, batch_logits, make_documents, packed_batch, parameter_gradients, reference_logits
+from batches import ATOL, batch_logits, make_documents, packed_batch, reference_logits
 from families import WINDOW, tiny_config, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, MistralConfig
+from torch.overrides import TorchFunctionMode
+from transformers import GptOssConfig, LlamaConfig, MistralConfig
 from transformers.integrations import hub_kernels
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -30,7 +32,7 @@ register_attention()
 
 BOUNDS = (0, 5, 150, 300)
 TOKENS = BOUNDS[-1]
-ORDINARY = torch.cat([torch.arange(stop - start) for start, stop in zip(BOUNDS, BOUNDS[1:], strict=False)])[None]
+ORDINARY = torch.cat([torch.arange(stop - start) for start, stop in pairwise(BOUNDS)])[None]
 SKIPPED = ORDINARY + 90 * (ORDINARY > 60)
 
 
@@ -54,6 +56,11 @@ def fake_flex(query, key, value, *, return_aux=None, **_):
     return out if return_aux is None else (out, SimpleNamespace(lse=query.new_empty(query.shape[:-1]).float()))
 
 
+def listed(counts, blocks, full_counts, full_blocks, **options):
+    """The block mask without the transposed tables, whose making asks for the card's driver."""
+    return SimpleNamespace(tables=[counts, blocks, full_counts, full_blocks], **options)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """A machine with an H100, as far as this package asks."""
@@ -62,25 +69,57 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(kernels, "_runs_triton", lambda *_: True)
     monkeypatch.setattr(kernels, "varlen_attn", calls.record("flash", kernels.varlen_attn))
+    monkeypatch.setattr(flex, "BlockMask", SimpleNamespace(from_kv_blocks=listed))
     monkeypatch.setattr(flex, "_compiled", lambda: calls.record("flex", fake_flex))
     monkeypatch.setattr(F, "scaled_dot_product_attention", calls.record("sdpa", F.scaled_dot_product_attention))
     return calls
+
+
+class Indexing(TorchFunctionMode):
+    """Brackets by operators: those of Python ask for the card's driver even where tensors are fake."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.__setitem__, torch.Tensor.copy_):
+            return args[0]  # there are no numbers to write
+        if func is torch.Tensor.contiguous:
+            return torch.ops.aten.clone(args[0], memory_format=torch.contiguous_format)
+        if func is not torch.Tensor.__getitem__:
+            return func(*args, **(kwargs or {}))
+        tensor, index = args
+        index = list(index) if isinstance(index, tuple) else [index]
+        if any(part is Ellipsis for part in index):
+            at = next(place for place, part in enumerate(index) if part is Ellipsis)
+            given = sum(part is not None for part in index) - 1
+            index[at : at + 1] = [slice(None)] * (tensor.ndim - given)
+        dim, chosen = 0, {}
+        for part in index:
+            if part is None:
+                tensor = tensor.unsqueeze(dim)
+            elif isinstance(part, int):
+                tensor, dim = tensor.select(dim, part), dim - 1
+            elif isinstance(part, slice):
+                tensor = torch.ops.aten.slice(tensor, dim, part.start, part.stop, part.step or 1)
+            else:
+                chosen[dim] = part
+            dim += 1
+        return torch.ops.aten.index(tensor, [chosen.get(d) for d in range(max(chosen) + 1)]) if chosen else tensor
 
 
 @contextmanager
 def on_fake_cuda(monkeypatch, positions):
     """Boundaries and positions are read on the host, where fake tensors have none: they are given."""
     documents = Documents(BOUNDS)
+    prepared = {window: window_segments(documents, positions[0], window) for window in (40, 90, 100, 128, 4000)}
     monkeypatch.setattr(interface, "documents_of_boundaries", lambda *_: documents)
 
-    def cut(documents, fake, window):
-        segments = window_segments(documents, positions[0], window)
+    def cut(_, fake, window):
+        segments = prepared[window]
         if segments.positions is not None:
             object.__setattr__(segments, "positions", fake)
         return segments
 
     monkeypatch.setattr(interface, "window_segments", cut)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device("cuda"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), torch.device("cuda:0"), Indexing():
         yield
 
 
@@ -98,16 +137,25 @@ SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-MLA = {
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 16,
-    "first_k_dense_replace": 1, "num_key_value_heads": 4,
-}  # fmt: skip
 
 
 def fake_model(config, dtype=torch.bfloat16):
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation=ATTENTION_NAME)
-    return model.to(dtype).eval()
+    with torch.device("cpu"):  # random numbers would be asked of the card
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, attn_implementation=ATTENTION_NAME)
+    return move(model, dtype).eval()
+
+
+def move(model, dtype, device="cuda:0"):
+    """`Module.to` cannot exchange fake parameters, nor can gradients of a card that is not there be asked for."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                moved = parameter.detach().to(device, dtype if parameter.is_floating_point() else None)
+                module._parameters[name] = torch.nn.Parameter(moved, requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -128,11 +176,15 @@ def test_flash_is_handed_the_packed_row(width, dtype, calls, monkeypatch):
     assert logits.shape == (1, TOKENS, 64) and logits.dtype == dtype
 
 
-def test_mla_is_padded_to_one_width_and_cut_again(calls, monkeypatch):
+@pytest.mark.parametrize(("width", "value_width"), [(192, 128), (64, 40), (40, 36)])
+def test_unequal_widths_are_padded_to_one_and_cut_again(width, value_width, calls, monkeypatch):
+    """Multi-head latent attention: DeepSeek's 192 and 128."""
     with on_fake_cuda(monkeypatch, SKIPPED):
-        fake_model(DeepseekV3Config(**{**SIZES, **MLA}))(**fake_batch())
-    assert calls.names == ["flash"]
-    assert [tensor.shape for tensor in calls[0][1][:3]] == [(TOKENS, 4, 192)] * 3
+        query, key = (torch.zeros(TOKENS, heads, width, dtype=torch.bfloat16) for heads in (4, 2))
+        value = torch.zeros(TOKENS, 2, value_width, dtype=torch.bfloat16)
+        out = kernels.packed_attention(query, key, value, Documents(BOUNDS).segments, kernels.Scoring(0.1))
+    assert calls.names == ["flash"] and out.shape == (TOKENS, 4, value_width)
+    assert [tensor.shape for tensor in calls[0][1][:3]] == [(TOKENS, heads, width) for heads in (4, 2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +219,7 @@ def test_nothing_is_called_document_by_document(feature, dtype, calls, monkeypat
     elif feature == "window":
         config = MistralConfig(**SIZES, head_dim=64, sliding_window=40)
     elif feature == "sinks":
+        dtype = torch.bfloat16  # its experts' grouped product knows no other on a card
         config = GptOssConfig(**SIZES, head_dim=64, num_local_experts=2, num_experts_per_tok=1, sliding_window=40)
     else:
         config = gemma2()
@@ -179,8 +232,8 @@ def test_nothing_is_called_document_by_document(feature, dtype, calls, monkeypat
     assert {tensor.dtype for tensor in (query, key, value)} == {dtype}
     mask = options["block_mask"]
     assert options["enable_gqa"] and mask.seq_lengths == (TOKENS, TOKENS)
-    assert {tensor.device.type for tensor in (mask.kv_indices, mask.full_kv_indices, mask.q_indices)} == {"cuda"}
-    assert mask.kv_num_blocks.dtype == mask.kv_indices.dtype == torch.int32
+    assert {(table.device.type, table.dtype) for table in mask.tables} == {("cuda", torch.int32)}
+    assert [table.shape for table in mask.tables] == [(1, 1, 3), (1, 1, 3, 3)] * 2
     assert ("return_aux" in options) == (feature == "sinks")
 
 
@@ -224,14 +277,9 @@ def autocast_on_fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-def test_float32_weights_under_autocast_reach_flash_in_half_precision(
-    adapter, calls, autocast_on_fake_cuda, monkeypatch
-):
+def test_float32_weights_under_autocast_reach_flash_in_half_precision(calls, autocast_on_fake_cuda, monkeypatch):
     with on_fake_cuda(monkeypatch, SKIPPED):
         model = fake_model(transformers.Qwen3Config(**SIZES, head_dim=64), torch.float32)
-        if adapter:
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
         with torch.autocast("cuda", torch.bfloat16):
             model(**fake_batch())
     assert calls.names == ["flash"]
@@ -245,7 +293,7 @@ def test_norms_kept_in_float32_reach_flash_in_half_precision(calls, monkeypatch)
             model = fake_model(transformers.Qwen3Config(**SIZES, head_dim=64))
             for name, module in model.named_modules():
                 if name.endswith(("q_norm", "k_norm")):
-                    module.float()
+                    move(module, torch.float32)
             if quantised:
                 model.config._is_quantized, model.config.dtype = True, torch.bfloat16
             model(**fake_batch())
@@ -268,7 +316,9 @@ def test_checkpointed_adapters_have_the_gradients_of_the_formula(reentrant, like
         if name == "eager":
             model.get_base_model().set_attn_implementation("eager")
         logits = batch_logits(model, documents, packed=name != "eager")
-        gradients[name] = parameter_gradients(model, logits)
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        (logits.log_softmax(-1) * weights).sum().backward()
+        gradients[name] = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     assert gradients["eager"].keys() == gradients[ATTENTION_NAME].keys()
     for name, expected in gradients["eager"].items():
         torch.testing.assert_close(gradients[ATTENTION_NAME][name], expected, atol=ATOL, rtol=1e-3)
@@ -326,7 +376,7 @@ def flash(request, monkeypatch):
     name, signature, calls = request.param, FLASHES[request.param], []
 
     def varlen(*args, **kwargs):
-        query, key, value, starts, key_starts, longest, key_longest, scale, causal, window, softcap = signature(
+        query, key, value, starts, key_starts, longest, key_longest, scale, causal, window, _ = signature(
             *args, **kwargs
         )
         calls.append((query, key, value, starts, key_starts, longest, key_longest, causal, window))

@@ -304,7 +304,15 @@ def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_pa
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     pairs = make_pairs(8, context=lambda n: make_text(n) + " She kept the plans in /home/ann/x.")
     arguments = ("--seeds", lines(tmp_path / "pairs.jsonl", pairs), *DOCUMENTS, "--cache_dir", tmp_path / "cache")
-    arguments += ("--output_dir", tmp_path / "out", "--push_to_hub", "user/rows", "--push_dry_run", tmp_path / "look")
+    arguments += (
+        "--output_dir",
+        tmp_path / "out",
+        "--push_to_hub",
+        "--hub_model_id",
+        "user/rows",
+        "--push_dry_run",
+        tmp_path / "look",
+    )
     with pytest.raises(
         ValueError, match=r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done"
     ):
@@ -313,8 +321,10 @@ def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_pa
     assert (tmp_path / "look" / "README.md").is_file()
 
 
-def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(tmp_path, monkeypatch, given):
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(tmp_path, monkeypatch, given, capsys):
     arguments = ("--seeds", given, *DOCUMENTS, "--output_dir", tmp_path / "out", "--seeds_license", "CC BY 4.0")
-    with pytest.raises(ValueError, match=r"`seeds_license` must be an id of the Hub .* Set 'cc-by-4.0'"):
+    with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "synthesize", *arguments)
+    said = capsys.readouterr().err
+    assert "`seeds_license` must be an id of the Hub" in said and "Set 'cc-by-4.0'" in said
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,434 @@
+"""The parts of `gpu.py`: each takes the device, returns rows, and notes what it could not do."""
+
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import memory_formula
+import numpy as np
+import torch
+from memory_formula import Shape
+
+import transformers
+from hf_longalign import SkipPositionDataCollator
+from hf_longalign.attention import ATTENTION_NAME, register_attention
+
+
+TINY = Shape("tiny", 2, 128, 4, 2, 32, 256, 512)
+LLAMA, QWEN = (
+    next(shape for shape in memory_formula.SHAPES if shape.name == name) for name in ("Llama-3-8B", "Qwen2.5-7B")
+)
+# Dense bf16 FLOP/s by the makers' data sheets.
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+# Tokens/s of NeMo AutoModel on one H100: LoRA, bf16, 4,096 tokens.
+PUBLIC = {"Llama-3-8B": 12_473, "Qwen2.5-7B": 14_110}
+SEED = 0
+
+
+def build(shape: Shape, device: str, attention: str, dtype: torch.dtype, lora: bool = False, **options: Any) -> Any:
+    """Make a model of a shape with random weights, on its device from the first."""
+    register_attention()
+    torch.manual_seed(SEED)
+    kind = "Qwen2" if shape.name.startswith("Qwen2") else "Llama"
+    sizes = {"head_dim": shape.width} if kind == "Llama" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=shape.hidden, intermediate_size=shape.ffn, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.key_heads, vocab_size=shape.vocabulary,
+        max_position_embeddings=131_072, tie_word_embeddings=shape.tied, bos_token_id=None, eos_token_id=None, **sizes,
+        **options,
+    )  # fmt: skip
+    with torch.device(device):
+        model = getattr(transformers, f"{kind}ForCausalLM")._from_config(
+            config, attn_implementation=attention, dtype=dtype
+        )
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=memory_formula.LORA_RANK)
+        model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
+    return model
+
+
+def documents(count: int, length: int, vocabulary: int, uneven: bool = True) -> list[dict]:
+    """Make rows of random tokens, half of each prompt."""
+    rng = np.random.default_rng(SEED)
+    rows = []
+    for index in range(count):
+        tokens = max(4, length * (index % 3 + 1) // 2) if uneven else length
+        ids = rng.integers(3, vocabulary, tokens).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (tokens // 2) + ids[tokens // 2 :]})
+    return rows
+
+
+def collate(rows: list[dict], packed: bool, skipped: bool, target: int, device: str) -> dict:
+    """Make a batch on a device."""
+    collator = SkipPositionDataCollator(
+        0, target, strategy="skip_all" if skipped else "none", skip_probability=1.0, padding_free=packed
+    )
+    batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
+    if not packed:
+        batch.pop("seq_idx", None)
+    return batch
+
+
+def attentions(device: str, could_not: list[str]) -> list[str]:
+    """Return the backends that packed rows with skips run on here."""
+    flash = {
+        "flash_attention_2": find_spec("flash_attn") is not None,
+        "flash_attention_3": find_spec("flash_attn_interface") is not None,
+        "kernels-community/vllm-flash-attn3": find_spec("kernels") is not None,
+    }
+    there = [name for name, found in flash.items() if found and device == "cuda"]
+    could_not += [f"{name}: not installed, or no GPU" for name in flash if name not in there]
+    return [ATTENTION_NAME, *there]
+
+
+def run(model: Any, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return loss and gradients in float32."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach().float(), [weight.grad.float() for weight in model.parameters() if weight.grad is not None]
+
+
+def exactness(device: str, could_not: list[str]) -> list[dict]:
+    """Hold every backend against eager attention in float32, document by document: loss and gradients."""
+    rows, shape = documents(7, 40, TINY.vocabulary), TINY
+    reference = build(shape, device, "eager", torch.float32).train()
+    single = [collate([row], False, True, 2048, device) for row in rows]
+    targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in single)
+    reference.zero_grad()
+    for batch in single:
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        (reference(**batch, use_cache=False).loss * count / targets).backward()
+    expected = [weight.grad.clone() for weight in reference.parameters()]
+    results = []
+    for attention in attentions(device, could_not):
+        for dtype in (torch.float32, torch.bfloat16) if attention == ATTENTION_NAME else (torch.bfloat16,):
+            for packed in (False, True):
+                try:
+                    model = build(shape, device, attention, torch.float32).to(dtype).train()
+                    _, gradients = run(model, collate(rows, packed, True, 2048, device))
+                except Exception as error:  # noqa: BLE001 # a kernel that does not run here is an answer
+                    could_not.append(
+                        f"{attention} {dtype} packed={packed}: {type(error).__name__}: {str(error)[:200]}"
+                    )
+                    continue
+                worst = max(float((a - b).norm() / b.norm()) for a, b in zip(gradients, expected, strict=True))
+                results.append(
+                    {"attention": attention, "dtype": str(dtype), "packed": packed, "gradient_error": round(worst, 6),
+                     "exact": worst < (1e-4 if dtype == torch.float32 else 0.1)}
+                )  # fmt: skip
+    if device == "cuda":
+        results += flex_exactness(could_not)
+    return results
+
+
+def flex_exactness(could_not: list[str]) -> list[dict]:
+    """Compare softcap, sinks and windows over skips on the GPU with the CPU's formula, in float32."""
+    results = []
+    for name, sizes in {
+        "Gemma2": {"attn_logit_softcapping": 50.0, "sliding_window": 48},
+        "GptOss": {"sliding_window": 48, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "Mistral": {"sliding_window": 48},
+    }.items():
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, **sizes,
+        )  # fmt: skip
+        try:
+            torch.manual_seed(SEED)
+            register_attention()
+            model = getattr(transformers, f"{name}ForCausalLM")._from_config(
+                config, attn_implementation=ATTENTION_NAME
+            )
+            rows = documents(7, 60, 512)
+            _, expected = run(model.train(), collate(rows, True, True, 2048, "cpu"))
+            _, actual = run(model.cuda(), collate(rows, True, True, 2048, "cuda"))
+            worst = max(
+                float((a.cpu() - b).norm() / b.norm().clamp(min=1e-9)) for a, b in zip(actual, expected, strict=True)
+            )
+            results.append({"attention": f"flex, {name}", "gradient_error": round(worst, 6), "exact": worst < 1e-3})
+        except Exception as error:  # noqa: BLE001 # see above
+            could_not.append(f"flex, {name}: {type(error).__name__}: {str(error)[:300]}")
+    return results
+
+
+def trajectories(device: str, could_not: list[str]) -> list[dict]:
+    """Train 50 steps on every backend, packed and padded: the loss curves are one."""
+    steps, results, reference = 50 if device == "cuda" else 10, [], None
+    half = torch.bfloat16 if device == "cuda" else torch.float32
+    cases = [("eager", False, torch.float32), ("sdpa", False, torch.float32)]
+    cases += [(name, packed, half) for name in attentions(device, could_not) for packed in (False, True)]
+    for attention, packed, dtype in cases:
+        try:
+            model = build(TINY, device, attention, torch.float32).train()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            losses = []
+            for step in range(steps):
+                rows = documents(5, 30 + step, TINY.vocabulary)
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    loss = model(**collate(rows, packed, True, 2048, device), use_cache=False).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        except Exception as error:  # noqa: BLE001 # see above
+            could_not.append(f"trajectory of {attention} packed={packed}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        reference = losses if reference is None else reference
+        apart = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
+        results.append({"attention": attention, "packed": packed, "dtype": str(dtype), "steps": steps,
+                        "last_loss": round(losses[-1], 5), "furthest_apart": round(apart, 6)})  # fmt: skip
+    return results
+
+
+class Step:
+    """A trainer with one packed batch, ready to be stepped."""
+
+    def __init__(self, shape: Shape, device: str, length: int, *, ours: bool, skipped: bool, **options: Any) -> None:
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models
+        from trl import SFTConfig, SFTTrainer
+
+        from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
+
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        attention = options.pop("attention", ATTENTION_NAME)
+        model = build(shape, device, attention, dtype, lora=True)
+        count = options.pop("count", 8)
+        given = {
+            "output_dir": tempfile.mkdtemp(), "packing": True, "max_length": length, "per_device_train_batch_size": 1,
+            "bf16": device == "cuda", "use_cpu": device == "cpu", "gradient_checkpointing": True, "report_to": "none",
+            "disable_tqdm": True, "max_steps": 1, **options,
+        }  # fmt: skip
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
+        )
+        if ours:
+            positions = {"skip_strategy": "skip_all" if skipped else "none", "skip_target_length": 131_072}
+            args = LongAlignSFTConfig(**given, **positions, skip_probability=1.0, preflight=False)
+        else:
+            args = SFTConfig(**given)
+        self.trainer = (LongAlignSFTTrainer if ours else SFTTrainer)(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(documents(count, length // count, shape.vocabulary, uneven=False)),
+            processing_class=tokenizer,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1  # `train()` sets it
+        self.device, self.model = device, self.trainer.model.to(device).train()
+        self.optimizer = torch.optim.AdamW((w for w in self.model.parameters() if w.requires_grad), lr=1e-4)
+        self.batch = next(iter(self.trainer.get_train_dataloader()))
+        self.tokens = self.batch["input_ids"].numel()
+
+    def __call__(self) -> float:
+        """Take one step and return its seconds."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.trainer.training_step(self.model, dict(self.batch))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
+def synchronize(device: str) -> None:
+    """Wait for the GPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: str) -> None:
+    """Give memory back between models."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def attempt(name: str, could_not: list[str], make: Callable[[], dict]) -> list[dict]:
+    """Return one row, or say why there is none."""
+    try:
+        return [make()]
+    except Exception as error:  # noqa: BLE001 # want of memory or of a package is an answer
+        could_not.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+        return []
+
+
+def timed(step: Step, repeats: int) -> float:
+    """Return the median seconds of a step after two of warm-up."""
+    for _ in range(2):
+        step()
+    return statistics.median(step() for _ in range(repeats))
+
+
+def throughput(device: str, could_not: list[str]) -> list[dict]:
+    """Measure tokens/s and MFU with and without skips, and TRL's own trainer, on packed rows of 4,096 with LoRA."""
+    results, length = [], 4096 if device == "cuda" else 512
+    for shape in (LLAMA, QWEN) if device == "cuda" else (TINY,):
+        for side, ours, skipped in [("TRL", False, False), ("ordinary", True, False), ("skipped", True, True)]:
+
+            def measure(shape: Shape = shape, side: str = side, ours: bool = ours, skipped: bool = skipped) -> dict:
+                step = Step(shape, device, length, ours=ours, skipped=skipped)
+                seconds = timed(step, 10 if device == "cuda" else 3)
+                rate = step.tokens / seconds
+                row = {"model": shape.name, "side": side, "tokens": step.tokens, "step_s": round(seconds, 4),
+                       "tokens_per_s": round(rate)}  # fmt: skip
+                # Forward and backward without gradients of the frozen weights, recomputation not counted.
+                flops = rate * (4 * memory_formula.parameters(shape))
+                peak = next((peak for card, peak in PEAKS.items() if card in device_name(device)), None)
+                row["tflops"] = round(flops / 1e12, 2)
+                row["mfu"] = round(flops / peak, 3) if peak else None
+                row["goal"] = PUBLIC.get(shape.name)
+                return row
+
+            results += attempt(f"{shape.name}, {side}", could_not, measure)
+            free(device)
+        ours_rows = {row["side"]: row["step_s"] for row in results if row["model"] == shape.name}
+        if {"ordinary", "skipped"} <= ours_rows.keys():
+            cost = ours_rows["skipped"] / ours_rows["ordinary"] - 1
+            results.append(
+                {"model": shape.name, "side": "cost of skips", "share_of_a_step": round(cost, 4), "goal": 0.01}
+            )
+    return results
+
+
+def device_name(device: str) -> str:
+    """Return the card's name."""
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def compiling(device: str, could_not: list[str]) -> list[dict]:
+    """Measure what `torch.compile` gains, and how often it compiled after the third step."""
+    from torch._dynamo.utils import counters
+
+    results, shape, length = [], LLAMA if device == "cuda" else TINY, 4096 if device == "cuda" else 512
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    for compiled in (False, True):
+
+        def measure(compiled: bool = compiled) -> dict:
+            register_attention()
+            model = build(shape, device, ATTENTION_NAME, torch.bfloat16, lora=True).train()
+            called = torch.compile(model, backend=backend) if compiled else model
+            collator = SkipPositionDataCollator(
+                0, 131_072, skip_probability=1.0, padding_free=True, few_shapes=True, pad_to_multiple_of=length
+            )
+            times, graphs = [], []
+            counters.clear()
+            for index in range(12):
+                batch = collator(documents(3 + 5 * (index % 4), length // 24, shape.vocabulary))
+                batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                synchronize(device)
+                start = time.perf_counter()
+                called(**batch, use_cache=False).loss.backward()
+                synchronize(device)
+                times.append(time.perf_counter() - start)
+                graphs.append(counters["stats"]["unique_graphs"])
+            return {"model": shape.name, "compiled": compiled, "backend": backend if compiled else None,
+                    "step_s": round(statistics.median(times[5:]), 4), "graphs_after_step": graphs,
+                    "compiled_again_after_step_3": graphs[-1] - graphs[2]}  # fmt: skip
+
+        results += attempt(f"compiled={compiled}", could_not, measure)
+        free(device)
+    return results
+
+
+def span(device: str, could_not: list[str]) -> list[dict]:
+    """Time a sample that spans 128k positions: by 4k real tokens with skips, and by 128k real tokens."""
+    results, shape = [], LLAMA if device == "cuda" else TINY
+    short, long = (4096, 131_072) if device == "cuda" else (256, 8192)
+    for tokens in (short, long):
+
+        def measure(tokens: int = tokens) -> dict:
+            step = Step(shape, device, tokens, ours=True, skipped=True, count=1)
+            return {"model": shape.name, "real_tokens": step.tokens, "positions": 131_072 if tokens == short else tokens,
+                    "seconds_per_sample": round(timed(step, 3 if tokens == short else 1), 4)}  # fmt: skip
+
+        results += attempt(f"{tokens} real tokens", could_not, measure)
+        free(device)
+    if len(results) == 2:
+        ratio = results[1]["seconds_per_sample"] / results[0]["seconds_per_sample"]
+        results.append(
+            {"model": shape.name, "times_cheaper": round(ratio, 1), "goal": 50 if device == "cuda" else None}
+        )
+    return results
+
+
+def saved_bytes(shape: Shape, tokens: int = 64) -> float:
+    """Count what one layer keeps for its backward pass, bytes per token, by saved-tensor hooks."""
+    model = build(shape, "cpu", ATTENTION_NAME, torch.bfloat16, lora=True).train()
+    decoder = model.get_base_model().model
+    states = torch.randn(1, tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(tokens)[None]
+    rotations = decoder.rotary_emb(states, positions)
+    given = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *rotations)}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            kept[storage.data_ptr()] = storage  # held, so that no other tensor takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        decoder.layers[0](states, position_embeddings=rotations, position_ids=positions, attention_mask=None)
+    return sum(storage.nbytes() for storage in kept.values()) / tokens
+
+
+def memory(device: str, could_not: list[str]) -> list[dict]:
+    """Check the formula behind recipes/MEMORY.md: a layer's bytes by counting; on a GPU, the whole and the longest row."""
+    rng, results = np.random.default_rng(SEED), []
+    for _ in range(6):
+        key_heads, groups, width = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.choice([16, 32, 64]))
+        heads = key_heads * groups
+        shape = Shape(
+            "layer", 1, 16 * heads * int(rng.integers(1, 5)), heads, key_heads, width, 64 * int(rng.integers(1, 9)), 32
+        )
+        counted, reckoned = saved_bytes(shape), memory_formula.layer_bytes(shape)
+        results.append(
+            {"layer": [shape.hidden, heads, key_heads, width, shape.ffn], "counted": counted, "formula": reckoned}
+        )
+    if device == "cpu":
+        could_not.append("memory: the whole of a step and the longest row need a GPU")
+        return results
+    card = torch.cuda.get_device_properties(0).total_memory / 2**30
+    for tokens in (8192, 32_768, int(memory_formula.longest_row(LLAMA, card) * 0.95) // 1024 * 1024):
+
+        def measure(tokens: int = tokens) -> dict:
+            step = Step(LLAMA, device, tokens, ours=True, skipped=True, count=max(1, tokens // 4096))
+            step()
+            allocated = torch.cuda.max_memory_allocated()
+            reckoned = memory_formula.fixed_bytes(LLAMA) + tokens * memory_formula.bytes_per_token(LLAMA)
+            return {"model": LLAMA.name, "tokens": tokens, "peak_gib": round(allocated / 2**30, 2),
+                    "formula_gib": round(reckoned / 2**30, 2)}  # fmt: skip
+
+        results += attempt(f"a packed row of {tokens}", could_not, measure)
+        free(device)
+    return results
+
+
+def evaluation(device: str, could_not: list[str]) -> list[dict]:
+    """Measure answering one question over longer and longer prompts: seconds and memory."""
+    results, shape = [], LLAMA if device == "cuda" else TINY
+    model = build(shape, device, "sdpa", torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    for length in (8192, 32_768, 131_072) if device == "cuda" else (256, 1024):
+
+        def measure(length: int = length) -> dict:
+            free(device)
+            prompt = torch.randint(3, shape.vocabulary, (1, length), device=device)
+            synchronize(device)
+            start = time.perf_counter()
+            with torch.no_grad():
+                model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
+            synchronize(device)
+            peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+            return {"model": shape.name, "prompt": length, "seconds": round(time.perf_counter() - start, 2),
+                    "peak_gib": None if peak is None else round(peak, 2)}  # fmt: skip
+
+        results += attempt(f"a prompt of {length}", could_not, measure)
+    return results

@@ -1,0 +1,112 @@
+"""Options of TRL and transformers that save memory train the same over skipped positions and packed rows."""
+
+import pytest
+import torch
+import trl.models.activation_offloading as offloading
+from peft import LoraConfig, prepare_model_for_kbit_training
+from test_trainer_models import make_trainer
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hf_longalign.attention import ATTENTION_NAME
+
+
+layouts = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+
+
+def trained(folder, packing, model=None, peft_config=None, **options):
+    """Losses and weights after three steps of one run."""
+    torch.manual_seed(0)
+    given = {"max_steps": 3, "packing": packing, "learning_rate": 1e-2, "optim": "adamw_torch", **options}
+    trainer = make_trainer(folder, tiny_llama() if model is None else model, peft_config=peft_config, **given)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    weights = {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+    return losses, weights
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual[0], expected[0], atol=tolerance, rtol=0)
+    assert actual[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        torch.testing.assert_close(actual[1][name], weight, atol=100 * tolerance, rtol=0)
+
+
+@layouts
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_gradient_checkpointing(tmp_path, packing, reentrant, adapter):
+    peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if adapter else None
+    expected = trained(tmp_path, packing, peft_config=peft_config)
+    actual = trained(
+        tmp_path, packing, peft_config=peft_config, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )  # fmt: skip
+    assert_same(actual, expected)
+
+
+@layouts
+def test_activation_offloading(tmp_path, packing, monkeypatch):
+    """TRL moves activations between an accelerator and the host; on a CPU they are moved to where they are."""
+    monkeypatch.setattr(offloading.torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    moved = []
+    real = offloading.OffloadActivations
+
+    class Offload(real):
+        def __init__(self, *args, **kwargs):
+            super().__init__(use_pin_memory=False, use_streams=False, min_offload_size=64)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: moved.append(tensor.shape) or pack(tensor)
+
+    monkeypatch.setattr(offloading, "OffloadActivations", Offload)
+    assert_same(trained(tmp_path, packing, activation_offloading=True), trained(tmp_path, packing))
+    assert moved
+
+
+@layouts
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_optimisers_of_bitsandbytes(tmp_path, packing, optimizer):
+    pytest.importorskip("bitsandbytes", reason='needs pip install "hf_longalign[quant]"')
+    losses, _ = trained(tmp_path, packing, optim=optimizer)
+    expected, _ = trained(tmp_path, packing)
+    assert losses[0] == expected[0]
+    torch.testing.assert_close(losses, expected, atol=0.02, rtol=0)  # moments of 8 bits are rounded
+
+
+@layouts
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_weights_with_checkpointing(tmp_path, packing, bits):
+    pytest.importorskip("bitsandbytes", reason='needs pip install "hf_longalign[quant]"')
+    # bitsandbytes packs 4-bit weights for CPUs by rows of whole blocks.
+    tiny_llama(hidden_size=128, intermediate_size=128).save_pretrained(tmp_path / "model")
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
+    )
+    results = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", quantization_config=quantisation, dtype=torch.float32
+        )
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+        results.append(
+            trained(tmp_path, packing, model=model, peft_config=lora, gradient_checkpointing=checkpointing, seed=1)
+        )
+    # Rows of 8 bits are scaled by the whole batch and rounded anew.
+    assert_same(results[1], results[0], tolerance=1e-5 if bits == 4 else 0.05)
+
+
+@layouts
+def test_the_chunked_loss_builds_no_logits(tmp_path, packing, monkeypatch):
+    """TRL's default: the largest tensor that is kept for the backward pass is no (tokens, vocabulary)."""
+    model = tiny_llama(vocab_size=4096)
+    trainer = make_trainer(tmp_path, model, packing=packing, preflight=False)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.current_gradient_accumulation_steps = 1
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        trainer.compute_loss(trainer.model, dict(batch))
+    tokens = batch["input_ids"].numel()
+    assert max(size for size in kept if size != 4096 * 32) < tokens * 4096 // 4
+    assert not packing or trainer.model.config._attn_implementation == ATTENTION_NAME
