@@ -1,6 +1,7 @@
 """README and pages: every command and every Python block is run, every link leads somewhere, every option is told."""
 
 import json
+import random
 import re
 import shlex
 from dataclasses import fields
@@ -43,11 +44,48 @@ NOT_RUN = ("pip install", "make ")
 BASE = "Qwen/Qwen2.5-0.5B-Instruct"
 # So that a tiny model does on a CPU in seconds what a command says of a real one.
 TINY = {
-    "sft": "--max_steps 2 --max_length 256 --dtype float32 --bf16 false --use_cpu true --eval_strategy no "
+    "sft": "--max_steps 2 --max_length 8192 --dtype float32 --bf16 false --use_cpu true --eval_strategy no "
     "--save_strategy no --report_to none --disable_tqdm true --base_name org/base",
-    "evaluate": "--lengths 256 --samples 1 --depths 0.5 --max_new_tokens 8 --needle_tasks single --puzzles count",
-    "synthesize": "--checks duplicate",
+    "evaluate": "--lengths 512 --samples 1 --depths 0.5 --max_new_tokens 8 --needle_tasks single --puzzles count",
+    "synthesize": "--cache_dir cache",
+    "push": "--base_name org/base",
 }
+WORDS = [
+    "the",
+    "old",
+    "mill",
+    "by",
+    "the",
+    "sea",
+    "was",
+    "sold",
+    "to",
+    "a",
+    "man",
+    "who",
+    "had",
+    "ten",
+    "boats",
+    "and",
+    "a",
+    "red",
+    "cow",
+    "in",
+    "the",
+    "hills",
+    "of",
+    "his",
+    "land",
+]
+
+
+def reply(body):
+    """A context of 240 words that holds the answer: other words for every prompt."""
+    prompt = body["messages"][-1]["content"]
+    town, number = random.Random(prompt), re.search(r"ware \d+", prompt)
+    lines = [" ".join(town.choices(WORDS, k=10)).capitalize() + "." for _ in range(24)]
+    lines[7] = f"It was {number[0] if number else 'nothing'} that they sold there."
+    return "Context: " + " ".join(lines)
 
 
 def blocks(page, language):
@@ -85,7 +123,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server():
-    with FakeEndpoint(model="Qwen/Qwen2.5-72B-Instruct") as server:
+    with FakeEndpoint(model="Qwen/Qwen2.5-72B-Instruct", reply=reply) as server:
         yield server
 
 
@@ -95,27 +133,25 @@ def run_command(words, server):
         words = words[words.index("hf_longalign") :]
     name, *options = words[1:]
     if name == "synthesize":
-        options += ["--endpoints", server.url, "--cache_dir", "cache"]
+        options += ["--endpoints", server.url]
     assert main([name, *options, *TINY.get(name, "").split()]) == 0, words
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_what_stands_on_a_page_runs(page, place, server, monkeypatch):
+def test_what_stands_on_the_pages_runs(place, server, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     tiny = {"max_steps": 2, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     monkeypatch.setattr(hf_longalign, "LongAlignSFTConfig", partial(hf_longalign.LongAlignSFTConfig, **tiny))
-    asked = {"lengths": [256], "samples": 1, "depths": [0.5], "max_new_tokens": 8, "puzzles": ["count"]}
+    asked = {"lengths": [512], "samples": 1, "depths": [0.5], "max_new_tokens": 8, "puzzles": ["count"]}
+    monkeypatch.setattr(hf_longalign, "publish_adapter", partial(hf_longalign.publish_adapter, base_model="org/base"))
     monkeypatch.setattr(hf_longalign, "evaluate", partial(hf_longalign.evaluate, **asked))
-    found = [words for words in commands(page) if not " ".join(words).startswith(NOT_RUN)]
-    if page.name == "publishing.md":  # what the commands of other pages made, where pages are tested one by one
-        options = ["--generator", "openai", "--model", "tiny", "--seeds", "pairs.jsonl", "--n_distractors", "2"]
-        run_command(["hf-longalign", "synthesize", *options, "--output_dir", "outputs/contexts"], server)
-    for words in found:
-        assert words[0] in ("hf-longalign", "accelerate"), words
-        run_command(words, server)
-    for code in blocks(page, "python"):
-        exec(code.replace("http://localhost:8000/v1", server.url), names(place))
+    for page in RUN:
+        for words in commands(page):
+            if not " ".join(words).startswith(NOT_RUN):
+                assert words[0] in ("hf-longalign", "accelerate"), words
+                run_command(words, server)
+        for code in blocks(page, "python"):
+            exec(compile(code.replace("http://localhost:8000/v1", server.url), str(page), "exec"), names(place))
 
 
 def names(place):
