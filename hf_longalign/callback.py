@@ -25,9 +25,9 @@ def check_parallelism(*, whole_rows: bool, n_gpu: int = 1) -> None:
         # `DataParallel` cuts every tensor of a batch into as many parts, `cu_seq_lens_q` too: flash attention would
         # take the first half of the boundaries for all of them, without a word.
         raise ValueError(
-            f"`n_gpu` must be 1 with packed rows, skipped positions or loss_weighting='sequence', got {n_gpu}: several "
-            "GPUs in one process share out the document boundaries like rows. Start one process per GPU, `accelerate "
-            f"launch --num_processes {n_gpu} …`, or set CUDA_VISIBLE_DEVICES=0."
+            f"`n_gpu` must be 1 with packed rows, skipped positions or loss_weighting='sequence', got {n_gpu}: "
+            "several GPUs in one process share out the document boundaries like rows. Start one process per GPU, "
+            f"`accelerate launch --num_processes {n_gpu} …`, or set CUDA_VISIBLE_DEVICES=0."
         )
     # Not `args.parallelism_config`, which stays None where accelerate's own YAML asks for it.
     parallelism = AcceleratorState().parallelism_config

@@ -292,12 +292,12 @@ def test_rows_cut_over_devices_are_refused(tmp_path, monkeypatch, sizes, options
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     """By TRL in its trainers; `SkipPositionCallback` refuses them in any other."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="does not support `nn.DataParallel`"):
+    with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):
         make_trainer(tmp_path, tiny_llama(), packing=True)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     for options in ({"padding_free": True, "strategy": "none"}, {}):
         callback = SkipPositionCallback(SkipPositionDataCollator(0, 1024, **options))
-        with pytest.raises(ValueError, match="`n_gpu` must be 1 .*got 2: .*`accelerate launch --num_processes 2 …`"):
+        with pytest.raises(ValueError, match=r"`n_gpu` must be 1 .*got 2: .*`accelerate launch --num_processes 2 …`"):
             callback.on_train_begin(args, TrainerState(), TrainerControl(), model=tiny_llama())
     SkipPositionCallback(SkipPositionDataCollator(0, 1024, strategy="none")).on_train_begin(
         args, TrainerState(), TrainerControl(), model=tiny_llama()
