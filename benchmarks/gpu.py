@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --output benchmarks/results/                  # all parts, within 20 minutes on an H100
     python benchmarks/gpu.py --output out/ --parts exactness,throughput    # some of them
 
-Each part runs in a process of its own, writes `gpu_PART_DEVICE.json`, and says what it could not do and why. Without a
-GPU the same parts run in sizes for a CPU and say so: that shows that they run, and proves exactness, but its speeds and
-memory are those of the CPU.
+Each part runs in a process of its own, writes `gpu_PART_DEVICE.json`, and says what it could not do and why. Without
+a GPU the same parts run in sizes for a CPU and say so: that shows that they run, and proves exactness, but speeds and
+memory are then those of the CPU.
 """
 
 import argparse

@@ -11,9 +11,9 @@ from typing import Any
 import memory_formula
 import numpy as np
 import torch
+import transformers
 from memory_formula import Shape
 
-import transformers
 from hf_longalign import SkipPositionDataCollator
 from hf_longalign.attention import ATTENTION_NAME, register_attention
 
@@ -346,7 +346,8 @@ def span(device: str, could_not: list[str]) -> list[dict]:
 
         def measure(tokens: int = tokens) -> dict:
             step = Step(shape, device, tokens, ours=True, skipped=True, count=1)
-            return {"model": shape.name, "real_tokens": step.tokens, "positions": 131_072 if tokens == short else tokens,
+            positions = 131_072 if tokens == short else tokens
+            return {"model": shape.name, "real_tokens": step.tokens, "positions": positions,
                     "seconds_per_sample": round(timed(step, 3 if tokens == short else 1), 4)}  # fmt: skip
 
         results += attempt(f"{tokens} real tokens", could_not, measure)
@@ -381,14 +382,13 @@ def saved_bytes(shape: Shape, tokens: int = 64) -> float:
 
 
 def memory(device: str, could_not: list[str]) -> list[dict]:
-    """Check the formula behind recipes/MEMORY.md: a layer's bytes by counting; on a GPU, the whole and the longest row."""
+    """Check the formula of recipes/MEMORY.md: a layer's bytes by counting; on a GPU the whole, to the longest row."""
     rng, results = np.random.default_rng(SEED), []
     for _ in range(6):
         key_heads, groups, width = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.choice([16, 32, 64]))
         heads = key_heads * groups
-        shape = Shape(
-            "layer", 1, 16 * heads * int(rng.integers(1, 5)), heads, key_heads, width, 64 * int(rng.integers(1, 9)), 32
-        )
+        hidden, ffn = 16 * heads * int(rng.integers(1, 5)), 64 * int(rng.integers(1, 9))
+        shape = Shape("layer", 1, hidden, heads, key_heads, width, ffn, 32)
         counted, reckoned = saved_bytes(shape), memory_formula.layer_bytes(shape)
         results.append(
             {"layer": [shape.hidden, heads, key_heads, width, shape.ffn], "counted": counted, "formula": reckoned}

@@ -292,7 +292,7 @@ def test_rows_cut_over_devices_are_refused(tmp_path, monkeypatch, sizes, options
 def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     """By TRL in its trainers; `SkipPositionCallback` refuses them in any other."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match=r"does not support `nn.DataParallel`"):
+    with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):
         make_trainer(tmp_path, tiny_llama(), packing=True)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     for options in ({"padding_free": True, "strategy": "none"}, {}):

@@ -172,13 +172,15 @@ def rule(config, backend, packed=True, skipped=True, **kwargs):
 
 
 def test_rule_for_flash_attention():
-    for name in ("flash_attention_2", "flash_attention_3", "kernels-community/vllm-flash-attn3"):
+    names = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "kernels-community/flash-attn2")
+    for name in (*names, "kernels-community/vllm-flash-attn3", "kernels-community/flash-attn2@v1.2"):
         assert rule(LlamaConfig(), name) is None
         assert rule(tiny_config("mistral_window"), name, skipped=False) is None
         problem = rule(tiny_config("mistral_window"), name, packed=False)
         assert name in problem and "sliding_attention" in problem and ATTENTION_NAME in problem
         assert rule(tiny_config("mistral_window"), name, target_length=WINDOW) is None
-    assert "not known" in rule(LlamaConfig(), "somebody/attention")
+    for name in ("somebody/attention", "somebody/flash-attn2", "kernels-community/flash-mla"):
+        assert "not known" in rule(LlamaConfig(), name)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "yarn", "linear", "llama3"])
