@@ -164,9 +164,16 @@ GROUPS: tuple[tuple[str, dict[str, Any]], ...] = (
             },
         },
     ),
+    ("RemBert", {"input_embedding_size": 64, "output_embedding_size": 64}),
     ("RecurrentGemma", {"block_types": ["recurrent", "attention"]}),
     ("SmolLM3", {"no_rope_layers": [1, 0]}),
-    ("Zamba", {"num_hidden_layers": 4, "layer_types": [_LINEAR, "hybrid"] * 2}),
+    (
+        "Zamba",
+        {
+            "num_hidden_layers": 4, "attention_hidden_size": 128, "attention_head_dim": 32,
+            "layer_types": [_LINEAR, "hybrid"] * 2,
+        },
+    ),
     ("Zamba2", {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "use_mem_rope": True}),
     ("Zaya", {"num_experts_per_tok": 1}),
 )  # fmt: skip

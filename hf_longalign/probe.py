@@ -153,14 +153,23 @@ class Probe:
         """Logits of each document by itself, as the model has it: without positions, mask and padding."""
         return [self._own_logits({"input_ids": ids[None].to(self.device)})[0] for ids in self.ids]
 
-    def log_probs(self, training: LogProbs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the targets, by the model's own logits and as training computes them, `(targets,)`."""
+    def own_log_probs(self) -> tuple[torch.Tensor, bool]:
+        """Log-probabilities of the targets by the model's own logits, `(targets,)`.
+
+        The second is whether the logits were computed in half precision; wrappers hand them on as float32.
+        """
         batch, _ = self._batch(self.ids, self.ordinary())
         targets = batch["labels"][:, 1:].cpu()
-        kept = targets != -100
-        own = self._own_logits(batch)[:, :-1].log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-        trained = training(self.model, batch)[:, -targets.shape[1] :].float().cpu()
-        return own[kept], trained[kept]
+        logits = self._own_logits(batch)[:, :-1]
+        own = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        halves = (logits.to(dtype).float() for dtype in (torch.bfloat16, torch.float16))
+        return own[targets != -100], any(torch.equal(half, logits) for half in halves)
+
+    def log_probs(self, training: LogProbs) -> torch.Tensor:
+        """The same as training computes them, `(targets,)`."""
+        batch, _ = self._batch(self.ids, self.ordinary())
+        targets = batch["labels"][:, 1:].cpu()
+        return training(self.model, batch)[:, -targets.shape[1] :].float().cpu()[targets != -100]
 
     def _own_logits(self, batch: dict[str, Any]) -> torch.Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}

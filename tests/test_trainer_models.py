@@ -61,8 +61,8 @@ def loss_of(trainer):
     return next(log["loss"] for log in trainer.state.log_history if "loss" in log)
 
 
-def build(prefix, text=False, **overrides):
-    config_class = getattr(transformers, f"{prefix}{'Text' if text else ''}Config")
+def build(prefix, kind="", **overrides):
+    config_class = getattr(transformers, f"{prefix}{kind}Config")
     fields = {field.name for field in dataclasses.fields(config_class)}
     sizes = {name: size for name, size in SMALL.items() if name in fields}
     torch.manual_seed(0)
@@ -205,6 +205,17 @@ LLAMA4 = {
 }  # fmt: skip
 OWN_HEADS = {
     "ModernBertDecoder": ({"sliding_window": 16, "local_attention": 32}, "skip_all", "TRL's loss is not that of Mode"),
+    "RecurrentGemma": (
+        {
+            "block_types": ["recurrent", "attention"],
+            "lru_width": 32,
+            "head_dim": 8,
+            "initializer_range": 1.0,
+            "logits_soft_cap": 3.0,
+        },
+        "none",
+        "TRL's loss is not that of RecurrentGemmaForCausalLM",
+    ),
     "XLMRoberta": ({"is_decoder": True}, "none", "TRL's loss is not that of XLMRobertaForCausalLM"),
     "Llama4": (LLAMA4, "skip_all", "TRL cannot compute the loss of Llama4ForCausalLM"),
 }
@@ -213,16 +224,26 @@ OWN_HEADS = {
 @pytest.mark.parametrize("name", OWN_HEADS)
 def test_a_loss_that_is_not_the_models_own(tmp_path, name):
     overrides, strategy, message = OWN_HEADS[name]
-    model = build(name, text=name == "Llama4", **overrides)
+    model = build(name, kind="Text" if name == "Llama4" else "", **overrides)
     trainer = make_trainer(tmp_path, model, skip_strategy=strategy)
     with pytest.raises(PreflightError, match=message) as error:
         trainer.train()
     assert trainer.state.global_step == 0
     assert "`transformers.Trainer`, `SkipPositionDataCollator` and `SkipPositionCallback`" in str(error.value)
-    model = build(name, text=name == "Llama4", **overrides)
+    model = build(name, kind="Text" if name == "Llama4" else "", **overrides)
     if name == "ModernBertDecoder":
         model.set_attn_implementation(register_attention())
     assert plain_loss(tmp_path, model, strategy) > 0
+
+
+def test_a_model_that_cannot_read_text(tmp_path):
+    """Musicgen's decoder takes rows of codebooks."""
+    sizes = {"num_codebooks": 4, "ffn_dim": 48}
+    trainer = make_trainer(tmp_path, build("Musicgen", "Decoder", **sizes), skip_strategy="none")
+    with pytest.raises(
+        PreflightError, match=r"MusicgenForCausalLM cannot run on a batch of text .* that reads text alone"
+    ):
+        trainer.train()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
