@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 from trl import SFTConfig
 
 from hf_longalign.adapter import weights_sample
-from hf_longalign.attention import exactness_problem, register_attention
+from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
 from hf_longalign.blocks import TARGET_MARK
 from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
@@ -281,6 +281,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         """Compute the loss of a batch, weighted by token or by sequence; see [`trl.SFTTrainer.compute_loss`]."""
         if self.model.training and self.coverage is not None:
             self.coverage.observe(inputs)
+        if self.args.torch_compile:
+            mark_boundaries(inputs)
         if self.args.loss_weighting == "sequence":
             model = SequenceWeightedModel(model, inputs, num_items_in_batch)
         return super().compute_loss(
