@@ -4,8 +4,9 @@
 
 Both collate the same batch in turn in one process; times are CPU time of that thread, so that a busy machine disturbs
 them little, and a ratio is one of medians. Every document has two turns, and every one is skipped. Rows are lists of
-ints, as a data set gives them to a trainer: to turn them into tensors is most of TRL's time. The last shape has rows
-that are arrays already (a data set in NumPy format), which cost TRL next to nothing, so that drawing positions shows.
+ints with a column of blocks, as the trainer prepares them: to turn them into tensors is most of TRL's time. The last
+shape has rows that are arrays already (a data set in NumPy format), which cost TRL next to nothing, so that drawing
+positions shows.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import platform
 import random
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,35 +56,35 @@ SHAPES = {
 }
 
 
-def document(rng: random.Random, length: int) -> tuple[list[int], list[int]]:
-    """Token ids and labels of two turns: instruction, response, instruction, response."""
+def document(rng: random.Random, length: int) -> dict[str, Any]:
+    """Token ids, labels and blocks of two turns: instruction, response, instruction, response."""
     ids = [rng.randrange(150_000) for _ in range(length)]
     cuts = sorted(rng.sample(range(1, length), 3))
     labels = [-100] * length
     labels[cuts[0] : cuts[1]] = ids[cuts[0] : cuts[1]]
     labels[cuts[2] :] = ids[cuts[2] :]
-    return ids, labels
+    edges = [0, *cuts, length]
+    blocks = [value for value, (a, b) in zip((0, 3, 0, 3), pairwise(edges), strict=True) for _ in range(b - a)]
+    return {"input_ids": ids, "labels": labels, "blocks": blocks}
 
 
 def make_rows(rng: random.Random, shape: Shape) -> list[dict[str, Any]]:
     """The rows of a batch; padded rows hold between a half and all of `length` tokens."""
     if shape.mean is None:
-        documents = [document(rng, rng.randint(shape.length // 2, shape.length)) for _ in range(shape.rows)]
-        return [{"input_ids": ids, "labels": labels} for ids, labels in documents]
+        return [document(rng, rng.randint(shape.length // 2, shape.length)) for _ in range(shape.rows)]
     rows = [packed_row(rng, shape.length, shape.mean) for _ in range(shape.rows)]
     return [{key: numpy.array(value) for key, value in row.items()} for row in rows] if shape.arrays else rows
 
 
 def packed_row(rng: random.Random, length: int, mean: int) -> dict[str, Any]:
     """A full row of documents of half to three halves of the mean length."""
-    row: dict[str, Any] = {"input_ids": [], "labels": [], "seq_lengths": []}
+    row: dict[str, Any] = {"input_ids": [], "labels": [], "blocks": [], "seq_lengths": []}
     while len(row["input_ids"]) < length:
         left = length - len(row["input_ids"])
         size = rng.randint(mean // 2, mean * 3 // 2)
         size = left if left - size < mean // 2 else size
-        ids, labels = document(rng, size)
-        row["input_ids"] += ids
-        row["labels"] += labels
+        for name, values in document(rng, size).items():
+            row[name] += values
         row["seq_lengths"].append(size)
     return row
 

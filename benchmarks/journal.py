@@ -74,7 +74,6 @@ class Nobody:
 
     model = "model"
     concurrency = 64
-    remote = False
 
     async def close(self) -> None:
         """Nothing to close."""

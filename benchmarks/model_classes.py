@@ -1,7 +1,7 @@
 """Every causal language model of the installed transformers, trained one step: exact, refused by name, or wrong.
 
     python benchmarks/model_classes.py                            # all, about half an hour on one core
-    python benchmarks/model_classes.py Qwen3ForCausalLM Gemma2ForCausalLM
+    python benchmarks/model_classes.py Qwen3ForCausalLM Gemma2ForCausalLM    # these anew, beside those there are
 
 A tiny random model of each class takes one training step of `LongAlignSFTTrainer` (learning rate 0), in padded and
 packed rows, with skipped and with ordinary positions. Then logits, loss and gradients of a batch of the trainer are
@@ -20,13 +20,12 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import json
 import logging
-import math
 import tempfile
 import traceback
 import warnings
-from dataclasses import dataclass
-from datetime import date
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,8 @@ from hf_longalign.attention import has_recurrent_layers
 from hf_longalign.attention.support import RECURRENT_LAYERS, layer_kinds
 
 
-RESULTS = Path(__file__).parent / "results" / "model_classes.md"
+RESULTS = Path(__file__).parent / "results" / "model_classes.json"
+VERSIONS = {library.__name__: library.__version__ for library in (transformers, trl, torch)}
 VOCABULARY = 128
 MAX_PARAMETERS = 3_000_000
 SETTINGS = {  # title: packing, strategy
@@ -70,7 +70,7 @@ _LAYERS = (
     "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
     "num_decoder_layers num_key_value_heads num_kv_heads num_attention_groups linear_num_key_heads n_mamba_heads "
     "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts router_top_k zero_expert_num "
-    "index_n_heads o_groups hc_mult altup_num_inputs"
+    "o_groups hc_mult altup_num_inputs"
 )
 _HEADS = (
     "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
@@ -99,6 +99,8 @@ SIZES = {
     for names, size in (
         (_HIDDEN, 64), (_WIDE, 96), (_EXPERT, 32), (_LAYERS, 2), (_HEADS, 4), (_SIXTEEN, 16), (_EIGHT, 8),
         (_LONG, 8192), (_ONE, 1), (_ZERO, 0), ("router_jitter_noise input_jitter_noise", 0.0),
+        # With few heads many scores of an indexer are 0 alike, and which of them it takes depends on the padding.
+        ("index_n_heads", 16),
         ("n_positions n_ctx", 2048), ("mamba_d_head", 32),
         ("mamba_d_ssm", 128), ("rotary_emb_base", 10_000), ("rescale_every", 6), ("eos_token_id", 2),
         ("vocab_size vocab_size_per_layer_input", VOCABULARY), ("attention_hidden_size", 64),
@@ -178,9 +180,9 @@ class Cell:
     verdict: str
     note: str = ""
     attention: str = ""
-    logits: float = math.nan
-    loss: float = math.nan
-    gradient: float = math.nan
+    logits: float | None = None
+    loss: float | None = None
+    gradient: float | None = None
 
 
 def classes() -> list[str]:
@@ -318,6 +320,7 @@ def compare(trainer: LongAlignSFTTrainer, name: str) -> Cell:
     logits = model.eval()(**inputs, use_cache=False).logits
     targets = int((batch["labels"] != -100).sum())
     worst, moved, spread, loss = 0.0, 0.0, 0.0, torch.zeros(())
+    batch.setdefault("position_ids", torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]))
     for row, columns in documents(batch):
         ids, labels, positions = (batch[key][row, columns] for key in ("input_ids", "labels", "position_ids"))
         expected = reference(own, ids, positions)
@@ -325,7 +328,8 @@ def compare(trainer: LongAlignSFTTrainer, name: str) -> Cell:
         moved = max(moved, float((reference(own, ids, torch.arange(len(ids))) - expected).abs().max().detach()))
         spread = max(spread, float(expected.std().detach()))
         loss = loss + cross_entropy(expected[:-1].float(), labels[1:], reduction="sum") / targets
-    trained = trainer.compute_loss(model.train(), dict(batch), num_items_in_batch=torch.tensor(targets))
+    batch = {key: batch[key] for key in (*inputs, "labels", "seq_idx") if key in batch}
+    trained = trainer.compute_loss(model.train(), batch, num_items_in_batch=torch.tensor(targets))
     ours, theirs = gradients(model, trained), gradients(own, loss)
     # A weight that one side gave no gradient has a gradient of zero.
     none = {key: torch.zeros_like(gradient) for key, gradient in {**ours, **theirs}.items()}
@@ -367,7 +371,7 @@ def page(results: dict[str, dict[str, Cell]], left_out: dict[str, str]) -> str:
     """Return the results as Markdown: the counts, the table, and the reasons of what was refused."""
     reasons: dict[str, int] = {}
     lines = []
-    for name, cells in results.items():
+    for name, cells in sorted(results.items()):
         shown = []
         for cell in cells.values():
             if cell.verdict in ("exact", "blind"):
@@ -376,58 +380,49 @@ def page(results: dict[str, dict[str, Cell]], left_out: dict[str, str]) -> str:
                 shown.append(f"**WRONG** {cell.logits:.0e} / {cell.loss:.0e} / {cell.gradient:.0e}")
             else:
                 shown.append(f"{cell.verdict} ({reasons.setdefault(cell.note, len(reasons) + 1)})")
-        lines.append(f"| {name.removesuffix('ForCausalLM')} | {' | '.join(shown)} |")
-    counts = [
-        f"| {verdict} | "
-        + " | ".join(str(sum(c[s].verdict == verdict for c in results.values())) for s in SETTINGS)
-        + " |"
-        for verdict in ("exact", "refused", "blind", "CRASH", "WRONG")
-    ]
+        lines.append(f"| {' | '.join([name.removesuffix('ForCausalLM'), *shown])} |")
+    counts = []
+    for verdict in ("exact", "refused", "blind", "CRASH", "WRONG"):
+        numbers = [sum(cells[title].verdict == verdict for cells in results.values()) for title in SETTINGS]
+        counts.append(f"| {' | '.join([verdict, *map(str, numbers)])} |")
     worst = max((c.logits for cells in results.values() for c in cells.values() if c.verdict == "exact"), default=0.0)
+    versions = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
     rule = "| --- |" + " --- |" * len(SETTINGS)
-    return "\n".join(
-        [
-            "# Causal language models of transformers, trained one step",
-            "",
-            f"`python benchmarks/model_classes.py`, {date.today().isoformat()}: transformers "
-            f"{transformers.__version__}, trl {trl.__version__}, torch {torch.__version__}. {len(results)} classes, "
-            f"{len(left_out)} more could not be built small from their config. The number beside a verdict is the "
-            f"largest error of a logit, in the exact cells at most {worst:.1e}; of what is wrong also the errors of "
-            "loss and gradient.",
-            "",
-            f"| | {' | '.join(SETTINGS)} |",
-            rule,
-            *counts,
-            "",
-            f"| class (`…ForCausalLM`) | {' | '.join(SETTINGS)} |",
-            rule,
-            *lines,
-            "",
-            "## Reasons",
-            "",
-            *(f"{number}. {reason}" for reason, number in reasons.items()),
-            "",
-            "Not built: "
-            + ", ".join(f"{name.removesuffix('ForCausalLM')} ({why})" for name, why in left_out.items())
-            + ".",
-            "",
-        ]
-    )
+    titles = " | ".join(SETTINGS)
+    text = f"""# Causal language models of transformers, trained one step
+
+`python benchmarks/model_classes.py`: {versions}. {len(results)} classes; {len(left_out)} more could not be built small
+from their config. The number beside a verdict is the largest error of a logit, in the exact cells at most {worst:.1e};
+of what is wrong also the errors of loss and gradient.
+
+| | {titles} |
+{rule}
+"""
+    text += "\n".join([*counts, "", f"| class (`…ForCausalLM`) | {titles} |", rule, *lines, "", "## Reasons", "", ""])
+    text += "".join(f"{number}. {reason}\n" for reason, number in reasons.items())
+    if left_out:
+        text += "\nNot built: " + ", ".join(f"{name} ({why})" for name, why in sorted(left_out.items())) + ".\n"
+    return text
 
 
 def main() -> None:
     """Measure the classes asked for and write the page; exit 1 where one is silently wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("classes", nargs="*", help="names of classes; default: all")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file; a page goes beside it")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("hf_longalign").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    results: dict[str, dict[str, Cell]] = {}
-    left_out = {}
+    stored = json.loads(options.output.read_text()) if options.output.is_file() else {}
+    known = stored if stored.get("versions") == VERSIONS else {"results": {}, "left_out": {}}
+    results = {
+        name: {title: Cell(**cell) for title, cell in cells.items()} for name, cells in known["results"].items()
+    }
+    left_out = known["left_out"]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for name in options.classes or classes():
         size = parameters(name)
         if size is None or size > MAX_PARAMETERS:
@@ -435,9 +430,11 @@ def main() -> None:
             continue
         results[name] = {title: measure(name, *setting) for title, setting in SETTINGS.items()}
         print(name, *(f"{title}: {cell.verdict}" for title, cell in results[name].items()), sep="  ", flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(page(results, left_out))
-    if any(cell.verdict == "WRONG" for cells in results.values() for cell in cells.values()):
+        plain = {key: {title: asdict(cell) for title, cell in cells.items()} for key, cells in results.items()}
+        everything = {"versions": VERSIONS, "results": plain, "left_out": left_out}
+        options.output.write_text(json.dumps(everything, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(page(results, left_out))
+    if any(cell.verdict in ("WRONG", "CRASH") for cells in results.values() for cell in cells.values()):
         raise SystemExit(1)
 
 

@@ -10,41 +10,48 @@ Example:
 'scale_rope'
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
+from hf_longalign.lazy import lazy_exports
 from hf_longalign.version import __version__
 
 
+if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table below
+    from hf_longalign.adapter import load_adapter, merge_adapter
+    from hf_longalign.attention import register_attention
+    from hf_longalign.callback import SkipPositionCallback
+    from hf_longalign.collator import SkipPositionDataCollator
+    from hf_longalign.config import LongAlignSFTConfig
+    from hf_longalign.endpoint import OpenAIGenerator
+    from hf_longalign.evaluation import evaluate
+    from hf_longalign.hub import publish_adapter, publish_dataset
+    from hf_longalign.positions import sample_positions
+    from hf_longalign.preflight import run_preflight
+    from hf_longalign.records import Report
+    from hf_longalign.rope import scale_rope
+    from hf_longalign.synthesis import ContextSynthesisBuilder, ContextSynthesisConfig, TransformersGenerator
+    from hf_longalign.trainer import LongAlignSFTTrainer
+
 _EXPORTS = {
-    "ContextSynthesisBuilder": "synthesis.builder",
-    "ContextSynthesisConfig": "synthesis.config",
+    "ContextSynthesisBuilder": "synthesis",
+    "ContextSynthesisConfig": "synthesis",
     "LongAlignSFTConfig": "config",
     "LongAlignSFTTrainer": "trainer",
     "OpenAIGenerator": "endpoint",
+    "Report": "records",
     "SkipPositionCallback": "callback",
     "SkipPositionDataCollator": "collator",
-    "TransformersGenerator": "synthesis.local",
+    "TransformersGenerator": "synthesis",
+    "evaluate": "evaluation",
     "load_adapter": "adapter",
     "merge_adapter": "adapter",
-    "publish_adapter": "hub.publish",
-    "publish_dataset": "hub.publish",
+    "publish_adapter": "hub",
+    "publish_dataset": "hub",
     "register_attention": "attention",
     "run_preflight": "preflight",
     "sample_positions": "positions",
     "scale_rope": "rope",
 }
 
-__all__ = ["__version__", *_EXPORTS]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)
+__all__ += ["__version__"]

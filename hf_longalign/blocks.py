@@ -1,18 +1,17 @@
-"""Where the blocks of a sample begin: its labels, a `block_lengths` column, or character offsets of its parts.
+"""Where the blocks of a sample begin: told by its labels, a `block_lengths` column, or where its parts begin.
 
 A block is a run of tokens that keeps contiguous positions: an instruction, a response, one context of an instruction.
-TRL's preparation keeps `input_ids`, `labels` and `seq_lengths` alone through packing, so blocks finer than the runs of
-ignored labels travel inside the labels, as marks below -100:
+Blocks travel beside the tokens in a column of one small number per token, so that truncation and packing cut both
+alike and a cut block still knows what it is:
 
-| first token of | ignored label | target label t |
-| --- | --- | --- |
-| an instruction block | -101 | -(1000 + 2t) |
-| a response block | -102 | -(1001 + 2t) |
+| value | the token is in |
+| --- | --- |
+| 0, 1 | an instruction block; neighbours differ |
+| 2, 3 | a response block; neighbours differ |
 
 Only NumPy. Arrays of several documents in a row (a packed row, a batch) take their lengths as `seq_lengths`.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,6 @@ from numpy.typing import ArrayLike
 
 
 IGNORE = -100
-IGNORED_MARK = -101
-TARGET_MARK = -1000
 
 
 class Blocks(NamedTuple):
@@ -78,36 +75,6 @@ def alternate(count: int) -> np.ndarray:
     return np.arange(count) % 2 == 1
 
 
-def mark_blocks(labels: ArrayLike, block_lengths: ArrayLike, response: ArrayLike) -> np.ndarray:
-    """Write blocks into labels, so that they outlive truncation and packing.
-
-    Args:
-        labels: int `(n,)`, token ids and -100.
-        block_lengths: int `(blocks,)`, adding up to n.
-        response: bool `(blocks,)`.
-
-    Returns:
-        int64 `(n,)` labels with the first token of each block marked.
-
-    Raises:
-        ValueError: lengths that do not add up, `response` of another length, or labels that carry marks already.
-
-    Example:
-
-    >>> mark_blocks([-100, -100, -100, 7, 8], [2, 1, 2], [False, False, True])
-    array([ -101,  -100,  -101, -1015,     8])
-    """
-    marked = np.array(labels, dtype=np.int64)
-    if marked.size and marked.min() < IGNORE:
-        raise ValueError(f"`labels` must be token ids or {IGNORE}, got {marked.min()}. Unmark them first.")
-    lengths = as_lengths("block_lengths", block_lengths, total=marked.size)
-    flags = as_response(response, lengths.size).astype(np.int64)
-    starts = np.cumsum(lengths) - lengths
-    first = marked[starts]
-    marked[starts] = np.where(first == IGNORE, IGNORED_MARK - flags, TARGET_MARK - 2 * first - flags)
-    return marked
-
-
 def as_response(response: ArrayLike, count: int) -> np.ndarray:
     """Check that `response` holds one flag per block; returns bool `(count,)`."""
     flags = np.asarray(response)
@@ -116,45 +83,61 @@ def as_response(response: ArrayLike, count: int) -> np.ndarray:
     return flags
 
 
-def unmark_labels(labels: np.ndarray) -> np.ndarray:
-    """Restore the labels that [`mark_blocks`] has marked; labels without marks are returned as they are.
+def blocks_to_column(blocks: Blocks) -> np.ndarray:
+    """Write blocks as one number per token, int8 `(n,)`; see the table at the top.
+
+    >>> blocks_to_column(Blocks(np.array([2, 1, 2]), np.array([False, False, True])))
+    array([0, 0, 1, 2, 2], dtype=int8)
+    """
+    values = 2 * blocks.response + np.arange(blocks.lengths.size) % 2
+    return np.repeat(values.astype(np.int8), blocks.lengths)
+
+
+def blocks_from_column(column: np.ndarray, seq_lengths: np.ndarray | None = None) -> Blocks:
+    """Read the blocks that [`blocks_to_column`] has written, whatever was cut off before or behind.
 
     Args:
-        labels: int64 `(n,)`.
+        column: int `(n,)`.
+        seq_lengths: int64 `(documents,)` of documents in a row; `None` for a single one.
 
     Returns:
-        int64 `(n,)`, token ids and -100.
+        The [`Blocks`] of all documents; no block crosses a document's end.
 
     Raises:
-        ValueError: a value below -100 that is no mark.
+        ValueError: a value that is not from 0 to 3.
 
     Example:
 
-    >>> unmark_labels(np.array([-101, -100, -101, -1015, 8]))
-    array([-100, -100, -100,    7,    8])
+    >>> blocks_from_column(np.array([0, 1, 2, 2, 2, 0, 3]), np.array([4, 3]))
+    Blocks(lengths=array([1, 1, 2, 1, 1, 1]), response=array([False, False,  True,  True, False,  True]))
     """
-    marked = labels < IGNORE
-    if not marked.any():
-        return labels
-    targets = labels <= TARGET_MARK
-    unknown = marked & ~targets & (labels < IGNORED_MARK - 1)
-    if unknown.any():
+    if column.size and not 0 <= column.min() <= column.max() <= 3:
         raise ValueError(
-            f"`labels` must be token ids, {IGNORE} or block marks, got {labels[unknown][0]}. "
-            f"Set ignored ones to {IGNORE}."
+            f"`blocks` must be numbers from 0 to 3, got {column.min()} to {column.max()}. Call a column of your own "
+            "`block_lengths`, with the tokens of each block."
         )
-    return np.where(targets, (TARGET_MARK - labels) >> 1, np.where(marked, IGNORE, labels))
+    begins = _changes(column, seq_lengths)
+    starts = begins.nonzero()[0]
+    return Blocks(np.diff(starts, append=column.size), column[starts] >= 2)
+
+
+def _changes(values: np.ndarray, seq_lengths: np.ndarray | None) -> np.ndarray:
+    """Bool `(n,)`: where a document begins or the value differs from the one before."""
+    begins = np.ones(values.size, dtype=bool)
+    begins[1:] = values[1:] != values[:-1]
+    if seq_lengths is not None:
+        begins[np.cumsum(seq_lengths) - seq_lengths] = True
+    return begins
 
 
 def blocks_from_labels(labels: np.ndarray, seq_lengths: np.ndarray | None = None) -> Blocks:
-    """Read the blocks out of labels: at the marks where a document has any, else at every change of ignored to target.
+    """Read the blocks off the labels: one begins at every change of ignored to target, and is a response if it is one.
 
     Ignored text after the last target (a template's line end) belongs to the block before it: a skip there would train
-    nothing. The first token of a document begins a block even where packing or truncation has cut its mark off; it is
-    then an instruction if it is ignored, a response if not.
+    nothing.
 
     Args:
-        labels: int64 `(n,)`.
+        labels: int64 `(n,)`, token ids and -100.
         seq_lengths: int64 `(documents,)` of documents in a row; `None` for a single one.
 
     Returns:
@@ -164,32 +147,16 @@ def blocks_from_labels(labels: np.ndarray, seq_lengths: np.ndarray | None = None
 
     >>> blocks_from_labels(np.array([-100, -100, 5, 6, -100, 7, -100]))
     Blocks(lengths=array([2, 2, 1, 2]), response=array([False,  True, False,  True]))
-    >>> blocks_from_labels(np.array([-101, -100, -101, -1015, 8]))
-    Blocks(lengths=array([2, 1, 2]), response=array([False, False,  True]))
     """
     documents = np.array([labels.size]) if seq_lengths is None else seq_lengths
-    document_ends = np.cumsum(documents)
-    document_starts = document_ends - documents
+    ends = np.cumsum(documents)
     ignored = labels == IGNORE
-    begins = np.empty(labels.size, dtype=bool)
-    begins[1:] = ignored[1:] != ignored[:-1]
-    begins[document_starts] = True
+    begins = _changes(ignored, seq_lengths)
     starts = begins.nonzero()[0]
-    last = starts[np.searchsorted(starts, document_ends) - 1]
-    begins[last] = ~ignored[last] | (last == document_starts)
-    marks = labels < IGNORE
-    if marks.any():
-        has_marks = np.logical_or.reduceat(marks, document_starts)
-        begins = np.where(np.repeat(has_marks, documents), marks, begins)
-        begins[document_starts] = True
+    last = starts[np.searchsorted(starts, ends) - 1]
+    begins[last] = ~ignored[last] | (last == ends - documents)
     starts = begins.nonzero()[0]
-    return Blocks(np.diff(starts, append=labels.size), _response_at(labels[starts]))
-
-
-def _response_at(first: np.ndarray) -> np.ndarray:
-    """Whether blocks are responses, by the label of their first token: a mark says so, else a target does."""
-    by_mark = np.where(first <= TARGET_MARK, (TARGET_MARK - first) & 1 == 1, first == IGNORED_MARK - 1)
-    return np.where(first < IGNORE, by_mark, first != IGNORE)
+    return Blocks(np.diff(starts, append=labels.size), ~ignored[starts])
 
 
 def block_response(labels: ArrayLike, lengths: np.ndarray, seq_lengths: np.ndarray | None = None) -> np.ndarray:
@@ -198,7 +165,7 @@ def block_response(labels: ArrayLike, lengths: np.ndarray, seq_lengths: np.ndarr
     A document without ignored labels (plain language modelling) tells nothing; its blocks alternate ([`alternate`]).
 
     Args:
-        labels: int64 `(n,)` without marks.
+        labels: int64 `(n,)`, token ids and -100.
         lengths: int64 `(blocks,)`, adding up to n.
         seq_lengths: int64 `(documents,)` of documents in a row, each ending with a block; `None` for a single one.
 
@@ -230,37 +197,23 @@ def block_response(labels: ArrayLike, lengths: np.ndarray, seq_lengths: np.ndarr
     return response
 
 
-def blocks_from_offsets(token_offsets: ArrayLike, cuts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Turn cuts between characters into blocks of tokens.
+def blocks_at(tokens: ArrayLike, response: ArrayLike, total: int) -> Blocks:
+    """Make blocks of the tokens that they begin at.
 
-    A cut at character c begins a block at the first token that ends after c, so a token across the cut belongs to the
-    later block. Tokens without characters (special tokens: an offset pair of equal numbers) begin no block. Of cuts
-    that fall on one token the last one stays; a cut after the last token is left out.
+    The text before the first one is an instruction. Of two that begin at one token the later stays, and none begins
+    behind the last token.
 
     Args:
-        token_offsets: int `(n, 2)` character span of each token, a fast tokenizer's `offset_mapping`.
-        cuts: characters at which blocks begin, ascending.
+        tokens: int `(k,)`, ascending.
+        response: bool `(k,)`.
+        total: tokens of the sample, at least 1.
 
-    Returns:
-        Block lengths int64 `(blocks,)`, and int64 `(blocks,)` what begins each block: 0 for the start of the text, k
-        for `cuts[k - 1]`.
+    Example: one block at token 2, two at token 3, one past the end.
 
-    Raises:
-        ValueError: no tokens, or cuts that are not ascending.
-
-    Example: "ab cd ef" as a start token and three words; cuts before "cd", inside it, and at the end.
-
-    >>> blocks_from_offsets([(0, 0), (0, 2), (3, 5), (6, 8)], [3, 4, 8])
-    (array([2, 2]), array([0, 2]))
+    >>> blocks_at([2, 3, 3, 5], [False, False, True, False], total=5)
+    Blocks(lengths=array([2, 1, 2]), response=array([False, False,  True]))
     """
-    offsets = np.asarray(token_offsets, dtype=np.int64).reshape(-1, 2)
-    if not len(offsets):
-        raise ValueError("`token_offsets` must hold at least one token, got none. Leave empty samples out.")
-    where = np.asarray(cuts, dtype=np.int64)
-    if (np.diff(where) < 0).any():
-        raise ValueError(f"`cuts` must be ascending, got {list(cuts)!r}. Sort them.")
-    ends = np.maximum.accumulate(np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 1], 0))
-    starts = np.concatenate(([0], np.searchsorted(ends, where, side="right")))
-    last = np.append(starts[1:] != starts[:-1], True)
-    kept = (last & (starts < len(offsets))).nonzero()[0]
-    return np.diff(starts[kept], append=len(offsets)), kept
+    starts = np.concatenate(([0], np.asarray(tokens, dtype=np.int64)))
+    flags = np.concatenate(([False], np.asarray(response, dtype=bool)))
+    kept = np.append(starts[1:] != starts[:-1], True) & (starts < total)
+    return Blocks(np.diff(starts[kept], append=total), flags[kept])

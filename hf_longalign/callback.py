@@ -1,13 +1,19 @@
 """`SkipPositionCallback`: new positions every epoch and a preflight before the first step, in any `Trainer`."""
 
+import logging
 from typing import Any
 
 from accelerate.state import AcceleratorState
+from accelerate.utils import is_peft_model
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign.collator import SkipPositionDataCollator
+from hf_longalign.loss import zero_without_targets
 from hf_longalign.preflight import run_preflight
 from hf_longalign.probe import LogProbs
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_parallelism(*, whole_rows: bool, n_gpu: int = 1) -> None:
@@ -81,7 +87,13 @@ class SkipPositionCallback(TrainerCallback):
         self._epoch = int(state.epoch or 0)
         check_parallelism(whole_rows=self.collator.strategy != "none" or self.collator.padding_free, n_gpu=args.n_gpu)
         if self.preflight:
-            run_preflight(kwargs["model"], self.collator, args.device, log_probs=self.log_probs)
+            pads = args.per_device_train_batch_size > 1 or bool(self.collator.pad_to_multiple_of)
+            pads = pads or (args.eval_strategy != "no" and args.per_device_eval_batch_size > 1)
+            run_preflight(kwargs["model"], self.collator, args.device, log_probs=self.log_probs, pads=pads)
+        base = kwargs["model"].get_base_model() if is_peft_model(kwargs["model"]) else kwargs["model"]
+        if self.log_probs is None and not hasattr(base.loss_function, "__wrapped__"):
+            # One step of nothing but rows without a target would make every weight NaN.
+            base.loss_function = zero_without_targets(base.loss_function)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -90,3 +102,10 @@ class SkipPositionCallback(TrainerCallback):
         # Counted, for `state.epoch` stays below 1 in every pass over a data set of unknown length.
         self.collator.set_epoch(self._epoch)
         self._epoch += 1
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say how many rows trained nothing."""
+        if self.collator.idle_rows:
+            logger.warning("%d rows of the run had no target and trained nothing.", self.collator.idle_rows)

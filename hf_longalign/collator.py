@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_longalign.blocks import IGNORE, Blocks, as_lengths, block_response, blocks_from_labels, unmark_labels
-from hf_longalign.positions import Strategy, check_target_length, document_rng, get_strategy
+from hf_longalign.blocks import (
+    IGNORE,
+    Blocks,
+    as_lengths,
+    block_response,
+    blocks_from_column,
+    blocks_from_labels,
+)
+from hf_longalign.positions import Strategy, check_share, check_target_length, document_rng, get_strategy
 
 
 logger = logging.getLogger(__name__)
@@ -23,13 +30,16 @@ PATIENCE = 32
 
 
 class Flat(NamedTuple):
-    """The rows of a batch one after the other: int64 `(total,)` ids and labels; rows, documents and blocks of them."""
+    """The rows of a batch one after the other: int64 `(total,)` ids and labels; rows, documents and blocks of them.
+
+    There are no blocks where no position is skipped.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
     row_lengths: np.ndarray
     seq_lengths: np.ndarray
-    blocks: Blocks
+    blocks: Blocks | None
 
 
 @dataclass
@@ -40,14 +50,16 @@ class SkipPositionDataCollator:
     Each row is a dictionary with
 
     - `"input_ids"`: list, array or tensor of token ids.
-    - `"labels"` (optional, default the input ids): -100 outside the loss; may carry block marks
-      ([`~hf_longalign.blocks.mark_blocks`]).
-    - `"block_lengths"` (optional): tokens of each block, adding up to the row. Without it blocks come from the labels.
+    - `"labels"` (optional, default the input ids): -100 outside the loss.
+    - `"block_lengths"` (optional): tokens of each block, adding up to the row.
+    - `"blocks"` (optional): the same as one number per token ([`~hf_longalign.blocks.blocks_to_column`]), as
+      `LongAlignSFTTrainer` prepares it. Without either, blocks are the runs of ignored and other labels.
     - `"seq_lengths"` (optional): tokens of each document of a packed row, each ending with a block.
     - `"attention_mask"` (optional): tokens it masks are padding and are taken out before anything else.
 
     Padded, it returns `"input_ids"`, `"labels"`, `"attention_mask"` and `"position_ids"`, int64 `(batch, length)`. The
-    position of padding is 0: a larger one could raise the largest position, which "dynamic" RoPE reads.
+    position of padding is 0: a larger one could raise the largest position, which "dynamic" RoPE reads. With strategy
+    "none" there are no `"position_ids"`, as in TRL's batches: the model gives itself its own.
 
     Padding-free, it returns `"input_ids"`, `"labels"` and `"position_ids"`, int64 `(1, total)`, `"cu_seq_lens_q"` and
     `"cu_seq_lens_k"`, int32 `(documents + 1,)`, `"max_length_q"` and `"max_length_k"`, int, and `"seq_idx"`, int32
@@ -60,11 +72,15 @@ class SkipPositionDataCollator:
     A collator skips wherever it is used, so give evaluation its own: `dataclasses.replace(collator, strategy="none")`.
     A plain `Trainer` drops `seq_lengths` and `block_lengths` unless it is told `remove_unused_columns=False`.
 
+    A row without a target after its first token (an empty text, an answer that truncation cut off) trains nothing; it
+    is counted in `idle_rows`, and the first one is logged. A batch of nothing else has loss 0 in TRL's trainers, and
+    in `transformers.Trainer` with the [`SkipPositionCallback`].
+
     Args:
-        tokenizer_or_pad_token_id (`PreTrainedTokenizerBase` or `int`):
+        tokenizer (`PreTrainedTokenizerBase` or `int`, *optional*):
             Tokenizer whose pad token is used, or the id of that token.
         target_length (`int`):
-            Positions stay below it; the length the model shall learn to reach. Not used by `"none"`.
+            Positions stay below it; the length the model shall learn to reach. Only `"none"` does without.
         strategy (`str` or `Callable`, *optional*, defaults to `"skip_all"`):
             Name or function, see [`~hf_longalign.positions.sample_positions`].
         skip_probability (`float`, *optional*, defaults to `0.5`):
@@ -75,14 +91,17 @@ class SkipPositionDataCollator:
             If set, the length is padded to a multiple of it.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the positions.
+        pad_token_id (`int`, *optional*):
+            Id of the pad token, in place of a tokenizer's.
+        return_tensors (`str`, *optional*, defaults to `"pt"`):
+            Kind of the tensors; there is no other.
         few_shapes (`bool`, *optional*, defaults to `False`):
             Whether padding-free boundaries come in a few sizes, so that a compiled model is not compiled again for
             every number of documents.
 
     Raises:
-        ValueError: an argument or a row that is not as said above; among the rows an empty one, one longer than
-            `target_length`, and one that trains nothing (a single token, or all labels -100). Documents of packed rows
-            may train nothing: packing can cut a prompt from its answer.
+        ValueError: an argument or a row that is not as said above; among the rows an empty one, and one longer than
+            `target_length`.
 
     Examples:
 
@@ -115,67 +134,82 @@ class SkipPositionDataCollator:
     tensor([[0, 0, 0, 0, 1, 1, 1]], dtype=torch.int32)
     """
 
-    tokenizer_or_pad_token_id: PreTrainedTokenizerBase | int
-    target_length: int
+    tokenizer: PreTrainedTokenizerBase | int | None = None
+    target_length: int = None  # type: ignore[assignment] # only "none" does without
     strategy: Strategy = "skip_all"
     skip_probability: float = 0.5
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
     seed: int = 0
+    pad_token_id: int = None  # type: ignore[assignment] # a number once it is made
+    return_tensors: str = "pt"
     few_shapes: bool = False
-    # Shared memory, so that an epoch set here reaches the workers of a dataloader that are running already.
-    _epoch: torch.Tensor = field(init=False, repr=False, compare=False)
+    # Epoch and count of idle rows. In shared memory, so that they pass to and from the workers of a dataloader that
+    # are running already.
+    _shared: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.pad_token_id = _pad_token_id(self.tokenizer_or_pad_token_id)
-        check_target_length(self.target_length)
-        get_strategy(self.strategy)
-        if not 0 <= self.skip_probability <= 1:
+        if isinstance(self.tokenizer, int):
+            # A plain `Trainer` saves what it finds under this name with its checkpoints.
+            self.pad_token_id, self.tokenizer = self.tokenizer, None
+        if self.pad_token_id is None:
+            self.pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+        if self.pad_token_id is None:
             raise ValueError(
-                f"`skip_probability` must be from 0 to 1, got {self.skip_probability!r}. Set the share to be skipped."
+                f"`tokenizer` must have a pad token, got {type(self.tokenizer).__name__} without one. Set "
+                "`tokenizer.pad_token = tokenizer.eos_token`, or give a `pad_token_id`."
             )
+        get_strategy(self.strategy)
+        check_share("skip_probability", self.skip_probability)
+        if self.strategy != "none":
+            check_target_length(self.target_length)
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(
                 f"`pad_to_multiple_of` must be at least 1, got {self.pad_to_multiple_of!r}. Set None for none."
             )
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if self.return_tensors != "pt":
+            raise ValueError(f"`return_tensors` must be 'pt', got {self.return_tensors!r}. Leave it out.")
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
         self._without_place = 0
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, which a plain `Trainer` saves with its checkpoints; `None` for a bare pad token."""
-        given = self.tokenizer_or_pad_token_id
-        return None if isinstance(given, int) else given
+    def idle_rows(self) -> int:
+        """How many rows so far, in all workers, had no target after their first token."""
+        return int(self._shared[1])
 
     def set_epoch(self, epoch: int) -> None:
         """Draw new positions from now on, in this process and in the workers that were started from it."""
-        self._epoch.fill_(epoch)
+        self._shared[0] = epoch
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows into a batch; see the class."""
-        flat = _flatten(rows)
-        self._check(rows, flat)
-        positions = self._positions(flat)
-        return self._packed(flat, positions) if self.padding_free else self._padded(flat, positions)
-
-    def _check(self, rows: Sequence[dict[str, Any]], flat: Flat) -> None:
+        flat = _flatten(rows, with_blocks=self.strategy != "none")
         if not self.padding_free and flat.seq_lengths.size > flat.row_lengths.size:
             raise ValueError(
                 "`seq_lengths` must hold one document per row in a padded batch, got packed rows. "
                 "Set `padding_free=True`."
             )
-        if self.strategy != "none" and flat.seq_lengths.max() > self.target_length:
+        if self.strategy != "none":
             check_target_length(self.target_length, int(flat.seq_lengths.max()))
+        self._count_idle(flat)
+        positions = self._positions(flat)
+        return self._packed(flat, positions) if self.padding_free else self._padded(flat, positions)
+
+    def _count_idle(self, flat: Flat) -> None:
         targets = flat.labels != IGNORE
         row_starts = np.cumsum(flat.row_lengths) - flat.row_lengths
         # Nothing comes before the first token that could predict it.
         targets[row_starts] = False
-        for index in (~np.logical_or.reduceat(targets, row_starts)).nonzero()[0].tolist():
-            if rows[index].get("seq_lengths") is None:
-                raise ValueError(
-                    f"`labels` must hold a target after the first token, got none in row {index} of the batch with "
-                    f"{flat.row_lengths[index]} tokens: it trains nothing. Leave such samples out."
-                )
+        idle = (~np.logical_or.reduceat(targets, row_starts)).nonzero()[0]
+        if not idle.size:
+            return
+        if not self.idle_rows:
+            logger.warning(
+                "Row %d of a batch, with %d tokens, has no target after its first token: it trains nothing, and so do "
+                "others like it. Leave out empty samples, and raise `max_length` where it cuts off the answers.",
+                *(idle[0], flat.row_lengths[idle[0]]),
+            )
+        self._shared[1] += idle.size
 
     def _positions(self, flat: Flat) -> np.ndarray:
         """Position ids `(total,)` of all documents, each from 0."""
@@ -191,10 +225,10 @@ class SkipPositionDataCollator:
     def _skip(self, steps: np.ndarray, flat: Flat, starts: np.ndarray) -> None:
         """Add the skips of the chosen documents to the steps from token to token."""
         sampler = get_strategy(self.strategy)
-        blocks = flat.blocks
+        blocks: Any = flat.blocks
         first = np.searchsorted(np.cumsum(blocks.lengths) - blocks.lengths, starts).tolist()
         first.append(blocks.lengths.size)
-        epoch = int(self._epoch)
+        epoch = int(self._shared[0])
         for document, (start, length) in enumerate(zip(starts.tolist(), flat.seq_lengths.tolist(), strict=True)):
             rng = document_rng(flat.input_ids[start : start + length], seed=self.seed, epoch=epoch)
             if rng.random() >= self.skip_probability:
@@ -239,6 +273,8 @@ class SkipPositionDataCollator:
             batch["attention_mask"][row, :length] = 1
             batch["position_ids"][row, :length] = positions[start:end]
             start = end
+        if self.strategy == "none":
+            del batch["position_ids"]  # RoBERTa's begin at 2
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 
     def _packed(self, flat: Flat, positions: np.ndarray) -> dict[str, Any]:
@@ -276,85 +312,88 @@ def _row(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values)[None]
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase | int) -> int:
-    pad_token_id = tokenizer if isinstance(tokenizer, int) else getattr(tokenizer, "pad_token_id", None)
-    if pad_token_id is None:
-        raise ValueError(
-            f"`tokenizer_or_pad_token_id` must have a pad token, got {type(tokenizer).__name__} without one. Set "
-            "`tokenizer.pad_token = tokenizer.eos_token`, or give the id of a token."
-        )
-    return pad_token_id
-
-
-def _flatten(rows: Sequence[dict[str, Any]]) -> Flat:
+def _flatten(rows: Sequence[dict[str, Any]], *, with_blocks: bool) -> Flat:
     """Put the rows one after the other, checked and without the padding they came with."""
     input_ids, labels, seq_lengths, blocks = [], [], [], []
     for index, row in enumerate(rows):
-        ids, marked = _tokens(row, index)
+        ids, targets, kept = _tokens(row, index)
         given = row.get("seq_lengths")
         documents = np.array([ids.size]) if given is None else as_lengths("seq_lengths", given, total=ids.size)
         input_ids.append(ids)
-        labels.append(unmark_labels(marked))
+        labels.append(targets)
         seq_lengths.append(documents)
-        blocks.append(_blocks(row.get("block_lengths"), marked, labels[-1], documents))
+        if with_blocks:
+            blocks.append(_blocks(row, index, targets, kept, documents))
     return Flat(
         np.concatenate(input_ids),
         np.concatenate(labels),
         np.array([ids.size for ids in input_ids]),
         np.concatenate(seq_lengths),
-        Blocks(*(np.concatenate(parts) for parts in zip(*blocks, strict=True))),
+        Blocks(*(np.concatenate(parts) for parts in zip(*blocks, strict=True))) if with_blocks else None,
     )
 
 
-def _tokens(row: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Input ids and labels of a row, int64 `(n,)`, without what its attention mask hides."""
+def _tokens(row: dict[str, Any], index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Input ids and labels of a row, int64 `(n,)`, without what its attention mask hides, and that mask if any."""
     if "input_ids" not in row:
         raise ValueError(f"`input_ids` must be in every row, got a row of {sorted(row)}. Tokenise the data set first.")
-    ids = _integers(row["input_ids"], "input_ids", index)
-    labels = ids if row.get("labels") is None else _integers(row["labels"], "labels", index)
-    if labels.size != ids.size:
-        raise ValueError(
-            f"`labels` must be as many as `input_ids`, {ids.size} in row {index} of the batch, got {labels.size}. "
-            "Set -100 where nothing is to be learned."
-        )
+    ids = _integers(row, "input_ids", index)
+    labels = ids if row.get("labels") is None else _integers(row, "labels", index, ids.size)
+    kept = None
     if row.get("attention_mask") is not None:
-        mask = _integers(row["attention_mask"], "attention_mask", index)
-        if mask.size != ids.size:
-            raise ValueError(
-                f"`attention_mask` must be as long as `input_ids`, {ids.size} in row {index} of the batch, got "
-                f"{mask.size}. Leave it out: padding is added here."
-            )
-        ids, labels = ids[mask != 0], labels[mask != 0]
+        kept = _integers(row, "attention_mask", index, ids.size) != 0
+        ids, labels = ids[kept], labels[kept]
     if not ids.size:
         raise ValueError(
             f"`input_ids` must hold tokens, got none in row {index} of the batch. Leave empty samples out."
         )
-    return ids, labels
+    if labels.min() < IGNORE:
+        raise ValueError(
+            f"`labels` must be token ids or {IGNORE}, got {labels.min()} in row {index} of the batch. Set {IGNORE} "
+            "where nothing is to be learned."
+        )
+    return ids, labels, kept
 
 
-def _integers(values: Any, name: str, index: int) -> np.ndarray:
-    """Whole numbers as int64 `(n,)`; lists, the common case, take the fastest way that refuses floats."""
+def _integers(row: dict[str, Any], name: str, index: int, size: int | None = None) -> np.ndarray:
+    """A column as int64 `(size,)`; lists, the common case, take the fastest way that refuses floats."""
+    values = row[name]
     if isinstance(values, list):
         try:
-            return np.frombuffer(array("q", values), dtype=np.int64)
+            found = np.frombuffer(array("q", values), dtype=np.int64)
         except (TypeError, OverflowError):
             bad = next((value for value in values if not isinstance(value, int)), values)
+            raise _not_integers(name, bad, index) from None
     else:
-        given = np.asarray(values)
-        if given.dtype.kind in "iu" and given.ndim == 1:
-            return given.astype(np.int64, copy=False)
-        bad = given
-    raise ValueError(
+        found = np.asarray(values)
+        if found.dtype.kind not in "iu" or found.ndim != 1:
+            raise _not_integers(name, found, index)
+        found = found.astype(np.int64, copy=False)
+    if size is not None and found.size != size:
+        raise ValueError(
+            f"`{name}` must be as many as `input_ids`, {size} in row {index} of the batch, got {found.size}. Give one "
+            "for each token."
+        )
+    return found
+
+
+def _not_integers(name: str, bad: Any, index: int) -> ValueError:
+    return ValueError(
         f"`{name}` must be a flat list of whole numbers, got {bad!r} in row {index} of the batch. "
         "Tokenise the samples first."
     )
 
 
-def _blocks(lengths: Any, marked: np.ndarray, labels: np.ndarray, documents: np.ndarray) -> Blocks:
-    """The blocks of a row: its `block_lengths` where it has them, else from its labels."""
-    if lengths is None:
-        return blocks_from_labels(marked, documents)
-    lengths = as_lengths("block_lengths", lengths, total=labels.size)
+def _blocks(
+    row: dict[str, Any], index: int, labels: np.ndarray, kept: np.ndarray | None, documents: np.ndarray
+) -> Blocks:
+    """The blocks of a row: its `block_lengths` or `blocks` where it has them, else from its labels."""
+    if row.get("block_lengths") is None:
+        if row.get("blocks") is None:
+            return blocks_from_labels(labels, documents)
+        column = _integers(row, "blocks", index, labels.size if kept is None else kept.size)
+        return blocks_from_column(column if kept is None else column[kept], documents)
+    lengths = as_lengths("block_lengths", row["block_lengths"], total=labels.size)
     if not np.isin(np.cumsum(documents), np.cumsum(lengths)).all():
         raise ValueError(
             f"`block_lengths` must end a block with every document, got {lengths.tolist()} for `seq_lengths` "

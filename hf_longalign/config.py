@@ -1,18 +1,17 @@
 """The options of `LongAlignSFTTrainer` that `trl.SFTConfig` does not have."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
-
-# Those that need nothing but a length; "longrope" needs factors that somebody has searched for the model.
-ROPE_TYPES = ("yarn", "linear", "dynamic", "llama3", "proportional")
+from hf_longalign.training_options import TrainingOptions
 
 
 @dataclass
-class LongAlignSFTConfig(SFTConfig):
+class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     r"""Configuration of [`LongAlignSFTTrainer`]: every field of [`trl.SFTConfig`] and the ones below.
 
     Parameters:
@@ -67,64 +66,22 @@ class LongAlignSFTConfig(SFTConfig):
     'skip_all'
     """
 
-    skip_strategy: str = field(
-        default="skip_all",
-        metadata={
-            "help": "How positions are skipped: none, skip_inner, skip_outer, skip_all, pose, randpos or cream."
-        },
-    )
-    skip_target_length: int | None = field(
-        default=None,
-        metadata={"help": "Number of positions to spread a sample over. Default: the range the model is made for."},
-    )
-    skip_probability: float = field(
-        default=0.5,
-        metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."},
-    )
-    rope_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scale RoPE so that the model's range covers `skip_target_length`. Default: the model's own.",
-            "choices": list(ROPE_TYPES),
-        },
-    )
-    loss_weighting: Literal["token", "sequence"] = field(
-        default="token",
-        metadata={"help": "Whether every target token (token) or every sequence (sequence) weighs the same."},
-    )
-    base_name: str | None = field(
-        default=None,
-        metadata={"help": "What the card calls a base that was a local folder: its Hub id, or a neutral name."},
-    )
-    license: str | None = field(default=None, metadata={"help": "Licence of the trained model, as the Hub names it."})
-    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
     hub_strategy: HubStrategy | str = field(
         default="end",
         metadata={"help": "With `push_to_hub`: end (nothing before the end) or every_save (every checkpoint)."},
     )
-    preflight: bool = field(
-        default=True,
-        metadata={"help": "Whether to prove before the first step that attention over skipped positions is right."},
-    )
 
     def __post_init__(self) -> None:
-        from hf_longalign.cards.page import check_license
-
         super().__post_init__()
-        check_license(license=self.license)
-        if self.rope_type is not None and self.rope_type not in ROPE_TYPES:
+        if self.torch_compile and self.packing and self.pad_to_multiple_of == "auto":
+            # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
+            self.pad_to_multiple_of = self.max_length
+        self.check()
+        if self.packing and self.packing_strategy == "wrapped" and self.skip_strategy != "none":
             raise ValueError(
-                f"`rope_type` must be one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}. Set 'yarn' if in doubt."
-            )
-        if self.rope_type is not None and self.skip_target_length is None:
-            raise ValueError(
-                f"`skip_target_length` must be given with `rope_type={self.rope_type!r}`, which scales the model's "
-                "range to it, got None. Set it to the length you need."
-            )
-        if self.loss_weighting not in ("token", "sequence"):
-            raise ValueError(
-                f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "
-                "Set 'token' for TRL's loss."
+                "`packing_strategy` must be 'bfd' or 'bfd_split' with "
+                f"`skip_strategy={self.skip_strategy!r}`, got 'wrapped', which cuts documents and lets them see each "
+                "other. Set 'bfd'."
             )
         if self.loss_weighting == "sequence" and not self.average_tokens_across_devices:
             raise ValueError(
@@ -137,3 +94,14 @@ class LongAlignSFTConfig(SFTConfig):
                 f"`loss_type={self.loss_type!r}` and "
                 f"`label_smoothing_factor={self.label_smoothing_factor!r}`. Set 'nll' and 0."
             )
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None, model: Any) -> "LongAlignSFTConfig":
+        """Complete other arguments with the defaults of this class, the way `SFTTrainer` takes `TrainingArguments`."""
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            return cls(f"{name.split('/')[-1]}-SFT")
+        # Not `to_dict`, which hides every field whose name ends in "_token".
+        return cls(**{item.name: getattr(args, item.name) for item in fields(args) if item.init})

@@ -4,6 +4,8 @@ The loss of a step is `(1/M) sum_i (1/N_i) sum_{t in i} CE_t`: N_i target tokens
 any, over all devices and accumulation steps. A sequence is a document of a packed row or a row of a padded batch.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -101,3 +103,54 @@ class SequenceWeightedModel:
             virtual = outputs.log_probs.size(1) - self.weights.size(1)
             outputs.log_probs = outputs.log_probs * torch.nn.functional.pad(self.weights, (virtual, 0))
         return outputs
+
+
+def ignore_padding_of_packed_rows(backbone: torch.nn.Module, pad_token_id: int, multiple: int) -> None:
+    """Keep padding at the end of a packed row out of a mixture's load-balancing loss.
+
+    That loss leaves out what the attention mask hides, and packed rows have no mask. So the router's logits of such
+    padding are taken out of what the backbone returns.
+
+    Args:
+        backbone: the model without its head, which returns `router_logits`.
+        pad_token_id: what rows are padded with, as a document of its own.
+        multiple: what their length is padded to a multiple of.
+    """
+
+    def cut(module: torch.nn.Module, args: Any, inputs: dict[str, Any], outputs: Any) -> Any:
+        bounds, logits = inputs.get("cu_seq_lens_q"), getattr(outputs, "router_logits", None)
+        if bounds is None or logits is None:
+            return outputs
+        start = int(bounds[bounds < bounds[-1]].max())  # documents without a token may follow
+        padding = inputs["input_ids"][0, start:]
+        if start and len(padding) < multiple and bool((padding == pad_token_id).all()):
+            outputs.router_logits = tuple(layer.flatten(0, -2)[:start] for layer in logits)
+        return outputs
+
+    backbone.register_forward_hook(cut, with_kwargs=True)
+
+
+def zero_without_targets(loss_function: Callable) -> Callable:
+    """Make a model's loss 0 for a step without any target, where it would divide 0 by 0.
+
+    Args:
+        loss_function: `PreTrainedModel.loss_function`; called with `labels` or `shift_labels` and, in training, with
+            the number of targets of the whole step.
+
+    Example:
+
+    >>> from transformers.loss.loss_utils import ForCausalLMLoss
+    >>> logits, labels = torch.zeros(1, 2, 4), torch.tensor([[1, -100]])
+    >>> zero_without_targets(ForCausalLMLoss)(logits=logits, labels=labels, vocab_size=4).item()
+    0.0
+    """
+
+    @wraps(loss_function)
+    def loss(logits: torch.Tensor, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        count = kwargs.pop("num_items_in_batch", None)
+        if count is None:
+            shifted = kwargs.get("shift_labels")
+            count = ((labels[..., 1:] if shifted is None else shifted) != -100).sum()
+        return loss_function(logits, labels, *args, num_items_in_batch=torch.as_tensor(count).clamp(min=1), **kwargs)
+
+    return loss

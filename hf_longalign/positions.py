@@ -74,11 +74,11 @@ def sample_positions(
     return np.cumsum(steps)
 
 
-def get_strategy(strategy: Strategy) -> Sampler:
+def get_strategy(strategy: Strategy, name: str = "strategy") -> Sampler:
     """Return the sampler of a strategy, `sampler(block_lengths, response, target_length, rng) -> Skips`.
 
     Raises:
-        ValueError: an unknown name; the message lists those there are.
+        ValueError: an unknown strategy; the message calls it `name` and lists those there are.
     """
     if callable(strategy):
         function = strategy
@@ -87,22 +87,26 @@ def get_strategy(strategy: Strategy) -> Sampler:
         )
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"`strategy` must be one of {list(STRATEGIES)} or a callable, got {strategy!r}. Set one of them."
+            f"`{name}` must be one of {list(STRATEGIES)} or a callable, got {strategy!r}. Set one of them."
         )
     return STRATEGIES[strategy]
 
 
-def check_target_length(target_length: int, length: int = 1) -> None:
-    """Raise a ValueError unless `target_length` is a whole number of at least `length` tokens."""
+def check_target_length(target_length: Any, length: int = 1, name: str = "target_length") -> None:
+    """Raise a ValueError unless a target length is a whole number of at least `length` tokens."""
     if isinstance(target_length, bool) or not isinstance(target_length, (int, np.integer)):
-        raise ValueError(
-            f"`target_length` must be a whole number, got {target_length!r}. Set it to the length you need."
-        )
+        raise ValueError(f"`{name}` must be a whole number, got {target_length!r}. Set it to the length you need.")
     if target_length < length:
         raise ValueError(
-            f"`target_length` must be at least the length of the sample, {length} tokens, got {target_length}. "
+            f"`{name}` must be at least the length of the sample, {length} tokens, got {target_length}. "
             "Set a larger target length or truncate the samples."
         )
+
+
+def check_share(name: str, share: Any) -> None:
+    """Raise a ValueError unless a share is a number from 0 to 1."""
+    if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share <= 1:
+        raise ValueError(f"`{name}` must be a number from 0 to 1, got {share!r}. Set the share of the samples.")
 
 
 def _skips_of(positions: ArrayLike, length: int, target_length: int) -> Skips:

@@ -10,6 +10,7 @@ its layers. Then what the model does, whatever it is wrapped in, on three docume
 | the same | its tokens after the skip move |
 | shift all positions of a document | nothing moves: places do not count |
 | stretch a skip | the tokens after it move: distances do count |
+| take documents from their batch, at ordinary positions | the model itself has the same logits for them |
 | compute the loss as training will | its targets are as probable as by the model's own logits |
 
 Every movement is compared with `reach`, what a changed token does where no position is skipped, so that the size of
@@ -27,7 +28,7 @@ from transformers import PretrainedConfig
 
 from hf_longalign.attention.support import exactness_problem, has_recurrent_layers, layer_kinds
 from hf_longalign.collator import SkipPositionDataCollator
-from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, LogProbs, Probe
+from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, LogProbs, Probe, movements
 from hf_longalign.rope import check_range, check_rope_reached
 
 
@@ -78,6 +79,7 @@ def run_preflight(
     device: torch.device | str | None = None,
     *,
     log_probs: LogProbs | None = None,
+    pads: bool = True,
 ) -> PreflightReport | None:
     """Prove that training this model on this collator's batches is exact; a few tiny forwards without gradients.
 
@@ -90,9 +92,10 @@ def run_preflight(
         device: where batches go; the model's first parameter's when `None`.
         log_probs: how training computes the log-probabilities of a batch's targets, where that is not by the model's
             own logits: from model and batch to a tensor `(batch, length - 1)`.
+        pads: whether batches hold padding; not so where each has one row.
 
     Returns:
-        What was measured; `None` where attention needs no proof (padded rows with ordinary positions), or none is to
+        What was measured; `None` where nothing needs a proof (single rows with ordinary positions), or nothing is to
         be seen (an attention that does not reach the logits yet).
 
     Raises:
@@ -112,12 +115,12 @@ def run_preflight(
     got 4096. Load it with `config=hf_longalign.scale_rope(config, 4096, 'yarn')`, or lower `target_length`.
     """
     skipped = collator.strategy != "none"
-    proves_attention = skipped or collator.padding_free
-    if not proves_attention and log_probs is None:
+    exacting = skipped or collator.padding_free
+    if not (exacting or pads or log_probs):
         return None
     base = _base_model(model)
     text_config = base.config.get_text_config(decoder=True)
-    if proves_attention:
+    if exacting:
         _check_config(base, text_config, collator, skipped)
         check_no_virtual_tokens(extract_model_from_parallel(model, keep_torch_compile=False))
     device = torch.device(device if device is not None else next(model.parameters()).device)
@@ -127,11 +130,9 @@ def run_preflight(
     with _undisturbed(model, device):
         if log_probs is not None:
             _check_loss(probe, log_probs, type(base).__name__)
-        if proves_attention:
+        if exacting or pads:
             report = _Judge(probe, text_config, skipped).report()
-    if not proves_attention:
-        logger.info("Preflight passed: the loss is the model's own.")
-    elif report is None:
+    if report is None and (exacting or pads):
         logger.warning("Preflight could not see attention at work: no token's logits depend on the tokens before it.")
     else:
         logger.info("Preflight passed: %s", report)
@@ -193,7 +194,12 @@ def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]
 def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositionDataCollator, skipped: bool) -> None:
     """Refuse what the config tells, and warn of what it limits."""
     if skipped:
-        _check_positions(base, text_config)
+        kind = _position_kind(base, text_config)
+        if kind != "rotary":
+            raise PreflightError(
+                f"Positions can be skipped only where they are rotary, got {text_config.model_type!r} with {kind}. "
+                "Set the strategy to 'none', or take a model with RoPE."
+            )
         try:
             check_range(base.config, collator.target_length)
             check_rope_reached(base)
@@ -220,15 +226,6 @@ def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositi
             "Lower the target length, or take a model with full attention.",
             text_config.model_type,
             text_config.sliding_window,
-        )
-
-
-def _check_positions(base: Any, text_config: PretrainedConfig) -> None:
-    kind = _position_kind(base, text_config)
-    if kind != "rotary":
-        raise PreflightError(
-            f"Positions can be skipped only where they are rotary, got {text_config.model_type!r} with {kind}. Set "
-            "the strategy to 'none', or take a model with RoPE."
         )
 
 
@@ -274,8 +271,10 @@ class _Judge:
             changes = probe.changes(probe.skipped() if self.skipped else probe.ordinary())
             if changes.reach == 0:
                 return None
-            self._check_leak(changes)
+            if self.skipped or probe.collator.padding_free:
+                self._check_leak(changes)
             if not self.skipped:
+                self._check_alone(changes)
                 return PreflightReport(changes.reach, changes.leak.movement / changes.reach)
             self._check_cut(changes)
             shift = self._check_shift(changes)
@@ -303,6 +302,19 @@ class _Judge:
                 "`max_length_q` and `max_length_k` and no `attention_mask`, with "
                 'attn_implementation="longalign_varlen" or flash attention.'
             )
+
+    def _check_alone(self, changes: Changes) -> None:
+        """Some models give themselves other positions than a batch does, or take its padding for text."""
+        moved = max(moved.median().item() for moved in movements(changes.base, self.probe.alone()))
+        if moved <= SHIFT * changes.reach:
+            return
+        remedy = "packing=False"
+        if not self.probe.collator.padding_free:
+            remedy = "per_device_train_batch_size=1 and per_device_eval_batch_size=1, so that nothing is padded"
+        raise PreflightError(
+            f"A document in {self.form} is not what it is alone under {self.attention}: the model reads its place in "
+            f"the batch, or the padding. Set {remedy}."
+        )
 
     def _check_cut(self, changes: Changes) -> None:
         """A cut moves by exactly 0 behind it."""

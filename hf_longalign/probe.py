@@ -93,17 +93,17 @@ class Probe:
         self.model = model
         self.collator = copy.copy(collator)  # it counts what it collates
         self.device = device
-        # With ordinary positions the target length is not used, and may be anything.
-        room = max(LENGTHS) if collator.strategy == "none" else collator.target_length // 2
-        self.lengths = [min(length, room) for length in LENGTHS]
+        # With ordinary positions there is no target length; twice the documents serve.
+        target_length = 2 * max(LENGTHS) if collator.strategy == "none" else collator.target_length
+        self.lengths = [min(length, target_length // 2) for length in LENGTHS]
         self.ids, self.others = token_ids(text_config, self.lengths)
         # Inside window and target length, and small: float32 rotates by large positions less exactly.
-        room = collator.target_length - self.lengths[NEAR]
+        room = target_length - self.lengths[NEAR]
         visible = room if window is None else min(room, window - 2)
         self.gap = max(1, min(16, visible // 4))
         self.stretched_gap = max(self.gap + 1, min(4 * self.gap, visible))
         self.shift = max(1, min(37, room - self.gap))
-        self.far_gap = collator.target_length - self.lengths[FAR]
+        self.far_gap = target_length - self.lengths[FAR]
 
     def ordinary(self) -> list[torch.Tensor]:
         """Positions without skips."""
@@ -148,6 +148,10 @@ class Probe:
         logits = self._own_logits(batch)
         lengths = zip(starts, self.lengths, strict=True)
         return [logits[line, start : start + length] for (line, start), length in lengths]
+
+    def alone(self) -> list[torch.Tensor]:
+        """Logits of each document by itself, as the model has it: without positions, mask and padding."""
+        return [self._own_logits({"input_ids": ids[None].to(self.device)})[0] for ids in self.ids]
 
     def log_probs(self, training: LogProbs) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the targets, by the model's own logits and as training computes them, `(targets,)`."""

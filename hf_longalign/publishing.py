@@ -63,7 +63,7 @@ class PublishingSFTTrainer(SFTTrainer):
 
     def _write_card(self, folder: str, tags: Sequence[str] = ()) -> None:
         from hf_longalign.cards import write_adapter_card
-        from hf_longalign.coverage_plot import plot_coverage
+        from hf_longalign.plots import plot_coverage
 
         record, config = self.training_record(), None
         if is_peft_model(self.model):

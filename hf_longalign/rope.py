@@ -253,7 +253,10 @@ def check_range(config: PretrainedConfig, target_length: int, name: str = "targe
     if types and types <= {"default", *SCALING_KEYS}:
         # A model that is scaled already is scaled further by its own type alone.
         kind = next(iter(types - {"default"}), "yarn")
-        remedy = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`, or {remedy}"
+        scaling = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`"
+        if name == "skip_target_length":  # an option beside the one that scales
+            scaling = f"set `rope_type={kind!r}` and give the model by its name"
+        remedy = f"{scaling}, or {remedy}"
     raise ValueError(
         f"`{name}` must be at most {limit}, the range of this {text_config.model_type!r} model, got {target_length}. "
         f"{remedy[0].upper()}{remedy[1:]}."
@@ -325,15 +328,12 @@ def check_rope_reached(model: torch.nn.Module) -> None:
             if not key.endswith("original_inv_freq") or frequencies.is_meta:
                 continue
             if not torch.allclose(frequencies.float().cpu(), expected[key].float().cpu(), rtol=0.01, atol=0.0):
+                present = ", ".join(f"{key}={value!r}" for key, value in _flat(module.config.rope_parameters).items())
                 raise ValueError(
-                    f"`{name}` does not turn as its config says, got {_rope_of(module.config)} set on a loaded model, "
+                    f"`{name}` does not turn as its config says, got {present} set on a loaded model, "
                     "where it does nothing. Load the model with the config: "
                     "`from_pretrained(model_id, config=hf_longalign.scale_rope(config, target_length))`."
                 )
-
-
-def _rope_of(config: PretrainedConfig) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in _flat(config.rope_parameters).items())
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,32 +5,46 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow.compute as pc
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments
-from trl import SFTConfig
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    DataCollator,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, pack_dataset
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
-from hf_longalign.blocks import TARGET_MARK
 from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.coverage import CoverageCallback
-from hf_longalign.loss import SequenceWeightedModel, one_label_per_sequence
-from hf_longalign.marker import BlockMarker
+from hf_longalign.loss import SequenceWeightedModel, ignore_padding_of_packed_rows, one_label_per_sequence
 from hf_longalign.preflight import check_no_virtual_tokens
+from hf_longalign.preparation import RowPreparer, as_conversations, is_fast, kept_tokens, lacks_marks, prepare_rows
 from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
-from hf_longalign.rope import model_range, rope_record, scale_rope
+from hf_longalign.rope import check_range, model_range, rope_record, scale_rope
 from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
 from hf_longalign.version import __version__
 
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +65,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         args: a [`LongAlignSFTConfig`]; any other training arguments are completed with its defaults.
         data_collator: `None`, or a [`SkipPositionDataCollator`] that replaces the fields of `args`. Another collator
             is taken only with `skip_strategy="none"`.
-        **kwargs: every other argument of `SFTTrainer`.
+        train_dataset: as in `SFTTrainer`, like every argument after it.
 
     Raises:
         ValueError: the model cannot be trained exactly this way; the message names backend, layer kind and remedy.
@@ -73,12 +87,28 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | Any,
+        model: "str | PreTrainedModel | PeftModel",
         args: SFTConfig | TrainingArguments | None = None,
-        data_collator: Callable | None = None,
-        **kwargs: Any,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        peft_config: "PeftConfig | None" = None,
+        formatting_func: Callable[[dict], str] | None = None,
     ) -> None:
-        args = _as_config(args, model)
+        args = LongAlignSFTConfig.of(args, model)
         own_collator = data_collator if isinstance(data_collator, SkipPositionDataCollator) else None
         if data_collator is not None and own_collator is None and args.skip_strategy != "none":
             raise ValueError(
@@ -86,18 +116,39 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
                 f"`skip_strategy={args.skip_strategy!r}`, got {type(data_collator).__name__}. "
                 "Set `skip_strategy='none'` to keep your collator."
             )
-        if args.packing and args.packing_strategy == "wrapped" and args.skip_strategy != "none":
-            raise ValueError(
-                "`packing_strategy='wrapped'` cuts documents and lets them see each other, got it with "
-                f"`skip_strategy={args.skip_strategy!r}`. Set `packing_strategy='bfd'`."
-            )
         self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
-        self._collates = data_collator is own_collator
         self._resumed = False
         # Of the data set as given: what TRL makes of it may lie elsewhere.
-        self._data_source = data_source(kwargs.get("train_dataset"))
-        with _scaled_rope(model, args):
-            super().__init__(model, args=args, data_collator=data_collator, **kwargs)
+        self._data_source = data_source(train_dataset)
+        if args.assistant_only_loss and processing_class is None:
+            processing_class = _load_processing_class(model, args)
+        self._answers_by_turns = (
+            args.assistant_only_loss and formatting_func is None and lacks_marks(processing_class, train_dataset)
+        )
+        with _scaled_rope(model, args), _unmarked_answers(args, self._answers_by_turns):
+            # Else a target out of range would be refused after the whole data set has been prepared.
+            if self._strategy != "none":
+                asked = args.skip_target_length if own_collator is None else own_collator.target_length
+                if asked is not None:
+                    name = "skip_target_length" if own_collator is None else "target_length"
+                    check_range(_model_config(model, args), asked, name)
+            super().__init__(
+                model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+                formatting_func=formatting_func,
+            )
         # Before anything is wrapped, sharded or trained.
         self._base_weights = weights_sample(self.model.get_base_model()) if is_peft_model(self.model) else {}
         if self._is_vision_dataset and self._strategy != "none":
@@ -110,23 +161,18 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             self._use_collator(self.data_collator)
 
     def _make_collator(self) -> SkipPositionDataCollator:
-        target_length = self.args.skip_target_length
-        if self._strategy == "none":
-            target_length = 1  # not used, and a model without rotary positions has no range
-        elif target_length is None:
+        target_length: Any = self.args.skip_target_length
+        # A model without rotary positions has no range.
+        if target_length is None and self._strategy != "none":
             target_length = model_range(self.model.config)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        multiple: Any = self.args.pad_to_multiple_of  # TRL has resolved "auto"
-        if self.args.torch_compile and self.args.packing and multiple is None:
-            # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
-            multiple = self.args.max_length
         return SkipPositionDataCollator(
             self._tokenizer,
             target_length=target_length,
             strategy=self._strategy,
             skip_probability=self.args.skip_probability,
             padding_free=self.padding_free,
-            pad_to_multiple_of=multiple,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
             seed=seed,
             few_shapes=self.args.torch_compile,
         )
@@ -141,6 +187,9 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if exact:
             check_no_virtual_tokens(self.model)
         self._choose_attention(collator)
+        if packs and collator.pad_to_multiple_of is not None and self.aux_loss_enabled:
+            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+            ignore_padding_of_packed_rows(base.base_model, collator.pad_token_id, collator.pad_to_multiple_of)
         if collator.strategy != "none":
             self._check_lengths(collator.target_length)
             self.coverage = CoverageCallback(collator.target_length)
@@ -183,16 +232,18 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         )
         return next((problem for problem in problems if problem is not None), None)
 
-    def _check_lengths(self, limit: int) -> None:
+    def _check_lengths(self, limit: Any) -> None:
         """Refuse before the first step what the collator would refuse in the middle of a run."""
-        if not isinstance(self.train_dataset, Dataset):
+        truncated = self.args.max_length is not None and self.args.max_length <= limit
+        if (truncated and not self._skip_prepare_dataset) or not isinstance(self.train_dataset, Dataset):
             return
         column = "seq_lengths" if "seq_lengths" in self.train_dataset.column_names else "input_ids"
         if column not in self.train_dataset.column_names:
             return
-        for rows in self.train_dataset.select_columns([column]).with_format("numpy").iter(1000):
-            longest = max((row.max() if column == "seq_lengths" else len(row)) for row in rows[column])
-            if longest > limit:
+        for table in self.train_dataset.select_columns([column]).with_format("arrow").iter(1000):
+            rows = table[column]
+            longest = pc.max(pc.list_flatten(rows) if column == "seq_lengths" else pc.list_value_length(rows)).as_py()
+            if longest is not None and longest > limit:
                 raise ValueError(
                     f"`skip_target_length` must be at least the longest sample, {longest} tokens, got {limit}. Lower "
                     "`max_length`, raise `skip_target_length` (with RoPE scaling past the model's range), or set "
@@ -202,52 +253,44 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        if self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train":
-            # First tokenise alone, then mark the blocks, then let TRL truncate, pack and shuffle: packing drops every
-            # column but `input_ids` and `labels`.
-            tokenise = copy.copy(args)
-            tokenise.max_length, tokenise.shuffle_dataset = None, False
-            dataset = super()._prepare_dataset(
-                dataset, processing_class, tokenise, False, formatting_func, dataset_name
-            )
-            dataset, formatting_func = self._mark_blocks(dataset, args), None
-            if packing and args.packing_strategy == "bfd":
-                # TRL does not look at what it cut off a packed row: a prompt that fills one trains nothing.
-                dataset = self._keep_targeted(dataset, args, dataset_name, args.max_length)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if packing or not self._collates:
-            return dataset
-        # TRL leaves out rows without a target, but takes a block mark for one, and the token that nothing predicts.
-        return self._keep_targeted(dataset, args, dataset_name, None)
-
-    def _keep_targeted(self, dataset: Any, args: Any, dataset_name: str, max_length: int | None) -> Any:
-        """Leave out, and say so, rows that have no target within `max_length` tokens."""
-        start = 0 if args.truncation_mode == "keep_start" or max_length is None else -max_length
-        within = slice(start, max_length if start == 0 else None)
+        needs_blocks = self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train"
+        made_when_read = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # which TRL refuses
+        if not (needs_blocks or self._answers_by_turns) or made_when_read:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        progress = _progress(dataset, args, f"Preparing {dataset_name} dataset")
+        rows: Any = None
+        if formatting_func is None and is_fast(processing_class):
+            with PartialState().local_main_process_first():
+                rows = as_conversations(dataset, **progress)
+        if rows is None:
+            # Text, and what only a processor or a slow tokenizer can read, is TRL's to tokenise.
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        preparer = RowPreparer(
+            self._tokenizer,
+            text_field=args.dataset_text_field,
+            chat_template=self.chat_template,
+            completion_only=self.completion_only_loss,
+            answers_only="turns" if self._answers_by_turns else "marks" if args.assistant_only_loss else None,
+            kept=kept_tokens(args, packing),
+        )
         with PartialState().local_main_process_first():
-            kept = dataset.filter(
-                _has_target,
-                fn_kwargs={"within": within},
-                **_progress(dataset, args, f"Checking targets of {dataset_name} dataset"),
-            )
-        if isinstance(dataset, Dataset) and len(kept) < len(dataset):
-            logger.warning(
-                "%d of %d rows of the %s dataset have no target within `max_length=%s` and are left out. Raise it to "
-                "train on them.",
-                len(dataset) - len(kept),
-                len(dataset),
-                dataset_name,
-                args.max_length,
-            )
-        return kept
+            dataset = prepare_rows(rows, preparer, dataset_name, only_tokens=packing, **progress)
+            if packing:
+                if args.shuffle_dataset:
+                    dataset = dataset.shuffle(seed=args.seed)
+                # Not TRL's preparation, which drops every column but `input_ids` and `labels` before this.
+                dataset = pack_dataset(dataset, args.max_length, args.packing_strategy, progress)
+            return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
-    def _mark_blocks(self, dataset: Any, args: Any) -> Any:
-        marker = BlockMarker(self._tokenizer, args.dataset_text_field, self.chat_template)
-        with PartialState().local_main_process_first():
-            dataset = dataset.map(marker, **_progress(dataset, args, "Marking blocks in train dataset"))
-        if "block_lengths" in (dataset.column_names or []):
-            dataset = dataset.remove_columns("block_lengths")
-        return dataset
+    def _set_signature_columns_if_needed(self) -> None:
+        # Anew each time, for `data_collator` may be replaced, and others cannot make tensors of these columns.
+        self._signature_columns = None
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if isinstance(self.data_collator, SkipPositionDataCollator):
+            columns += ["blocks", "block_lengths"]
 
     @contextmanager
     def _ordinary_positions(self) -> Iterator[None]:
@@ -279,7 +322,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute the loss of a batch, weighted by token or by sequence; see [`trl.SFTTrainer.compute_loss`]."""
-        if self.model.training and self.coverage is not None:
+        # Another collator may have taken the place of ours, without positions.
+        if self.model.training and self.coverage is not None and "position_ids" in inputs:
             self.coverage.observe(inputs)
         if self.args.torch_compile:
             mark_boundaries(inputs)
@@ -300,7 +344,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         collator = self.data_collator
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         positions, coverage = PositionsRecord(), None
-        if self.coverage is not None:
+        if self.coverage is not None and isinstance(collator, SkipPositionDataCollator):
             strategy = collator.strategy if isinstance(collator.strategy, str) else "callable"
             positions = PositionsRecord(strategy, collator.target_length, collator.skip_probability, collator.seed)
             coverage = self.coverage.record()
@@ -339,17 +383,32 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             self.coverage.load(checkpoint)
 
 
-def _as_config(args: SFTConfig | TrainingArguments | None, model: Any) -> LongAlignSFTConfig:
-    """The arguments as ours, the way `SFTTrainer` takes `TrainingArguments`."""
-    if isinstance(args, LongAlignSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-        return LongAlignSFTConfig(f"{name.split('/')[-1]}-SFT")
-    # Not `to_dict`, which hides every field whose name ends in "_token".
-    return LongAlignSFTConfig(
-        **{item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init}
-    )
+def _model_config(model: Any, args: LongAlignSFTConfig) -> Any:
+    """The config that the model has, or will be loaded with."""
+    if not isinstance(model, str):
+        return model.config
+    options: Any = args.model_init_kwargs or {}
+    if options.get("config") is not None:
+        return options["config"]
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
+
+
+def _load_processing_class(model: Any, args: LongAlignSFTConfig) -> Any:
+    """The tokenizer or processor of the model, as TRL loads it."""
+    options: Any = (isinstance(model, str) and args.model_init_kwargs) or {}
+    name, revision = model if isinstance(model, str) else model.config._name_or_path, options.get("revision")
+    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+@contextmanager
+def _unmarked_answers(args: LongAlignSFTConfig, unmarked: bool) -> Iterator[None]:
+    """Keep TRL from refusing a template without marks; the answers are found all the same."""
+    args.assistant_only_loss = args.assistant_only_loss and not unmarked
+    try:
+        yield
+    finally:
+        args.assistant_only_loss = args.assistant_only_loss or unmarked
 
 
 @contextmanager
@@ -370,10 +429,7 @@ def _scaled_rope(model: Any, args: LongAlignSFTConfig) -> Iterator[None]:
         return
     given: Any = args.model_init_kwargs
     options: dict[str, Any] = dict(given or {})
-    config = options.get("config")
-    if config is None:
-        hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
-        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
+    config = _model_config(model, args)
     # A whole config, not its fields: multimodal models take no `rope_parameters`.
     args.model_init_kwargs = {**options, "config": scale_rope(config, target_length, args.rope_type)}
     try:
@@ -390,7 +446,3 @@ def _fused_log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
 def _progress(dataset: Dataset | IterableDataset, args: Any, desc: str) -> dict[str, Any]:
     """What `map` and `filter` of a data set in memory or on disk take, and those of a streamed one do not."""
     return {"num_proc": args.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
-
-
-def _has_target(row: dict[str, Any], within: slice) -> bool:
-    return any(label >= 0 or label <= TARGET_MARK for label in row["labels"][within][1:])

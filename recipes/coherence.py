@@ -1,9 +1,9 @@
-"""Does a data set need its contexts? See `hf_longalign/commands/coherence.py`."""
+"""The same as `hf-longalign coherence`, for those who launch scripts of a clone; its options: --help."""
 
 import sys
 
-from hf_longalign.commands.coherence import main
+from hf_longalign.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["coherence", *sys.argv[1:]]))

@@ -1,9 +1,9 @@
-"""Ask a model and its adapter the same questions and report what changed; see `hf_longalign/commands/evaluate.py`."""
+"""The same as `hf-longalign evaluate`, for those who launch scripts of a clone; its options: --help."""
 
 import sys
 
-from hf_longalign.commands.evaluate import main
+from hf_longalign.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -31,7 +31,7 @@ from quickstart_model import examine, make_model, make_trainer
 from quickstart_task import EXAM_DEPTHS, EXAM_LENGTHS, TRAIN_TOKENS, make_chats, make_prompts, make_tokenizer
 from tqdm.auto import tqdm
 
-from hf_longalign.evaluation.plots import plot_accuracy_by_length, plot_heatmap
+from hf_longalign.plots import plot_accuracy_by_length, plot_heatmap
 from hf_longalign.positions import STRATEGIES
 
 

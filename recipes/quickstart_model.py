@@ -22,7 +22,7 @@ from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.needle_scoring import score_needle
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.results import suite_results
+from hf_longalign.evaluation.results import suite_result
 
 
 TARGET_TOKENS = EXAM_LENGTHS[-1]
@@ -140,7 +140,7 @@ def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
     Returns:
         float `(lengths, depths)`: share of right answers.
     """
-    answers = {prompt.key: answer.text for prompt, answer in LocalGenerator(model, tokenizer).generate(prompts)}
-    texts = {"model": [answers[prompt.key] for prompt in prompts]}
-    grid = suite_results("needle", prompts, texts, score_needle)["tasks"][0]["grid"]
-    return np.array(grid["model"]).T
+    answers = {prompt.key: answer for prompt, answer in LocalGenerator(model, tokenizer).generate(prompts)}
+    found = suite_result("needle", prompts, {"model": [answers[prompt.key] for prompt in prompts]}, score_needle)
+    grid = found.tasks[0].grid
+    return np.array(grid.cells["model"]).T

@@ -1,9 +1,9 @@
-"""Instruction-tune a language model on short data with skipped positions; see `hf_longalign/commands/sft.py`."""
+"""The same as `hf-longalign sft`, for those who launch scripts of a clone; its options: --help."""
 
 import sys
 
-from hf_longalign.commands.sft import main
+from hf_longalign.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["sft", *sys.argv[1:]]))

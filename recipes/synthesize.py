@@ -1,9 +1,9 @@
-"""Turn short instruction-answer pairs into long-context chat data; see `hf_longalign/commands/synthesize.py`."""
+"""The same as `hf-longalign synthesize`, for those who launch scripts of a clone; its options: --help."""
 
 import sys
 
-from hf_longalign.commands.synthesize import main
+from hf_longalign.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["synthesize", *sys.argv[1:]]))

@@ -1,33 +1,21 @@
-"""Blocks against naive loops; marks survive what TRL's preparation does to labels."""
+"""Blocks against naive loops; their column survives what TRL's preparation does to the tokens."""
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
 from trl.data_utils import _pack_bfd
 
 from hf_longalign.blocks import (
+    Blocks,
     as_lengths,
     block_response,
+    blocks_at,
+    blocks_from_column,
     blocks_from_labels,
-    blocks_from_offsets,
-    mark_blocks,
-    unmark_labels,
+    blocks_to_column,
 )
-
-
-def naive_marks(labels, lengths, response):
-    marked, token = list(labels), 0
-    for length, is_response in zip(lengths, response, strict=True):
-        first = labels[token]
-        if first == -100:
-            marked[token] = -102 if is_response else -101
-        else:
-            marked[token] = -(1001 + 2 * first) if is_response else -(1000 + 2 * first)
-        token += length
-    return marked
 
 
 def naive_runs(labels):
@@ -61,24 +49,27 @@ documents = st.lists(
 )
 
 
+def column_of(lengths, response):
+    return blocks_to_column(Blocks(np.array(lengths), np.array(response)))
+
+
 @settings(max_examples=200, deadline=None)
-@given(documents)
-def test_marked_labels_give_back_labels_and_blocks(documents):
-    row, marked, seq_lengths, every_length, every_response = [], [], [], [], []
+@given(documents, st.data())
+def test_a_column_gives_back_its_blocks_wherever_documents_are_cut(documents, data):
+    columns, seq_lengths, lengths, response = [], [], [], []
     for document in documents:
-        labels = [value for block, _ in document for value in block]
-        lengths, response = [len(block) for block, _ in document], [role for _, role in document]
-        marks = mark_blocks(labels, lengths, np.array(response))
-        assert marks.tolist() == naive_marks(labels, lengths, response)
-        assert unmark_labels(marks).tolist() == labels
-        assert_blocks(blocks_from_labels(marks), lengths, response)
-        row += labels
-        marked += marks.tolist()
-        seq_lengths.append(len(labels))
-        every_length += lengths
-        every_response += response
-    assert unmark_labels(np.array(marked)).tolist() == row
-    assert_blocks(blocks_from_labels(np.array(marked), np.array(seq_lengths)), every_length, every_response)
+        own_lengths, own_response = [len(block) for block, _ in document], [role for _, role in document]
+        column = column_of(own_lengths, own_response)
+        assert column.dtype == np.int8
+        owners = np.repeat(np.arange(len(document)), own_lengths)
+        start = data.draw(st.integers(0, column.size - 1))
+        end = data.draw(st.integers(start + 1, column.size))
+        columns += column[start:end].tolist()
+        seq_lengths.append(end - start)
+        for block in sorted(set(owners[start:end].tolist())):
+            lengths.append(int((owners[start:end] == block).sum()))
+            response.append(own_response[block])
+    assert_blocks(blocks_from_column(np.array(columns), np.array(seq_lengths)), lengths, response)
 
 
 @settings(max_examples=200, deadline=None)
@@ -93,75 +84,33 @@ def test_runs_of_ignored_labels_are_blocks(documents):
     assert_blocks(blocks_from_labels(row, np.array([len(document) for document in documents])), lengths, response)
 
 
-def test_marks_of_one_document_do_not_touch_the_next():
-    marked = mark_blocks([-100, 5, 6], [3], np.array([False])).tolist()
-    # The first document has one block, although its labels change; the second has runs.
-    blocks = blocks_from_labels(np.array([*marked, -100, 7, 8]), np.array([3, 3]))
-    assert_blocks(blocks, [3, 1, 2], [False, False, True])
-
-
-@pytest.mark.parametrize(
-    ("cut", "lengths", "response"),
-    [
-        (1, [1, 1, 2], [False, False, True]),  # in the first instruction block
-        (2, [1, 2], [False, True]),  # at a block
-        (4, [1], [True]),  # in the response: what is left is one
-    ],
-)
-def test_a_cut_document_keeps_the_marks_it_has(cut, lengths, response):
-    marked = mark_blocks([-100, -100, -100, 7, 8], [2, 1, 2], np.array([False, False, True]))
-    assert_blocks(blocks_from_labels(marked[cut:]), lengths, response)
-
-
-def test_marks_survive_packing():
-    labels = [[-100, -100, -100, 7, 8], [-100, 9, 10], [-100, -100, 11, 12, 13, 14, 15]]
-    lengths, response = [[2, 1, 2], [1, 2], [1, 1, 5]], [[False, False, True], [False, True], [False, False, True]]
-    marked = [
-        mark_blocks(row, blocks, np.array(roles)).tolist()
-        for row, blocks, roles in zip(labels, lengths, response, strict=True)
+@pytest.mark.parametrize("strategy", ["truncate", "split"])
+def test_the_column_goes_through_packing(strategy):
+    ids = [[1, 2, 3, 7, 8], [4, 9, 10], [5, 6, 11, 12, 13, 14, 15]]
+    columns = [
+        column_of([2, 1, 2], [False, False, True]),
+        column_of([1, 2], [False, True]),
+        column_of([1, 1, 5], [False, False, True]),
     ]
-    table = pa.table({"input_ids": labels, "labels": marked})
-    packed = _pack_bfd(table, 6, "split").to_pydict()
-    found = [
-        (unmark_labels(np.array(row)).tolist(), blocks_from_labels(np.array(row), np.array(documents)))
-        for row, documents in zip(packed["labels"], packed["seq_lengths"], strict=True)
-    ]
-    assert packed["labels"] != packed["input_ids"]
-    assert [row for row, _ in found] == packed["input_ids"]
-    by_row = {tuple(row): (blocks.lengths.tolist(), blocks.response.tolist()) for row, blocks in found}
-    assert by_row[-100, -100, 11, 12, 13, 14] == ([1, 1, 4], [False, False, True])
-    assert by_row[-100, -100, -100, 7, 8, 15] == ([2, 1, 2, 1], [False, False, True, True])
-    assert by_row[-100, 9, 10] == ([1, 2], [False, True])
+    table = pa.table({"input_ids": ids, "blocks": columns})
+    packed = _pack_bfd(table, 6, strategy).to_pydict()
+    found = {}
+    for row, column, documents in zip(packed["input_ids"], packed["blocks"], packed["seq_lengths"], strict=True):
+        blocks = blocks_from_column(np.array(column), np.array(documents))
+        found[tuple(row)] = blocks.lengths.tolist(), blocks.response.tolist()
+    assert found.pop((5, 6, 11, 12, 13, 14)) == ([1, 1, 4], [False, False, True])
+    if strategy == "split":
+        # Of the third document's answer one token is left, which still is an answer.
+        assert found.pop((1, 2, 3, 7, 8, 15)) == ([2, 1, 2, 1], [False, False, True, True])
+    else:
+        assert found.pop((1, 2, 3, 7, 8)) == ([2, 1, 2], [False, False, True])
+    assert found == {(4, 9, 10): ([1, 2], [False, True])}
 
 
-def test_labels_without_marks_come_back_as_they_are():
-    labels = np.array([-100, 3, 0])
-    assert unmark_labels(labels) is labels
-
-
-@pytest.mark.parametrize("value", [-103, -500, -999])
-def test_a_label_that_is_no_mark_is_refused(value):
-    with pytest.raises(ValueError, match=f"`labels` must be token ids, -100 or block marks, got {value}"):
-        unmark_labels(np.array([-100, value, -101]))
-
-
-def test_marking_twice_is_refused():
-    marked = mark_blocks([-100, 5], [2], np.array([False]))
-    with pytest.raises(ValueError, match=r"`labels` must be token ids or -100, got -101\. Unmark"):
-        mark_blocks(marked, [2], np.array([False]))
-
-
-@pytest.mark.parametrize(
-    ("lengths", "response", "message"),
-    [
-        ([2, 2], [False, True], r"`block_lengths` must add up to the 5 tokens of the sample, got \[2, 2\] \(4\)"),
-        ([], [], "`block_lengths` must be a list of at least one length"),
-        ([2, 3], [True], r"`response` must be one bool per block, 2 here"),
-    ],
-)
-def test_bad_blocks_are_named(lengths, response, message):
-    with pytest.raises(ValueError, match=message):
-        mark_blocks([-100, -100, 5, 6, 7], lengths, np.array(response, dtype=bool))
+@pytest.mark.parametrize("value", [-100, -1, 4])
+def test_a_column_of_something_else_is_refused(value):
+    with pytest.raises(ValueError, match=r"`blocks` must be numbers from 0 to 3, got .* `block_lengths`"):
+        blocks_from_column(np.array([0, value, 1]))
 
 
 def test_as_lengths_names_documents():
@@ -192,46 +141,17 @@ def test_a_block_that_ends_with_a_target_is_a_response(documents):
         assert block_response(labels, lengths).tolist() == expected
 
 
-def naive_offsets(offsets, cuts):
-    begins = {0: 0}
-    for number, cut in enumerate(cuts, start=1):
-        for token, (start, end) in enumerate(offsets):
-            if end > start and end > cut:
-                begins[token] = number
-                break
-    starts = sorted(begins)
-    lengths = [after - start for start, after in zip(starts, [*starts[1:], len(offsets)], strict=True)]
-    return lengths, [begins[start] for start in starts]
-
-
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(st.one_of(st.none(), st.integers(1, 4)), min_size=1, max_size=12),
-    st.lists(st.integers(0, 40), max_size=6).map(sorted),
+    st.integers(1, 12),
+    st.lists(st.tuples(st.integers(0, 14), st.booleans()), max_size=6).map(lambda cuts: sorted(cuts)),
 )
-def test_cuts_between_characters_become_blocks(widths, cuts):
-    offsets, cursor = [], 0
-    for width in widths:  # None: a special token, without characters
-        offsets.append((0, 0) if width is None else (cursor, cursor + width))
-        cursor += width or 0
-    lengths, kept = blocks_from_offsets(offsets, cuts)
-    assert (lengths.tolist(), kept.tolist()) == naive_offsets(offsets, cuts)
-    assert lengths.sum() == len(offsets)
-
-
-@pytest.mark.parametrize("text", ["Town: Ardel. What?", "Stadt: Zürich 漢字 🙂 — was?"])
-def test_offsets_of_a_real_tokenizer(text):
-    tokenizer = tiny_tokenizer()
-    encoded = tokenizer(text, return_offsets_mapping=True)
-    cut = text.index(" ", 7)
-    lengths, kept = blocks_from_offsets(encoded["offset_mapping"], [cut])
-    assert kept.tolist() == [0, 1]
-    assert tokenizer.decode(encoded["input_ids"][: lengths[0]]) == text[:cut]
-    assert tokenizer.decode(encoded["input_ids"][lengths[0] :]) == text[cut:]
-
-
-def test_bad_offsets_are_refused():
-    with pytest.raises(ValueError, match="`token_offsets` must hold at least one token"):
-        blocks_from_offsets([], [1])
-    with pytest.raises(ValueError, match=r"`cuts` must be ascending, got \[3, 2\]"):
-        blocks_from_offsets([(0, 4)], [3, 2])
+def test_blocks_begin_at_tokens(total, cuts):
+    owner = {0: False}
+    for token, response in cuts:  # of two at one token the later stays
+        if token < total:
+            owner[token] = response
+    starts = sorted(owner)
+    lengths = [after - start for start, after in zip(starts, [*starts[1:], total], strict=True)]
+    tokens, response = zip(*cuts, strict=True) if cuts else ((), ())
+    assert_blocks(blocks_at(tokens, response, total), lengths, [owner[start] for start in starts])

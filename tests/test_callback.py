@@ -169,3 +169,26 @@ def test_what_remains_exact_under_context_parallelism(cut_rows):
     check_parallelism(whole_rows=False)
     cut_rows()
     check_parallelism(whole_rows=True)
+
+
+def test_a_step_of_nothing_has_loss_0_and_leaves_the_weights(tmp_path, caplog):
+    good, nothing = rows()[0], {"input_ids": [2], "labels": [2]}
+    run = trainer(
+        tmp_path,
+        dataset=[nothing] * 2 + [good] * 2 + [good, nothing],
+        max_steps=3,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+    )
+    run.eval_dataset = [nothing, good]
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[0] == 0 and all(loss > 1 for loss in losses[1:])
+    assert all(bool(weight.isfinite().all()) for weight in run.model.parameters())
+    assert "3 rows of the run had no target and trained nothing" in caplog.text
+    # The mean over what is there, not over rows.
+    assert run.evaluate([nothing, good])["eval_loss"] == pytest.approx(run.evaluate([good])["eval_loss"], abs=1e-5)
+    assert run.evaluate([nothing, nothing])["eval_loss"] == 0

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_longalign import SkipPositionDataCollator
-from hf_longalign.blocks import mark_blocks
+from hf_longalign.blocks import Blocks, blocks_to_column
 from hf_longalign.collator import PATIENCE
 from hf_longalign.positions import STRATEGIES, document_rng, sample_positions
 
@@ -101,6 +101,8 @@ def test_padded_batch(strategy, count, seed, multiple, probability):
         expected["labels"].append(row["labels"] + [-100] * padding)
         expected["attention_mask"].append([1] * len(row["input_ids"]) + [0] * padding)
         expected["position_ids"].append(naive_positions(**as_arguments(row), collator=collator) + [0] * padding)
+    if strategy == "none":
+        del expected["position_ids"]
     assert {key: value.tolist() for key, value in batch.items()} == expected
     assert {value.dtype for value in batch.values()} == {torch.int64}
 
@@ -161,17 +163,13 @@ def test_ordinary_positions_give_the_batch_of_trl(padding_free, packed):
     rows = make_rows(5)
     if packed:
         rows = [pack(rows[:2]), pack(rows[2:])]
-    theirs = DataCollatorForLanguageModeling(PAD, padding_free=padding_free, return_position_ids=not padding_free)(
-        rows
-    )
+    theirs = DataCollatorForLanguageModeling(PAD, padding_free=padding_free)(rows)
     ours = make_collator(strategy="none", padding_free=padding_free)(rows)
     assert set(ours) == set(theirs)
     for key, value in theirs.items():
         if isinstance(value, torch.Tensor):
             assert ours[key].dtype == value.dtype, key
             assert ours[key].is_contiguous()
-            if key == "position_ids" and not padding_free:
-                value = value * theirs["attention_mask"]
             torch.testing.assert_close(ours[key], value, msg=key)
         else:
             assert ours[key] == value, key
@@ -195,7 +193,11 @@ def test_rows_may_be_arrays_and_tensors(container):
 
 def test_rows_are_left_as_they_were():
     rows = [
-        {"input_ids": np.arange(6), "labels": mark_blocks([-100, -100, 3, 4, 5, 6], [2, 4], np.array([False, True]))}
+        {
+            "input_ids": np.arange(6),
+            "labels": np.array([-100, -100, 3, 4, 5, 6]),
+            "blocks": np.array([0, 1, 2, 2, 2, 2], dtype=np.int8),
+        }
     ]
     before = {key: value.copy() for key, value in rows[0].items()}
     batch = make_collator(padding_free=True)(rows)
@@ -223,15 +225,16 @@ def all_jumps(row, strategy="skip_all", epochs=40, **arguments):
     return found
 
 
-def test_marked_labels_say_the_blocks_and_are_restored():
+def test_a_blocks_column_says_the_blocks():
     labels = [-100, -100, -100, -100, 5, 6, -100, -100, 7, 8]
     lengths, response = [2, 2, 2, 2, 2], np.array([False, False, True, False, True])
-    row = {"input_ids": list(range(10)), "labels": mark_blocks(labels, lengths, response).tolist()}
+    row = {"input_ids": list(range(10)), "labels": labels}
+    row["blocks"] = blocks_to_column(Blocks(np.array(lengths), response)).tolist()
     assert make_collator()([row])["labels"].tolist() == [labels]
     assert all_jumps(row) == {2, 4, 6, 8}
     assert all_jumps(row, "skip_inner") == {2, 4, 8}
     assert all_jumps(row, "skip_outer") == {6}
-    assert all_jumps({**row, "labels": labels}, "skip_all") == {4, 6, 8}
+    assert all_jumps({**row, "blocks": None}, "skip_all") == {4, 6, 8}
 
 
 def test_block_lengths_say_the_blocks():
@@ -254,10 +257,14 @@ def test_a_row_without_block_lengths_among_others_takes_its_labels():
     assert batch["position_ids"][1].diff()[[1, 2]].tolist() == [1, 1]
 
 
-def test_masked_tokens_of_a_row_are_taken_out():
-    clean = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], "block_lengths": [1, 1, 2]}
+@pytest.mark.parametrize("blocks", [{"block_lengths": [1, 1, 2]}, {"blocks": [0, 1, 2, 2]}], ids=["lengths", "column"])
+def test_masked_tokens_of_a_row_are_taken_out(blocks):
+    clean = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], **blocks}
+    if "blocks" in blocks:
+        blocks = {"blocks": [2, 0, 1, 2, 2, 0]}
     padded = {
         **clean,
+        **blocks,
         "input_ids": [0, 1, 2, 3, 4, 0],
         "labels": [-100, -100, -100, 3, 4, -100],
         "attention_mask": [0, 1, 1, 1, 1, 0],
@@ -364,24 +371,30 @@ def test_pickled_and_replaced_collators_work():
     collator.set_epoch(3)
     copy = pickle.loads(pickle.dumps(collator))
     assert torch.equal(copy(rows)["position_ids"], collator(rows)["position_ids"])
-    ordinary = dataclasses.replace(collator, strategy="none")(rows)
+    ordinary = dataclasses.replace(collator, strategy="none", padding_free=True)(rows)
     assert torch.equal(
         ordinary["position_ids"][0, : len(rows[0]["input_ids"])], torch.arange(len(rows[0]["input_ids"]))
     )
 
 
-def test_takes_the_pad_token_of_a_tokenizer():
+def test_takes_the_pad_token_by_the_names_of_trl_and_transformers():
     tokenizer = tiny_tokenizer()
-    assert SkipPositionDataCollator(tokenizer, 64).pad_token_id == tokenizer.pad_token_id
+    made = [
+        SkipPositionDataCollator(tokenizer, 64),
+        SkipPositionDataCollator(tokenizer=tokenizer, target_length=64, return_tensors="pt"),
+        SkipPositionDataCollator(pad_token_id=tokenizer.pad_token_id, target_length=64, pad_to_multiple_of=None),
+        SkipPositionDataCollator(tokenizer.pad_token_id, 64),
+        dataclasses.replace(SkipPositionDataCollator(tokenizer, 64), strategy="none"),
+    ]
+    assert {collator.pad_token_id for collator in made} == {tokenizer.pad_token_id}
     # A plain `Trainer` saves `data_collator.tokenizer` with its checkpoints where there is one.
-    assert SkipPositionDataCollator(tokenizer, 64).tokenizer is tokenizer
-    assert SkipPositionDataCollator(0, 64).tokenizer is None
+    assert [collator.tokenizer for collator in made] == [tokenizer, tokenizer, None, None, tokenizer]
+    assert SkipPositionDataCollator(tokenizer, 64, pad_token_id=7).pad_token_id == 7
     tokenizer.pad_token = None
-    with pytest.raises(
-        ValueError,
-        match=r"`tokenizer_or_pad_token_id` must have a pad token.*tokenizer.pad_token = tokenizer.eos_token",
-    ):
+    with pytest.raises(ValueError, match=r"`tokenizer` must have a pad token.*tokenizer.pad_token = tokenizer.eos_t"):
         SkipPositionDataCollator(tokenizer, 64)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert SkipPositionDataCollator(tokenizer, 64).pad_token_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -390,16 +403,19 @@ def test_takes_the_pad_token_of_a_tokenizer():
         ({"strategy": "skip"}, "`strategy` must be one of .* got 'skip'"),
         ({"target_length": 0}, "`target_length` must be at least .* got 0"),
         ({"target_length": 2.5}, "`target_length` must be a whole number, got 2.5"),
-        ({"skip_probability": 1.1}, r"`skip_probability` must be from 0 to 1, got 1.1"),
-        ({"skip_probability": -0.1}, r"`skip_probability` must be from 0 to 1, got -0.1"),
-        ({"skip_probability": float("nan")}, r"`skip_probability` must be from 0 to 1, got nan"),
+        ({"target_length": None}, "`target_length` must be a whole number, got None"),
+        ({"skip_probability": 1.1}, r"`skip_probability` must be a number from 0 to 1, got 1.1"),
+        ({"skip_probability": -0.1}, r"`skip_probability` must be a number from 0 to 1, got -0.1"),
+        ({"skip_probability": float("nan")}, r"`skip_probability` must be a number from 0 to 1, got nan"),
+        ({"skip_probability": "0.5"}, r"`skip_probability` must be a number from 0 to 1, got '0.5'"),
+        ({"return_tensors": "np"}, "`return_tensors` must be 'pt', got 'np'"),
         ({"pad_to_multiple_of": 0}, r"`pad_to_multiple_of` must be at least 1, got 0"),
-        ({"tokenizer_or_pad_token_id": None}, "`tokenizer_or_pad_token_id` must have a pad token, got NoneType"),
+        ({"tokenizer": None}, "`tokenizer` must have a pad token, got NoneType without one. .* `pad_token_id`"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SkipPositionDataCollator(**{"tokenizer_or_pad_token_id": 0, "target_length": 8, **arguments})
+        SkipPositionDataCollator(**{"tokenizer": 0, "target_length": 8, **arguments})
 
 
 GOOD = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
@@ -413,12 +429,6 @@ NAN = float("nan")
         ({"text": "a"}, r"`input_ids` must be in every row, got a row of \['text'\]"),
         ({"input_ids": []}, "`input_ids` must hold tokens, got none in row 1"),
         ({"input_ids": [1, 2], "attention_mask": [0, 0]}, "`input_ids` must hold tokens, got none in row 1"),
-        ({"input_ids": [4]}, "`labels` must hold a target after the first token, got none in row 1 .* 1 tokens"),
-        (
-            {"input_ids": [4, 5], "labels": [-100, -100]},
-            "`labels` must hold a target .* row 1 .* Leave such samples out",
-        ),
-        ({"input_ids": [4, 5], "labels": [4, -100]}, "`labels` must hold a target after the first token"),
         ({"input_ids": list(range(65))}, "`target_length` must be at least .* 65 tokens, got 64"),
         ({"input_ids": [1.0, 2.0]}, "`input_ids` must be a flat list of whole numbers, got 1.0 in row 1"),
         ({"input_ids": [1, NAN]}, "`input_ids` must be a flat list of whole numbers, got nan in row 1"),
@@ -435,8 +445,11 @@ NAN = float("nan")
         ),
         ({"input_ids": [1, 2], "labels": [1, NAN]}, "`labels` must be a flat list of whole numbers, got nan in row 1"),
         ({"input_ids": [1, 2], "labels": [1]}, "`labels` must be as many as `input_ids`, 2 in row 1 .* got 1"),
-        ({"input_ids": [1, 2], "labels": [-200, 1]}, "`labels` must be token ids, -100 or block marks, got -200"),
-        ({"input_ids": [1, 2], "attention_mask": [1]}, "`attention_mask` must be as long as `input_ids`, 2 in row 1"),
+        ({"input_ids": [1, 2], "labels": [-200, 1]}, "`labels` must be token ids or -100, got -200 in row 1"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "`attention_mask` must be as many as `input_ids`, 2 in row 1"),
+        ({"input_ids": [1, 2], "blocks": [0, 1, 1]}, "`blocks` must be as many as `input_ids`, 2 in row 1 .* got 3"),
+        ({"input_ids": [1, 2], "blocks": [0, 7]}, "`blocks` must be numbers from 0 to 3, got 0 to 7"),
+        ({"input_ids": [1, 2], "blocks": ["a", "b"]}, "`blocks` must be a flat list of whole numbers, got 'a'"),
         (
             {"input_ids": [1, 2], "block_lengths": []},
             r"`block_lengths` must be a list of at least one length, got \[\]",
@@ -473,6 +486,29 @@ def test_blocks_must_end_with_documents():
         make_collator(padding_free=True)([row])
 
 
+NOTHING = [
+    {"input_ids": [4]},
+    {"input_ids": [4, 5], "labels": [-100, -100]},
+    {"input_ids": [4, 5], "labels": [4, -100]},
+]
+
+
+@pytest.mark.parametrize("padding_free", [False, True], ids=["padded", "packed"])
+def test_rows_that_train_nothing_are_counted_and_logged_once(padding_free, caplog):
+    collator = make_collator(padding_free=padding_free)
+    with caplog.at_level(logging.WARNING):
+        for rows in ([GOOD], [GOOD, NOTHING[0]], NOTHING, [GOOD, *NOTHING]):
+            batch = collator(rows)
+            targets = (batch["labels"] != -100).sum() - (batch["labels"][:, 0] != -100).sum()
+            assert targets == 2 * (GOOD in rows)
+    assert collator.idle_rows == 7
+    assert len(caplog.records) == 1
+    assert "Row 1 of a batch, with 1 tokens, has no target after its first token" in caplog.text
+    collator = make_collator(padding_free=padding_free)
+    list(DataLoader(NOTHING, batch_size=1, collate_fn=collator, num_workers=1))
+    assert collator.idle_rows == 3
+
+
 def test_a_document_of_a_packed_row_may_train_nothing():
     row = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, 3, 4, 5], "seq_lengths": [1, 1, 3]}
     batch = make_collator(padding_free=True)([row])
@@ -481,8 +517,9 @@ def test_a_document_of_a_packed_row_may_train_nothing():
 
 
 def test_ordinary_positions_need_no_target_length():
-    batch = make_collator(strategy="none", target_length=2)([{"input_ids": [1, 2, 3, 4]}])
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]]
+    for target_length in (2, None):
+        collator = make_collator(strategy="none", target_length=target_length, padding_free=True)
+        assert collator([{"input_ids": [1, 2, 3, 4]}])["position_ids"].tolist() == [[0, 1, 2, 3]]
 
 
 def test_warns_once_where_nothing_can_be_skipped(caplog):
@@ -564,3 +601,19 @@ def test_inside_trls_trainer(tmp_path):
     assert len(positions) == 4
     # Two turns: instruction, response, the template's text and the next instruction, response and a line end.
     assert {int((np.diff(row) > 1).sum()) for row in positions.values()} == {3}
+
+
+def test_few_shapes_pad_the_boundaries_and_nothing_else():
+    rows = [{"input_ids": list(range(3, 3 + length)), "labels": list(range(3, 3 + length))} for length in (4, 9, 5)]
+    plain = SkipPositionDataCollator(0, 64, padding_free=True, skip_probability=1.0, pad_to_multiple_of=32)
+    few = dataclasses.replace(plain, few_shapes=True)
+    expected, batch = plain(rows), few(rows)
+    assert expected["cu_seq_lens_q"].tolist() == [0, 4, 13, 18, 32]
+    # Sixteen documents at least, twelve of them empty; the longest counts as the whole row.
+    assert (
+        batch["cu_seq_lens_q"].tolist() == [0, 4, 13, 18, *[32] * 13] and batch["cu_seq_lens_q"].dtype == torch.int32
+    )
+    assert batch["max_length_q"] == batch["max_length_k"] == 32
+    for key in ("input_ids", "labels", "position_ids", "seq_idx"):
+        assert torch.equal(batch[key], expected[key])
+    assert len(few(rows * 6)["cu_seq_lens_q"]) == 33

@@ -1,6 +1,7 @@
-"""The rules of the house: who may import whom, what is pure, and that importing the package does nothing."""
+"""The laws of the house: who may import whom, what is pure, who writes to the Hub, and that importing does nothing."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,56 +11,45 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "hf_longalign"
 MODULES = sorted(ROOT.rglob("*.py"))
-STDLIB_AND_NUMPY = set(sys.stdlib_module_names) | {"numpy"}
-PURE = ("positions", "blocks", "data_record", "report")
-PURE_IN_WINGS = (
-    "synthesis/prompts",
-    "synthesis/compose",
-    "evaluation/prompt",
-    "evaluation/haystack",
-    "evaluation/noise",
-    "evaluation/needle",
-    "evaluation/placement",
-    "evaluation/intervals",
-    "evaluation/longbench/averages",
-    "evaluation/longbench/metrics",
-    "evaluation/longbench/rouge",
-    "evaluation/longbench/scoring",
-    "evaluation/longbench/tasks",
-)
-# What a card is made with: front matter and templates.
-CARDS_MAY_IMPORT = {"huggingface_hub", "jinja2", "yaml"}
-WINGS = {"synthesis", "evaluation", "hub", "cards", "commands"}
-# They write the card and push, and import what they need where they need it.
-USE_CARDS_AND_HUB = {"config", "publishing"}
-TRAINER_MAY_IMPORT = {
-    "attention",
-    "blocks",
-    "callback",
-    "collator",
-    "config",
-    "adapter",
-    "loss",
-    "marker",
-    "coverage",
-    "positions",
-    "preflight",
-    "publishing",
-    "records",
-    "rope",
-    "run_record",
-    "version",
+ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
+# What stands below every wing and knows none of them.
+BELOW = {"records", "text", "plots", "endpoint", "puzzles", "version"}
+# What joins the wings.
+JOINS = {"__init__", "__main__", "cli", "commands"}
+# Standard library and NumPy alone; cards also make their front matter and page with what the Hub's own client uses.
+PURE = {
+    *("positions", "blocks", "records"),
+    *("synthesis/prompts", "synthesis/compose"),
+    *("evaluation/prompt", "evaluation/noise", "evaluation/placement", "evaluation/intervals"),
+    *("evaluation/longbench/metrics", "evaluation/longbench/tasks"),
 }
+PURE_MODULES = set(sys.stdlib_module_names) | {"numpy", "hf_longalign"}
+# Of an extra, imported where Chinese is cut into words.
+WORD_CUTTERS = {"jieba"}
+CARDS_MAY_USE = PURE_MODULES | {"huggingface_hub", "jinja2", "yaml"}
+HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate"}
+# What writes to the Hub.
+WRITERS = {"HfApi", "CommitOperationAdd", "CommitOperationDelete", "CommitScheduler", "create_repo", "create_commit"}
+WRITERS |= {"upload_file", "upload_folder", "upload_large_folder", "delete_file", "create_branch", "create_tag"}
 
 
-def _name(path: Path) -> str:
+def name_of(path):
     return path.relative_to(ROOT).with_suffix("").as_posix()
 
 
-def _imports(path: Path, top: bool = False) -> set[str]:
-    """Every module imported anywhere in the file, or by importing it, absolute."""
-    found, tree = set(), ast.parse(path.read_text())
-    for node in tree.body if top else ast.walk(tree):
+def room_of(name):
+    """The folder of a module, or the module itself where it lies at the top."""
+    return name.split("/")[0].split(".")[0]
+
+
+def imports(path, *, at_import=False):
+    """Every module that a file imports, absolute; with `at_import` only what importing the file does."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = list(ast.walk(tree))
+    if at_import:
+        nodes = [node for node in tree.body if not isinstance(node, ast.If)]  # `if TYPE_CHECKING`
+    found = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -70,40 +60,65 @@ def _imports(path: Path, top: bool = False) -> set[str]:
     return found
 
 
-def _own(path: Path, top: bool = False) -> set[str]:
-    return {name.split(".", 1)[1] for name in _imports(path, top) if name.startswith("hf_longalign.")}
+def own(path, **options):
+    """The rooms of this package that a file imports from, its own left out."""
+    rooms = {room_of(name.split(".", 1)[1]) for name in imports(path, **options) if name.startswith("hf_longalign.")}
+    return rooms - {room_of(name_of(path))}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=_name)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_import_rules(path):
-    name, own = _name(path), _own(path)
-    wing = name.split("/")[0] if "/" in name else None
-    for other in own:
-        other_wing = other.split(".")[0] if other.split(".")[0] in WINGS else None
-        if wing in {"synthesis", "evaluation"} and other_wing in {"synthesis", "evaluation"}:
-            assert other_wing == wing, f"{name} and {other}: synthesis and evaluation do not know each other"
-        if wing == "endpoint":
-            assert other.split(".")[0] == "endpoint", f"{name} imports {other}: the client stands below both wings"
-        if wing in {"synthesis", "evaluation"} and other_wing == "hub":
-            raise AssertionError(f"{name} imports {other}: they write files, the commands push")
-        if wing == "cards":
-            assert other_wing in (None, "cards"), f"{name} imports {other}: cards are made from records alone"
-        if wing is None and name != "__init__":
-            lazy = name in USE_CARDS_AND_HUB and other_wing in ("cards", "hub") and other not in _own(path, top=True)
-            assert other_wing is None or lazy, f"{name} imports {other}: only commands join the wings"
-    if name == "trainer":
-        assert {other.split(".")[0] for other in own} <= TRAINER_MAY_IMPORT
-    if wing == "cards":
-        foreign = {module.split(".")[0] for module in _imports(path)} - STDLIB_AND_NUMPY - {"hf_longalign"}
-        assert foreign <= CARDS_MAY_IMPORT, f"{name}: {foreign}"
-    if name in PURE or name.startswith(PURE_IN_WINGS):
-        foreign = {module.split(".")[0] for module in _imports(path)} - STDLIB_AND_NUMPY - {"hf_longalign"}
-        assert not foreign, f"{name} is pure: standard library and NumPy alone, got {foreign}"
+    name, used = name_of(path), own(path)
+    room = room_of(name)
+    if room in JOINS:
+        return
+    assert not used & JOINS - {"__init__"}, f"{name} imports {used & JOINS}, which join the wings"
+    if room in BELOW:
+        assert used <= BELOW, f"{name} stands below and imports {used - BELOW}"
+    for wing, others in {
+        "synthesis": {"evaluation", "hub", "trainer"},
+        "evaluation": {"synthesis", "hub", "trainer"},
+        "cards": {"synthesis", "evaluation", "hub", "trainer"},
+        "hub": {"synthesis", "evaluation", "trainer"},
+        "attention": {"synthesis", "evaluation", "hub", "cards", "trainer"},
+    }.items():
+        if room == wing:
+            assert not used & others, f"{name} imports {used & others}"
+    if room not in ROOMS:
+        assert not used & {"synthesis", "evaluation"}, f"{name} imports {used}: training knows neither"
+        eager = own(path, at_import=True) & {"cards", "hub"}
+        assert not eager, f"{name} imports {eager} before it needs them: do so in the function"
+    foreign = {module.split(".")[0] for module in imports(path)}
+    if room in PURE or name in PURE:
+        assert foreign <= PURE_MODULES | WORD_CUTTERS, f"{name} is pure, got {foreign}"
+    if room == "cards":
+        assert foreign <= CARDS_MAY_USE, f"{name} makes text of records, got {foreign - CARDS_MAY_USE}"
+
+
+def test_the_lists_name_what_is_there():
+    names = {name_of(path) for path in MODULES}
+    missing = {entry for entry in PURE if not any(name == entry or name.startswith(f"{entry}/") for name in names)}
+    assert not missing
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_hub_writes_to_the_hub(path):
+    used = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(ast.parse(path.read_text("utf-8")))}
+    used |= {alias for module in imports(path) for alias in [module.rpartition(".")[2]]}
+    assert room_of(name_of(path)) == "hub" or not used & WRITERS
+
+
+def test_the_options_of_every_command_are_read_without_torch():
+    from hf_longalign.cli import COMMANDS
+
+    modules = ", ".join(f"hf_longalign.commands.{command.options}" for command in COMMANDS.values())
+    code = f"import sys, hf_longalign.cli, {modules}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_import_is_lazy_and_changes_nothing():
     code = (
-        "import sys, hf_longalign; heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules);"
+        f"import sys, hf_longalign, hf_longalign.cli; heavy = {HEAVY} & set(sys.modules);"
         "assert not heavy, heavy;"
         "import hf_longalign.attention;"
         "from transformers.modeling_utils import AttentionInterface;"
@@ -112,9 +127,31 @@ def test_import_is_lazy_and_changes_nothing():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_every_export_exists():
+def test_every_export_exists_and_its_room_exports_it_too():
     import hf_longalign
 
-    assert len(hf_longalign.__all__) <= 19  # 18 public names and the version
+    assert 15 <= len(hf_longalign.__all__) <= 22
     for name in hf_longalign.__all__:
         assert getattr(hf_longalign, name) is not None
+    for name, module in hf_longalign._EXPORTS.items():
+        assert "." not in module, f"{name}: import it from the room {module.split('.')[0]}, which exports it"
+        assert getattr(importlib.import_module(f"hf_longalign.{module}"), name) is getattr(hf_longalign, name)
+
+
+@pytest.mark.parametrize("room", ["", "synthesis", "evaluation"])
+def test_editors_see_what_python_loads(room):
+    package = importlib.import_module(f"hf_longalign.{room}".rstrip("."))
+    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == {name: f"{package.__name__}.{module}" for name, module in package._EXPORTS.items()}
+    # A module of the same name would take its place in the package as soon as somebody imports it.
+    assert not set(seen) & {path.stem for path in Path(package.__file__).parent.iterdir()}
+
+
+def test_what_is_not_exported_is_an_attribute_error():
+    import hf_longalign
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        hf_longalign.nothing  # noqa: B018
+    assert set(hf_longalign.__all__) <= set(dir(hf_longalign))

@@ -14,12 +14,14 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     BloomConfig,
+    CpmAntConfig,
     FalconConfig,
     GPT2Config,
     Llama4TextConfig,
     LlamaConfig,
     MptConfig,
     OPTConfig,
+    RobertaConfig,
 )
 
 from hf_longalign.attention import register_attention
@@ -112,9 +114,29 @@ def test_far_positions():
     assert report.shift < 1e-4
 
 
-def test_nothing_to_prove():
+def test_ordinary_positions_need_no_rope():
     model = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
-    assert run_preflight(model, collator(strategy="none")) is None
+    for packed in (False, True):
+        assert run_preflight(model, collator(packed, strategy="none")).leak == 0
+    assert run_preflight(model, collator(strategy="none"), pads=False) is None
+
+
+def test_padding_that_is_taken_for_text():
+    """It stands to the left, this model believes, and looks for no mask."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 16}
+    model = AutoModelForCausalLM.from_config(CpmAntConfig(**sizes, num_hidden_layers=1, prompt_length=4))
+    with pytest.raises(PreflightError, match=r"a padded batch is not what it is alone .*_train_batch_size=1"):
+        run_preflight(model, collator(strategy="none"))
+    assert run_preflight(model, collator(strategy="none"), pads=False) is None
+
+
+def test_positions_that_a_model_gives_itself():
+    """RoBERTa's begin at 2, for which a packed batch knows no word."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, num_hidden_layers=1, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN)
+    with pytest.raises(PreflightError, match=r"a packed batch is not what it is alone .* Set packing=False\.$"):
+        run_preflight(model, collator(packed=True, strategy="none"))
 
 
 def test_packing_without_skips():

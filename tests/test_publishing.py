@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_not_published_is_said_and_the_end_pushes_again(tmp
     hub.faults["commit"] = ["403"] * 1000
     trainer.train()
     assert "checkpoint-1 was not published, and the training goes on" in caplog.text
-    with pytest.raises(PublishError, match=r"no right to write.*To go on, run: python -c"):
+    with pytest.raises(PublishError, match=r"no right to write.*To go on, run: hf-longalign push"):
         trainer.save_model()
     hub.faults = {}
     trainer.save_model()

@@ -16,6 +16,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.coverage import DistanceCoverage
+from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import save_record
@@ -23,7 +24,7 @@ from hf_longalign.run_record import save_record
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "evaluate.py"
-QUESTIONS = ["--suite", "needle,perplexity", "--lengths", "512", "1024", "--depths", "0", "1", "--samples", "2"]
+QUESTIONS = ["--suites", "needle", "perplexity", "--lengths", "512", "1024", "--depths", "0", "1", "--samples", "2"]
 QUESTIONS += ["--max_new_tokens", "16"]
 
 
@@ -147,7 +148,9 @@ def test_two_processes_equal_one(models, whole, tmp_path):
 def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
     with Hub() as hub:
         env = environment(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-        done = run(models, whole, "--push_to_hub", "user/adapter", "--base_name", "org/base", env=env)
+        done = run(
+            models, whole, "--push_to_hub", "--hub_model_id", "user/adapter", "--base_name", "org/base", env=env
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"{hub.url}/user/adapter" in done.stdout
         files = hub.repos["models", "user/adapter"].files()
@@ -163,9 +166,9 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "needles"], "`suite` must be among needle"),
+        (["--suites", "needles"], "`suites` must be among needle"),
         (["--lengths", "2048"], "within the model's range of 1,024 tokens, got 2,048"),
-        (["--suite", "ruler", "--endpoint", "http://localhost:1/v1"], "needs the model itself, got an endpoint"),
+        (["--suites", "ruler", "--endpoint", "http://localhost:1/v1"], "needs the model itself, got an endpoint"),
         (["--haystack", "missing.txt"], "`haystack` must be a text file or a folder, got 'missing.txt'"),
     ],
 )
@@ -175,14 +178,11 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
     assert not any(tmp_path.glob("answers/*.jsonl")) or not keys_of(tmp_path), "refused before anything is asked"
 
 
-def test_options_are_checked_before_anything_is_loaded(tmp_path, monkeypatch):
-    from hf_longalign.commands.evaluation_options import SuiteArguments, check_output, check_suites
-
-    assert check_suites(SuiteArguments(suite="needle, short"), None) == ["needle", "short"]
+def test_options_are_checked_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="`limit` must be at least 1, got 0"):
-        check_suites(SuiteArguments(limit=0), None)
+        SuiteOptions(limit=0, output_dir=str(tmp_path)).check()
     with pytest.raises(ValueError, match=r"`longbench_source` must be .* which is not there"):
-        check_suites(SuiteArguments(suite="longbench", longbench_source=str(tmp_path / "gone")), None)
-    check_output(str(tmp_path / "new" / "report"))
+        SuiteOptions(suites=["longbench"], longbench_source=str(tmp_path / "gone")).check()
+    SuiteOptions(output_dir=str(tmp_path / "new" / "report")).check()
     with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):
-        check_output(__file__)
+        SuiteOptions(output_dir=__file__).check()

@@ -71,4 +71,4 @@ def test_a_data_set_tells_its_source(tmp_path, monkeypatch):
     source = {"name": "user/MyRows", "revision": commit, "config": "chat", "split": "train"}
     for way in ("loaded", "mapped", "split", "streamed", "streamed and mapped"):
         assert found.pop(way) == source, way
-    assert found == dict.fromkeys(("joined", "joined with memory", "memory", "file", "no cache"))
+    assert found == dict.fromkeys(("joined", "joined with memory", "joined versions", "memory", "file", "no cache"))

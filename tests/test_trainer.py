@@ -1,6 +1,7 @@
 """`LongAlignSFTTrainer` against the samples one by one, and in place of `SFTTrainer`."""
 
 import copy
+import inspect
 from itertools import pairwise
 
 import numpy as np
@@ -8,9 +9,19 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PromptTuningConfig
+from test_turns import THINKING, chat_tokenizer
 from tiny import chat_dataset, chats, tiny_llama, tiny_tokenizer
-from transformers import BitsAndBytesConfig, BloomConfig, BloomForCausalLM, TrainingArguments
+from transformers import (
+    BitsAndBytesConfig,
+    BloomConfig,
+    BloomForCausalLM,
+    DataCollatorForSeq2Seq,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainingArguments,
+)
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, SkipPositionDataCollator
 from hf_longalign.preflight import PreflightError
@@ -18,7 +29,8 @@ from hf_longalign.records.training import PositionsRecord
 
 
 def make_trainer(tmp_path, *, dataset=None, model=None, **options):
-    kwargs = {key: options.pop(key) for key in ("eval_dataset", "peft_config", "data_collator") if key in options}
+    names = ("eval_dataset", "peft_config", "data_collator", "processing_class")
+    kwargs = {"processing_class": tiny_tokenizer(), **{key: options.pop(key) for key in names if key in options}}
     args = LongAlignSFTConfig(
         **{
             "output_dir": str(tmp_path),
@@ -42,14 +54,14 @@ def make_trainer(tmp_path, *, dataset=None, model=None, **options):
         model or tiny_llama(),
         args=args,
         train_dataset=chat_dataset() if dataset is None else dataset,
-        processing_class=tiny_tokenizer(),
         **kwargs,
     )
 
 
 def documents_of(batch):
     """(input_ids, labels, position_ids) of each document of a collated batch, padding left out."""
-    columns = [batch[key] for key in ("input_ids", "labels", "position_ids")]
+    ordinary = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    columns = [batch["input_ids"], batch["labels"], batch.get("position_ids", ordinary)]
     if "cu_seq_lens_q" in batch:
         bounds = batch["cu_seq_lens_q"].tolist()
         return [[c[0, a:b] for c in columns] for a, b in pairwise(bounds)]
@@ -160,10 +172,42 @@ def test_evaluation_may_be_packed_apart(tmp_path, packing):
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] == pytest.approx(expected, abs=2e-4)
 
 
-def test_samples_that_train_nothing_are_left_out(tmp_path):
-    rows = Dataset.from_list([{"text": text} for text in ["", "Ardel sold salt.", "", "Bemo sold wool."]])
+def test_samples_that_train_nothing_are_left_out(tmp_path, caplog):
+    texts = ["", "Ardel sold salt.", "", "Bemo sold wool."]
+    rows, full = (Dataset.from_list([{"text": text} for text in kept]) for kept in (texts, texts[1::2]))
     trainer = make_trainer(tmp_path, dataset=rows, eval_dataset=rows)
-    assert len(trainer.train_dataset) == len(trainer.eval_dataset) == 2
+    assert len(trainer.train_dataset) == 2
+    assert "2 of 4 rows of the train dataset have no target" in caplog.text
+    # Those of evaluation are TRL's, and add nothing.
+    other = make_trainer(tmp_path, dataset=full, eval_dataset=full)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(other.evaluate()["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "padding-free"])
+def test_rows_that_train_nothing_contribute_nothing(tmp_path, packing, weighting, caplog):
+    nothing = {"input_ids": [2], "labels": [2]}
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 10], "labels": [9, 10]}]
+    data = Dataset.from_list([rows[0], nothing, nothing, nothing, rows[1], nothing])
+    options = {
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "train_sampling_strategy": "sequential",
+        "skip_strategy": "pose",
+        "padding_free": packing,
+        "loss_weighting": weighting,
+        "max_length": None if packing else 256,
+        "max_steps": 3,
+        "learning_rate": 0.0,
+    }
+    trainer = make_trainer(tmp_path, dataset=data, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    batches = list(trainer.get_train_dataloader())
+    expected = [naive_loss(trainer.model, [batches[index]], weighting) for index in (0, 2)]
+    assert losses == pytest.approx([expected[0], 0.0, expected[1]], abs=2e-4)
+    assert caplog.text.count("has no target after its first token") == 1
+    predicted = trainer.predict(Dataset.from_list([nothing, nothing]))
+    assert predicted.metrics["test_loss"] == 0
 
 
 def test_without_skips_no_rotary_positions_are_needed(tmp_path):
@@ -340,14 +384,29 @@ def test_own_collator_replaces_the_options(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skip_strategy": "skip_some"}, "`strategy` must be one of"),
-        ({"skip_target_length": 16}, "`skip_target_length` must be at least the longest sample"),
-        ({"packing": True, "packing_strategy": "wrapped"}, "lets them see each other|let them see each other"),
-        ({"data_collator": lambda rows: rows}, "`data_collator` must be None or a SkipPositionDataCollator"),
+        ({"skip_strategy": "skip-all"}, "`skip_strategy` must be one of .*'skip_all'.* got 'skip-all'"),
+        ({"skip_target_length": 0}, "`skip_target_length` must be at least .* got 0"),
+        ({"skip_target_length": 4096.0}, "`skip_target_length` must be a whole number, got 4096.0"),
+        ({"skip_probability": 50}, "`skip_probability` must be a number from 0 to 1, got 50"),
+        ({"skip_probability": "0.5"}, "`skip_probability` must be a number from 0 to 1, got '0.5'"),
+        ({"skip_probability": float("nan")}, "`skip_probability` must be a number from 0 to 1, got nan"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy` must be .* got 'wrapped'"),
         ({"loss_weighting": "sample"}, "`loss_weighting` must be 'token' or 'sequence'"),
         ({"loss_weighting": "sequence", "loss_type": "dft"}, "weighs the negative log-likelihood"),
         ({"loss_weighting": "sequence", "average_tokens_across_devices": False}, "Set it to True"),
-        ({"skip_probability": 1.5}, "`skip_probability` must be from 0 to 1"),
+    ],
+)
+def test_bad_options_are_named_by_the_config(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        LongAlignSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip_target_length": 16}, "`skip_target_length` must be at least the longest sample"),
+        ({"data_collator": lambda rows: rows}, "`data_collator` must be None or a SkipPositionDataCollator"),
+        ({"packing": True, "max_length": None}, "`max_length` must be the length of a packed row, got None"),
     ],
 )
 def test_bad_options_are_named(tmp_path, options, message):
@@ -355,11 +414,40 @@ def test_bad_options_are_named(tmp_path, options, message):
         make_trainer(tmp_path, **options)
 
 
-def test_range_too_short_is_refused_before_the_first_step(tmp_path):
-    trainer = make_trainer(tmp_path, skip_target_length=4096)
-    with pytest.raises(ValueError, match="1024"):
-        trainer.train()
-    assert trainer.state.global_step == 0
+@pytest.mark.parametrize("as_name", [False, True], ids=["model", "name"])
+def test_a_target_past_the_range_is_refused_before_the_data_is_prepared(tmp_path, monkeypatch, as_name):
+    monkeypatch.setattr(LongAlignSFTTrainer, "_prepare_dataset", lambda *args: pytest.fail("prepared"))
+    model = tiny_llama()
+    if as_name:
+        model.save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    message = (
+        "`skip_target_length` must be at most 1024, the range of this 'llama' model, got 4096. "
+        "Set `rope_type='yarn'` and give the model by its name"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, model=model, skip_target_length=4096)
+    if as_name:  # the remedy
+        monkeypatch.undo()
+        trainer = make_trainer(tmp_path, model=model, skip_target_length=4096, rope_type="yarn")
+        assert trainer.data_collator.target_length == 4096
+    collator = SkipPositionDataCollator(0, target_length=4096)
+    with pytest.raises(ValueError, match="`target_length` must be at most 1024"):
+        make_trainer(tmp_path, model=model, data_collator=collator)
+
+
+def test_the_signature_is_trls_in_full():
+    own, theirs = (inspect.signature(trainer.__init__).parameters for trainer in (LongAlignSFTTrainer, SFTTrainer))
+    assert [(each.name, each.kind, each.default) for each in own.values()] == [
+        (each.name, each.kind, each.default) for each in theirs.values()
+    ]
+
+
+def test_positional_arguments_are_taken(tmp_path):
+    args = make_trainer(tmp_path).args
+    trainer = LongAlignSFTTrainer(tiny_llama(), args, None, chat_dataset(), chat_dataset(4), tiny_tokenizer())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_collator_inside_trl_and_transformers(tmp_path):
@@ -383,5 +471,144 @@ def test_packed_rows_without_a_target_are_left_out_and_named(tmp_path, caplog):
     data = Dataset.from_list(rows + long)
     with caplog.at_level("WARNING", "hf_longalign"):
         trainer = make_trainer(tmp_path, dataset=data, packing=True, max_length=100, assistant_only_loss=True)
-    assert "1 of 5 rows of the train dataset have no target within `max_length=100`" in caplog.text
+    assert "1 of 5 rows of the train dataset have no target within `max_length`" in caplog.text
     assert sum(len(lengths) for lengths in trainer.train_dataset["seq_lengths"]) == 4
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_labels_are_labels(tmp_path, packing):
+    trainer = make_trainer(tmp_path, packing=packing, assistant_only_loss=True)
+    tokenizer = trainer.processing_class
+    for row in trainer.train_dataset:
+        labels = np.array(row["labels"])
+        targets = labels != -100
+        assert (labels[targets] == np.array(row["input_ids"])[targets]).all()
+        assert " sold " in tokenizer.decode(labels[targets])
+        assert len(row["blocks"]) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "collator"),
+    [
+        ({}, DataCollatorForLanguageModeling(pad_token_id=0)),
+        ({}, DataCollatorForSeq2Seq(tiny_tokenizer())),
+        ({"packing": True}, DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)),
+        ({"loss_weighting": "sequence"}, DataCollatorForLanguageModeling(pad_token_id=0)),
+        ({}, SkipPositionDataCollator(0, target_length=512, strategy="pose", skip_probability=1.0)),
+    ],
+    ids=["TRL's", "transformers'", "TRL's packed", "sequence", "another of ours"],
+)
+@pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])
+def test_another_collator_may_take_the_place_of_ours(tmp_path, options, collator, streamed):
+    data = chat_dataset().to_iterable_dataset() if streamed else chat_dataset()
+    trainer = make_trainer(tmp_path, dataset=data, eval_dataset=chat_dataset(4), save_strategy="steps", **options)
+    trainer.data_collator = collator
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["loss"] < 10
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}, {}])
+def test_without_skips_the_losses_are_those_of_trl(tmp_path, options):
+    ours = make_trainer(tmp_path, skip_strategy="none", max_steps=4, **options)
+    ours.train()
+    given = {name: getattr(ours.args, name) for name in ("learning_rate", "max_steps", "max_length", "logging_steps")}
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        **{"gradient_checkpointing": False, "per_device_train_batch_size": 2, **given, **options},
+    )
+    model = tiny_llama(attn_implementation="eager")
+    theirs = SFTTrainer(model, args, train_dataset=chat_dataset(), processing_class=tiny_tokenizer())
+    theirs.train()
+    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def unmarked_tokenizer():
+    tokenizer = tiny_tokenizer()
+    for mark in ("{% generation %}", "{% endgeneration %}"):
+        tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
+    return tokenizer
+
+
+@pytest.mark.parametrize("strategy", ["skip_all", "none", "pose"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_answers_are_found_without_the_templates_marks(tmp_path, strategy, packing, caplog):
+    options = {"assistant_only_loss": True, "packing": packing, "skip_strategy": strategy, "max_length": 128}
+    data = {"dataset": chat_dataset(), "eval_dataset": chat_dataset(4)}
+    marked = make_trainer(tmp_path, **data, **options)
+    assert "marks no answers" not in caplog.text
+    # As in the README: the model by its name, and no tokenizer.
+    tiny_llama().save_pretrained(tmp_path / "model")
+    unmarked_tokenizer().save_pretrained(tmp_path / "model")
+    trainer = make_trainer(tmp_path, model=str(tmp_path / "model"), processing_class=None, **data, **options)
+    assert "marks no answers with `{% generation %}`" in caplog.text
+    assert trainer.args.assistant_only_loss
+    for name in ("train_dataset", "eval_dataset"):
+        assert getattr(trainer, name)["labels"][:] == getattr(marked, name)["labels"][:]
+    trainer.train()
+    assert trainer.evaluate(chat_dataset(4))["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+
+
+def test_data_without_conversations_is_refused_as_trl_refuses_it(tmp_path):
+    data = Dataset.from_list([{"text": "Ardel sold salt."}])
+    with pytest.raises(ValueError, match="the dataset is not conversational"):
+        make_trainer(tmp_path, dataset=data, assistant_only_loss=True, processing_class=unmarked_tokenizer())
+
+
+def test_reasoning_chats_are_skipped_at_their_turns(tmp_path):
+    thought = "<think>a rather long thought</think>"
+    rows = [[{**m, "content": thought * (m["role"] == "assistant") + m["content"]} for m in row] for row in chats(8)]
+    data = Dataset.from_list([{"messages": messages} for messages in rows])
+    tokenizer = chat_tokenizer(THINKING)  # drops the first thought
+    model = tiny_llama(vocab_size=len(tokenizer))
+    trainer = make_trainer(tmp_path, model=model, dataset=data, processing_class=tokenizer)
+    seen = set()
+    for batch in trainer.get_train_dataloader():
+        for input_ids, _, positions in documents_of(batch):
+            for place in (positions.diff() > 1).nonzero().flatten().tolist():
+                before = tokenizer.decode(input_ids[: place + 1])
+                seen.add((before.count("<|start|>"), before.endswith(("assistant\n", "<|end|>\n"))))
+    assert seen == {(2, True), (4, True)}
+
+
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+def test_padding_of_packed_rows_is_not_in_the_routers_loss(tmp_path, weighting):
+    def run(**options):
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=384,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            sliding_window=None,
+            max_position_embeddings=1024,
+            output_router_logits=True,
+            router_aux_loss_coef=1.0,
+        )
+        trainer = make_trainer(
+            tmp_path,
+            model=MixtralForCausalLM(config),
+            packing=True,
+            max_length=120,
+            loss_weighting=weighting,
+            eval_dataset=chat_dataset(4),
+            **options,
+        )
+        before = trainer.evaluate()
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return [before["eval_aux_loss"], *(log["aux_loss"] for log in logs), *(log["loss"] for log in logs)]
+
+    batch = next(
+        iter(make_trainer(tmp_path, packing=True, max_length=120, pad_to_multiple_of=256).get_train_dataloader())
+    )
+    assert (batch["input_ids"] == 0).sum() > 50
+    assert run(pad_to_multiple_of=256) == pytest.approx(run(), abs=1e-4)

@@ -324,7 +324,9 @@ def test_a_target_length_past_the_range_names_a_remedy_that_works(tmp_path):
         "original_max_position_embeddings": 64,
     }  # fmt: skip
     model = tiny_llama(max_position_embeddings=256, rope_parameters=rope)
-    with pytest.raises(ValueError, match=r"scale_rope\(config, 1024, 'llama3'\)"):
-        make_trainer(tmp_path, model).train()
+    with pytest.raises(ValueError, match=r"Set `rope_type='llama3'` and give the model by its name"):
+        make_trainer(tmp_path, model)
+    model.save_pretrained(tmp_path / "model")
+    assert loss_of(make_trainer(tmp_path, str(tmp_path / "model"), rope_type="llama3")) > 0
     scaled = type(model)(scale_rope(model.config, 1024, "llama3"))
     assert loss_of(make_trainer(tmp_path, scaled)) > 0

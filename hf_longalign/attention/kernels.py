@@ -14,7 +14,6 @@ length, width) otherwise; keys and values may have fewer heads than queries, val
 """
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -76,15 +75,12 @@ def packed_attention(
         rows = [states.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2) for states in (query, key, value)]
         return causal_attention(rows[0], rows[1], rows[2], scoring).transpose(1, 2).flatten(0, 1)
     pieces = []
-    for i, (q, k, v) in enumerate(_split(segments, query, key, value)):
+    # Not by slices: the backward of each would write a gradient of the whole row.
+    split = zip(*(states.split(segments.lengths) for states in (query, key, value)), strict=True)
+    for i, (q, k, v) in enumerate(split):
         window, places = (None, None) if segments.plain[i] else (segments.window, segments.places(i))
         pieces.append(causal_attention(_row(q), _row(k), _row(v), scoring, window, places)[0].transpose(0, 1))
     return torch.cat(pieces)
-
-
-def _split(segments: Segments, *states: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    # Not by slices: the backward of each would write a gradient of the whole row.
-    return zip(*(tensor.split(segments.lengths) for tensor in states), strict=True)
 
 
 def _row(states: torch.Tensor) -> torch.Tensor:

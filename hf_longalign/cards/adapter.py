@@ -13,7 +13,7 @@ from hf_longalign.cards.page import REPOSITORY, check_license, render
 from hf_longalign.cards.scores import eval_results, headline, scores_note, scores_table
 from hf_longalign.records.names import suite_of
 from hf_longalign.records.report import Report
-from hf_longalign.records.training import HubSource, RopeRecord, RunRecord, TrainingRecord
+from hf_longalign.records.training import HubSource, TrainingRecord
 
 
 STRATEGIES = {
@@ -64,7 +64,7 @@ def adapter_card(
 
     Example:
 
-    >>> from hf_longalign.records.training import PositionsRecord
+    >>> from hf_longalign.records.training import PositionsRecord, RopeRecord
     >>> record = TrainingRecord(RopeRecord("llama"), PositionsRecord("skip_all", 32768, 0.5, 0))
     >>> card = adapter_card(record, {"peft_type": "LORA", "base_model_name_or_path": "org/base"})
     >>> "| target length | 32,768 positions |" in card, "library_name: peft" in card
@@ -101,12 +101,11 @@ def adapter_card(
         "skipped": skipped,
         "kind": ("model" if whole else "LoRA adapter" if lora else "adapter"),
         "name": repo_id,
-        "rope": record.rope if _is_scaled(record.rope) else None,
-        "rope_json": json.dumps({"rope_parameters": record.rope.rope_parameters}),
+        "scaled": '"factor"' in json.dumps(record.rope.rope_parameters),  # per layer type in some models
         "python": _python,
         "how": STRATEGIES.get(strategy, "Positions are drawn by a function of the author's own."),
-        "positions": _positions(record),
-        "training": _training(record, config, base, data),
+        "adapter": _adapter(config),
+        "duration": duration,
         "pictures": {name: (title, path) for name, title in PICTURES.items() if (path := _path(images, name))},
         "citations": _citations(record, report),
         **{helper.__name__: helper for helper in (headline, scores_note, scores_table, suite_of)},
@@ -157,63 +156,6 @@ def _path(images: Sequence[str], name: str) -> str | None:
     )
 
 
-def _positions(record: TrainingRecord) -> list[tuple[str, str]]:
-    positions, coverage = record.positions, record.coverage
-    rows: list[tuple[str, Any]] = [
-        ("strategy", code(positions.strategy)),
-        ("target length", f"{positions.target_length:,} positions" if positions.target_length else ""),
-        ("share of skipped samples", "" if positions.skip_probability is None else f"{positions.skip_probability:g}"),
-        ("seed", positions.seed),
-    ]
-    if coverage is not None and coverage.documents:
-        rows += [
-            ("samples seen, all epochs", f"{coverage.documents:,}, {coverage.skip_share:.1%} of them skipped"),
-            ("relative distances met", f"{coverage.skip_distance_coverage:.1%} of all below the target length"),
-            ("largest distance", f"{coverage.skip_distance_max:,}"),
-            ("mean span of a sample", f"{coverage.skip_span_mean:,.0f} positions"),
-        ]
-    return _known(rows)
-
-
-def _training(
-    record: TrainingRecord, config: Mapping[str, Any], base: HubSource | None, data: HubSource | None
-) -> list[tuple[str, str]]:
-    batches, run = record.training, record.run
-    details = data and [
-        f"configuration {code(data.config)}" if data.config and data.config != "default" else "",
-        f"split {code(data.split)}" if data.split else "",
-        f"revision {code(data.revision)}" if data.revision else "",
-    ]
-    rows: list[tuple[str, Any]] = [
-        (
-            "base model",
-            base and f"{_link(base.name)}" + (f" at revision {code(base.revision)}" if base.revision else ""),
-        ),
-        ("data", data and ", ".join([_link(data.name, "datasets/"), *filter(None, details or [])])),
-        ("adapter", _adapter(config)),
-        ("RoPE", _rope(record.rope)),
-        ("longest sample", batches.max_length and f"{batches.max_length:,} tokens"),
-        ("batches", "packed rows" if batches.packing else "padding-free" if batches.padding_free else "padded"),
-        ("loss", "every sequence weighs the same (LongAlign)" if batches.loss_weighting == "sequence" else ""),
-        ("attention", batches.attention and code(batches.attention)),
-        *_run(run),
-        ("seed", record.seed),
-        ("hardware", record.hardware),
-    ]
-    return _known(rows) if run.steps else []
-
-
-def _run(run: RunRecord) -> list[tuple[str, Any]]:
-    rows = "1 row" if run.batch_size == 1 else f"{run.batch_size or 0:,} rows"
-    return [
-        ("length", f"{run.steps:,} steps of {rows}" + (f", {run.epochs:.3g} epochs" if run.epochs else "")),
-        ("optimizer", run.optimizer and code(run.optimizer)),
-        ("learning rate", run.learning_rate and f"{run.learning_rate:g}, {run.schedule}"),
-        ("precision", run.precision),
-        ("time", duration(run.seconds) if run.seconds and run.seconds >= 1 else ""),
-    ]
-
-
 def _adapter(config: Mapping[str, Any]) -> str:
     if config.get("peft_type") != "LORA":
         return str(config.get("peft_type") or "")
@@ -227,32 +169,6 @@ def _adapter(config: Mapping[str, Any]) -> str:
         f"on {listed([code(name) for name in names])}{modules}" if names else "",
     ]
     return ", ".join(filter(None, parts))
-
-
-def _is_scaled(rope: RopeRecord) -> bool:
-    return '"factor"' in json.dumps(rope.rope_parameters)  # per layer type in some models
-
-
-def _rope(rope: RopeRecord) -> str:
-    parameters = rope.rope_parameters or {}
-    kind = parameters.get("rope_type")
-    if kind is None:
-        return ""
-    parts = [
-        "not scaled" if kind == "default" else str(kind),
-        f"factor {parameters['factor']:g}" if "factor" in parameters else "",
-        f"theta {parameters['rope_theta']:,.0f}" if parameters.get("rope_theta") else "",
-        f"{rope.max_position_embeddings:,} positions" if rope.max_position_embeddings else "",
-    ]
-    return ", ".join(filter(None, parts))
-
-
-def _link(name: str, kind: str = "") -> str:
-    return f"[{name}](https://huggingface.co/{kind}{name})"
-
-
-def _known(rows: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    return [(name, str(value)) for name, value in rows if value not in (None, "")]
 
 
 def duration(seconds: float) -> str:

@@ -7,18 +7,11 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from hf_longalign.cards.markdown import code, listed
 from hf_longalign.cards.page import REPOSITORY, check_license, render
 from hf_longalign.records.data import DataRecord
 
 
 TITLE = "Long-context instruction data"
-CONFIGS = {
-    "chat": "rows to train on",
-    "contexts": "every accepted context alone",
-    "rejected": "what did not pass, with the reason",
-}
-WRITERS = {"openai": "OpenAI-compatible endpoint", "transformers": "transformers, run locally"}
 SUMMARIES = {"gov_report", "qmsum", "multi_news"}
 # Upper ends of the Hub's size categories, exclusive.
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -78,15 +71,8 @@ def dataset_card(
         "title": TITLE,
         "record": record,
         "name": repo_id,
-        "contents": [
-            (code(config), code(split), rows, CONFIGS.get(config, ""))
-            for config, splits in record.splits.items()
-            for split, rows in splits.items()
-        ],
-        "arrangement": _arrangement(record),
         "training": _training(record),
-        "making": _making(record),
-        "seeds": [(_source(seed.name, seed.on_hub), seed.task, seed.rows) for seed in record.seeds],
+        "sampling": ", ".join(f"{name} {value}" for name, value in record.sampling.items()),
         "seeds_license": seeds_license,
         "lengths": _quantiles(record.lengths),
         "picture": picture,
@@ -125,16 +111,6 @@ def shorten(text: str, head: int = 700, tail: int = 500) -> str:
     return "\n\n".join(filter(None, [first, note, last]))
 
 
-def _arrangement(record: DataRecord) -> str:
-    if record.contexts is None:
-        return ""
-    low, high = record.contexts
-    if high < 2:
-        return "Each row holds one context, the one that answers."
-    number = f"up to {high:,}" if low == 1 else f"{low:,}" if low == high else f"{low:,} to {high:,}"
-    return f"Each row holds {number} contexts, one that answers and others that distract, in an order drawn at random."
-
-
 def _training(record: DataRecord) -> dict[str, Any] | None:
     """What to train with so that every row stays whole; `None` where no model is long enough."""
     if not record.lengths:
@@ -144,37 +120,6 @@ def _training(record: DataRecord) -> dict[str, Any] | None:
     if found is None:
         return None
     return {"target": found[0], "model": found[1], "max_length": max(1024, 1 << (longest - 1).bit_length())}
-
-
-def _making(record: DataRecord) -> list[tuple[str, Any]]:
-    cost = record.cost
-    against = record.decontaminated and listed([code(name) for name in record.decontaminated])
-    words = f", by {record.ngram} words in a row" if record.ngram else ""
-    rows: list[tuple[str, Any]] = [
-        ("written by", ", ".join(filter(None, [record.model and code(record.model), WRITERS.get(record.generator)]))),
-        ("judged by", record.judge_model and code(record.judge_model)),
-        ("sampling", ", ".join(f"{name} {value}" for name, value in record.sampling.items())),
-        ("prompts", record.prompts and f"{record.prompts[0]:,}, digest of all {code(record.prompts[1])}"),
-        ("checks", ", ".join(record.checks)),
-        (
-            "decontaminated against",
-            against and f"{against}{words}; {record.rejected.get('contaminated', 0):,} rejected",
-        ),
-        (
-            "cost",
-            cost
-            and f"{cost.replies:,} replies, {cost.prompt_tokens:,} prompt tokens and {cost.completion_tokens:,} "
-            f"completion tokens"
-            + (f", ${cost.usd:,.2f}" if cost.usd else ""),
-        ),
-        *record.settings.items(),
-        ("made with", record.hf_longalign and f"hf_longalign {record.hf_longalign}"),
-    ]
-    return [(name, value) for name, value in rows if value not in (None, "", [], ())]
-
-
-def _source(name: str, on_hub: bool) -> str:
-    return f"[{name}](https://huggingface.co/datasets/{name})" if on_hub else code(name)
 
 
 def _quantiles(lengths: list[int]) -> list[int]:

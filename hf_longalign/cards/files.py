@@ -15,30 +15,10 @@ from hf_longalign.run_record import load_record
 REPORT = "report.json"
 
 
-def write_adapter_card(
-    folder: str | Path,
-    *,
-    record: TrainingRecord | None = None,
-    adapter_config: Mapping[str, Any] | None = None,
-    **facts: Any,
-) -> Path:
-    """Write the README.md of an adapter, or of a whole model, and return its path.
-
-    The pictures in the folder and in its `assets` are shown, and `report.json` if it is there. What people wrote into
-    the card that is there stays, see [`merge_card`].
-
-    Args:
-        folder: where the card goes.
-        record: of the training; `None`: `longalign_config.json` of the folder.
-        adapter_config: of PEFT; `None`: `adapter_config.json` of the folder, without which it is a whole model.
-        **facts: the other arguments of [`adapter_card`].
-
-    Raises:
-        ValueError: no record, a file that cannot be read, or a card whose front matter or marks cannot.
-    """
+def write_adapter_card(folder: str | Path, **facts: Any) -> Path:
+    """Write the README.md of an adapter, or of a whole model, and return its path; see [`render_card`]."""
     path = Path(folder) / CARD
-    card = render_card(folder, record=record, adapter_config=adapter_config, **facts)
-    path.write_text(card, encoding="utf-8")
+    path.write_text(render_card(folder, **facts), encoding="utf-8")
     return path
 
 
@@ -49,7 +29,19 @@ def render_card(
     adapter_config: Mapping[str, Any] | None = None,
     **facts: Any,
 ) -> str:
-    """Return what [`write_adapter_card`] writes, and write nothing."""
+    """Return the README.md of an adapter, or of a whole model, with what people wrote into the one that is there.
+
+    The pictures in the folder and in its `assets` are shown, and `report.json` if it is there.
+
+    Args:
+        folder: where the card goes.
+        record: of the training; `None`: `longalign_config.json` of the folder.
+        adapter_config: of PEFT; `None`: `adapter_config.json` of the folder, without which it is a whole model.
+        **facts: the other arguments of [`adapter_card`].
+
+    Raises:
+        ValueError: no record, a file that cannot be read, or a card whose front matter or marks cannot.
+    """
     folder = Path(folder)
     record = record or load_record(folder)
     path = folder / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""Pieces of Markdown: tables, code and the marked sections a card is made of."""
+"""Pieces of Markdown: tables and code."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,10 +16,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence
     body = [tuple(row) for row in rows]
     rule = ["---:" if column in right else "---" for column in range(len(head))]
     lines = [head, rule, *body] if body else []
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return a value as a cell of a table shows it."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list | tuple):
@@ -53,11 +54,6 @@ def fenced(language: str, text: str) -> str:
     """Return a block of code, in a fence longer than any inside it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.strip()}\n{fence}"
-
-
-def join(*parts: str) -> str:
-    """Return the parts that are not empty, a blank line between them."""
-    return "\n\n".join(part for part in parts if part)
 
 
 def listed(words: Sequence[str]) -> str:

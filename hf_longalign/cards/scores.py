@@ -58,7 +58,7 @@ def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
     """
     results = []
     for found in _measured(report):
-        metric, title = metric_of(found.task.metric or ""), suite_of(found.suite.suite).title
+        metric, title = metric_of(found.task.metric or "score"), suite_of(found.suite.suite).title
         at = "" if found.length is None else f", {found.length:,} tokens"
         results.append(
             EvalResult(
@@ -88,7 +88,7 @@ def hub_results(report: Report, repo_id: str) -> dict[str, bytes]:
     for found in _measured(report):
         if "/" not in found.dataset:
             continue
-        notes = {metric_of(found.task.metric or "").title: "in percent", **found.conditions}
+        notes = {metric_of(found.task.metric or "score").title: "in percent", **found.conditions}
         entry = EvalResultEntry(
             dataset_id=found.dataset,
             task_id=found.task.task,
@@ -148,7 +148,7 @@ def scores_table(report: Report, suite: SuiteResult) -> str:
     rows: list[list[Any]] = []
     for task in suite.tasks:
         if task.scores:
-            metric = [metric_of(task.metric or "").title] if len(metrics) > 1 else []
+            metric = [metric_of(task.metric or "score").title] if len(metrics) > 1 else []
             cells = [_score(task.scores.get(label)) for label in labels]
             rows.append([code(task.task), *metric, task.samples, *cells, *([_change(task, labels)] if change else [])])
     for group in suite.groups:
@@ -177,7 +177,7 @@ def scores_note(suite: SuiteResult) -> str:
 
 
 def _metrics(suite: SuiteResult) -> list[str]:
-    return list(dict.fromkeys(metric_of(task.metric or "").title for task in suite.tasks if task.scores))
+    return list(dict.fromkeys(metric_of(task.metric or "score").title for task in suite.tasks if task.scores))
 
 
 def _score(score: Score | None) -> str:

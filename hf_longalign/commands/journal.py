@@ -1,14 +1,16 @@
 """Look into the journal of a synthesis: what was asked, what came back, what it cost.
 
-python recipes/journal.py list journal.sqlite --purpose context
-python recipes/journal.py show journal.sqlite 3f9a
-python recipes/journal.py export journal.sqlite replies.jsonl
-python recipes/journal.py merge journal.sqlite shard-0.sqlite shard-1.sqlite
-python recipes/journal.py drop journal.sqlite --reason empty
+hf-longalign journal list journal.sqlite --purpose context
+hf-longalign journal show journal.sqlite 3f9a
+hf-longalign journal export journal.sqlite replies.jsonl
+hf-longalign journal merge journal.sqlite shard-0.sqlite shard-1.sqlite
+hf-longalign journal drop journal.sqlite --reason empty
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hf_longalign.synthesis.journal import Entry, Journal
@@ -101,18 +103,20 @@ def drop(args: argparse.Namespace) -> None:
         print("If rows were made from them, remove the folders `outcomes-*` and the prepared data beside the journal.")
 
 
-def main() -> int:
-    """Run one of the commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Return what is to be done, and to what."""
+    parser = argparse.ArgumentParser(
+        prog="hf-longalign journal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
-    for run, name, more in (
+    for act, name, more in (
         (list_replies, "list", ()),
         (show, "show", ("key",)),
         (export, "export", ("output",)),
         (merge, "merge", ()),
         (drop, "drop", ()),
     ):
-        command = commands.add_parser(name, help=run.__doc__)
+        command = commands.add_parser(name, help=act.__doc__)
         command.add_argument("journal")
         for argument in more:
             command.add_argument(argument)
@@ -122,10 +126,12 @@ def main() -> int:
             command.add_argument("others", nargs="+")
         if name == "drop":
             command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
-        command.set_defaults(run=run)
-    args = parser.parse_args()
-    try:
-        args.run(args)
-    except BrokenPipeError:  # `| head`
-        return 0
+        command.set_defaults(act=act)
+    return (parser.parse_args(arguments),)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it."""
+    with suppress(BrokenPipeError):  # `| head`
+        args.act(args)
     return 0

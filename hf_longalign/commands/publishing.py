@@ -1,29 +1,49 @@
-"""The options with which every recipe publishes on the Hub."""
+"""The options with which every command publishes on the Hub, and the push itself."""
 
-import logging
 import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from huggingface_hub import get_token
 
 from hf_longalign.cards.page import check_license
-from hf_longalign.hub import Destination, check_base_name, check_dry_run
+from hf_longalign.hub import Destination, check_dry_run
+
+
+class Hub(Protocol):
+    """Where a push goes: `HubOptions`, or the fields of the same names in `transformers.TrainingArguments`."""
+
+    hub_model_id: str | None
+    hub_private_repo: bool | None
+    hub_revision: str | None
 
 
 @dataclass
-class PublishArguments:
-    """Where a push goes, beside `push_to_hub`."""
+class HubOptions:
+    """Whether to push and where to, under the names that `transformers.TrainingArguments` has for it."""
 
-    branch: str | None = field(default=None, metadata={"help": "Push to this branch; unset: main."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the result on the Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "The repository, user/name; unset: called as the folder that is published."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private; unset: as its owner has it."}
+    )
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; unset: main."})
+
+
+@dataclass
+class PublishOptions:
+    """How a push is made."""
+
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of pushing to main."})
     tag: str | None = field(default=None, metadata={"help": "Tag what was pushed, such as v1.0."})
     push_dry_run: str | None = field(
         default=None, metadata={"help": "Write exactly the files of a push into this folder, and push nothing."}
     )
-
     allow: list[str] = field(
         default_factory=list,
         metadata={
@@ -32,20 +52,19 @@ class PublishArguments:
         },
     )
 
-    def check(self, repo_id: str, token: str | None = None) -> None:
+    def check_push(self, hub: Hub, folder: str | Path, token: str | None = None) -> None:
         """Refuse before the work what would be refused after it."""
-        Destination(repo_id, "model", None, self.branch, self.create_pr, self.tag).check()
+        Destination(**destination(hub, folder), repo_type="model", create_pr=self.create_pr, tag=self.tag).check()
         if self.push_dry_run is not None:
             check_dry_run(self.push_dry_run)
-        if self.push_dry_run is None and (token or get_token()) is None:
+        elif (token or get_token()) is None:
             raise ValueError(
                 "`push_to_hub` needs a token with the right to write, got none. Run `hf auth login` first."
             )
 
     def options(self) -> dict[str, Any]:
-        """Return them as arguments of `publish_dataset` and `publish_adapter`."""
-        given = {"branch": self.branch, "create_pr": self.create_pr, "tag": self.tag, "allow": self.allow}
-        return {**given, "dry_run": self.push_dry_run}
+        """Return them as arguments of `publish_dataset`, `publish_adapter` and `trainer.push_to_hub`."""
+        return {"create_pr": self.create_pr, "tag": self.tag, "allow": self.allow, "dry_run": self.push_dry_run}
 
     def push(self, publish: Callable[..., str], command: str) -> str:
         """Publish, and return what to tell the user.
@@ -61,34 +80,48 @@ class PublishArguments:
         return f"Published {url}" if self.push_dry_run is None else f"Nothing pushed; what would be is in {url}"
 
 
-def start_logging() -> None:
-    """Log what the package says, and not every request."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for client in ("httpx", "httpx2"):
-        logging.getLogger(client).setLevel(logging.WARNING)
+@dataclass
+class CardOptions:
+    """What a card says that the files do not know."""
 
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of what is published, as the Hub names it: cc-by-4.0, apache-2.0 …"}
+    )
 
-def same_command() -> str:
-    """Return the command that started this process; what it leaves on disk makes the second run short."""
-    return shlex.join(["accelerate", "launch", *sys.argv])
+    def check(self) -> None:
+        """Refuse a licence that the Hub would refuse."""
+        check_license(license=self.license)
 
 
 @dataclass
-class AdapterPublishArguments(PublishArguments):
-    """The same of an adapter, and what its card says that training does not know."""
+class AdapterCardOptions(CardOptions):
+    """The same of the card of an adapter."""
 
     base_name: str | None = field(
         default=None, metadata={"help": "What the adapter calls its base where that is a local folder: its Hub id."}
     )
-    license: str | None = field(default=None, metadata={"help": "Licence of the adapter, as on the Hub."})
     languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
-
-    def check(self, repo_id: str, token: str | None = None, base: str | None = None) -> None:
-        """Refuse before the work what would be refused after it; `base` is what the adapter is trained on."""
-        super().check(repo_id, token)
-        check_license(license=self.license)
-        check_base_name(self.base_name, base)
 
     def card(self) -> dict[str, Any]:
         """Return them as arguments of `write_adapter_card`."""
         return {"base_model": self.base_name, "license": self.license, "languages": self.languages}
+
+
+def destination(hub: Hub, folder: str | Path) -> dict[str, Any]:
+    """Return where a push goes as arguments of `publish_dataset`; a repository without a name is called as the folder.
+
+    >>> destination(HubOptions(hub_model_id="user/rows"), "outputs/contexts")
+    {'repo_id': 'user/rows', 'private': None, 'branch': None}
+    >>> destination(HubOptions(), "outputs/contexts")["repo_id"]
+    'contexts'
+    """
+    repo_id = hub.hub_model_id or Path(folder).resolve().name
+    return {"repo_id": repo_id, "private": hub.hub_private_repo, "branch": hub.hub_revision}
+
+
+def same_command() -> str:
+    """Return the command that started this process; what it leaves on disk makes the second run short."""
+    program = Path(sys.argv[0])
+    start = ["-m", "hf_longalign"] if program.name == "__main__.py" else [str(program)]
+    start = ["hf-longalign"] if program.name == "hf-longalign" else ["python", *start]
+    return shlex.join([*start, *sys.argv[1:]])

@@ -1,71 +1,40 @@
-"""Instruction-tune a causal language model on short data with skipped positions.
-
-    accelerate launch recipes/sft.py --config recipes/qwen2.5-0.5b/sft_skipalign.yaml --output_dir outputs/qwen
-
-Every option of TRL's `ScriptArguments`, `LongAlignSFTConfig`, `ModelConfig` and of the classes below can stand in
-the YAML or on the command line, which wins.
-"""
+"""Instruction-tune a causal language model on short data with skipped positions: what `hf-longalign sft` runs."""
 
 import json
 import logging
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import AutoTokenizer
 from transformers.trainer_utils import HubStrategy
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 from trl.data_utils import get_dataset_column_names
 
-from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
-from hf_longalign.commands.publishing import PublishArguments, start_logging
-from hf_longalign.hub import PublishError, check_base_name, publish_command
+from hf_longalign.commands.publishing import PublishOptions, destination
+from hf_longalign.commands.sft_options import DataOptions
+from hf_longalign.config import LongAlignSFTConfig
+from hf_longalign.hub import publish_command
+from hf_longalign.trainer import LongAlignSFTTrainer
 
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
-
-@dataclass
-class DataArguments(ScriptArguments):
-    """The data set: a Hub id, a folder, or a JSONL or Parquet file (`dataset_name`), in any TRL format."""
-
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Revision of a Hub data set: branch, tag or commit."}
-    )
-    test_size: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training split to hold out for evaluation where there is no test split."},
-    )
-
-
-ARGUMENTS = (DataArguments, LongAlignSFTConfig, ModelConfig, PublishArguments)
-
-
-def read_dataset(args: DataArguments) -> DatasetDict | IterableDatasetDict:
+def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
     """Load the data set and hold out a test split if one is asked for and none is there."""
-    if args.dataset_name is None:
-        raise ValueError("`dataset_name` must be a Hub id, a folder or a file, got None. Set it in the YAML.")
-    file_format = FILE_FORMATS.get(Path(args.dataset_name).suffix)
-    if file_format and not Path(args.dataset_name).is_file():
-        raise ValueError(f"`dataset_name` must be a file that exists, got {args.dataset_name!r}. Set it to its path.")
-    if file_format:
-        source = {"path": file_format, "data_files": args.dataset_name}
-    else:
-        source = {"path": args.dataset_name, "name": args.dataset_config, "revision": args.dataset_revision}
-    dataset = load_dataset(**source, streaming=args.dataset_streaming)
+    name, config, revision = str(args.dataset_name), args.dataset_config, args.dataset_revision
+    dataset = (
+        load_dataset(args.file_format, data_files=name, streaming=args.dataset_streaming)
+        if args.file_format
+        else load_dataset(name, config, revision=revision, streaming=args.dataset_streaming)
+    )
     if args.dataset_train_split not in dataset:
         raise ValueError(
             f"`dataset_train_split` must be one of {sorted(dataset)}, got {args.dataset_train_split!r}. "
             "Set one of them."
         )
     if args.test_size and args.dataset_test_split not in dataset:
-        if args.dataset_streaming:
-            raise ValueError(
-                "`test_size` cannot cut a streamed data set. Set `dataset_test_split` to one of its splits."
-            )
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
@@ -96,44 +65,32 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def publish(trainer: LongAlignSFTTrainer, args: PublishArguments) -> str:
+def publish(trainer: LongAlignSFTTrainer, args: PublishOptions) -> str:
     """Save the model and publish it, and return what to tell the user."""
-    training_args = trainer.args
-    command = publish_command(
-        "publish_adapter",
-        training_args.output_dir,
-        repository(training_args),
-        base_model=training_args.base_name,
-        private=training_args.hub_private_repo,
-        **args.options(),
-    )
-    return args.push(lambda branch, **more: trainer.push_to_hub(revision=branch, **more), command)
-
-
-def repository(args: LongAlignSFTConfig) -> str:
-    """Return the name of the repository to push to; unset, it is that of the output folder."""
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+    folder = str(trainer.args.output_dir)
+    to = destination(trainer.args, folder)
+    command = publish_command(folder, base_model=trainer.args.base_name, **to, **args.options())
+    return args.push(trainer.push_to_hub, command)
 
 
 def run(
-    data_args: DataArguments,
+    data_args: DataOptions,
     training_args: LongAlignSFTConfig,
     model_args: ModelConfig,
-    publish_args: PublishArguments,
-) -> None:
+    publish_args: PublishOptions,
+) -> int:
     """Train, evaluate, save, publish."""
-    pushes = training_args.push_to_hub
-    if pushes:
-        publish_args.check(repository(training_args), training_args.hub_token)
-        check_base_name(training_args.base_name, model_args.model_name_or_path)
-        training_args.hub_revision = publish_args.branch or training_args.hub_revision
+    output_dir = str(training_args.output_dir)
+    if training_args.push_to_hub:
+        publish_args.check_push(training_args, output_dir, training_args.hub_token)
         if publish_args.create_pr or publish_args.push_dry_run:
             training_args.hub_strategy = HubStrategy.END  # one pull request, or one folder, and none per checkpoint
+    given: Any = training_args.model_init_kwargs or {}  # TRL has read the JSON of a command line
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
-        **(training_args.model_init_kwargs or {}),
+        **given,
     }
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
@@ -149,7 +106,7 @@ def run(
         trust_remote_code=training_args.trust_remote_code,
     )
     trainer = LongAlignSFTTrainer(
-        model_args.model_name_or_path,
+        str(model_args.model_name_or_path),
         args=training_args,
         train_dataset=dataset[data_args.dataset_train_split],
         eval_dataset=dataset[data_args.dataset_test_split] if evaluates else None,
@@ -158,25 +115,16 @@ def run(
         peft_config=get_peft_config(model_args),
     )
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(training_args.output_dir) if resume == "auto" else resume)
-    if pushes:
+    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if resume == "auto" else resume)
+    if training_args.push_to_hub:
         trainer.accelerator.print(publish(trainer, publish_args))
     else:
-        trainer.save_model(training_args.output_dir)
-        trainer.accelerator.print(f"Saved to {training_args.output_dir}")
+        trainer.save_model(output_dir)
+        trainer.accelerator.print(f"Saved to {output_dir}")
     # The wrapper goes before the process group: the last to hold a gloo group, it would close it without ever letting
     # go of Python's lock, for which a thread of that group may be waiting.
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
     if hasattr(trainer, "end"):  # transformers >= 5.18 closes the trackers here
         trainer.end()
-
-
-def main() -> int:
-    """Read the options and train."""
-    start_logging()
-    try:
-        run(*TrlParser(ARGUMENTS).parse_args_and_config())
-    except PublishError as error:
-        sys.exit(str(error))
     return 0

@@ -89,7 +89,6 @@ class OpenAIGenerator:
     ('tiny', 64)
     """
 
-    remote = True
     option_remedies = _OPTION_REMEDIES
 
     def __init__(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
+from hf_longalign.text import clean
+
 
 CONTENT_FILTER = "content_filter"
 TOO_LONG = "too_long"
@@ -15,15 +17,12 @@ BAD_REQUEST = "bad_request"
 
 
 class _NamedError(RuntimeError):
-    """An error with a short name to count by; it travels between processes."""
+    """An error with a short name to count by."""
 
     def __init__(self, kind: str, message: str, told: str = "") -> None:
         super().__init__(message)
         self.kind = kind
         self.told = told or message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.kind, str(self), self.told)
 
 
 class GenerationError(_NamedError):
@@ -156,6 +155,11 @@ class Reply:
     cached_tokens: int = field(default=0, compare=False)
     confirmed: bool = field(default=True, compare=False)
 
+    def __post_init__(self) -> None:
+        # Here, where every reply enters: neither the journal nor a data set can hold half characters.
+        for name in ("text", "model"):
+            object.__setattr__(self, name, clean(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -182,13 +186,11 @@ class Generator(Protocol):
     """Turns requests into replies.
 
     `model` is the name to put into `Request.model`; it holds no local path. `concurrency` is the number of requests
-    worth having under way at once. `remote` says that the work is done and billed elsewhere, so that replies under way
-    are worth waiting for even when this process is killed; such a generator can be pickled.
+    worth having under way at once.
     """
 
     model: str
     concurrency: int
-    remote: bool
 
     async def check(self) -> None:
         """Raise `EndpointError` where no reply could ever come; costs nothing."""
@@ -222,7 +224,6 @@ class SwitchGenerator:
             names = ", ".join(generator.model for generator in generators)
             raise ValueError(f"`judge` must have another model than `generator`, got {names}. Leave `judge` out.")
         self.model = generators[0].model
-        self.remote = all(generator.remote for generator in generators)
         self.concurrency = sum(generator.concurrency for generator in generators)
 
     async def check(self) -> None:

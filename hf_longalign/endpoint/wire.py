@@ -291,6 +291,9 @@ def _used(usage: Mapping[str, Any], request: Request, text: str, kind: str) -> F
     """The tokens that `usage` tells. Where it tells none: one token a byte is the most it can have been."""
     limit = min(len(text.encode("utf-8", "replace")), request.sampling.token_limit)
     told = [_number(usage, name, -1) for name in ("prompt_tokens", "completion_tokens")]
+    if text:
+        # A text for nothing: some gateways fill in zeros, with which no budget would ever end.
+        told = [one or -1 for one in told]
     bounds = (request.most_prompt_tokens, limit)
     prompt, completion = (bound if one < 0 else one for one, bound in zip(told, bounds, strict=True))
     return Fault(kind, prompt, completion, confirmed=min(told) >= 0)

@@ -15,8 +15,7 @@ from typing import Any
 from hf_longalign.endpoint import EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
 from hf_longalign.endpoint.protocol import TOO_LONG
 from hf_longalign.evaluation.noise import noise
-from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.evaluation.stats import GenerationStats
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 
 
 logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class EndpointGenerator:
         endpoint: such as http://localhost:8000/v1, which a URL without a path gets; or several that serve the same. A
             login in it is sent as HTTP basic authentication and shown nowhere.
         api_key_env: the environment variable that holds the key; without it none is sent.
-        concurrency: the most requests at once.
+        max_concurrency: the most requests at once.
         timeout: seconds for one answer.
         max_attempts: attempts at one answer; waiting for a busy server is none.
 
@@ -92,7 +91,7 @@ class EndpointGenerator:
         stats: counts as the server tells them, and seconds, see [`GenerationStats`].
 
     Raises:
-        ValueError: a URL or concurrency that is none.
+        ValueError: a URL or number of requests that is none.
         ImportError: `openai` is missing, at the first prompt.
 
     Example:
@@ -110,19 +109,21 @@ class EndpointGenerator:
         endpoint: str | Sequence[str],
         *,
         api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 16,
+        max_concurrency: int = 16,
         timeout: float = 1800.0,
         max_attempts: int = 8,
     ) -> None:
-        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
-            raise ValueError(f"`concurrency` must be a positive integer, got {concurrency!r}. Set 16 if in doubt.")
+        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:
+            raise ValueError(
+                f"`max_concurrency` must be a positive integer, got {max_concurrency!r}. Set 16 if in doubt."
+            )
         self.model = model
         self.stats = GenerationStats()
         self._client = OpenAIGenerator(
             model,
             endpoint,
             api_key_env=api_key_env,
-            max_concurrency=concurrency,
+            max_concurrency=max_concurrency,
             timeout=timeout,
             max_attempts=max_attempts,
             # One answer to a long prompt may take longer than a server may be away.
@@ -216,19 +217,21 @@ class EndpointGenerator:
     async def _ask(self, prompt: Prompt) -> Reply:
         extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
         sampling = Sampling(0.0, None, prompt.max_new_tokens, seed=None, extra=extra)
+        # A chat server writes the whole answer: it cannot be told how to begin it.
+        text = prompt.text if prompt.chat else prompt.text + prompt.prefix
         return await self._client.reply(
-            Request((("user", prompt.text),), self._client.model, sampling, prompt.task, prompt.chat)
+            Request((("user", text),), self._client.model, sampling, prompt.task, prompt.chat)
         )
 
     def _counted(self, prompt: Prompt, reply: Reply) -> Completion:
         if not reply.text and reply.completion_tokens > 1:
             logger.warning("An answer of %s has no content: a filter or a reasoning parser took it.", self.model)
         if not reply.confirmed:
-            return Completion(_cut(reply.text, prompt.stop), 0)
+            return Completion(_cut(reply.text, prompt.stop), 0, reply.finish_reason == "length")
         self.stats.prompt_tokens += reply.prompt_tokens
         self.stats.cached_tokens += reply.cached_tokens
         self.stats.generated_tokens += reply.completion_tokens
-        return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens)
+        return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens, reply.finish_reason == "length")
 
     @contextmanager
     def _loop(self) -> Iterator[asyncio.AbstractEventLoop]:

@@ -16,11 +16,9 @@ from peft import PeftModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.batching import Pools, branch_points, reading_order, shared_lengths
-from hf_longalign.evaluation.encoding import decode_answer, encode_text
-from hf_longalign.evaluation.eval_mode import eval_mode
+from hf_longalign.evaluation.encoding import decode_answer, encode_text, eval_mode
 from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, forget_longer_texts, join_rows, reuse_problem
-from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.evaluation.stats import GenerationStats
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 from hf_longalign.rope import model_range
 
 
@@ -156,7 +154,9 @@ class LocalGenerator:
                 start = time.perf_counter()
 
     def _encode(self, prompt: Prompt) -> _Encoded:
-        ids = np.array(encode_text(self.tokenizer, prompt.text, chat=prompt.chat), dtype=np.int32)
+        ids = np.array(
+            encode_text(self.tokenizer, prompt.text, chat=prompt.chat, prefix=prompt.prefix), dtype=np.int32
+        )
         if not ids.size or prompt.max_new_tokens < 1:
             raise ValueError(
                 f"A prompt must have a token and room for an answer, got {ids.size} tokens and `max_new_tokens` "
@@ -254,8 +254,11 @@ class LocalGenerator:
         return any(stop in text for stop in prompt.stop)
 
     def _completion(self, prompt: Prompt, tokens: list[int]) -> Completion:
-        words = tokens[:-1] if tokens[-1] in self._end_ids else tokens
-        return Completion(decode_answer(self.tokenizer, words, prompt.stop), len(tokens))
+        ended = tokens[-1] in self._end_ids
+        whole = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        cut = not ended and not any(stop in whole for stop in prompt.stop)
+        words = tokens[:-1] if ended else tokens
+        return Completion(decode_answer(self.tokenizer, words, prompt.stop), len(tokens), cut)
 
     @torch.inference_mode()
     def _one_by_one(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:

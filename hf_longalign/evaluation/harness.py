@@ -1,4 +1,4 @@
-"""RULER and short-context tasks on a loaded model, through lm-eval.
+"""Tasks of short contexts on a loaded model, through lm-eval: what the training costs there.
 
 Each task stands by itself: one whose data cannot be fetched gives a result that says so, and the rest goes on.
 Source: https://github.com/EleutherAI/lm-evaluation-harness.
@@ -9,55 +9,41 @@ import difflib
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.metadata import version
+from itertools import combinations
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.ruler import SeededLengths, least_length
+from hf_longalign.evaluation.intervals import Z, mean_interval
+from hf_longalign.evaluation.results import group_means
+from hf_longalign.evaluation.runner import Examinee
+from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import Difference, Score, SuiteResult, TaskResult
 
 
 logger = logging.getLogger(__name__)
 
-# Needles, tracing, aggregation and questions (https://arxiv.org/abs/2404.06654), by lm-eval's names.
-RULER_TASKS = (
-    "niah_single_1",
-    "niah_single_2",
-    "niah_single_3",
-    "niah_multikey_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-    "niah_multiquery",
-    "niah_multivalue",
-    "ruler_vt",
-    "ruler_cwe",
-    "ruler_fwe",
-    "ruler_qa_squad",
-    "ruler_qa_hotpot",
-)
-RULER_LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
-# RULER's lengths count neither the chat template nor the beginning of the answer that it puts into the model's mouth.
-RULER_EXTRA = 256
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
-SUITES: dict[str, tuple[str, ...]] = {"ruler": RULER_TASKS, "short": ("mmlu_pro", "gsm8k", "ifeval")}
+SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """What lm-eval found on one task, RULER's at one length.
+    """What lm-eval found on one task.
 
     Attributes:
         task: lm-eval's name of the task or group.
-        length: RULER's length in tokens; `None` elsewhere.
         metric: the task's first metric, with lm-eval's filter behind a comma, such as "exact_match,strict-match".
-        value: its value, 0 to 1 for all tasks of `SUITES`; `None` where the task was not run.
+        value: its value, 0 to 1 for all tasks of `SHORT`; `None` where the task was not run.
         stderr: its standard error, where lm-eval gives one.
         metrics: all metrics of the task, by the same names.
         samples: questions asked.
@@ -68,7 +54,6 @@ class HarnessResult:
     """
 
     task: str
-    length: int | None = None
     metric: str | None = None
     value: float | None = None
     stderr: float | None = None
@@ -86,7 +71,6 @@ def run_harness(
     tasks: Sequence[str],
     *,
     max_length: int,
-    ruler_lengths: Sequence[int] | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     chat: bool = True,
@@ -100,10 +84,8 @@ def run_harness(
     Args:
         model: loaded, with or without an adapter; it is set to evaluation mode.
         tokenizer: the model's.
-        tasks: names of lm-eval's tasks and groups, or of `SUITES`: "ruler", "short".
-        max_length: tokens the model reads and writes together; a RULER sample of that length may take up to
-            `RULER_EXTRA` more.
-        ruler_lengths: lengths in tokens of RULER's samples; `None`: all of `RULER_LENGTHS` up to `max_length`.
+        tasks: names of lm-eval's tasks and groups.
+        max_length: tokens the model reads and writes together.
         limit: questions of each task (of each member of a group), the first ones; `None`: all.
         batch_size: prompts at once.
         chat: go through the chat template.
@@ -111,25 +93,14 @@ def run_harness(
 
     Raises:
         ImportError: lm-eval is missing.
-        ValueError: an unknown task, with names close to it; a RULER length above `max_length`; no chat template.
+        ValueError: an unknown task, with names close to it; no chat template.
     """
-    names = list(dict.fromkeys(task for name in tasks for task in SUITES.get(name, (name,))))
-    lengths = _ruler_lengths(ruler_lengths, max_length) if set(names) & set(RULER_TASKS) else []
+    names = list(dict.fromkeys(tasks))
     if chat and not tokenizer.chat_template:
         raise ValueError("`chat=True` needs a tokenizer with a chat template, got one without. Set `chat` to False.")
     harness = _Harness(model, tokenizer, max_length, limit, batch_size, chat, include_path)
     harness.check(names)
-    return harness.results(names, lengths)
-
-
-def _ruler_lengths(lengths: Sequence[int] | None, max_length: int) -> list[int]:
-    found = [length for length in RULER_LENGTHS if length <= max_length] if lengths is None else list(lengths)
-    if not found or max(found) > max_length:
-        raise ValueError(
-            f"`ruler_lengths` must be at most `max_length` ({max_length}), got {lengths or RULER_LENGTHS}. Set "
-            "`max_length` to what the model reads, or shorter lengths."
-        )
-    return found
+    return (result for name in names for result in harness.run(name, harness.manager(name)))
 
 
 class _Harness:
@@ -152,9 +123,8 @@ class _Harness:
         self.lm_eval, self.version = lm_eval, str(lm_eval.__version__)
         self.tokenizer, self.limit, self.chat = tokenizer, limit, chat
         self.own = None if include_path is None else _tasks_in(include_path)
-        self.max_length = max_length
         with _quiet():
-            self.lm = _counting_lm(model, tokenizer, batch_size)
+            self.lm = _counting_lm(model, tokenizer, batch_size, max_length)
 
     def manager(self, name: str) -> Any:
         return self.own if self.own is not None and name in self.own.all_tasks else _tasks_of_lm_eval()
@@ -163,37 +133,17 @@ class _Harness:
         for name in names:
             known = self.manager(name).all_tasks
             if name not in known:
-                close = difflib.get_close_matches(name, known) or [*SUITES, "…"]
+                close = difflib.get_close_matches(name, known) or [*SHORT, "…"]
                 raise ValueError(
                     f"`tasks` must hold names that lm-eval {self.version} knows, got {name!r}. Set it to one of "
                     f"{', '.join(close)}; `lm-eval ls tasks` lists all."
                 )
         if not names:
-            raise ValueError(
-                f"`tasks` must name a task, got none. Set it to one of {', '.join(SUITES)}, for instance."
-            )
+            raise ValueError(f"`tasks` must name a task, got none. Set it to one of {', '.join(SHORT)}, for instance.")
 
-    def results(self, names: Sequence[str], lengths: Sequence[int]) -> Iterator[HarnessResult]:
-        for name in names:
-            if name not in RULER_TASKS:
-                yield from self.run(name, self.manager(name))
-        for length in lengths:
-            with tempfile.TemporaryDirectory() as folder:
-                # RULER makes its texts to a length in this tokenizer's tokens, which it loads from a folder. lm-eval
-                # takes the first questions of all lengths together, so each length has a manager of its own.
-                self.tokenizer.save_pretrained(folder)
-                ruler = Path(self.lm_eval.__file__).parent / "tasks/ruler"
-                manager = _tasks_in(ruler, metadata={"max_seq_lengths": SeededLengths([length]), "tokenizer": folder})
-                for name in names:
-                    if name in RULER_TASKS:
-                        yield from self.run(name, manager, length)
-
-    def run(self, name: str, manager: Any, length: int | None = None) -> list[HarnessResult]:
+    def run(self, name: str, manager: Any) -> list[HarnessResult]:
         self.lm.cut = 0
-        self.lm.room = max(self.max_length, 0 if length is None else length + RULER_EXTRA)
         try:
-            if length is not None:
-                self._check_length(name, length)
             with _only_process(), _quiet():
                 found = self.lm_eval.simple_evaluate(
                     self.lm,
@@ -207,19 +157,13 @@ class _Harness:
             told = _explained(name, error)
             logger.warning("%s", told)
             logger.debug("lm-eval's error in %s", name, exc_info=True)
-            return [HarnessResult(name, length, version=self.version, error=told)]
+            return [HarnessResult(name, version=self.version, error=told)]
         if self.lm.cut:
             logger.warning("%s: %d prompts are longer than `max_length` and lost their beginning", name, self.lm.cut)
-        return self._read(name, length, found)
+        return self._read(name, found)
 
-    def _check_length(self, name: str, length: int) -> None:
-        least = least_length(name, length, lambda text: len(self.tokenizer(text)["input_ids"]))
-        if length < least:
-            needed = "a tokenizer with longer tokens" if least == sys.maxsize else f"at least {least:,} tokens"
-            raise ValueError(f"its samples need {needed}, got a length of {length:,}")
-
-    def _read(self, name: str, length: int | None, found: Mapping[str, Any]) -> list[HarnessResult]:
-        by_task = {task: _metrics(values, length) for task, values in found["results"].items()}
+    def _read(self, name: str, found: Mapping[str, Any]) -> list[HarnessResult]:
+        by_task = {task: _metrics(values) for task, values in found["results"].items()}
         # A group without an average of its own, and a tag, stand for their tasks.
         tasks = [name] if by_task.get(name) else [task for task, metrics in by_task.items() if metrics]
         samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
@@ -231,7 +175,6 @@ class _Harness:
             results.append(
                 HarnessResult(
                     task=task,
-                    length=length,
                     metric=metric,
                     value=by_task[task][metric],
                     stderr=float(stderr) if isinstance(stderr, Real) else None,
@@ -245,6 +188,113 @@ class _Harness:
         return results
 
 
+class HarnessSuite:
+    """Short-context tasks of lm-eval, each once per model; those that failed in an earlier run are tried again.
+
+    Every process must make it before any of them works: they agree on what an earlier run has left.
+
+    Args:
+        tasks: lm-eval's names.
+        model: what all examinees share.
+        tokenizer: the model's.
+        store: what earlier runs have found.
+        examinees: the models.
+        max_length: tokens the model reads and writes together.
+        limit: questions of each task; `None`: all.
+        chat: go through the chat template.
+    """
+
+    name = "short"
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        store: ResultStore,
+        examinees: Sequence[Examinee],
+        *,
+        max_length: int,
+        limit: int | None = None,
+        chat: bool = True,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.options: dict[str, Any] = {"max_length": max_length, "limit": limit, "chat": chat}
+        self.tasks = list(dict.fromkeys(tasks))
+        run_harness(model, tokenizer, self.tasks, **self.options)  # checks the names
+        self._keys = {
+            (examinee.label, task): self._first_open(examinee, task, store)
+            for examinee in examinees
+            for task in self.tasks
+        }
+
+    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
+        """Run this process's share of the tasks."""
+        jobs = [(examinee, task) for task in self.tasks for examinee in examinees]
+        bar = tqdm(jobs[rank::processes], desc=self.name, unit="task", disable=rank != 0)
+        for examinee, task in bar:
+            key = self._keys[examinee.label, task]
+            bar.set_postfix_str(f"{examinee.label}, {task}")
+            if key not in store:
+                with examinee.active():
+                    found = run_harness(self.model, self.tokenizer, [task], **self.options)
+                    store.add(key, [asdict(result) for result in found])
+
+    def asked(self) -> list[str]:
+        """Return the tasks with lm-eval's version and what their questions depend on."""
+        return [f"lm-eval/{version('lm-eval')}/{self.options}/{task}" for task in self.tasks]
+
+    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> SuiteResult:
+        """Return the value of every task with the interval of its standard error, or why it was not run."""
+        store.wait_for(self._keys.values())
+        found: dict[str, dict[str, HarnessResult]] = {}
+        for task in self.tasks:
+            for examinee in examinees:
+                for value in store.get(self._keys[examinee.label, task]):
+                    result = HarnessResult(**value)
+                    found.setdefault(result.task, {})[examinee.label] = result
+        tasks = [_task_result(name, by_label) for name, by_label in found.items()]
+        return SuiteResult(self.name, tasks, group_means(tasks, {}))
+
+    def _first_open(self, examinee: Examinee, task: str, store: ResultStore) -> str:
+        """The key of a task's result: the first attempt that is not there yet or did not fail."""
+        attempt = 0
+        while True:
+            key = examinee.key(f"lm-eval/{self.options}/{task}/{attempt}")
+            if key not in store or not any(result["error"] for result in store.get(key)):
+                return key
+            attempt += 1
+
+
+def _task_result(task: str, by_label: Mapping[str, HarnessResult]) -> TaskResult:
+    done = {label: result for label, result in by_label.items() if result.value is not None}
+    first = next(iter(done.values()), None)
+    cut = sum(result.cut for result in done.values())
+    return TaskResult(
+        task,
+        metric=first.metric if first else None,
+        samples=first.samples if first else 0,
+        scores={label: _score(result) for label, result in done.items()},
+        differences=[
+            # lm-eval keeps no answers here, so the difference has no interval of its own.
+            Difference(label, reference, float(done[label].value or 0) - float(done[reference].value or 0))
+            for reference, label in combinations(done, 2)
+        ],
+        cut_prompts=cut,
+        error=next((result.error for result in by_label.values() if result.error), None),
+        note="prompts longer than the model's range lost their beginning" if cut else None,
+    )
+
+
+def _score(found: HarnessResult) -> Score:
+    value = float(found.value or 0)
+    if found.stderr is None:
+        return Score(value)
+    if found.stderr == 0:  # all questions scored alike, which few questions easily do: no proof that others would
+        return Score(value, *mean_interval([value] * found.samples))
+    return Score(value, max(0.0, value - Z * found.stderr), min(1.0, value + Z * found.stderr))
+
+
 @cache
 def _tasks_of_lm_eval() -> Any:
     """All tasks lm-eval comes with; reading their thousands of files takes seconds, so it is done once."""
@@ -253,23 +303,24 @@ def _tasks_of_lm_eval() -> Any:
     return TaskManager()
 
 
-def _tasks_in(folder: str | Path, metadata: dict[str, Any] | None = None) -> Any:
+def _tasks_in(folder: str | Path) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
+    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def _counting_lm(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+def _counting_lm(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, room: int
+) -> Any:
     """lm-eval's model around a loaded one: reads and writes `room` tokens, counts the longer prompts in `cut`."""
     from lm_eval.models.huggingface import HFLM
 
     class CountingLM(HFLM):
         cut = 0
-        room = 0
 
         @property
         def max_length(self) -> int:
-            return self.room
+            return room
 
         def tok_batch_encode(
             self,
@@ -292,15 +343,12 @@ def _counting_lm(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeni
     return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
-def _metrics(values: Mapping[str, Any], length: int | None) -> dict[str, float]:
-    """The metrics of a task, "name,filter"; of RULER the one of this length, which is what its metrics are called."""
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a task, "name,filter", without their standard errors."""
     return {
         key: float(value)
         for key, value in values.items()
-        if "," in key
-        and not key.split(",")[0].endswith("_stderr")
-        and isinstance(value, Real)
-        and (length is None or key.split(",")[0] == str(length))
+        if "," in key and not key.split(",")[0].endswith("_stderr") and isinstance(value, Real)
     }
 
 

@@ -1,10 +1,9 @@
-"""The text a needle is hidden in: texts from anywhere, cut into sentences between which needles go. Only the standard
-library.
-"""
+"""The text a needle is hidden in: texts from anywhere, cut into sentences between which needles go."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 
 # Characters of scripts that are written without blanks between words, or whose endings stick to the word: Thai, Lao,
@@ -21,6 +20,49 @@ _LAST_WORD = re.compile(r"([^\W\d_]+|\b\d{1,2})\.$")
 _SHORT_FORMS = "al cf ch co dr ed eds etc fig inc jr lt ltd mr mrs ms no nos pp prof sr st vol vs"
 _ABBREVIATIONS = frozenset(_SHORT_FORMS.split())
 _UNIT = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]{{1,30}})")
+
+
+def load_texts(source: str) -> Iterable[str]:
+    """Return the texts of a file or folder, see [`read_texts`], or of a data set, read as they are needed.
+
+    Args:
+        source: path, or a data set on the Hub, `user/name[:config][@split]` (default: train); its texts are the column
+            text, or context.
+
+    Raises:
+        ValueError: a path to nothing, or no such column.
+        ConnectionError: the data set cannot be had.
+    """
+    if (
+        Path(source).exists()
+        or Path(source).suffix == ".txt"
+        or source.count("/") > 1
+        or source.startswith((".", "~", "/"))
+    ):
+        return read_texts(source)
+    from datasets import load_dataset
+
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # the Hub's, the network's, the format's
+        raise ConnectionError(
+            f"`haystack` must be a text file, a folder or a data set, got {source!r}: there is no such path, and as a "
+            f"data set it cannot be had ({type(error).__name__}: {error}). Correct it, or leave it out."
+        ) from error
+    return _texts(rows, source)
+
+
+def _texts(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[str]:
+    for row in rows:
+        column = next((name for name in ("text", "context") if name in row), None)
+        if column is None:
+            raise ValueError(
+                f"`haystack` must be a data set with a column text or context, got {source!r} with {', '.join(row)}. "
+                "Save its texts as .txt files."
+            )
+        yield row[column]
 
 
 def read_texts(path: str | Path) -> list[str]:

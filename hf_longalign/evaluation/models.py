@@ -3,10 +3,12 @@
 import hashlib
 import json
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import (
     AutoConfig,
@@ -26,7 +28,7 @@ from hf_longalign.run_record import load_record
 
 logger = logging.getLogger(__name__)
 
-BASE, ADAPTER = "base", "adapter"
+BASE, SCALED, ADAPTER = "base", "base, scaled RoPE", "adapter"
 
 
 def load_model(
@@ -191,29 +193,69 @@ def load_tokenizer(
 
 
 def examinees(
-    model: PreTrainedModel | PeftModel, generator: Generator, names: dict[str, str], settings: dict[str, Any]
+    model: PreTrainedModel | PeftModel,
+    generator: Generator,
+    settings: dict[str, Any],
+    plain: PretrainedConfig | None = None,
 ) -> list[Examinee]:
     """Return what is evaluated: the model, or base and adapter, which share the weights in memory.
+
+    Where the adapter was trained with scaled RoPE there are three: scaling alone changes a model, on short texts for
+    the worse, and what it does must not be put down to the training, nor hidden by it.
 
     Args:
         model: as loaded.
         generator: answers for it.
-        names: the names the user gave, by label.
         settings: whatever else shapes the answers, JSON-able.
+        plain: the base's config as published; `None`: the model's own.
     """
     base_identity = _digest({"weights": _weights_of(model), **settings})
     if not isinstance(model, PeftModel):
-        return [Examinee(BASE, base_identity, generator)]
-
-    def without_adapter() -> AbstractContextManager[Any]:
-        return model.disable_adapter()
-
+        return [Examinee(BASE, base_identity, generator, what="the model")]
     adapter_identity = _digest({"base": base_identity, "adapter": _adapter_digest(model)})
-    labels = list(names)
+    adapter = Examinee(ADAPTER, adapter_identity, generator, what="the base with the adapter, as trained")
+    base = Examinee(BASE, base_identity, generator, model.disable_adapter, what="the base without the adapter")
+    if plain is None or rope_record(plain) == rope_record(model.config):
+        return [base, adapter]
+
+    @contextmanager
+    def as_published() -> Iterator[None]:
+        with model.disable_adapter(), other_rope(model, plain):
+            yield
+
+    plain_identity = _digest({"base": base_identity, "rope": rope_record(plain).to_json()})
+    base.label, base.what = SCALED, "the base without the adapter, with the RoPE scaling it was trained with"
     return [
-        Examinee(labels[0], base_identity, generator, without_adapter),
-        Examinee(labels[1], adapter_identity, generator),
+        Examinee(BASE, plain_identity, generator, as_published, what="the base as published, RoPE not scaled"),
+        base,
+        adapter,
     ]
+
+
+@contextmanager
+def other_rope(model: torch.nn.Module, config: PretrainedConfig) -> Iterator[None]:
+    """Let a model turn its queries and keys by another config's RoPE for a while, and nothing else be changed.
+
+    Rotary embeddings are the only modules that hold frequencies; each is replaced by one built from the config.
+
+    Args:
+        model: with or without an adapter.
+        config: of the same kind of model.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if "rotary" in type(module).__name__.lower() and hasattr(module, "config")
+    }
+    text = config.get_text_config()
+    try:
+        for name, module in found.items():
+            device = next((buffer.device for buffer in module.buffers()), None)
+            model.set_submodule(name, type(module)(text).to(device))
+        yield
+    finally:
+        for name, module in found.items():
+            model.set_submodule(name, module)
 
 
 def _weights_of(model: PreTrainedModel | PeftModel) -> dict[str, Any]:

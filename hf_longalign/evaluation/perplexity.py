@@ -1,9 +1,10 @@
 """Perplexity by position: how well a model predicts a token from so many tokens before it.
 
-Long documents are cut into windows, and each window is read alone, from position 0. The token at place i of a window
-is predicted from the i tokens before it, so its loss counts at position i. With a stride below the window the same
-text is scored at several positions, and the curve compares positions instead of texts. For a comparison of two models,
-or of an adapter turned on and off, give both the same documents, window and stride.
+Documents are cut into windows, and each window is read alone, from position 0; one that is shorter than a window is
+read whole. The token at place i of a window is predicted from the i tokens before it, so its loss counts at position
+i. With a stride below the window the same text is scored at several positions, and the curve compares positions, not
+texts. For a comparison of two models, or of an adapter turned on and off, give both the same documents, window and
+stride.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_longalign.evaluation.eval_mode import eval_mode
+from hf_longalign.evaluation.encoding import eval_mode
 from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
 
@@ -83,11 +84,11 @@ def perplexity_by_position(
     bos_token_id: int | None = None,
     progress: bool = True,
 ) -> PositionLoss:
-    """Return the losses of documents by position, see [`document_loss`], which does one of them.
+    """Return the losses of any number of documents by position, see [`document_loss`], which does one of them.
 
     Args:
         model: a causal language model; an adapter that is turned off stays off.
-        documents: token ids, int `(tokens,)` each.
+        documents: token ids, int `(tokens,)` each, of any lengths.
         window: tokens of a window.
         stride: tokens from one window to the next.
         edges: see [`document_loss`].
@@ -95,9 +96,7 @@ def perplexity_by_position(
         progress: show a bar.
     """
     if not len(documents):
-        raise ValueError("`documents` must hold at least one, got none. Give documents longer than the window.")
-    for number, ids in enumerate(documents):
-        _check_document(number, np.size(ids), window, bos_token_id)
+        raise ValueError("`documents` must hold at least one, got none. Give token ids of texts.")
     bar = tqdm(documents, desc="perplexity", unit="document", disable=not progress)
     losses = [
         document_loss(model, ids, window=window, stride=stride, edges=edges, bos_token_id=bos_token_id) for ids in bar
@@ -116,9 +115,9 @@ def document_loss(
 ) -> PositionLoss:
     """Return the losses of one document by position.
 
-    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole. The losses are computed in float32; the
-    logits of a whole window never exist at once, except for models that cannot be read in pieces exactly, see
-    [`reuse_problem`].
+    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole; the only one of a shorter document ends
+    with it. The losses are computed in float32; the logits of a whole window never exist at once, except for models
+    that cannot be read in pieces exactly, see [`reuse_problem`].
 
     Args:
         model: a causal language model.
@@ -129,24 +128,23 @@ def document_loss(
         bos_token_id: token that begins every window, for models that were trained so.
 
     Raises:
-        ValueError: a document shorter than the window, a window beyond the model's range, bad edges or stride.
+        ValueError: a window beyond the model's range, bad edges or stride.
     """
     array = np.asarray(ids)
     bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
     _check_request(window, stride, bounds)
-    _check_document(0, array.size, window, bos_token_id)
     check_range(model.config, window)
     text = window - (bos_token_id is not None)
-    starts = range(0, array.size - text + 1, stride)
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
-    bins = np.searchsorted(bounds, np.arange(1, window), side="right") - 1
     pieces = _CHUNK if reuse_problem(model) is None else window
     with eval_mode(model):
-        for start in starts:
+        for start in range(0, max(1, array.size - text + 1), stride):
             content = array[start : start + text]
-            losses = _losses(model, content if bos_token_id is None else np.append(bos_token_id, content), pieces)
-            sums += np.bincount(bins, losses, minlength=sums.size)
-            counts += np.bincount(bins, minlength=sums.size)
+            tokens = content if bos_token_id is None else np.append(bos_token_id, content)
+            if tokens.size > 1:  # else there is nothing to predict, or nothing to predict it from
+                bins = np.searchsorted(bounds, np.arange(1, tokens.size), side="right") - 1
+                sums += np.bincount(bins, _losses(model, tokens, pieces), minlength=sums.size)
+                counts += np.bincount(bins, minlength=sums.size)
     return PositionLoss(bounds, sums, counts)
 
 
@@ -179,13 +177,4 @@ def _check_request(window: int, stride: int, edges: np.ndarray) -> None:
         raise ValueError(
             f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {edges.tolist()}. Leave them "
             "out for bins that double."
-        )
-
-
-def _check_document(number: int, tokens: int, window: int, bos_token_id: int | None) -> None:
-    least = window - (bos_token_id is not None)
-    if tokens < least:
-        raise ValueError(
-            f"`documents` must be as long as the window, {least:,} tokens, got one of {tokens:,} (number {number}). "
-            "Leave it out, join documents, or set a smaller window."
         )

@@ -12,7 +12,7 @@ class Prompt:
     """A question, its length in the model's tokens, and the answers it is scored against.
 
     Attributes:
-        suite: "needle" or "longbench".
+        suite: a key of `hf_longalign.records.names.SUITES`.
         task: task within the suite, such as "multi_key" or "hotpotqa".
         index: number of the sample within its task, length and depth.
         text: what the user says; without a chat template, what the model continues.
@@ -23,6 +23,9 @@ class Prompt:
         length: tokens asked for, the template and the room for the answer included; `None`: as long as it is.
         depth: place of the needle, 0 at the beginning of the haystack, 1 at its end; `None`: has none.
         classes: all labels of a classification task, in the data's order.
+        prefix: how the answer is made to begin, after the chat template's own beginning; no part of the answer.
+        shortened: whether something was cut out of it to fit.
+        parts: parts of its task that it counts to, such as "0-4k" or "hard".
 
     Example:
 
@@ -42,6 +45,14 @@ class Prompt:
     length: int | None = None
     depth: float | None = None
     classes: tuple[str, ...] = ()
+    prefix: str = ""
+    shortened: bool = False
+    parts: tuple[str, ...] = ()
+
+    @property
+    def sample(self) -> tuple[str, int | None, int]:
+        """What its answers go together with: the prompts of one sample differ in the depth of the needle alone."""
+        return self.task, self.length, self.index
 
     @cached_property
     def key(self) -> str:
@@ -56,10 +67,29 @@ class Completion:
     Attributes:
         text: the answer, without stop texts and special tokens.
         tokens: tokens generated, the one that ended it included; 0 where a server does not say.
+        cut: whether it ended because there was no more room, and not by itself.
     """
 
     text: str
     tokens: int
+    cut: bool = False
+
+
+@dataclass
+class GenerationStats:
+    """Counts and seconds, added up over all calls of a generator.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts answered.
+        cached_tokens: those of them that were not computed, because an earlier prompt had them too.
+        generated_tokens: tokens of the answers.
+        seconds: time spent reading and answering; of several processes the sum.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
 
 
 def fingerprint(keys: Iterable[str]) -> str:

@@ -6,29 +6,16 @@ score.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from hf_longalign.records.report import Reach
 
 
 # Llama-2-7B (chat) at 4,096 tokens.
 RULER_THRESHOLD = 0.856
 SHARE = 0.85
 DRAWS = 2000
-# Half the width of a 95 % interval below which more samples are not worth their time.
-WIDTH = 0.03
-
-
-@dataclass(frozen=True)
-class Reach:
-    """An effective length in tokens with its 95 % interval; 0 where even the shortest falls short.
-
-    Where `low` or `high` is the longest length that was asked, the model may reach further.
-    """
-
-    length: int
-    low: int
-    high: int
 
 
 def effective_length(lengths: Sequence[int], scores: Sequence[float], threshold: float) -> int:
@@ -102,23 +89,7 @@ def reaches(
 
 
 def _kept(scores: Sequence[float] | np.ndarray, threshold: float | None, share: float) -> float:
-    return share * float(scores[0]) if threshold is None else threshold
-
-
-def samples_to_add(values: np.ndarray, width: float = WIDTH) -> int:
-    """Return how many more samples bring the 95 % interval of a mean within ± `width`; 0 where it is.
-
-    By the normal interval with the spread seen so far; where all samples scored alike the spread of one sample in
-    twenty is taken, since few samples easily do.
-
-    Args:
-        values: float `(samples,)`, 0 to 1.
-        width: half of the interval's width.
-
-    Example:
-
-    >>> samples_to_add(np.array([0.0, 1.0] * 50)), samples_to_add(np.ones(400))
-    (968, 0)
-    """
-    spread = max(float(np.var(values)), 0.05 * 0.95)
-    return max(0, int(np.ceil(1.96**2 * spread / width**2)) - len(values))
+    if threshold is not None:
+        return threshold
+    # Who answers nothing on short text keeps all of it at any length, and reaches nowhere.
+    return share * float(scores[0]) if scores[0] > 0 else np.inf

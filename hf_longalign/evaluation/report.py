@@ -1,18 +1,22 @@
-"""The report of an evaluation as Markdown: pure text from the numbers of `report.json`."""
+"""The folder of a report: `report.json`, `report.md` and the pictures, all from one `Report`."""
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 from hf_longalign.cards.markdown import table
+from hf_longalign.cards.scores import headline, scores_note, scores_table
+from hf_longalign.plots import draw_pictures
+from hf_longalign.records.base import dumps
+from hf_longalign.records.names import metric_of, suite_of
+from hf_longalign.records.report import Grid, PerplexityResult, Reach, Report, Speed, SuiteResult
+from hf_longalign.records.training import CoverageRecord
 
 
-TITLES = {
-    "needle": "Needle in a haystack",
-    "longbench": "LongBench",
-    "ruler": "RULER",
-    "short": "Short contexts",
-}
+logger = logging.getLogger(__name__)
+
 IMAGES = {
     "needle_accuracy": "Accuracy by context length, with 95 % intervals",
     "needle_heatmap": "Accuracy by depth and length, mean of all tasks",
@@ -20,148 +24,155 @@ IMAGES = {
     "coverage": "Relative distances covered in training, against the lengths evaluated",
 }
 
+# Fields of a diagnosis as a reader is told them.
+WHY = {
+    "right": "right",
+    "cannot_find": "cannot find: right over the evidence alone",
+    "cannot_use": "cannot use: wrong over the evidence alone",
+    "closed_book": "right without any text",
+}
 
-def render_report(report: Mapping[str, Any]) -> str:
-    """Return `report.md` for a report; what was not measured is left out.
+
+def write_report(folder: str | Path, report: Report, *, coverage: CoverageRecord | None = None) -> Report:
+    """Write a report and return it with the names of its `images`; without matplotlib, without them.
 
     Args:
-        report: `models` (`label`, `name`, `revision`), `suites` (see [`suite_results`]), `settings`, `prompts` (the
-            fingerprint of all that was asked), and optionally `perplexity`, `speed`, `images`.
+        folder: where it goes; files of an earlier report are replaced.
+        report: what was measured.
+        coverage: what the adapter's training covered, from its record: drawn against the lengths evaluated.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        report = replace(report, images=draw_pictures(report, folder, coverage=coverage))
+    except ImportError as error:
+        logger.warning("The report has no pictures: %s", error)
+    for name, text in (("report.json", dumps(report)), ("report.md", render_report(report))):
+        # A reader, or a push, sees the old file or the new one.
+        part = folder / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, folder / name)
+    return report
+
+
+def render_report(report: Report) -> str:
+    """Return `report.md`; what was not measured is left out.
 
     Example:
 
-    >>> task = {"task": "single", "metric": "exact_match", "samples": 4, "scores": {"base": {"value": 0.5, "low": 0.15,
-    ...         "high": 0.85}}}
-    >>> suite = {"suite": "needle", "metric": "exact_match", "tasks": [task], "groups": []}
-    >>> models = [{"label": "base", "name": "org/model", "revision": None}]
-    >>> text = render_report({"models": models, "suites": [suite], "settings": {"seed": 0}, "prompts": "ab"})
-    >>> "| single | exact_match | 4 | 50.0 (15.0–85.0) |" in text
+    >>> from hf_longalign.records.report import EvaluatedModel, Score, TaskResult
+    >>> task = TaskResult("single", "exact_match", samples=4, scores={"base": Score(0.5, 0.15, 0.85)})
+    >>> report = Report([EvaluatedModel("base", "org/model")], [SuiteResult("needle", [task])])
+    >>> "| `single` | 4 | 50.0 (15.0–85.0) |" in render_report(report)
     True
     """
-    labels = [model["label"] for model in report["models"]]
-    parts = [f"# Evaluation of {report['models'][-1]['name']}", _models(report["models"])]
-    for suite in report["suites"]:
-        parts += [f"## {TITLES.get(suite['suite'], suite['suite'])}", *_suite(suite, labels)]
-        parts += _pictures(report, ("needle_accuracy", "needle_heatmap") if suite["suite"] == "needle" else ())
-        parts += _task_pictures(report, suite)
-    if report.get("perplexity"):
-        parts += ["## Perplexity by position", _perplexity(report["perplexity"], labels)]
-    parts += _pictures(report, ("perplexity",))
-    parts += _pictures(report, ("coverage",), title="## Positions covered in training")
-    if report.get("speed"):
-        parts += ["## Speed", _speed(report["speed"])]
-    parts += ["## Settings", table(("setting", "value"), list(report["settings"].items())), _comparable(report)]
+    models = [(model.label, f"`{model.name}`", model.revision or "", model.what) for model in report.models]
+    parts = [f"# Evaluation of {report.models[-1].name}", table(("", "model", "revision", "what it is"), models)]
+    parts += [headline(report), _reaches(report)]
+    for suite in report.suites:
+        parts += _suite(report, suite)
+    if report.perplexity:
+        parts += ["## Perplexity by position", _perplexity(report.perplexity, report.labels)]
+    parts += _pictures(report, "perplexity")
+    if "coverage.png" in report.images:
+        parts += ["## Positions covered in training", *_pictures(report, "coverage")]
+    if report.speed:
+        parts += ["## Speed", _speed(report.speed)]
+    settings = [(name, value) for name, value in report.settings.items()]
+    parts += ["## Settings", table(("setting", "value"), settings), _comparable(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _models(models: Sequence[Mapping[str, Any]]) -> str:
-    return table(("", "model", "revision"), [(m["label"], f"`{m['name']}`", m.get("revision") or "") for m in models])
-
-
-def _suite(suite: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
-    tasks = [task for task in suite["tasks"] if task.get("scores")]
-    compares = len(labels) > 1
-    head = ["task", "metric", "samples", *labels, *(["difference"] if compares else [])]
-    rows = []
-    for task in tasks:
-        scores = [_score(task["scores"].get(label)) for label in labels]
-        rows.append(
-            [task["task"], task["metric"], task["samples"], *scores, *([_difference(task)] if compares else [])]
-        )
-        for metric, values in task.get("others", {}).items():
-            means = [values.get(label) for label in labels]
-            rows.append([task["task"], metric, task["samples"], *_means(means, compares)])
-    for group in suite["groups"]:
-        means = [group["scores"].get(label) for label in labels]
-        rows.append([f"**{group['group']}**", "", "", *_means(means, compares, mark="**")])
-    parts = [table(head, rows)] if rows else []
-    parts += [_by_length(task, labels) for task in tasks if task.get("grid")]
-    for title, key in (("Not run:", "error"), ("Notes:", "note")):
-        told = [f"- {task['task']}: {task[key]}" for task in suite["tasks"] if task.get(key)]
-        parts += [f"{title}\n\n" + "\n".join(told)] if told else []
-    return parts
-
-
-def _means(values: Sequence[float | None], compares: bool, mark: str = "") -> list[str]:
-    shown = ["" if value is None else f"{mark}{100 * value:.1f}{mark}" for value in values]
-    change = "" if not compares or values[0] is None or values[1] is None else _signed(values[1] - values[0])
-    return [*shown, change] if compares else shown
-
-
-def _signed(value: float) -> str:
-    text = f"{100 * value:+.1f}"
-    return "0.0" if text[1:] == "0.0" else text
-
-
-def _score(score: Mapping[str, float] | None) -> str:
-    if score is None:
-        return ""
-    if score.get("low") is None:
-        return f"{100 * score['value']:.1f}"
-    return f"{100 * score['value']:.1f} ({100 * score['low']:.1f}–{100 * score['high']:.1f})"
-
-
-def _difference(task: Mapping[str, Any]) -> str:
-    change = task.get("difference")
-    if change is None:
-        return ""
-    if change.get("low") is None:
-        return _signed(change["value"])
-    sure = change["low"] > 0 or change["high"] < 0
-    text = f"{_signed(change['value'])} ({_signed(change['low'])} to {_signed(change['high'])})"
-    return f"**{text}**" if sure else text
-
-
-def _by_length(task: Mapping[str, Any], labels: Sequence[str]) -> str:
-    grid = task["grid"]
-    rows = [(label, *(f"{100 * cell['value']:.1f}" for cell in grid["by_length"][label])) for label in labels]
-    return table((f"{task['task']}, by length", *(f"{length:,}" for length in grid["lengths"])), rows)
-
-
-def _perplexity(perplexity: Mapping[str, Any], labels: Sequence[str]) -> str:
-    edges = perplexity["edges"]
-    head = ("position", *(f"{low:,}–{high - 1:,}" for low, high in pairwise(edges)))
-    rows = [
-        (label, *("" if value is None else f"{value:.2f}" for value in perplexity["perplexity"][label]))
-        for label in labels
+def _suite(report: Report, suite: SuiteResult) -> list[str]:
+    parts = [f"## {suite_of(suite.suite).title}", scores_table(report, suite), scores_note(suite)]
+    further = [
+        (task.task, metric_of(metric).title, *(f"{100 * values[label]:.1f}" for label in report.labels))
+        for task in suite.tasks
+        for metric, values in task.others.items()
     ]
-    note = f"{perplexity['documents']:,} documents, windows of {perplexity['window']:,} tokens."
-    return f"{note}\n\n{table(head, rows)}"
+    if further:
+        parts.append(table(("task", "further metric", *report.labels), further))
+    parts += [_by_length(task.task, task.grid, report.labels) for task in suite.tasks if task.grid]
+    counted = [
+        (task.task, *(task.cut_answers.get(label, 0) for label in report.labels), task.cut_prompts, task.left_out)
+        for task in suite.tasks
+        if task.cut_answers or task.cut_prompts or task.left_out
+    ]
+    if counted:
+        head = ("task", *(f"answers cut, {label}" for label in report.labels), "prompts shortened", "left out")
+        parts.append(table(head, counted))
+    reasons = [
+        (task.task, label, *(f"{100 * getattr(why, name):.0f}" for name in WHY))
+        for task in suite.tasks
+        for label, why in task.diagnosis.items()
+    ]
+    if reasons:
+        parts.append(table(("why, in percent", "model", *WHY.values()), reasons))
+    for title, told in (
+        ("Not run:", [(task.task, task.error) for task in suite.tasks if task.error]),
+        ("Notes:", [(task.task, task.note) for task in suite.tasks if task.note]),
+    ):
+        parts += [f"{title}\n\n" + "\n".join(f"- {task}: {text}" for task, text in told)] if told else []
+    parts += _pictures(report, f"{suite.suite}_accuracy", f"{suite.suite}_heatmap")
+    folded = _pictures(report, *(f"{suite.suite}_{task.task}" for task in suite.tasks))
+    return [*parts, *(["<details><summary>Each task by length</summary>", *folded, "</details>"] if folded else [])]
 
 
-def _speed(speed: Mapping[str, Mapping[str, Any]]) -> str:
+def _reaches(report: Report) -> str:
+    """How far each model reaches, a row per suite and rule."""
+    rows = [
+        (suite_of(suite.suite).title, found.rule, *(_reach(found.reach[label]) for label in report.labels))
+        for suite in report.suites
+        for found in suite.reaches
+    ]
+    if not rows:
+        return ""
+    note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
+    return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
+
+
+def _reach(found: Reach) -> str:
+    length, low, high = found.length, found.low, found.high
+    shown = "none" if not length else f"{length:,}"
+    return shown if low == length == high else f"{shown} ({low:,}–{high:,})"
+
+
+def _by_length(task: str, grid: Grid, labels: list[str]) -> str:
+    rows = [(label, *(f"{100 * cell.value:.1f}" for cell in grid.by_length[label])) for label in labels]
+    return table((f"{task}, by length", *(f"{length:,}" for length in grid.lengths)), rows)
+
+
+def _perplexity(found: PerplexityResult, labels: list[str]) -> str:
+    head = ("position", *(f"{low:,}–{high - 1:,}" for low, high in pairwise(found.edges)))
+    rows = [(label, *("" if value is None else f"{value:.2f}" for value in found.values[label])) for label in labels]
+    documents = "1 document" if found.documents == 1 else f"{found.documents:,} documents"
+    return f"{documents}, windows of {found.window:,} tokens.\n\n{table(head, rows)}"
+
+
+def _speed(speed: dict[str, Speed]) -> str:
     rows = [
         (
             label,
-            *(f"{counts[name]:,.0f}" for name in ("prompt_tokens", "cached_tokens", "generated_tokens")),
-            f"{counts['seconds']:,.1f}",
-            f"{counts['prompt_tokens'] / max(counts['seconds'], 1e-9):,.0f}",
+            f"{spent.prompt_tokens:,}",
+            f"{spent.cached_tokens:,}",
+            f"{spent.generated_tokens:,}",
+            f"{spent.seconds:,.1f}",
+            f"{spent.prompt_tokens / max(spent.seconds, 1e-9):,.0f}",
         )
-        for label, counts in speed.items()
+        for label, spent in speed.items()
     ]
     head = ("", "prompt tokens", "of them from the cache", "generated", "seconds", "prompt tokens/s")
-    note = "Needle and LongBench, all runs and processes: seconds are summed over processes, tokens/s are of one."
+    note = "All answered prompts, runs and processes: seconds are summed over processes, tokens/s are of one."
     return f"{note}\n\n{table(head, rows)}"
 
 
-def _pictures(report: Mapping[str, Any], stems: Sequence[str], title: str | None = None) -> list[str]:
-    shown = [
-        f"![{IMAGES.get(stem, stem)}]({name})"
-        for stem in stems
-        for name in report.get("images", [])
-        if name == f"{stem}.png"
-    ]
-    return [title, *shown] if title and shown else shown
+def _pictures(report: Report, *stems: str) -> list[str]:
+    return [f"![{IMAGES.get(stem, stem)}]({stem}.png)" for stem in stems if f"{stem}.png" in report.images]
 
 
-def _task_pictures(report: Mapping[str, Any], suite: Mapping[str, Any]) -> list[str]:
-    """The heatmap of each task, folded away."""
-    shown = _pictures(report, [f"{suite['suite']}_{task['task']}" for task in suite["tasks"]])
-    return ["<details><summary>Each task by depth and length</summary>", *shown, "</details>"] if shown else []
-
-
-def _comparable(report: Mapping[str, Any]) -> str:
+def _comparable(report: Report) -> str:
     return (
-        "Scores are percentages with 95 % intervals; a difference in bold is larger than chance at that level. "
-        f"Reports compare where the fingerprint of all that was asked is the same: `{report['prompts']}`."
+        "Scores are percentages with 95 % intervals over samples: the answers to one sample at several depths count "
+        "as one. A difference in bold is larger than chance at that level. Reports compare where the fingerprint of "
+        f"all that was asked is the same: `{report.prompts}`."
     )

@@ -1,62 +1,413 @@
-"""What RULER in lm-eval needs to ask every model the same, and to come to an end."""
+"""RULER's thirteen tasks without a download: as many samples as asked for, sized in the model's own tokens.
 
+Source: https://arxiv.org/abs/2404.06654 and its generator, https://github.com/NVIDIA/RULER. Whoever publishes RULER
+scores means these texts, so the tasks that need no data (needles in noise or among needles, variable tracking, common
+words up to the size of the list, frequent words) equal the generator's, item by item, for the same seed and
+tokenizer. That is why the random numbers below are drawn in its order, from Python's generator. The others cannot: its
+essays, its sentence splitter and its questions are downloads. They follow the same procedure over texts and questions
+that the caller brings.
+"""
+
+import math
 import random
-import sys
-from collections.abc import Callable, Iterator
+import string
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
+from hf_longalign.evaluation.haystack import sentences_of
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.ruler_data import Question, invented_questions, word_list, word_pairs
+from hf_longalign.evaluation.ruler_tasks import TASKS, TEMPLATES, RulerTask
 
-class SeededLengths(list[int]):
-    """Lengths of RULER's samples that set the seeds when lm-eval reads them, right before it makes the samples.
 
-    lm-eval seeds before it loads a task, and what is imported while loading draws numbers too, once per process; the
-    words of `ruler_cwe` come from a generator that it never seeds again. Without this, the model that is asked second
-    gets other questions.
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+# Below this length the generator takes smaller steps and shorter examples.
+SHORT = 4096
+# Depths in percent at which needles and assignments may stand in an essay.
+DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()
+# Seed of the published data.
+SEED = 42
+HOPS = 4
+COMMON = 10
+VT_EXAMPLE_TOKENS = 500
+EXAMPLE_VALUE = "12345"
+
+
+@dataclass(frozen=True)
+class RulerSample:
+    """A sample: what the user says, how the answer is made to begin, and the strings an answer is scored by."""
+
+    text: str
+    prefix: str
+    answers: tuple[str, ...]
+
+
+@dataclass
+class RulerBuilder:
+    """Makes the samples of a task at one length.
+
+    Args:
+        task: which one.
+        length: tokens of a sample at most, the room for its answer and the chat template included.
+        count: tokens of a text, the chat template included where one is used.
+        seed: RULER's published data has 42.
+        essays: texts for the haystack of "essay" tasks.
+        questions: for "qa" tasks, each with as many documents as the task has hops.
+
+    Raises:
+        ValueError: essays or questions are missing, or the length is too small for a sample; the message names the
+            smallest.
 
     Example:
 
-    >>> lengths = SeededLengths([4096])
-    >>> draws = [random.random() for _ in range(2) for length in lengths]
-    >>> draws[0] == draws[1]
-    True
+    >>> builder = RulerBuilder(TASKS["niah_single_1"], 400, lambda text: len(text.split()))
+    >>> sample = next(builder.samples(1))
+    >>> sample.text.startswith("A special magic number is hidden within"), len(sample.answers)
+    (True, 1)
     """
 
-    def __iter__(self) -> Iterator[int]:
-        """Set the seeds."""
-        random.seed(0)
-        np.random.seed(0)
-        words = sys.modules.get("lm_eval.tasks.ruler.cwe_utils")
-        if words is not None:
-            words.RNG.seed(0)
-        return super().__iter__()
+    task: RulerTask
+    length: int
+    count: Callable[[str], int]
+    seed: int = SEED
+    essays: Sequence[str] = ()
+    questions: Sequence[Question] = ()
+    _make: Callable[[int], RulerSample] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        kind = self.task.kind
+        if kind == "qa" and not self.questions:
+            raise ValueError(f"`questions` must be given for {self.task.name!r}, got none. Set `questions`.")
+        if self.task.haystack == "essay" and not self.essays:
+            raise ValueError(f"`essays` must be given for {self.task.name!r}, got none. Set `haystack`.")
+        # Its numbers come from both, seeded alike; which one draws what is part of the published data.
+        self._rng, self._numpy_rng = random.Random(self.seed), np.random.RandomState(self.seed)
+        self._make = getattr(self, f"_{kind}", self._niah)
+        if self.task.haystack == "essay":
+            self._sentences = [sentence.strip() for sentence in sentences_of(self.essays)]
+        if kind == "qa":
+            self._documents = sorted({document for question in self.questions for document in question.documents})
+        if kind == "cwe":
+            self._words = word_list()
+            random.Random(self.seed).shuffle(self._words)
+        self._asked = 0
+
+    def samples(self, number: int) -> Iterator[RulerSample]:
+        """Yield so many samples; fewer samples are the first of more."""
+        if self.task.kind == "fwe":
+            yield from self._frequent_words(number)
+            return
+        if self.task.kind == "vt":
+            self._example = self._vt_example()
+        step = self._step()
+        units = self._largest(step)
+        for self._asked in range(number):
+            yield self._fitting(units, step)
+
+    def _step(self) -> int:
+        """Units of haystack by which a sample is made smaller until it fits."""
+        if self.task.kind == "niah":
+            return 500 if self.task.haystack == "essay" else 5 if self.length < SHORT else 25
+        return 5 if self.task.kind == "vt" and self.length < SHORT else 10
+
+    def _largest(self, step: int) -> int:
+        """The most units of haystack with which a sample fits, by bisection as the generator does it."""
+        probe = 4096 if self.task.kind == "cwe" else step
+        tokens = self.count(self._whole(self._make(probe))) / probe
+        # It takes three times the estimate for most tasks, and for lists of words twice.
+        most = int(self.length // tokens) * 2 if self.task.kind == "cwe" else int(self.length / tokens * 3)
+        low, high, found = step, max(most, step * 2), step
+        while low <= high:
+            middle = (low + high) // 2
+            if self._tokens(self._make(middle)) <= self.length:
+                found, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return found
+
+    def _fitting(self, units: int, step: int) -> RulerSample:
+        """A sample of at most so many units, a step less as long as it does not fit."""
+        while True:
+            sample = self._make(units)
+            if self.task.kind == "vt":
+                example = _renamed(self._example, self._rng, self._numpy_rng)
+                sample = RulerSample(f"{example}\n{sample.text}", sample.prefix, sample.answers)
+            tokens = self.count(self._whole(sample)) + self.task.max_new_tokens
+            if tokens <= self.length:
+                return sample
+            if units <= step:  # here the generator would try for ever
+                raise ValueError(
+                    f"`lengths` must be at least {tokens} tokens for {self.task.name!r}, got {self.length}. Set a "
+                    "larger length, or leave the task out."
+                )
+            units -= step
+
+    def _tokens(self, sample: RulerSample) -> int:
+        """Tokens of a sample whose size is still looked for; the example comes before it in the end."""
+        example = self.count(self._example) if self.task.kind == "vt" else 0
+        return self.count(self._whole(sample)) + example + self.task.max_new_tokens
+
+    @staticmethod
+    def _whole(sample: RulerSample) -> str:
+        return sample.text + sample.prefix
+
+    def _sample(self, answers: Sequence[str], **words: object) -> RulerSample:
+        text, prefix = TEMPLATES[self.task.kind]
+        return RulerSample(text.format(**words), prefix.format(**words), tuple(answers))
+
+    def _niah(self, units: int) -> RulerSample:
+        """Needles in sentences of noise, in an essay of so many words, or among other needles."""
+        task, rng = self.task, self._rng
+        kinds = {"numbers": self._number, "uuids": self._uuid, "words": self._word}
+        new_key, new_value = kinds[task.keys], kinds[task.values]
+        keys, values, needles = [], [], []
+        for _ in range(task.n_keys):
+            keys.append(new_key())
+            values.append([new_value() for _ in range(task.n_values)])
+            needles += [NEEDLE.format(kind=task.values, key=keys[-1], value=value) for value in values[-1]]
+        random.Random(self.seed).shuffle(needles)
+        if task.haystack == "essay":
+            context = " ".join(_spread(self._essay(units), needles, rng))
+        else:
+            hay = [NOISE] * units
+            if task.haystack == "needle":
+                hay = [NEEDLE.format(kind=task.values, key=new_key(), value=new_value()) for _ in range(units)]
+            # From the back, so that an insertion moves no place that is still to come.
+            for place, needle in zip(
+                sorted(rng.sample(range(units), len(needles)), reverse=True), needles, strict=True
+            ):
+                hay.insert(place, needle)
+            context = "\n".join(hay)
+        asked = rng.sample(range(task.n_keys), task.n_queries)
+        query = ", and ".join(filter(None, [", ".join(keys[i] for i in asked[:-1]), keys[asked[-1]]]))
+        text, prefix = TEMPLATES["niah"]
+        kind = task.values
+        if task.n_queries * task.n_values == 1:
+            text, prefix, kind = _singular(text), _singular(prefix), kind[:-1]
+        words = {"kind": kind, "context": context, "query": query}
+        answers = tuple(value for i in asked for value in values[i])
+        return RulerSample(text.format(**words), prefix.format(**words), answers)
+
+    def _number(self) -> str:
+        return str(self._rng.randint(1_000_000, 9_999_999))
+
+    def _uuid(self) -> str:
+        return str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
+
+    def _word(self) -> str:
+        return self._rng.choice(word_pairs())
+
+    def _essay(self, words: int) -> list[str]:
+        """The sentences of so many words of the essays, which are repeated where they end."""
+        sentences, left = [], words
+        while left > 0:
+            for sentence in self._sentences:
+                cut = sentence.split()[:left]
+                sentences.append(" ".join(cut))
+                left -= len(cut)
+                if left <= 0:
+                    break
+        return sentences
+
+    def _vt(self, units: int, *, is_example: bool = False) -> RulerSample:
+        """A chain of assignments, in order, among sentences of noise."""
+        letters = 3 if is_example else 5
+        names = [self._name(letters) for _ in range(HOPS + 1)]
+        while len(set(names)) < HOPS + 1:
+            names.append(self._name(letters))
+        # Of a name that came twice both stand at the front, as in the generator.
+        names = names[: HOPS + 1]
+        value = EXAMPLE_VALUE if is_example else str(self._numpy_rng.randint(10000, 99999))
+        chain = [f"VAR {names[0]} = {value}"]
+        chain += [f"VAR {new} = VAR {old} " for old, new in pairwise(names)]
+        hay = [NOISE] * units
+        for shift, place in enumerate(sorted(self._rng.sample(range(units), len(chain)))):
+            hay.insert(place + shift, chain[shift])
+        context = "\n".join(hay).replace(". \n", ".\n")
+        return self._sample(names, context=context, query=value, number=HOPS + 1)
+
+    def _name(self, letters: int) -> str:
+        return "".join(self._rng.choices(string.ascii_uppercase, k=letters))
+
+    def _vt_example(self) -> str:
+        """A solved sample of at most 500 tokens, that stands before every one."""
+        builder = _VtExample(self.task, VT_EXAMPLE_TOKENS, self.count, self.seed)
+        # The generator makes it with the random numbers from which it goes on.
+        builder._rng, builder._numpy_rng = self._rng, self._numpy_rng
+        sample = builder.example()
+        return f"{self._whole(sample)} {' '.join(sample.answers)}\n"
+
+    def _cwe(self, units: int) -> RulerSample:
+        """A numbered list in which ten words come more often than the others, after a short solved one."""
+        short = self.length < SHORT
+        example = self._listed(20, 3, 1) if short else self._listed(40, 10, 3)
+        context, common = self._listed(units, 6, 1) if short else self._listed(units, 30, 3)
+        solved = self._sample(example[1], context=example[0])
+        told = " ".join(f"{i}. {word}" for i, word in enumerate(example[1], 1))
+        sample = self._sample(common, context=context)
+        return RulerSample(f"{self._whole(solved)} {told}\n{sample.text}", sample.prefix, sample.answers)
+
+    def _listed(self, number: int, often: int, seldom: int) -> tuple[str, list[str]]:
+        # Where these do not do, the generator goes over to a list of 370,000 words, which is a download.
+        drawn = self._rng.sample(self._words if number <= len(self._words) else word_pairs(), number)
+        common, others = drawn[:COMMON], drawn[COMMON:]
+        rows = common * often + others * seldom
+        random.Random(self.seed).shuffle(rows)
+        return " ".join(f"{i}. {word}" for i, word in enumerate(rows, 1)), common
+
+    def _frequent_words(self, number: int) -> Iterator[RulerSample]:
+        """Coded words whose frequency falls with the square of their rank; the first rank is noise."""
+        room = self.length - self.task.max_new_tokens
+        step, words = room // 32, room // 6
+        if room // 50 < 4 or self.count(self._whole(self._sample((), context=""))) >= room:
+            raise ValueError(
+                f"`lengths` must leave room for the question and four coded words of {self.task.name!r}, got "
+                f"{self.length}. Set a larger length, or leave the task out."
+            )
+        coded = self._coded(room // 50)
+        while self.count(self._whole(self._coded_text(coded, words))) < room:
+            words += step
+        words -= step
+        for _ in range(number):
+            coded, fitting = self._coded(room // 50), words
+            while self.count(self._whole(self._coded_text(coded, fitting))) > room:
+                fitting -= step
+            yield self._coded_text(coded, fitting)
+
+    def _coded(self, number: int) -> list[str]:
+        words = {self._letters() for _ in range(number)}
+        while len(words) < number:
+            words.add(self._letters())
+        coded = sorted(words)
+        random.Random(self.seed).shuffle(coded)
+        return ["...", *coded[1:]]
+
+    def _letters(self) -> str:
+        return "".join(self._rng.choices(string.ascii_lowercase, k=6))
+
+    def _coded_text(self, coded: Sequence[str], words: int) -> RulerSample:
+        # The share of rank k under a zeta distribution with exponent 2, whose sum is pi^2 / 6.
+        ranks = np.arange(1, len(coded) + 1)
+        counts = (words * ranks**-2.0 / (math.pi**2 / 6)).astype(int).tolist()
+        drawn = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
+        random.Random(self.seed).shuffle(drawn)
+        return self._sample(coded[1:4], context=" ".join(drawn))
+
+    def _qa(self, units: int) -> RulerSample:
+        """The documents of a question among so many in all, those of other questions."""
+        question = self.questions[self._asked % len(self.questions)]
+        others = [document for document in self._documents if document not in question.documents]
+        number = max(0, units - len(question.documents))
+        documents = [*question.documents, *self._rng.sample(others, min(number, len(others)))]
+        # Fewer documents than a long sample holds come again.
+        documents += [others[i % len(others)] for i in range(number - len(others))] if others else []
+        random.Random(self.seed).shuffle(documents)
+        context = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(documents, 1))
+        return self._sample(question.answers, context=context, query=question.query)
 
 
-def least_length(task: str, length: int, count: Callable[[str], int]) -> int:
-    """Return the tokens below which lm-eval makes a task's samples empty or looks for one that fits for ever.
+class _VtExample(RulerBuilder):
+    """Makes the solved example of variable tracking, whose answer takes no room."""
 
-    Of `ruler_vt` and `ruler_fwe` it does the latter, heeding no interrupt; of `ruler_cwe` the lists have no words. The
-    other tasks raise an error by themselves, for them this is 0.
+    def example(self) -> RulerSample:
+        self._make = lambda units: self._vt(units, is_example=True)
+        self._example = ""
+        self.task = RulerTask(self.task.name, "vt", 0)
+        units = self._largest(5)
+        while True:
+            sample = self._make(units)
+            tokens = self.count(self._whole(sample))
+            if tokens <= self.length:
+                return sample
+            if units <= 5:
+                raise ValueError(
+                    f"`count` must take at most {self.length} tokens for the example of variable tracking, got "
+                    f"{tokens}: this tokenizer cuts English text too finely. Leave {self.task.name!r} out."
+                )
+            units -= 5
+
+
+def _singular(template: str) -> str:
+    """The template where one value is asked for, put as the generator puts it."""
+    for several, one in (("Some", "A"), ("are all", "is"), ("are", "is")):
+        template = template.replace(several, one)
+    return template
+
+
+def _renamed(example: str, rng: random.Random, numpy_rng: np.random.RandomState) -> str:
+    """The solved example with other names and another value."""
+    for name in example.strip().split()[-HOPS - 1 :]:
+        example = example.replace(name, "".join(rng.choices(string.ascii_uppercase, k=len(name))))
+    return example.replace(EXAMPLE_VALUE, str(numpy_rng.randint(10000, 99999)))
+
+
+def _spread(sentences: list[str], needles: Sequence[str], rng: random.Random) -> Iterator[str]:
+    """The sentences with the needles between them, at depths drawn from 40."""
+    places = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
+    last = 0
+    for place, needle in zip(places, needles, strict=True):
+        yield " ".join(sentences[last:place])
+        yield needle
+        last = place
+    yield " ".join(sentences[last:])
+
+
+def ruler_prompts(
+    *,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    samples: int,
+    count: Callable[[str], int],
+    essays: Sequence[str],
+    questions: Sequence[Question] = (),
+    seed: int = SEED,
+    chat: bool = True,
+) -> tuple[list[Prompt], dict[str, str]]:
+    """Return the prompts of tasks at lengths, and which of them have no room there, with the reason.
 
     Args:
-        task: one of `RULER_TASKS`.
-        length: tokens asked for, on which the number of words depends.
-        count: tokens of a text.
+        tasks: names of `TASKS`.
+        lengths: in tokens, template and room for the answer included.
+        samples: of each task at each length.
+        count: tokens of a text, the chat template included where `chat` is set.
+        essays: texts for the haystacks.
+        questions: for the question-answering tasks; without any, invented ones.
+        seed: RULER's published data has 42.
+        chat: whether the prompts go through the chat template.
+
+    Raises:
+        ValueError: an unknown task.
     """
-    if task == "ruler_vt":
-        from lm_eval.tasks.ruler import vt_utils
-
-        # Its example must fit into 500 tokens at any length.
-        example = count(vt_utils.generate_input_output(5, 1, 4, is_icl=True)[0]) + 30
-        text, names = vt_utils.generate_input_output(10, 1, 4)
-        return 500 + count(f"{text} {names}") + 30 if example <= 500 else sys.maxsize
-    if task == "ruler_cwe":
-        from lm_eval.tasks.ruler import cwe_utils
-
-        example, text, words = cwe_utils.generate_input_output(10, length)
-        return count(f"{example}\n{text} " + " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))) + 120
-    if task == "ruler_fwe":
-        from lm_eval.tasks.ruler import fwe_utils
-
-        return count(fwe_utils.TEMPLATE) + 64
-    return 0
+    unknown = next((name for name in tasks if name not in TASKS), None)
+    if unknown is not None:
+        raise ValueError(f"`ruler_tasks` must be among {', '.join(TASKS)}, got {unknown!r}. Set one of them.")
+    prompts, missing = [], {}
+    for task in (TASKS[name] for name in tasks):
+        asked = list(questions) or (invented_questions(task.hops, max(500, samples)) if task.kind == "qa" else [])
+        for length in lengths:
+            builder = RulerBuilder(task, length, count, seed, list(essays), asked)
+            try:
+                made = list(builder.samples(samples))
+            except ValueError as error:
+                missing[f"{task.name}, {length:,} tokens"] = str(error)
+                continue
+            prompts += [
+                Prompt(
+                    "ruler",
+                    task.name,
+                    index,
+                    sample.text,
+                    sample.answers,
+                    task.max_new_tokens,
+                    chat=chat,
+                    length=length,
+                    prefix=sample.prefix,
+                )
+                for index, sample in enumerate(made)
+            ]
+    return prompts, missing

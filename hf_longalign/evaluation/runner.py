@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.evaluation.stats import GenerationStats
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import Speed
 
 
 class Generator(Protocol):
@@ -30,6 +30,7 @@ class Examinee:
         identity: what makes its answers its own (weights, revision, RoPE, precision); equal for equal models alone.
         generator: answers prompts.
         active: returns a context in which the generator speaks for this model, such as one that turns an adapter off.
+        what: what it is, in words.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Examinee:
         identity: str,
         generator: Generator,
         active: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        what: str = "",
     ) -> None:
-        self.label, self.identity, self.generator, self.active = label, identity, generator, active
+        self.label, self.identity, self.generator, self.active, self.what = label, identity, generator, active, what
 
     def key(self, unit: str) -> str:
         """Return the key under which the result of a unit of work (a prompt, a task, a document) is stored."""
@@ -76,8 +78,8 @@ def ask(
     Args:
         examinee: the model.
         prompts: all prompts, the same in every process.
-        store: gets `{"text": …, "tokens": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what it took,
-            see [`GenerationStats`]. Prompts that were answered together share it by chance: only sums mean something.
+        store: gets `{"text": …, "tokens": …, "cut": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what
+            it took, see [`GenerationStats`]. Prompts answered together share it by chance: only sums mean something.
         rank: number of this process.
         processes: number of processes.
         progress: show a bar per task, with the length and depth of the latest answer.
@@ -97,24 +99,25 @@ def ask(
             for prompt, completion in examinee.generator.generate(open_prompts):
                 now = asdict(examinee.generator.stats)
                 spent = {name: now[name] - before[name] for name in now}
-                value = {"text": completion.text, "tokens": completion.tokens, "spent": spent}
+                value = {**asdict(completion), "spent": spent}
                 store.add(examinee.key(prompt.key), value)
                 before = now
                 bar.set_postfix_str(_place(prompt), refresh=False)
                 bar.update()
 
 
-def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> list[str]:
-    """Return the text a model answered to each prompt, waiting for the other processes where they are not done."""
+def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> list[Completion]:
+    """Return what a model answered to each prompt, waiting for the other processes where they are not done."""
     keys = [examinee.key(prompt.key) for prompt in prompts]
     store.wait_for(keys)
-    return [store.get(key)["text"] for key in keys]
+    values = [store.get(key) for key in keys]
+    return [Completion(value["text"], value["tokens"], value["cut"]) for value in values]
 
 
-def spent(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> GenerationStats:
+def spent(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> Speed:
     """Return what all answers took together, those of earlier runs and of other processes too."""
     found = [store.get(examinee.key(prompt.key))["spent"] for prompt in prompts]
-    return GenerationStats(**{field.name: sum(one[field.name] for one in found) for field in fields(GenerationStats)})
+    return Speed(**{field.name: sum(one[field.name] for one in found) for field in fields(Speed)})
 
 
 def _place(prompt: Prompt) -> str:

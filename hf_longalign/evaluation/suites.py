@@ -1,40 +1,34 @@
-"""The suites of an evaluation: each does its share of the work once, and tells its results when all is done."""
+"""The suite of prompts that are answered and scored.
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+A suite does one process's share of the work (`work`), tells what it asks (`asked`) and, once all shares are done, what
+came out (`results`). The others are lm-eval's tasks ([`~hf_longalign.evaluation.harness.HarnessSuite`]) and perplexity
+([`~hf_longalign.evaluation.perplexity_suite.PerplexitySuite`]).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.results import Scorer, suite_results
+from hf_longalign.evaluation.results import Scorer, suite_result
 from hf_longalign.evaluation.runner import Examinee, answers, ask
 from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import SuiteResult, TaskResult
 
 
-class Suite(Protocol):
-    """A part of an evaluation."""
-
-    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
-        """Do one process's share of what the store does not hold yet."""
-        ...
-
-    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
-        """Wait for all shares and return what goes into the report."""
-        ...
-
-    def asked(self) -> list[str]:
-        """Return what tells each question from every other: equal where two reports asked the same."""
-        ...
+# Tasks, lengths and samples of each -> their prompts, and what has no room, with the reason.
+Maker = Callable[[Iterable[str], Sequence[int], int], tuple[list[Prompt], dict[str, str]]]
 
 
 class PromptSuite:
-    """Prompts that are answered and scored: needle and LongBench.
+    """Prompts that are answered and scored.
 
     Args:
-        name: "needle" or "longbench".
+        name: a key of `hf_longalign.records.names.SUITES`.
         prompts: all of them, the same in every process.
-        scorer: scores an answer.
-        metric: the metric to report first; `None`: each task its own.
+        scorer: scores an answer; its first metric is the one to report.
         groups: tasks by group.
         missing: tasks that could not be asked, and why.
+        haystack: what needles lie in, in words.
+        make: makes the prompts of tasks at lengths, for more samples; `None`: there are no more.
     """
 
     def __init__(
@@ -43,12 +37,19 @@ class PromptSuite:
         prompts: Sequence[Prompt],
         scorer: Scorer,
         *,
-        metric: str | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
         missing: Mapping[str, str] | None = None,
+        haystack: str | None = None,
+        make: Maker | None = None,
     ) -> None:
-        self.missing = missing or {}
-        self.name, self.prompts, self.scorer, self.metric, self.groups = name, prompts, scorer, metric, groups
+        self.name, self.prompts, self.scorer, self.make = name, list(prompts), scorer, make
+        self.groups, self.missing, self.haystack = groups, missing or {}, haystack
+
+    def extend(self, task: str, length: int, samples: int) -> None:
+        """Have so many samples of a task at a length, those that are there included."""
+        known = {prompt.key for prompt in self.prompts}
+        prompts, _ = self.make([task], [length], samples) if self.make else ([], {})
+        self.prompts += [prompt for prompt in prompts if prompt.key not in known]
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
         """Have each model answer this process's share of the prompts."""
@@ -59,9 +60,9 @@ class PromptSuite:
         """Return the keys of the prompts."""
         return [prompt.key for prompt in self.prompts]
 
-    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> dict[str, Any]:
-        """Return the scores of all prompts; see [`suite_results`]."""
-        texts = {examinee.label: answers(examinee, self.prompts, store) for examinee in examinees}
-        found = suite_results(self.name, self.prompts, texts, self.scorer, metric=self.metric, groups=self.groups)
-        found["tasks"] += [{"task": task, "error": error} for task, error in self.missing.items()]
-        return found
+    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> SuiteResult:
+        """Return the scores of all prompts; see [`suite_result`]."""
+        found = {examinee.label: answers(examinee, self.prompts, store) for examinee in examinees}
+        result = suite_result(self.name, self.prompts, found, self.scorer, groups=self.groups, haystack=self.haystack)
+        result.tasks.extend(TaskResult(task, error=error) for task, error in self.missing.items())
+        return result

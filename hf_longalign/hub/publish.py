@@ -106,8 +106,14 @@ def publish_dataset(
     check_private(files, Machine.here(repo_id, token=token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
-    options = {"private": private, "branch": branch, "create_pr": create_pr, "tag": tag, "allow": allow}
-    resume_command = resume_command or publish_command("publish_dataset", folder, repo_id, **options)
+    options: dict[str, Any] = {
+        "private": private,
+        "branch": branch,
+        "create_pr": create_pr,
+        "tag": tag,
+        "allow": allow,
+    }
+    resume_command = resume_command or publish_command(folder, repo_id, **options)
     return push(files, to, owned=lambda name: _SHARD.fullmatch(name) is not None, resume_command=resume_command)
 
 
@@ -182,25 +188,46 @@ def publish_adapter(
     check_private(files, Machine.here(repo_id, base_model, token=token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
-    options = {"private": private, "branch": branch, "create_pr": create_pr, "tag": tag, "allow": allow}
-    resume_command = resume_command or publish_command(
-        "publish_adapter", folder, repo_id, base_model=base_model, **options
-    )
+    options: dict[str, Any] = {
+        "private": private,
+        "branch": branch,
+        "create_pr": create_pr,
+        "tag": tag,
+        "allow": allow,
+    }
+    resume_command = resume_command or publish_command(folder, repo_id, base_model=base_model, **options)
     return push(files, to, owned=_is_owned, resume_command=resume_command)
 
 
-def publish_command(function: str, folder: str | Path, repo_id: str, **options: Any) -> str:
-    """Return a call as one command of a shell; a token stays in the environment or in `hf auth login`.
+def publish_command(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    private: bool | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    dry_run: str | Path | None = None,
+    allow: Collection[str] = (),
+) -> str:
+    """Return a push as one command of a shell; a token stays in the environment or in `hf auth login`.
 
-    >>> publish_command("publish_dataset", "out", "user/rows", tag="v1", branch=None)
-    'python -c \\'from hf_longalign import publish_dataset; print(publish_dataset("out", "user/rows", tag="v1"))\\''
+    >>> publish_command("out", "user/rows", tag="v1", allow=["/data/my rows"])
+    "hf-longalign push out --hub_model_id user/rows --tag v1 --allow '/data/my rows'"
     """
-    given = {name: value for name, value in options.items() if value not in (None, False, (), [])}
-    # Strings and lists in JSON are those of Python, in quotation marks that the shell leaves alone.
-    texts = [json.dumps(str(folder)), json.dumps(repo_id)]
-    texts += [f"{name}={value if value is True else json.dumps(value)}" for name, value in given.items()]
-    code = f"from hf_longalign import {function}; print({function}({', '.join(texts)}))"
-    return shlex.join(["python", "-c", code])
+    given = {
+        "hub_model_id": repo_id,
+        "base_name": base_model,
+        "hub_private_repo": private,
+        "hub_revision": branch,
+        "tag": tag,
+        "push_dry_run": dry_run,
+    }
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    words += ["--create_pr"] if create_pr else []
+    words += ["--allow", *allow] if allow else []
+    return shlex.join(["hf-longalign", "push", str(folder), *words])
 
 
 def _is_published(name: str) -> bool:

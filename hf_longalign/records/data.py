@@ -42,6 +42,7 @@ class DataRecord(Record):
         longbench_prompts: tasks whose rows stand in LongBench's own prompts.
         prompts: how many different prompts led to the contexts, and the digest of all their digests.
         checks: the checks every context passed.
+        neutralised: rows of `chat` with marks of chat templates that were made plain words of.
         lengths: the length of every row of `chat`, in `unit`.
         unit: "tokens", or "words" where no tokenizer counted.
         depths: `gold_depth` of the rows that have distractors.
@@ -69,6 +70,7 @@ class DataRecord(Record):
     longbench_prompts: list[str] = field(default_factory=list)
     prompts: tuple[int, str] | None = None
     checks: list[str] = field(default_factory=list)
+    neutralised: int = 0
     lengths: list[int] = field(default_factory=list)
     unit: str = "tokens"
     depths: list[float] = field(default_factory=list)

@@ -20,13 +20,15 @@ class Metric(NamedTuple):
 SUITES = {
     "needle": Suite("Needle in a haystack"),
     "longbench": Suite("LongBench", "zai-org/LongBench"),
+    "puzzles": Suite("Puzzles"),
     "ruler": Suite("RULER"),
     "short": Suite("Short contexts"),
 }
 METRICS = {
     "exact_match": Metric("exact match", "exact_match"),
-    "found": Metric("share of values found", "recall"),
-    "string_match": Metric("string match", "exact_match"),
+    "recall": Metric("share of values found", "recall"),
+    "set_f1": Metric("F1 of the names", "f1"),
+    "string_match": Metric("string match", "recall"),
     "qa_f1": Metric("F1", "f1"),
     "qa_f1_zh": Metric("F1", "f1"),
     "rouge_l": Metric("ROUGE-L", "rouge"),
@@ -36,6 +38,7 @@ METRICS = {
     "retrieval": Metric("accuracy", "accuracy"),
     "retrieval_zh": Metric("accuracy", "accuracy"),
     "code_similarity": Metric("edit similarity", "edit_similarity"),
+    "choice": Metric("accuracy", "accuracy"),
     "acc": Metric("accuracy", "accuracy"),
     "acc_norm": Metric("length-normalised accuracy", "accuracy"),
 }

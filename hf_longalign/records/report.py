@@ -52,6 +52,20 @@ class Grid(Record):
 
 
 @dataclass(frozen=True)
+class Diagnosis(Record):
+    """Why answers over a long text are right or wrong: shares of the samples, which add up to 1, and what is guessed.
+
+    `cannot_find` fails over the long text and is right over the evidence alone; `cannot_use` fails over both.
+    `closed_book`, of all samples, is right without any text: such an answer proves no reading.
+    """
+
+    right: float
+    cannot_find: float
+    cannot_use: float
+    closed_book: float
+
+
+@dataclass(frozen=True)
 class TaskResult(Record):
     """The results of one task.
 
@@ -69,6 +83,7 @@ class TaskResult(Record):
         cut_answers: answers that ended at the limit of new tokens, by label.
         cut_prompts: prompts that were shortened to fit.
         left_out: prompts that were not asked.
+        diagnosis: at the longest length, by label, where it was asked for.
         error: why it was not measured.
         note: what a reader must know of the number.
     """
@@ -86,6 +101,7 @@ class TaskResult(Record):
     cut_answers: dict[str, int] = field(default_factory=dict)
     cut_prompts: int = 0
     left_out: int = 0
+    diagnosis: dict[str, Diagnosis] = field(default_factory=dict)
     error: str | None = None
     note: str | None = None
 
@@ -99,12 +115,33 @@ class GroupResult(Record):
 
 
 @dataclass(frozen=True)
+class Reach(Record):
+    """An effective length in tokens with its 95 % interval; 0 where even the shortest length falls short.
+
+    Where an end is the longest length that was asked, the model may reach further.
+    """
+
+    length: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class ReachResult(Record):
+    """How far models reach over all tasks of a suite, by a `rule` told in words, by label of the model."""
+
+    rule: str
+    reach: dict[str, Reach]
+
+
+@dataclass(frozen=True)
 class SuiteResult(Record):
     """The results of a suite, a key of `hf_longalign.records.names.SUITES`."""
 
     suite: str
     tasks: list[TaskResult]
     groups: list[GroupResult] = field(default_factory=list)
+    reaches: list[ReachResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

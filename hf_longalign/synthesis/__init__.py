@@ -1,1 +1,19 @@
-"""Context Synthesis: short instruction-answer pairs become long-context chat data (https://arxiv.org/abs/2502.15592)."""
+"""Context Synthesis (https://arxiv.org/abs/2502.15592): short pairs become long-context chat data."""
+
+from typing import TYPE_CHECKING
+
+from hf_longalign.lazy import lazy_exports
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+    from hf_longalign.synthesis.config import ContextSynthesisConfig
+    from hf_longalign.synthesis.local import TransformersGenerator
+
+_EXPORTS = {
+    "ContextSynthesisBuilder": "builder",
+    "ContextSynthesisConfig": "config",
+    "TransformersGenerator": "local",
+}
+
+__all__, __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -176,7 +176,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
-            description="Long-context instruction data: human pairs with written or given contexts.",
+            description="Long-context instruction data: pairs with written or given contexts.",
             features=features(self.config.name),
         )
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
+from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
 from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
 from hf_longalign.synthesis.distractors import offer
 from hf_longalign.synthesis.outcome import SCORES, part
@@ -22,13 +24,15 @@ _VAGUE_SAMPLE = 50
 
 @dataclass(frozen=True)
 class _Begun:
-    """What is decided about a row before its distractors are chosen."""
+    """What is decided about a row before its distractors are chosen, and which texts were looked at for it since."""
 
     record: dict[str, Any]
     rng: np.random.Generator
     conflicts: Callable[[int], bool]
     reference: str | None
     prompt: tuple[str, str]
+    offered: dict[str, int] = field(default_factory=dict)
+    passed_over: list[int] = field(default_factory=list)
 
     @property
     def named(self) -> bool:
@@ -46,7 +50,8 @@ class Composer:
         counter: counts tokens; `None` where no tokenizer is given.
         budget: tokens per row; `None` for no budget.
         reference: "auto", "all" or "none".
-        nearest: int32 `(rows, neighbours)`, the closest texts of every row; `None` without hard distractors.
+        nearest: int32 `(rows, sources, neighbours)`, the closest texts of every row, -1 where there are no more;
+            `None` without hard distractors.
         hard_share: how likely the next distractor is the closest one left.
         avoid_conflicts: pass over contexts that conflict with the gold one.
         seed: seed of everything drawn.
@@ -71,16 +76,15 @@ class Composer:
             BudgetError: the context and its prompt alone exceed the budget.
         """
         begun = self._begin(index)
-        passed_over: list[int] = []
         made = compose(
             self._piece(index, begun.named),
-            self._candidates(index, begun, passed_over),
+            self._candidates(index, begun),
             begun.prompt,
             begun.rng,
             limit=self.limit,
             ruler=self._ruler(begun.record["answer"]),
         )
-        return self._to_row(begun, made, len(passed_over))
+        return self._to_row(begun, made)
 
     def over_budget(self, index: int) -> str | None:
         """Return why `row` would raise `BudgetError`, or `None` if it would not."""
@@ -112,21 +116,22 @@ class Composer:
             return self.reference == "all"
         if task.is_summary:
             return True
-        others = self.pool.groups(index, ("same_task",))[0]
-        sample = others if len(others) <= _VAGUE_SAMPLE else rng.choice(others, _VAGUE_SAMPLE, replace=False)
-        return sum(map(conflicts, map(int, sample))) > _VAGUE_SHARE * len(sample)
+        others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
+        sample = [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
+        return sum(sample) > _VAGUE_SHARE * len(sample)
 
-    def _candidates(self, index: int, begun: _Begun, passed_over: list[int]) -> Iterator[Piece]:
-        nearest = self.nearest[index] if self.nearest is not None else ()
+    def _candidates(self, index: int, begun: _Begun) -> Iterator[Piece]:
+        nearest, hard_share = (self.nearest[index], self.hard_share) if self.nearest is not None else ((), 0.0)
         groups = self.pool.groups(index, self.sources)
-        for other in offer(groups, begun.rng, nearest=nearest, hard_share=self.hard_share):
+        for other in offer(groups, begun.rng, own=index, nearest=nearest, hard_share=hard_share):
             if begun.named:
                 unfit = self.pool.name(other) == self.pool.name(index)
             else:
                 unfit = self.avoid_conflicts and begun.conflicts(other)
             if unfit:
-                passed_over.append(other)
+                begun.passed_over.append(other)
             else:
+                begun.offered[self.pool.ids[other]] = other
                 yield self._piece(other, begun.named)
 
     def _piece(self, index: int, named: bool) -> Piece:
@@ -144,7 +149,7 @@ class Composer:
         counter = self.counter
         return Ruler(self.budget, counter.count, lambda content: counter.count_chat(to_messages(content, answer)))
 
-    def _to_row(self, begun: _Begun, made: Composition, passed_over: int) -> dict[str, Any]:
+    def _to_row(self, begun: _Begun, made: Composition) -> dict[str, Any]:
         record = begun.record
         messages = to_messages(made.content, record["answer"])
         context_tokens = total_tokens = None
@@ -152,7 +157,13 @@ class Composer:
             total_tokens = made.tokens or self.counter.count_chat(messages)
             bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
             context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
-        conflict = {"name": "conflict", "outcome": "passed", "detail": f"{passed_over} passed over"}
+        checks = record["checks"]
+        if any(self.pool.neutralised[begun.offered[source]] for source in made.sources if source in begun.offered):
+            # The row's own text has said so already; this says it of the others.
+            kept_checks = [check for check in checks if check["name"] != "control_tokens"]
+            checks = [*kept_checks, Check("control_tokens", NEUTRALISED, "in a distractor").to_dict()]
+        if self.avoid_conflicts:
+            checks = [*checks, Check("conflict", PASSED, f"{len(begun.passed_over)} passed over").to_dict()]
         kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
         return {
             "messages": messages,
@@ -168,7 +179,7 @@ class Composer:
             "context_tokens": context_tokens,
             "total_tokens": total_tokens,
             "context_ids": list(made.sources),
-            "checks": [*record["checks"], *([conflict] if self.avoid_conflicts else [])],
+            "checks": checks,
         }
 
 

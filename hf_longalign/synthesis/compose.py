@@ -11,17 +11,17 @@ whole chat sample with this user message. Tokenizers are not additive, so pieces
 is checked by `measure`, once in most cases.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
+from hf_longalign.text import sentence_ends
+
 
 SEPARATOR = "\n\n"
 FILL_TOLERANCE = 0.02
-_SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?=\s|$)|[。！？]")
 _WORD_REACH = 80
 _LEAST_CUT_TOKENS = 4
 
@@ -172,10 +172,10 @@ def _cut(piece: Piece, tokens: int, ruler: Ruler) -> Piece | None:
     end = _longest_prefix(piece, tokens, ruler)
     blank = max(piece.text.rfind(char, max(0, end - _WORD_REACH), end) for char in " \n")
     text = piece.text[: blank if blank > 0 else end].rstrip()
-    sentences = [match.end() for match in _SENTENCE_END.finditer(text)]
+    ends = sentence_ends(text)
     slack = ruler.budget * FILL_TOLERANCE / 2
-    if sentences and tokens - ruler.count(text[: sentences[-1]]) <= slack:
-        text = text[: sentences[-1]]
+    if ends and tokens - ruler.count(text[: ends[-1]]) <= slack:
+        text = text[: ends[-1]]
     return Piece(text, piece.source, ruler.count(text), cut=True) if text else None
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import datasets
 
+from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
 from hf_longalign.synthesis.difficulty import USES
 from hf_longalign.synthesis.distractors import SOURCES
-from hf_longalign.synthesis.verify import CHECKS, DEFAULT_CHECKS
 from hf_longalign.text import digest
 
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 PUBLISHED_DISTRACTORS = 9
 
 
@@ -32,8 +32,8 @@ class SynthesisOptions:
     seeds: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files (.jsonl, .parquet), or Hub data sets user/name[:config][@split], each with an optional "
-            "task= in front. Columns: instruction, answer; optional task, context, title, id."
+            "help": "Files (.jsonl, .csv, .parquet), or Hub data sets user/name[:config][@split], each with an "
+            "optional task= in front. Columns: instruction, answer; optional task, context, title, id."
         },
     )
     contexts: list[str] = field(
@@ -44,6 +44,14 @@ class SynthesisOptions:
     )
     on_bad_seed: str = field(
         default="raise", metadata={"help": 'What to do about a bad row: "raise", or "skip" to count it and go on.'}
+    )
+    on_control_tokens: str = field(
+        default="neutralise",
+        metadata={
+            "help": "What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "
+            '"neutralise" makes plain words of them, "reject" makes theirs a bad row. Replies with one are asked for '
+            "again."
+        },
     )
     seeds_per_task: int | None = field(default=None, metadata={"help": "Use only the first so many seeds of a task."})
 
@@ -98,9 +106,6 @@ class SynthesisOptions:
     max_words: int | None = field(default=None, metadata={"help": "A context of more words is rejected."})
     language: str | None = field(
         default=None, metadata={"help": "Two-letter code the contexts must have; unset: the language of the seeds."}
-    )
-    duplicate_threshold: float = field(
-        default=0.8, metadata={"help": "Share of common 5-grams from which two contexts count as the same."}
     )
 
     # Parameters that control difficulty
@@ -237,6 +242,7 @@ class SynthesisOptions:
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "on_bad_seed": ("raise", "skip"),
+    "on_control_tokens": ("neutralise", "reject"),
     "method": ("context", "instruction"),
     "difficulty": (None, "closed_book", "answer_loss"),
     "difficulty_use": USES,
@@ -253,7 +259,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "pairs_per_document": (1, _LARGE),
     "min_words": (0, _LARGE),
     "max_words": (1, _LARGE),
-    "duplicate_threshold": (0.01, 0.99),
     "difficulty_samples": (1, 1000),
     "n_distractors": (0, _LARGE),
     "target_tokens": (1, _LARGE),
@@ -296,15 +301,23 @@ class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
         parts = [VERSION, self.generator, self.model, self.judge_model]
         for option in fields(SynthesisOptions):
             if option.name not in without:
-                value = getattr(self, option.name)
-                parts += [option.name, *(_content(part) for part in (value if isinstance(value, list) else [value]))]
+                parts += [option.name, _content(getattr(self, option.name))]
         return digest(*parts)
 
 
 def _content(value: Any) -> str:
     """A digest of the file or data behind a value; the value itself where there is none."""
+    if isinstance(value, list):
+        # One by one: seeds in memory may be many, and their texts would all be held at once.
+        state = hashlib.blake2b(digest_size=8)
+        for part in value:
+            state.update(digest(_content(part)).encode())
+        return f"{len(value)} {state.hexdigest()}"
     if isinstance(value, datasets.Dataset):
         return str(value._fingerprint)
+    if hasattr(value, "to_dict") and hasattr(value, "isna"):
+        # The text of a DataFrame shows a few of its rows.
+        return digest(value.to_json(orient="split"))
     if hasattr(value, "backend_tokenizer"):
         return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
     if isinstance(value, str):

@@ -7,7 +7,7 @@ from typing import Protocol, TypeVar
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.prompts import Messages
 from hf_longalign.synthesis.replies import ReplyError
-from hf_longalign.text import digest
+from hf_longalign.text import clean, digest
 
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class Dialogue:
                 reply = await self.ask(request)
             except GenerationError as error:
                 self.count("unusable", error.kind, request.key)
-                raise GiveUpError(f"{error.kind}: {error.told}") from None
+                raise GiveUpError(f"{error.kind}: {clean(error.told)}") from None
             self.keys.append(request.key)
             self.prompt_hash = digest(*(part for message in messages for part in message))
             try:

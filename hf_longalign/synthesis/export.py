@@ -9,12 +9,12 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from hf_longalign.cards import dataset_card
+from hf_longalign.plots import plot_lengths
 from hf_longalign.records.data import DataRecord
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import whole
 from hf_longalign.synthesis.facts import dataset_facts
-from hf_longalign.synthesis.plots import plot_lengths
 
 
 logger = logging.getLogger(__name__)

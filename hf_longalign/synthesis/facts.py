@@ -10,9 +10,10 @@ from datasets import Dataset
 from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.feasible import distractor_limit
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.language import majority_language
 from hf_longalign.synthesis.outcome import CONFIGS
 from hf_longalign.text import digest, word_count
 from hf_longalign.version import __version__
@@ -46,6 +47,8 @@ def dataset_facts(
     chat = list(data["chat"].values())
     given = config.method == "context" and config.generator == "documents"
     lengths, unit = _lengths(chat)
+    # What was run, rather than what was set: a given text is not checked for what only models do.
+    checks = [row for rows in chat for row in rows["checks"]]
     contexts = [number for rows in chat for number in rows["n_contexts"] if number]
     hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
     language = config.language or majority_language(_texts(data))
@@ -60,7 +63,8 @@ def dataset_facts(
         sampling={} if given else _used(config, _SAMPLING),
         longbench_prompts=_longbench_prompts(chat),
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
-        checks=list(config.checks),
+        checks=[name for name in config.checks if name in {check["name"] for row in checks for check in row}],
+        neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
         lengths=lengths,
         unit=unit,
         depths=_depths(chat),
@@ -87,6 +91,8 @@ def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, A
         *(() if config.test_share else ("test_share",)),
     }
     values = {name: getattr(config, name) for name in names if name not in unused}
+    if "n_distractors" in values:
+        values["n_distractors"] = distractor_limit(config)
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -63,19 +63,18 @@ def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: Toke
         return
     if counter is None:
         raise ValueError("`tokenizer` must be given with `target_tokens`, got None. Name the one you train with.")
-    least = min(_least_tokens(seed, options, counter) for seed in seeds)
-    if least > options.target_tokens:
-        raise ValueError(
-            f"`target_tokens` must be at least {least}, the tokens of the shortest sample with nothing but its own "
-            f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
-        )
-
-
-def _least_tokens(seed: Seed, options: SynthesisOptions, counter: TokenCounter) -> int:
-    """Tokens of a sample with its given context, or with the fewest words a written one may have."""
-    head, tail = prompt_parts(find_task(seed.task), seed.instruction)
-    context = seed.context if seed.context is not None else "a " * options.min_words
-    return counter.count_chat(to_messages(f"{head}{context}\n\n{tail}", seed.answer))
+    counted = []
+    for seed in seeds:
+        head, tail = prompt_parts(find_task(seed.task), seed.instruction)
+        # Its own context where it is given; else the fewest words that a written one may have.
+        context = seed.context if seed.context is not None else "a " * options.min_words
+        counted.append(counter.count_chat(to_messages(f"{head}{context}\n\n{tail}", seed.answer)))
+        if counted[-1] <= options.target_tokens:
+            return  # one fits: to count all of them takes minutes
+    raise ValueError(
+        f"`target_tokens` must be at least {min(counted)}, the tokens of the shortest sample with nothing but its own "
+        f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
+    )
 
 
 def check_contexts(seeds: Sequence[Seed]) -> None:

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
-from hf_longalign.synthesis.distractors import bm25_scores, embedding_scores, nearest
+from hf_longalign.synthesis.distractors import by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.documents import Document, read_documents
 from hf_longalign.synthesis.feasible import available_distractors, distractor_limit
 from hf_longalign.synthesis.outcome import Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.tokens import TokenCounter
+from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.text import digest
 
 
@@ -31,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 # These shape only how contexts are put together: another value needs no context anew.
 _COMPOSITION = (
-    *("n_distractors", "target_tokens", "tokenizer", "distractor_sources", "hard_share", "hard_by"),
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by"),
     *("embedding_model", "reference", "test_share", "general_data", "general_share"),
 )
+# So much of a text to be summarised stands for it when the closest others are looked for.
 _QUERY_WORDS = 100
 _ROLES = ("system", "user", "assistant")
 
@@ -57,6 +58,9 @@ class Files:
         config.seeds = None
         return {"config": config, "folder": self.folder, "_outcomes": self._outcomes, "_composed": self._composed}
 
+    # Named by what shapes them: what was paid for is found again where only the composition changes, and a run with
+    # other seeds or settings finds nothing. Computed once, because digesting seeds in memory takes seconds.
+
     @cached_property
     def _outcomes(self) -> Path:
         return self.folder / f"outcomes-{self.config.fingerprint(without=_COMPOSITION)}"
@@ -71,12 +75,20 @@ class Files:
         return None if self.config.tokenizer is None else TokenCounter(self.config.tokenizer)
 
     @cached_property
+    def control(self) -> ControlTokens | None:
+        """The marks of chat templates that are looked for; `None` where the check is left out."""
+        if "control_tokens" not in self.config.checks:
+            return None
+        return ControlTokens(self.counter.special_tokens if self.counter else ())
+
+    @cached_property
     def documents(self) -> Sequence[Document]:
         """The documents of the configuration, read once; processes that compose map what was read into memory."""
         path = self._composed / "documents.arrow"
         if path.is_file():
             return _Documents(read_table(path))
-        return read_documents(self.config.documents)
+        config = self.config
+        return read_documents(config.documents, control=self.control, on_control_tokens=config.on_control_tokens)
 
     @cached_property
     def accepted(self) -> pa.Table:
@@ -97,13 +109,15 @@ class Files:
     def test(self) -> np.ndarray:
         """For every accepted context, whether it belongs to the test split; by its id alone."""
         ids, share = self.accepted["seed_id"].to_pylist(), self.config.test_share
+        if not share:
+            return np.zeros(len(ids), dtype=bool)
         draws = np.array([int(digest("split", str(self.config.seed), seed_id), 16) / 2**64 for seed_id in ids])
         return draws < share
 
     @cached_property
     def pool(self) -> Pool:
         """All contexts and documents."""
-        return Pool(self.accepted, self.documents, self.test)
+        return Pool(self.accepted, self.documents, self.test, self._composed)
 
     @cached_property
     def composer(self) -> Composer:
@@ -142,82 +156,71 @@ class Files:
 
     def splits(self, config_name: str) -> dict[str, list[int]]:
         """Return the row numbers of each split of a configuration, and write what their rows need."""
-        numbers = np.arange(len(self.test))
+        config, numbers = self.config, np.arange(len(self.test))
         self._write_documents()
         if config_name == "rejected":
             # With a budget, whether a context alone exceeds it is found by the processes that count.
-            tested = len(numbers) if self.config.target_tokens is not None else 0
+            tested = len(numbers) if config.target_tokens is not None else 0
             return {"train": list(range(self.rejected.num_rows + tested))}
         splits = {"train": numbers[~self.test].tolist(), "test": numbers[self.test].tolist()}
         if config_name == "chat":
-            self._report_few_distractors()
+            limit, tasks = distractor_limit(config), Counter(self.accepted["task"].to_pylist())
+            for task, number in available_distractors(tasks, config, len(self.documents)).items():
+                if limit is not None and number < limit:
+                    logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
             self._write_nearest()
+            if "conflict" in self.config.checks or self.config.reference == "auto":
+                # Here, before there are processes that would each do it for themselves.
+                _ = self.pool.rivals
             self.__dict__.pop("composer", None)  # one that was made for `rejected` has no nearest texts
-            splits["train"] += [len(numbers) + number for number in range(self._write_general(len(splits["train"])))]
+            general = draw_general(config.general_data, config.general_share, len(splits["train"]), config.seed)
+            if general:
+                rows, columns = map(general_row, general), features("chat").arrow_schema
+                write_table(self._composed / "general.arrow", rows, columns)
+            # Numbers beyond the accepted contexts are rows of general data.
+            splits["train"] += range(len(numbers), len(numbers) + len(general))
         return {name: rows for name, rows in splits.items() if rows}
 
     def row(self, config_name: str, number: int) -> dict[str, Any] | None:
         """Return a row of a configuration, or `None` where that number has none."""
         if config_name == "contexts":
             return _row(self.accepted, number)
-        return self._chat_row(number) if config_name == "chat" else self._rejected_row(number)
-
-    def _chat_row(self, number: int) -> dict[str, Any] | None:
-        general = number - len(self.test)
-        if general >= 0:
-            return _row(self.general, general)
+        if config_name == "rejected":
+            # First what was rejected before, then every accepted context, which may alone exceed the budget.
+            if number < self.rejected.num_rows:
+                return _row(self.rejected, number)
+            number -= self.rejected.num_rows
+            reason = self.composer.over_budget(number)
+            return {**_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
+        if number >= len(self.test):
+            return _row(self.general, number - len(self.test))
         try:
             return self.composer.row(number)
-        except BudgetError:
+        except BudgetError:  # it stands among the rejected
             return None
-
-    def _rejected_row(self, number: int) -> dict[str, Any] | None:
-        if number < self.rejected.num_rows:
-            return _row(self.rejected, number)
-        number -= self.rejected.num_rows
-        reason = self.composer.over_budget(number)
-        return {**_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
-
-    def _report_few_distractors(self) -> None:
-        limit = distractor_limit(self.config)
-        tasks = Counter(self.accepted["task"].to_pylist())
-        available = available_distractors(tasks, self.config, len(self.pool.documents))
-        for task, number in available.items():
-            if limit is not None and number < limit:
-                logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
 
     def _write_documents(self) -> None:
         path = self._composed / "documents.arrow"
         if self.config.documents and not path.is_file():
-            rows = ({"text": one.text, "origin": one.origin, "title": one.title} for one in self.documents)
-            write_table(path, rows, pa.schema([(name, pa.string()) for name in ("text", "origin", "title")]))
+            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
+            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
             del self.documents  # from here on they are read from the disk here too
 
     def _write_nearest(self) -> None:
         config, path = self.config, self._composed / "nearest.npy"
         if not config.hard_share or path.is_file():
             return
-        texts = [self.pool.text(index) for index in range(len(self.pool))]
         # The instruction finds what an answer could be looked for in; one that all rows share would find nothing.
+        columns = (self.accepted[name].to_pylist() for name in ("task", "instruction"))
         queries = [
-            " ".join(text.split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
-            for task, instruction, text in zip(
-                self.accepted["task"].to_pylist(), self.accepted["instruction"].to_pylist(), texts, strict=False
-            )
+            " ".join(self.pool.text(index).split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
+            for index, (task, instruction) in enumerate(zip(*columns, strict=True))
         ]
         if config.hard_by == "bm25":
-            scores = bm25_scores(queries, texts)
+            score = by_bm25(self.pool, queries)
         else:
-            scores = embedding_scores(queries, texts, config.embedding_model or "")
-        groups = (self.pool.groups(index, config.distractor_sources) for index in range(len(queries)))
-        write_array(path, nearest(scores, groups))
-
-    def _write_general(self, long_rows: int) -> int:
-        config = self.config
-        rows = draw_general(config.general_data, config.general_share, long_rows, config.seed)
-        if rows:
-            write_table(self._composed / "general.arrow", map(general_row, rows), features("chat").arrow_schema)
-        return len(rows)
+            score = by_embeddings(self.pool, queries, config.embedding_model or "")
+        write_array(path, nearest(self.pool, config.distractor_sources, score))
 
 
 def _row(table: pa.Table, number: int) -> dict[str, Any]:

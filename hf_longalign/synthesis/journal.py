@@ -9,13 +9,12 @@ import json
 import logging
 import os
 import shutil
-import socket
 import sqlite3
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import budget as claims
 from hf_longalign.synthesis.budget import Budget, Claim, Spend
-from hf_longalign.synthesis.disk import network_file_system, whole
+from hf_longalign.synthesis.disk import mark_in_use, network_file_system, whole
 
 
 logger = logging.getLogger(__name__)
@@ -206,19 +205,8 @@ class Journal:
         """
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
         with self._transaction() as connection:
-            for key in keys:
-                connection.execute(
-                    "UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (SELECT totals.replies - 1, "
-                    "totals.prompt_tokens - r.prompt_tokens, totals.completion_tokens - r.completion_tokens, "
-                    "totals.usd - r.usd FROM replies AS r WHERE r.key = ?)",
-                    key,
-                )
-                connection.execute(
-                    "INSERT INTO faults SELECT key || '@' || at, key, 'dropped', model, purpose, "
-                    "prompt_tokens, completion_tokens, usd, 1, at FROM replies WHERE key = ?",
-                    key,
-                )
-            connection.executemany("DELETE FROM replies WHERE key = ?", keys)
+            for statement in _DROP:
+                connection.executemany(statement, keys)
         return len(keys)
 
     def totals(self) -> Totals:
@@ -229,15 +217,12 @@ class Journal:
 
     def entries(self) -> Iterator[Entry]:
         """Every reply with its request, ordered by key."""
-        connection = self._connect()
-        try:
+        with closing(self._connect()) as connection:
             for key, model, purpose, messages, sampling, *reply in connection.execute(
                 "SELECT * FROM replies ORDER BY key"
             ):
                 asked = [(role, content) for role, content in json.loads(messages)]
                 yield Entry(key, model, purpose, asked, json.loads(sampling), *reply)
-        finally:
-            connection.close()
 
     def export(self, path: str | Path) -> int:
         """Write every entry as a line of JSON and return how many. Equal journals give equal bytes: no times."""
@@ -363,17 +348,14 @@ class Journal:
 
     def _mark_host(self) -> None:
         """Keep every other machine away: locks between machines cannot be relied on, and two would break the file."""
-        mark, host = self.path.with_name(f"{self.path.name}.host"), socket.gethostname()
-        with suppress(FileNotFoundError):
-            user, age = mark.read_text(encoding="utf-8"), time.time() - mark.stat().st_mtime
-            if user not in ("", host) and age < _HOST_SECONDS:
-                raise JournalError(
-                    f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
-                    f"machine {user}. Ask for a part of the seeds on each machine, with `--num_shards`, "
-                    "`--shard_index` and a `--journal` of its own, then merge them. If nothing runs there any more, "
-                    f"delete `{mark.name}`."
-                )
-        mark.write_text(host, encoding="utf-8")
+        mark = self.path.with_name(f"{self.path.name}.host")
+        other = mark_in_use(mark, _HOST_SECONDS)
+        if other is not None:
+            raise JournalError(
+                f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
+                f"machine {other}. Ask for a part of the seeds on each machine, with `--num_shards`, `--shard_index` "
+                f"and a `--journal` of its own, then merge them. If nothing runs there, delete `{mark.name}`."
+            )
 
     def _check_all_pages(self) -> None:
         """Raise `JournalError` where the file was cut or torn by copying."""
@@ -391,6 +373,16 @@ class Journal:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")
 
 
+_DROP = (
+    """
+    UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (
+        SELECT totals.replies - 1, totals.prompt_tokens - r.prompt_tokens,
+            totals.completion_tokens - r.completion_tokens, totals.usd - r.usd FROM replies AS r WHERE r.key = ?)""",
+    """
+    INSERT INTO faults SELECT key || '@' || at, key, 'dropped', model, purpose, prompt_tokens, completion_tokens, usd,
+        1, at FROM replies WHERE key = ?""",
+    "DELETE FROM replies WHERE key = ?",
+)
 # A payment is known by its key and time: in `replies` where its reply is kept, in `faults` where it is not.
 _MERGE = (
     """

@@ -73,8 +73,6 @@ class TransformersGenerator:
     ('org/tiny@v2', 4)
     """
 
-    remote = False
-
     def __init__(
         self,
         model: str,

@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Features, Value
 
+from hf_longalign.synthesis.checks import Check
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.verify import Check
 from hf_longalign.text import word_count
 
 

@@ -12,24 +12,22 @@ from typing import Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.decontaminate import Contamination
 from hf_longalign.synthesis.dialogue import Ask, Count
 from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
 from hf_longalign.synthesis.documents import draw_chunks
-from hf_longalign.synthesis.duplicates import find_duplicates
 from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.language import majority_language
 from hf_longalign.synthesis.outcome import Outcome, accepted
-from hf_longalign.synthesis.pairs import write_pair
+from hf_longalign.synthesis.overlap import Contamination, Duplicates
 from hf_longalign.synthesis.prompts import check_template
 from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.team import Team
-from hf_longalign.synthesis.verify import PASSED, Check, Rules
+from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.synthesis.writer import (
     Plan,
     check_given,
@@ -37,6 +35,7 @@ from hf_longalign.synthesis.writer import (
     score_closed_book,
     score_open_book,
     write_context,
+    write_pair,
 )
 
 
@@ -110,7 +109,7 @@ class Pipeline:
     def _follow(self, part: tuple[tuple[str, Plan], list[Any]]) -> None:
         """Ask for what another process has handed out."""
         (name, plan), items = part
-        self.plan = plan
+        self.plan = plan  # made from the seeds, which the leader alone has read
         try:
             self._ask_in_turn(name, items)
         except RunStopped as stop:
@@ -130,6 +129,8 @@ class Pipeline:
             contexts=config.contexts,
             on_bad_seed=config.on_bad_seed,
             per_task=config.seeds_per_task,
+            control=self.files.control,
+            on_control_tokens=config.on_control_tokens,
         )
 
     @property
@@ -157,7 +158,13 @@ class Pipeline:
             sampling=Sampling(
                 config.temperature, config.top_p, config.max_tokens, config.sampling_seed, config.extra_fields()
             ),
-            rules=Rules(tuple(config.checks), config.min_words, config.max_words, language),
+            rules=Rules(
+                tuple(config.checks),
+                config.min_words,
+                config.max_words,
+                language,
+                self.files.control or ControlTokens(),
+            ),
             words=config.context_words,
             reply_words=config.reply_words,
             facts_first=config.facts_first,
@@ -184,6 +191,8 @@ class Pipeline:
         seeds = self.seeds
         for reason, number in self.all_seeds.skipped.most_common():
             logger.warning("Skipped %d seeds: %s.", number, reason)
+        if self.all_seeds.neutralised:
+            logger.warning("Made words of marks of chat templates in %d seeds.", self.all_seeds.neutralised)
         if self.config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):
@@ -216,12 +225,19 @@ class Pipeline:
             RunStopped: the budget is spent or the endpoint gone; a rerun continues.
         """
         self.check()
+        # What costs nothing comes first, then the short answers, then the long contexts: what is left out early is
+        # not paid for later.
         outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds]
         outcomes = self._chosen(outcomes)
         outcomes = self._with_contexts(outcomes)
+        # Only now, and beside all others: a context that was rewritten may repeat another one.
         outcomes = self._without_duplicates(outcomes)
+        # Once more, because a model may have written what stands in the evaluation data.
         outcomes = [self._decontaminated(outcome) for outcome in outcomes]
-        return self._with_answerability(outcomes)
+        if not self.config.answerability:
+            return outcomes
+        numbers = accepted(outcomes)
+        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
 
     def _ask(self, step: str, items: Sequence[Any]) -> list[Any]:
         """Do a step for every item, together with the team; returns the results in the order of the items."""
@@ -274,6 +290,7 @@ class Pipeline:
         return await write_context(refused.seed, self.plan, ask, count=count, refused=refused)
 
     async def _answer_both(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+        # With the context and without it: a row that needs none teaches nothing.
         model, sampling = self._answering_model, self.plan.sampling
         found = {
             "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
@@ -341,11 +358,10 @@ class Pipeline:
         if "duplicate" not in self.config.checks:
             return outcomes
         writes = self.config.generator != "documents" and self.config.method == "context"
+        duplicates = Duplicates()
         while True:
             numbers = accepted(outcomes)
-            repeated = find_duplicates(
-                [outcomes[number].context for number in numbers], self.config.duplicate_threshold
-            )
+            repeated = duplicates.find([outcomes[number].context for number in numbers])
             if not repeated:
                 break
             places = [numbers[place] for place in repeated]
@@ -355,13 +371,6 @@ class Pipeline:
         return [
             replace(outcome, checks=(*outcome.checks, passed)) if outcome.accepted else outcome for outcome in outcomes
         ]
-
-    def _with_answerability(self, outcomes: list[Outcome]) -> list[Outcome]:
-        """Record what the model answers with and without the context: a row that needs none teaches nothing."""
-        if not self.config.answerability:
-            return outcomes
-        numbers = accepted(outcomes)
-        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
 
 
 def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence[Outcome]) -> list[Outcome]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from string import Formatter
 
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.tasks import Task
+from hf_longalign.synthesis.tasks import Task, fill
 
 
 Messages = tuple[tuple[str, str], ...]
@@ -206,7 +206,7 @@ def answer_prompt(seed: Seed, task: Task, context: str | None = None) -> Message
     if context is None:
         rule = "Answer from what you know, as briefly as you can. Guess if you do not know. Do not explain."
         return (("user", f"{rule}\n\nInstruction: {seed.instruction}\nAnswer:"),)
-    return (("user", task.template.replace("{context}", context, 1).replace("{input}", seed.instruction)),)
+    return (("user", fill(task.template, context=context, input=seed.instruction)),)
 
 
 def pair_prompt(text: str, *, reason: str | None = None) -> Messages:

@@ -1,20 +1,28 @@
 """Rows of a data file, each with its file and line, so that a bad one can be named.
 
-JSONL is read here rather than by `datasets`, which names neither line nor column of a broken row, and by the line, so
-that a file of any size is read in constant memory.
+JSONL and CSV are read here rather than by `datasets`, which names neither line nor column of a broken row, and by the
+line, so that a file of any size is read in constant memory.
 """
 
+import csv
+import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hf_longalign.text import clean
+
 
 MAX_LINE_BYTES = 10_000_000
+FORMATS = ".jsonl, .json, .csv (each also as .gz), .parquet"
 _BOM = b"\xef\xbb\xbf"
 _HUB_NAME = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?$")
+_BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class BadRowError(ValueError):
@@ -46,51 +54,94 @@ class Row:
     @property
     def origin(self) -> str:
         """File name and number, without directories: fit for a row that is published."""
-        return f"{Path(self.file).name}:{self.number}"
+        # Python keeps the bytes of a file name that is not UTF-8 as half characters.
+        return f"{clean(Path(self.file).name)}:{self.number}"
 
 
 def read_rows(source: Any) -> Iterator[Row]:
-    """Yield the rows of a source; a broken one carries its fault.
+    """Yield the rows of a source, their texts made safe by `hf_longalign.text.clean`; a broken one carries its fault.
 
     Args:
-        source: a path to JSONL or Parquet, a directory or Hub data set `user/name[:config][@split]`, a
-            `datasets.Dataset`, or a list of dicts.
+        source: a path to JSONL, CSV (both also compressed, `.gz`) or Parquet, a directory or Hub data set
+            `user/name[:config][@split]`, a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts.
 
     Raises:
-        ValueError: no such file, and not the name of a Hub data set either.
+        ValueError: no such file and not the name of a Hub data set either, a format that is not read, or a Parquet
+            file that is not whole.
 
     Example:
 
-    >>> [row.values for row in read_rows([{"answer": "Ada"}])]
+    >>> [row.values for row in read_rows([{"answer": "Ada\\0"}])]
     [{'answer': 'Ada'}]
     """
-    if not isinstance(source, (str, Path)):
-        yield from (Row(dict(values), "seeds", number, "row") for number, values in enumerate(source, 1))
-    elif Path(source).suffix in (".jsonl", ".json") and Path(source).is_file():
-        yield from _read_jsonl(Path(source))
-    elif Path(source).suffix == ".parquet" and Path(source).is_file():
-        yield from _read_parquet(Path(source))
-    else:
-        yield from _read_dataset(str(source))
+    for row in _read(source):
+        yield row if row.fault else replace(row, values=_cleaned(row.values))
+
+
+def _read(source: Any) -> Iterator[Row]:
+    if not isinstance(source, str | Path):
+        return _read_memory(source)
+    path = Path(source)
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [".gz"]:
+        del suffixes[-1]
+    kind = suffixes[-1] if suffixes else ""
+    if path.is_file():
+        if kind in (".jsonl", ".json"):
+            return _read_jsonl(path)
+        if kind == ".csv":
+            return _read_csv(path)
+        if path.suffix.lower() == ".parquet":
+            return _read_parquet(path)
+        raise ValueError(f"{source}: a file must end with one of {FORMATS}, got {path.name!r}. Convert or rename it.")
+    return _read_dataset(str(source))
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {clean(key) if isinstance(key, str) else key: _cleaned(part) for key, part in value.items()}
+    return [_cleaned(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _read_memory(source: Any) -> Iterator[Row]:
+    if hasattr(source, "to_dict") and hasattr(source, "isna"):
+        # A DataFrame iterates over its columns, and writes NaN where a value is missing.
+        source = source.astype(object).where(source.notna(), None).to_dict("records")
+    for number, values in enumerate(source, 1):
+        place = Row({}, "seeds", number, "row")
+        if isinstance(values, dict):
+            yield replace(place, values=dict(values))
+        else:
+            yield _broken(place, f"not a dict but {type(values).__name__}", "Give rows as dicts, column to value.")
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with _open(path) as file:
         number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
+        while True:
             number += 1
             place = Row({}, str(path), number)
+            try:
+                line = file.readline(MAX_LINE_BYTES + 1)
+                rest = line
+                while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE_BYTES)
+            except _BROKEN_GZIP as error:
+                yield _broken(place, f"the compressed file ends early or is damaged ({error})", "Write it again.")
+                return
+            if not line:
+                return
             if len(line) > MAX_LINE_BYTES:
-                _skip_line(file, line)
                 limit = f"longer than {MAX_LINE_BYTES // 1_000_000} MB"
                 yield _broken(place, limit, "Split the row, or store the data as Parquet.")
             elif line.strip():
                 yield _parse(line, place)
-
-
-def _skip_line(file: BinaryIO, line: bytes) -> None:
-    while line and not line.endswith(b"\n"):
-        line = file.readline(MAX_LINE_BYTES)
 
 
 def _parse(line: bytes, place: Row) -> Row:
@@ -111,14 +162,43 @@ def _broken(place: Row, reason: str, remedy: str) -> Row:
     return replace(place, fault=BadRowError(place, reason, remedy))
 
 
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Rows of a CSV file with a line of column names; spreadsheets put a byte order mark in front, which is fine."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="", strict=True)
+        while True:
+            place = Row({}, str(path), max(2, reader.line_num + 1))
+            try:
+                values = next(reader, None)
+            except (csv.Error, UnicodeDecodeError, *_BROKEN_GZIP) as error:
+                # What follows cannot be told apart into rows any more.
+                yield _broken(place, f"broken CSV ({error})", "Save the file as UTF-8 CSV, with a closed quote each.")
+                return
+            if values is None:
+                return
+            if "" in values:
+                yield _broken(place, "more fields than columns", "Put text with commas into double quotes.")
+            else:
+                yield replace(place, values={name: value or None for name, value in values.items()})
+
+
 def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
     from pyarrow import parquet
 
     number = 0
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
-        for values in batch.to_pylist():
-            number += 1
-            yield Row(values, str(path), number, "row")
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(values, str(path), number, "row")
+    except (pyarrow.ArrowException, OSError) as error:
+        told = str(error).partition(". ")[0]
+        raise ValueError(
+            f"{path}: cannot be read as Parquet after row {number} ({told}). The file is cut short or damaged: write "
+            "or download it again."
+        ) from None
 
 
 def _read_dataset(source: str) -> Iterator[Row]:
@@ -130,8 +210,6 @@ def _read_dataset(source: str) -> Iterator[Row]:
     elif match and not Path(source).suffix:
         name, config, split = match["name"], match["config"], match["split"]
     else:
-        raise ValueError(
-            f"{source}: no such file. Give a .jsonl or .parquet file or a Hub data set user/name[@split]."
-        )
+        raise ValueError(f"{source}: no such file. Give a file ({FORMATS}) or a Hub data set user/name[@split].")
     for number, values in enumerate(load_dataset(name, config, split=split or "train"), 1):
         yield Row(dict(values), source, number, "row")

@@ -130,7 +130,7 @@ class Runner:
     >>> import tempfile
     >>> from hf_longalign.endpoint.protocol import Reply, Request
     >>> class Echo:
-    ...     model, concurrency, remote = "echo", 2, False
+    ...     model, concurrency = "echo", 2
     ...     async def check(self): pass
     ...     async def reply(self, request, notify=None):
     ...         return Reply(request.messages[0][1].upper(), "stop", 1, 1, "echo")
@@ -170,6 +170,7 @@ class Runner:
             if task is None:
                 task = self._under_way[request.key] = asyncio.create_task(self._fetch(request))
                 task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
+            # Shielded: a job that is cancelled must not cancel what another one waits for, or what is paid for.
             reply = await asyncio.shield(task)
         else:
             self.progress.count("journaled")
@@ -253,7 +254,11 @@ class Runner:
 
     async def _fetch(self, request: Request) -> Reply:
         """Claim the request, get its reply and put it on disk. A claim outlives only a cancellation."""
-        await self._check()
+        # The generator is checked once, before the first request that the journal cannot answer: a rerun that has all
+        # its replies needs no endpoint.
+        if self._checked is None:
+            self._checked = asyncio.create_task(self.generator.check())
+        await asyncio.shield(self._checked)
         stored = await self._claim(request)
         if stored is not None:
             return stored
@@ -268,6 +273,7 @@ class Runner:
                 self._refused = error
                 self._halt_if(self._breaker.refused(error))
                 raise
+            # Kept, so that no later run pays for the same refusal.
             reply = Reply("", CONTENT_FILTER, 0, 0, request.model)
         except Exception:
             self.journal.release(request)
@@ -290,6 +296,7 @@ class Runner:
                 return None
             if claim is Claim.ANSWERED:
                 return self.journal.get(request.key)
+            # Another process asks for it, or what is under way fills the budget.
             await asyncio.sleep(_POLL_SECONDS)
 
     async def _fault(self, request: Request, fault: Fault) -> None:
@@ -304,12 +311,6 @@ class Runner:
             stored = await self._claim(request)
             if stored is not None:
                 raise _AnsweredElsewhereError(stored)
-
-    async def _check(self) -> None:
-        """Check the generator once, before the first request that the journal cannot answer."""
-        if self._checked is None:
-            self._checked = asyncio.create_task(self.generator.check())
-        await asyncio.shield(self._checked)
 
     def _halt(self, reason: BaseException) -> None:
         """Send nothing more; the first reason is the one that is raised."""
@@ -331,7 +332,7 @@ class Runner:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Stop in order on the first Ctrl-C or SIGTERM, at once on the second."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
             yield
             return
         loop = asyncio.get_running_loop()

@@ -1,13 +1,14 @@
-"""Seeds: the human instruction-answer pairs, read from JSONL, Parquet, the Hub or memory, and checked row by row."""
+"""Seeds: instruction-answer pairs from files, the Hub or memory, each row checked as it is read."""
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.text import digest
 
 
@@ -22,10 +23,11 @@ class Seed:
         seed_id: the row's own id, or a digest of its content.
         task: LongBench's name of the task, or "general".
         instruction: what is asked.
-        answer: the target: always human, never written by the package.
+        answer: the target: given, never written by the package.
         context: the text the pair was written for, where it is given.
         title: the title of that text, where it is given.
         origin: file name and line, for messages and for the `rejected` rows; never a path.
+        neutralised: how many marks of chat templates were made plain words of, in all its texts.
     """
 
     seed_id: str
@@ -35,30 +37,51 @@ class Seed:
     context: str | None = None
     title: str | None = None
     origin: str = ""
+    neutralised: int = 0
 
 
 @dataclass
 class SeedSet:
-    """The seeds in the order they were read, and how many rows were skipped, by reason."""
+    """What reading gave.
+
+    Attributes:
+        seeds: in the order they were read.
+        skipped: how many rows were skipped, by reason.
+        neutralised: in how many seeds marks of chat templates were made plain words of.
+    """
 
     seeds: list[Seed] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    neutralised: int = 0
+
+    @property
+    def tasks(self) -> Counter[str]:
+        """How many seeds each task has."""
+        return Counter(seed.task for seed in self.seeds)
 
 
 def read_seeds(
-    sources: Any, *, contexts: Sequence[str] = (), on_bad_seed: str = "raise", per_task: int | None = None
+    sources: Any,
+    *,
+    contexts: Sequence[str] = (),
+    on_bad_seed: str = "raise",
+    per_task: int | None = None,
+    control: ControlTokens | None = None,
+    on_control_tokens: str = "neutralise",
 ) -> SeedSet:
-    """Read and check seeds.
+    """Read and check seeds, each row once.
 
     Args:
-        sources: one or several of `path.jsonl`, `path.parquet`, `user/name[:config][@split]`, each with an optional
-            `task=` in front; or a `datasets.Dataset`, or a list of dicts. Columns: `instruction`, `answer`, and where
-            there are any `task`, `context`, `title`, `id`.
+        sources: one or several of `path.jsonl`, `path.csv`, `path.parquet`, `user/name[:config][@split]`, each with an
+            optional `task=` in front; or a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts. Columns:
+            `instruction`, `answer`, and where there are any `task`, `context`, `title`, `id`.
         contexts: `task=path` for seeds that keep their contexts in a second file: line k of its column `context`
             belongs to line k of the seeds of that task.
         on_bad_seed: "raise", or "skip" to count bad rows and go on. A row that stands there twice, word for word and
             without an id, is dropped and counted either way: published seeds have some.
         per_task: keep only the first so many seeds of each task.
+        control: the marks of chat templates to look for; `None` to leave them in.
+        on_control_tokens: "neutralise" makes plain words of them, "reject" makes theirs a bad row.
 
     Raises:
         BadRowError: a bad row, named by file, line and column.
@@ -79,6 +102,8 @@ def read_seeds(
     for task, row in _rows_of(sources):
         try:
             seed = _to_seed(row, task, given)
+            if control is not None:
+                seed = _controlled(seed, row, control, on_control_tokens)
             repeated = _is_repeated(seed, row, first_seen)
         except BadRowError as error:
             if on_bad_seed == "raise":
@@ -90,6 +115,7 @@ def read_seeds(
         elif per_task is None or kept[seed.task] < per_task:
             kept[seed.task] += 1
             found.seeds.append(seed)
+            found.neutralised += seed.neutralised > 0
     if not found.seeds:
         raise ValueError(f"`seeds` must hold at least one good row, got none and {found.skipped.total()} bad ones.")
     return found
@@ -151,6 +177,21 @@ def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]
         title=_text(row, "title"),
         origin=row.origin,
     )
+
+
+def _controlled(seed: Seed, row: Row, control: ControlTokens, on_control_tokens: str) -> Seed:
+    changed: dict[str, str] = {}
+    number = 0
+    for column in ("instruction", "answer", "context", "title"):
+        text = getattr(seed, column)
+        found = control.find(text) if text else []
+        if found and on_control_tokens == "reject":
+            remedy = f"Take {found[0]!r} out, or set `on_control_tokens` to 'neutralise'."
+            raise BadRowError(row, "a mark of a chat template", remedy, column)
+        if found:
+            changed[column], count = control.neutralise(text)
+            number += count
+    return replace(seed, neutralised=number, **changed) if changed else seed
 
 
 def _task_of(row: Row) -> str:

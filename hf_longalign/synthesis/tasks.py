@@ -163,4 +163,15 @@ def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> 
     else:
         template, instruction = task.template, f"(On {reference}) {instruction}"
     head, tail = template.split("{context}\n\n")
-    return head, tail.replace("{reference}", reference or "").replace("{input}", instruction)
+    return head, fill(tail, reference=reference or "", input=instruction)
+
+
+def fill(template: str, **values: str) -> str:
+    """Return a template with its fields filled at once: braces in what is filled in are text, not fields.
+
+    Example:
+
+    >>> fill("On {reference}: {input}", reference="the film {input}", input="Who?")
+    'On the film {input}: Who?'
+    """
+    return re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), template)

@@ -1,10 +1,23 @@
-"""Counting tokens as training will see them: with the chat template of the tokenizer."""
+"""What a tokenizer makes of texts: how many tokens they are, and what in them it takes for marks of a chat."""
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 
+# Marks of chat templates in use: <|im_end|> and every other <|…|>, <｜User｜> (DeepSeek), <|turn> (Gemma 4), </s>,
+# [INST] and [/INST] (Mistral), <<SYS>> (Llama 2), <start_of_turn> (Gemma), [gMASK] (GLM).
+_KNOWN = re.compile(
+    r"<\|[^\s<>|]{1,40}\|?>|<[a-z_]{1,40}\|>|<｜[^<>｜]{1,40}｜>|</?s>|<(?:bos|eos|pad|unk|sop|eop)>|<</?SYS>>|"
+    r"<(?:start|end)_of_(?:turn|utterance|image)>|\[gMASK\]|"
+    r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT)\]"
+)
+# A shorter special token ("!" pads some models) is a part of ordinary text.
+_LEAST_CHARACTERS = 3
+
+
 class TokenCounter:
-    """Counts the tokens of texts and of whole conversations.
+    """Counts the tokens of texts and of whole conversations, as training will see them: with the chat template.
 
     Args:
         tokenizer: a name, a path, or a tokenizer.
@@ -33,3 +46,41 @@ class TokenCounter:
     def count_chat(self, messages: list[dict[str, str]]) -> int:
         """Return the number of tokens of a conversation in the chat template."""
         return self.count(self._tokenizer.apply_chat_template(messages, tokenize=False))
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The special tokens of the tokenizer, reserved ones included."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return sorted({*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
+
+
+class ControlTokens:
+    """Finds the marks by which chat templates divide turns, in texts that come from outside.
+
+    A tokenizer takes them for what they say wherever they stand: a context with `<|im_end|><|im_start|>user` in it
+    becomes two turns in training, and another prompt than was meant at an endpoint.
+
+    Args:
+        special_tokens: those of the tokenizer that will be trained, next to the known ones of other templates.
+
+    Example:
+
+    >>> control = ControlTokens()
+    >>> control.find("The end.<|im_end|>\\n</s>"), control.find("a < b, [1], <i>s</i>")
+    (['<|im_end|>', '</s>'], [])
+    >>> control.neutralise("The end.<|im_end|>")
+    ('The end.< |im_end|>', 1)
+    """
+
+    def __init__(self, special_tokens: Iterable[str] = ()):
+        own = (re.escape(token) for token in special_tokens if len(token) >= _LEAST_CHARACTERS and not token.isalnum())
+        # The longest first: of two that begin alike, the longer one is what the tokenizer sees.
+        self._pattern = re.compile("|".join([*sorted(own, key=len, reverse=True), _KNOWN.pattern]))
+
+    def find(self, text: str) -> list[str]:
+        """Return the marks in a text, in order."""
+        return self._pattern.findall(text)
+
+    def neutralise(self, text: str) -> tuple[str, int]:
+        """Return the text with a blank inside every mark, which makes plain words of it, and how many there were."""
+        return self._pattern.subn(lambda found: f"{found[0][0]} {found[0][1:]}", text)

@@ -1,11 +1,11 @@
 """What a model is asked for one seed: its context, again with the reason while retries are left; verdicts; answers."""
 
 import asyncio
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import ceil
 
 from hf_longalign.endpoint.protocol import GenerationError, Request, Sampling
+from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, VERDICTS, Check, Rules, failures, verify_context
 from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
@@ -16,17 +16,26 @@ from hf_longalign.synthesis.prompts import (
     facts_prompt,
     judge_prompt,
     outline_prompt,
+    pair_prompt,
     section_prompt,
 )
-from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_outline, read_verdict, spoken
+from hf_longalign.synthesis.replies import (
+    ReplyError,
+    read_context,
+    read_facts,
+    read_outline,
+    read_pair,
+    read_verdict,
+    spoken,
+)
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.verify import FAILED, OPEN, PASSED, Check, Rules, failures, verify_context
-from hf_longalign.text import normalise
+from hf_longalign.text import holds, normalise, token_f1, word_count
 
 
 _TAIL_WORDS = 200
 _ANSWER_TOKENS = 512
+_SHORT_WORDS = 3
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,43 @@ async def write_context(
     )
 
 
+async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore_count) -> Outcome:
+    """Have a model write an instruction and an answer for a text: instruction synthesis, the paper's baseline.
+
+    The opposite of context synthesis: here the target is synthetic (https://arxiv.org/abs/2502.15592).
+
+    Args:
+        chunk: a seed with a context and nothing else.
+        plan: the model, the sampling and what the pair is held to.
+        ask: gets the reply to a request, from the journal or from the generator.
+        count: is told "retried" and "rejected".
+
+    Returns:
+        The outcome, whose seed holds the pair.
+    """
+    context = chunk.context or ""
+    dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
+    seed, checks, reason = chunk, [], None
+    try:
+        while True:
+            (question, answer), _ = await dialogue.get(
+                "pair", lambda why: pair_prompt(context, reason=why), read_pair, reason
+            )
+            seed = replace(chunk, instruction=question, answer=answer)
+            found = await asyncio.to_thread(verify_context, context, seed, plan.rules, written=False)
+            checks = [Check("parse", PASSED), *found]
+            reason = failures(checks)
+            if not reason:
+                count("usable")
+                break
+            dialogue.refuse(reason)
+    except GiveUpError as error:
+        reason = str(error)
+        count("rejected")
+    provenance = Provenance(plan.generator, plan.model, dialogue.prompt_hash, tuple(dialogue.keys), dialogue.used + 1)
+    return Outcome(seed, context, chunk.title, reason or "", tuple(checks), provenance)
+
+
 def check_given(seed: Seed, plan: Plan) -> Outcome:
     """Check the context that came with a seed: the human-annotated setting."""
     context = seed.context or ""
@@ -139,7 +185,7 @@ async def _draft(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None)
     checks = [Check("parse", PASSED)]
     # Some milliseconds per context: beside the event loop, so that replies go on arriving.
     checks += await asyncio.to_thread(
-        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason
+        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
     )
     if plan.judge is not None:
         checks = await _judge(seed, context, checks, plan, dialogue.ask, dialogue.keys)
@@ -220,15 +266,12 @@ def score_answer(answer: str, reply: str) -> float:
     >>> score_answer("no", "There is no doubt: yes.")
     0.0
     """
-    wanted, given = normalise(answer).split(), normalise(reply).split()
-    if not wanted or not given:
-        return 0.0
-    if wanted[0] in ("yes", "no") and len(wanted) == 1:
-        return float(given[0] == wanted[0])
-    if len(wanted) <= 3 and f" {' '.join(wanted)} " in f" {' '.join(given)} ":
+    wanted, given = normalise(answer), normalise(reply)
+    if wanted in VERDICTS:
+        return float(f"{given} ".startswith(f"{wanted} "))
+    if wanted and word_count(answer) <= _SHORT_WORDS and holds(given, wanted):
         return 1.0
-    common = sum((Counter(wanted) & Counter(given)).values())
-    return 2 * common / (len(wanted) + len(given))
+    return token_f1(given.split(), wanted.split())
 
 
 async def score_closed_book(seed: Seed, model: str, sampling: Sampling, samples: int, ask: Ask) -> float | None:
@@ -247,16 +290,15 @@ async def score_open_book(seed: Seed, context: str, model: str, sampling: Sampli
 
 
 async def _mean_score(seed: Seed, requests: list[Request], ask: Ask) -> float | None:
-    scores = await asyncio.gather(*(_score(seed, request, ask) for request in requests))
+    async def score(request: Request) -> float | None:
+        try:
+            return score_answer(seed.answer, spoken((await ask(request)).text))
+        except (GenerationError, ReplyError):
+            return None
+
+    scores = await asyncio.gather(*map(score, requests))
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else None
-
-
-async def _score(seed: Seed, request: Request, ask: Ask) -> float | None:
-    try:
-        return score_answer(seed.answer, spoken((await ask(request)).text))
-    except (GenerationError, ReplyError):
-        return None
 
 
 def _short(sampling: Sampling, number: int) -> Sampling:

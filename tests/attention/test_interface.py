@@ -52,7 +52,7 @@ def test_chunked_attention_is_refused():
     )  # fmt: skip
     model = Llama4ForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME).eval()
     ids = torch.randint(0, VOCABULARY, (1, 9))
-    with pytest.raises(ValueError, match='chunked_overlay.*Set attn_implementation="sdpa" and train padded'):
+    with pytest.raises(ValueError, match=r'chunked_overlay.*Set attn_implementation="sdpa" and train padded'):
         model(ids, use_cache=False)
     model.set_attn_implementation("sdpa")
     assert model(ids, use_cache=False).logits.isfinite().all()

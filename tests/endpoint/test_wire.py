@@ -51,7 +51,7 @@ def test_a_greedy_reply_without_a_token_is_one_and_a_drawn_one_is_a_fault():
     assert caught.value.reply == Reply("", "stop", 4, 0, "tiny")
 
 
-@pytest.mark.parametrize("tokens", [float("nan"), float("inf"), -5, "7", None])
+@pytest.mark.parametrize("tokens", [float("nan"), float("inf"), -5, 0, "7", None])
 def test_a_usage_that_is_no_number_is_counted_as_the_most(tokens):
     reply = _read({"content": "abc"}, usage={"prompt_tokens": tokens, "completion_tokens": tokens})
     assert (reply.prompt_tokens, reply.completion_tokens) == (REQUEST.most_prompt_tokens, 3)

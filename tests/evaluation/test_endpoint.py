@@ -108,7 +108,7 @@ def test_a_login_in_the_url_is_sent_and_not_shown(echo, caplog, monkeypatch):
 def test_no_more_than_so_many_at_once_and_prompts_that_share_stand_together():
     prompts = [prompt_of(f"{kind} {number}") for number in range(10) for kind in "ab"]
     with FakeEndpoint(slots=3, latency=(0.01, 0.02)) as server:
-        found = dict(EndpointGenerator("tiny", server.url, concurrency=3).generate(prompts))
+        found = dict(EndpointGenerator("tiny", server.url, max_concurrency=3).generate(prompts))
     assert set(found) == set(prompts) and server.most_at_once == 3
     assert not any(entry.fault for entry in server.log)
     order = [entry.prompt[0] for entry in server.log]
@@ -144,7 +144,7 @@ def test_an_error_says_what_the_server_said_after_the_finished_answers(fault, to
     done = []
     with FakeEndpoint(latency=(0.05, 0.05)) as server:
         generator = EndpointGenerator(
-            "tiny", server.url, api_key_env="EVAL_KEY", concurrency=3, timeout=0.5, max_attempts=2
+            "tiny", server.url, api_key_env="EVAL_KEY", max_concurrency=3, timeout=0.5, max_attempts=2
         )
         with pytest.raises(EndpointError, match=told):
             done += (prompt.text for prompt, _ in generator.generate(prompts))
@@ -156,7 +156,7 @@ def test_after_a_failure_nothing_more_is_sent():
     prompts = [prompt_of("[[400]] first"), *(prompt_of(f"later {number}") for number in range(20))]
     with FakeEndpoint() as server:
         with pytest.raises(EndpointError):
-            list(EndpointGenerator("tiny", server.url, concurrency=1).generate(prompts))
+            list(EndpointGenerator("tiny", server.url, max_concurrency=1).generate(prompts))
         assert len(server.log) == 1
 
 
@@ -294,8 +294,8 @@ def test_bad_urls_are_refused_without_their_login(url):
     with pytest.raises(ValueError, match="`endpoint` must be a URL") as caught:
         EndpointGenerator("tiny", url)
     assert "pw" not in str(caught.value) and "key" not in str(caught.value)
-    with pytest.raises(ValueError, match="`concurrency` must be a positive integer"):
-        EndpointGenerator("tiny", "http://host", concurrency=0)
+    with pytest.raises(ValueError, match="`max_concurrency` must be a positive integer"):
+        EndpointGenerator("tiny", "http://host", max_concurrency=0)
 
 
 def test_the_recipe_reports_what_the_server_tells_and_asks_it_once(tmp_path):

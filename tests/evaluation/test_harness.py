@@ -1,11 +1,9 @@
-"""lm-eval's bridge: a task of our own really run, RULER made offline, and tasks whose data are out of reach."""
+"""lm-eval's bridge: a task of our own really run, and tasks whose data are out of reach."""
 
 import json
 import random
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +14,10 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
 
-from hf_longalign.evaluation.harness import (
-    RULER_TASKS,
-    SUITES,
-    HarnessResult,
-    _tasks_in,
-    _tasks_of_lm_eval,
-    run_harness,
-)
-from hf_longalign.evaluation.harness_suite import HarnessSuite
-from hf_longalign.evaluation.ruler import SeededLengths
+from hf_longalign.evaluation.harness import SHORT, HarnessResult, HarnessSuite, _tasks_of_lm_eval, run_harness
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import Difference, TaskResult
 
 
 TASK = """
@@ -154,38 +144,6 @@ def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, tmp_path, caplo
     assert (there.task, there.value, there.error) == ("towns", 0.0, None)
 
 
-def test_ruler_makes_its_texts_at_each_length_asked(model, monkeypatch, tmp_path):
-    (tmp_path / "tokenizers/punkt_tab").mkdir(parents=True)  # else RULER downloads it, which this task does not need
-    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    monkeypatch.setenv("LOCAL_RANK", "1")  # under torchrun each process asks for its own tasks
-    results = _run(model, ["niah_single_1"], ruler_lengths=[480, 512], limit=1)
-    assert [(result.length, result.metric) for result in results] == [(480, "480,none"), (512, "512,none")]
-    assert all(result.error is None and result.samples == 1 for result in results)
-    assert [result.value for result in results] == [0.0, 0.0]
-    # At the model's own length the template and the answer's beginning come on top, and nothing is lost.
-    (full,) = _run(model, ["niah_single_1"], ruler_lengths=[480], max_length=480, limit=20)
-    assert (full.samples, full.cut) == (20, 0)
-
-
-def test_every_model_is_asked_the_same_ruler_questions(tmp_path):
-    # `ruler_cwe` has a generator that lm-eval seeds once, and imports draw from the global one.
-    tiny_tokenizer().save_pretrained(tmp_path)
-    ruler = Path(sys.modules["lm_eval"].__file__).parent / "tasks/ruler"
-    asked = []
-    for _ in range(2):
-        manager = _tasks_in(ruler, metadata={"max_seq_lengths": SeededLengths([1600]), "tokenizer": str(tmp_path)})
-        (task,) = manager.load(["ruler_cwe"])["tasks"].values()
-        asked.append([doc["input"] for doc in task.test_docs()])
-        random.random()
-    assert asked[0] == asked[1] and len(set(asked[0])) == 500
-
-
-@pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "ruler_fwe"])
-def test_ruler_samples_that_would_be_sought_for_ever_are_refused(model, task):
-    (result,) = _run(model, [task], ruler_lengths=[256], limit=1)
-    assert result.value is None and f"{task} was not run: ValueError: its samples need" in result.error
-
-
 def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, monkeypatch):
     found = {"base": HarnessResult("towns", metric="acc,none", value=0.25, stderr=0.1, samples=4, cut=2)}
     found["adapter"] = HarnessResult("towns", metric="acc,none", value=0.5, stderr=0.1, samples=4, cut=2)
@@ -203,61 +161,48 @@ def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, mo
         speaking.pop()
 
     speaking: list[str] = []
-    monkeypatch.setattr("hf_longalign.evaluation.harness_suite.run_harness", run)
+    monkeypatch.setattr("hf_longalign.evaluation.harness.run_harness", run)
     who = [Examinee(label, label, None, lambda label=label: as_(label)) for label in ("base", "adapter")]
 
     def evaluated():
         with ResultStore(tmp_path) as store:
-            suite = HarnessSuite("short", ["towns", "gsm8k"], model, tiny_tokenizer(), store, who, max_length=64)
+            suite = HarnessSuite(["towns", "gsm8k"], model, tiny_tokenizer(), store, who, max_length=64)
             suite.work(who, store, rank=0, processes=1)
             return suite.results(who, store)
 
     results = evaluated()
-    towns, gsm8k = results["tasks"]
-    assert towns["difference"] == {"value": 0.25} and "2 prompts were longer" in towns["note"] and "error" not in towns
-    assert gsm8k == {"task": "gsm8k", "metric": None, "samples": 0, "scores": {}, "error": "no network"}
+    towns, gsm8k = results.tasks
+    assert towns.differences == [Difference("adapter", "base", 0.25)] and towns.error is None
+    assert towns.cut_prompts == 4 and "longer than the model's range" in towns.note
+    assert gsm8k == TaskResult("gsm8k", error="no network")
     assert asked == ["towns", "towns", "gsm8k", "gsm8k"]
     assert evaluated() == results
     assert asked[4:] == ["gsm8k", "gsm8k"]  # what succeeded is not asked again
 
 
-def test_ruler_has_a_metric_s_name_and_no_interval_of_no_width(tmp_path):
-    found = HarnessResult("niah_single_1", 512, metric="512,none", value=1.0, stderr=0.0, samples=4)
+def test_where_all_scored_alike_the_interval_has_a_width(tmp_path):
+    found = HarnessResult("gsm8k", metric="exact_match,strict-match", value=1.0, stderr=0.0, samples=4)
     examinee = Examinee("base", "id", None)
     with ResultStore(tmp_path) as store:
-        suite = HarnessSuite(
-            "ruler",
-            ["niah_single_1"],
-            tiny_llama(),
-            tiny_tokenizer(),
-            store,
-            [examinee],
-            max_length=512,
-            lengths=[512],
-        )
-        store.add(suite._keys["base", ("niah_single_1", 512)], [asdict(found)])
-        (task,) = suite.results([examinee], store)["tasks"]
-    assert (task["task"], task["metric"]) == ("niah_single_1, 512 tokens", "string_match")
-    assert task["scores"]["base"]["high"] == 1.0 and 0.3 < task["scores"]["base"]["low"] < 0.6  # Wilson's, 4 of 4
+        suite = HarnessSuite(["gsm8k"], tiny_llama(), tiny_tokenizer(), store, [examinee], max_length=512)
+        store.add(suite._keys["base", "gsm8k"], [asdict(found)])
+        (task,) = suite.results([examinee], store).tasks
+    assert task.scores["base"].high == 1.0 and 0.3 < task.scores["base"].low < 0.6  # Wilson's, 4 of 4
 
 
-def test_names_lengths_and_templates_are_checked_before_anything_runs(model):
+def test_names_and_templates_are_checked_before_anything_runs(model):
     tokenizer = tiny_tokenizer()
     with pytest.raises(ValueError, match=r"got 'gsm9k'\. Set it to one of gsm8k"):
         run_harness(model, tokenizer, ["gsm9k"], max_length=2048)
     with pytest.raises(ValueError, match="must name a task"):
         run_harness(model, tokenizer, [], max_length=2048)
-    with pytest.raises(ValueError, match=r"`ruler_lengths` must be at most `max_length` \(2048\)"):
-        run_harness(model, tokenizer, ["ruler"], max_length=2048)
-    with pytest.raises(ValueError, match="`ruler_lengths` must be at most"):
-        run_harness(model, tokenizer, ["ruler"], max_length=8192, ruler_lengths=[4096, 16384])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         run_harness(model, tokenizer, ["gsm8k"], max_length=2048)
 
 
-def test_lm_eval_knows_the_suites():
-    assert set(RULER_TASKS) | set(SUITES["short"]) <= set(_tasks_of_lm_eval().all_tasks)
+def test_lm_eval_knows_the_short_tasks():
+    assert set(SHORT) <= set(_tasks_of_lm_eval().all_tasks)
 
 
 def test_the_tokenizer_is_left_alone_and_questions_repeat(model, tmp_path):

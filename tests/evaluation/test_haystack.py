@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.evaluation.haystack import read_texts, sentences_of, split_sentences, split_units
+from hf_longalign.evaluation.haystack import load_texts, read_texts, sentences_of, split_sentences, split_units
 from hf_longalign.evaluation.noise import noise
-from hf_longalign.evaluation.texts import load_texts
 
 
 def stripped(text: str) -> list[str]:
@@ -38,12 +37,18 @@ def test_paragraphs_stay_and_line_breaks_go():
 def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("One.", encoding="utf-8")
     assert list(load_texts(str(tmp_path))) == ["One."]
-    monkeypatch.setattr(
-        "hf_longalign.evaluation.texts.load_dataset", lambda *args, **options: iter([{"text": "Two.", "id": 1}])
-    )
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"text": "Two.", "id": 1}]))
     assert list(load_texts("org/data")) == ["Two."]
-    with pytest.raises(ValueError, match="`haystack_column` must be one of text, id, got 'body'"):
-        list(load_texts("org/data", column="body"))
+    asked = {}
+    rows = iter([{"context": "Three.", "id": 1}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: asked.update(options, args=args) or rows)
+    assert list(load_texts("org/data:chat@test")) == ["Three."]
+    assert asked == {"args": ("org/data", "chat"), "split": "test", "streaming": True}
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"body": "Four."}]))
+    with pytest.raises(
+        ValueError, match="`haystack` must be a data set with a column text or context, got 'org/data'"
+    ):
+        list(load_texts("org/data"))
     for gone in ("gone.txt", str(tmp_path / "gone")):
         with pytest.raises(ValueError, match="which is not there"):
             load_texts(gone)
@@ -51,7 +56,7 @@ def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
     def unreachable(*args, **options):
         raise OSError("offline")
 
-    monkeypatch.setattr("hf_longalign.evaluation.texts.load_dataset", unreachable)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(ConnectionError, match=r"`haystack` must be .* got 'org/gone': .* \(OSError: offline\)"):
         load_texts("org/gone")
 

@@ -1,72 +1,83 @@
-from math import comb, isclose, sqrt
+"""Intervals: against values by hand, and by simulation of models that are equal."""
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from scipy import stats
 
-from hf_longalign.evaluation.intervals import mean_interval, paired_difference
-
-
-Z = 1.959964
-SCORES = st.lists(st.floats(0, 1), min_size=1, max_size=60)
+from hf_longalign.evaluation.intervals import cluster_means, mean_interval, paired_difference, student_quantile
 
 
-@pytest.mark.parametrize("right, n, low, high", [(0, 10, 0, 0.2775), (10, 10, 0.7225, 1), (81, 263, 0.2553, 0.3662)])
-def test_wilson_against_published_values(right, n, low, high):
-    assert mean_interval([1] * right + [0] * (n - right)) == pytest.approx((low, high), abs=1e-4)
+DEPTHS = 5
 
 
-@given(SCORES)
-def test_the_ends_are_the_means_that_the_score_test_just_rejects(scores):
-    mean, n = np.mean(scores), len(scores)
-    for end in mean_interval(scores):
-        assert 0 <= end <= 1
-        assert isclose(abs(end - mean), Z * sqrt(end * (1 - end) / n), abs_tol=1e-5)
+def answers(rng, share, together, samples):
+    """Right and wrong answers `(samples, depths)`; those of a sample go together by the intraclass correlation."""
+    scale = (1 - together) / together
+    chance = rng.beta(share * scale, (1 - share) * scale, samples)
+    return (rng.random((samples, DEPTHS)) < chance[:, None]).astype(float)
 
 
-@given(SCORES, st.randoms())
-def test_a_difference_is_in_its_interval_and_has_a_mirror(scores, random):
-    other = random.sample(scores, len(scores))
-    mean, low, high = paired_difference(scores, other)
-    assert -1 <= low <= mean + 1e-9 and mean <= high + 1e-9 and high <= 1
-    assert paired_difference(other, scores) == pytest.approx((-mean, -high, -low))
+def by_sample(grid):
+    return cluster_means(grid.ravel(), [sample for sample in range(len(grid)) for _ in range(DEPTHS)])
 
 
-def test_two_pseudo_prompts_are_added():
-    differences = np.array([1, 1, 1, 0, 0, -1, 1, -1])  # of two appended prompts, one each way
-    half = Z * np.std(differences) / sqrt(8)
-    expected = (2 / 6, np.mean(differences) - half, np.mean(differences) + half)
-    assert paired_difference([0, 0, 0, 1, 0, 1], [1, 1, 1, 1, 0, 0]) == pytest.approx(expected, abs=1e-6)
+@pytest.mark.parametrize("samples", [10, 20, 40])
+@pytest.mark.parametrize(("share", "together"), [(0.5, 0.2), (0.5, 0.9), (0.8, 0.6), (0.7, 0.4)])
+def test_equal_models_are_told_apart_as_often_as_promised(samples, share, together):
+    rng = np.random.default_rng(samples)
+    told = 0
+    for _ in range(1500):
+        one, other = (answers(rng, share, together, samples) for _ in range(2))
+        _, low, high = paired_difference(by_sample(one), by_sample(other))
+        told += low > 0 or high < 0
+    assert 0.02 <= told / 1500 <= 0.07
 
 
-@pytest.mark.parametrize("disagreement", [0.05, 0.2, 0.6])
-def test_equal_models_seldom_seem_to_differ(disagreement):
-    n, chance = 20, 0.0
-    for better in range(n + 1):
-        for worse in range(n + 1 - better):
-            first = [0] * better + [1] * worse + [1] * (n - better - worse)
-            second = [1] * better + [0] * worse + [1] * (n - better - worse)
-            _, low, high = paired_difference(first, second)
-            if low > 0 or high < 0:
-                ways = comb(n, better) * comb(n - better, worse)
-                chance += ways * (disagreement / 2) ** (better + worse) * (1 - disagreement) ** (n - better - worse)
-    assert chance <= 0.05
+def test_answers_taken_for_samples_would_break_the_promise():
+    rng = np.random.default_rng(0)
+    told = 0
+    for _ in range(500):
+        one, other = (answers(rng, 0.5, 0.9, 20) for _ in range(2))
+        _, low, high = paired_difference(one.ravel(), other.ravel())
+        told += low > 0 or high < 0
+    assert told / 500 > 0.25
 
 
-def test_equal_answers_do_not_prove_equality():
-    mean, low, high = paired_difference(np.ones(10), np.ones(10))
-    assert mean == 0 and low < -0.1 and high > 0.1
+@pytest.mark.parametrize("samples", [10, 20, 40])
+@pytest.mark.parametrize(("share", "together"), [(0.5, 0.2), (0.5, 0.9), (0.8, 0.6), (0.95, 0.3)])
+def test_the_interval_of_a_mean_holds_the_truth(samples, share, together):
+    rng = np.random.default_rng(samples)
+    missed = 0
+    for _ in range(1000):
+        low, high = mean_interval(by_sample(answers(rng, share, together, samples)))
+        missed += not low <= share <= high
+    assert missed / 1000 <= 0.09
 
 
-@pytest.mark.parametrize("scores", [[], [1.1], [-0.1], [float("nan")], [[1, 0]]])
-def test_what_is_no_score(scores):
+def test_one_answer_a_sample_is_wilsons_interval():
+    right = [1.0] * 7 + [0.0] * 3
+    wilson = stats.binomtest(7, 10).proportion_ci(method="wilson")
+    assert mean_interval(right) == pytest.approx((wilson.low, wilson.high), abs=0.03)
+    alike = stats.binomtest(10, 10).proportion_ci(method="wilson")
+    assert mean_interval([1.0] * 10) == pytest.approx((alike.low, alike.high))
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 5, 9, 29, 500])
+def test_quantiles_are_students(freedom):
+    assert student_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=0.01)
+
+
+def test_samples_are_averaged_in_their_order():
+    assert cluster_means([1, 0, 0.5, 1], ["b", "a", "b", "a"]).tolist() == [0.75, 0.5]
+
+
+def test_nothing_is_known_from_one_sample():
+    assert paired_difference([0.2], [0.9]) == (pytest.approx(0.7), -1.0, 1.0)
+    assert paired_difference([0.5, 0.5], [0.5, 0.5]) == (0.0, 0.0, 0.0)
+
+
+def test_bad_scores_are_named():
     with pytest.raises(ValueError, match="`scores` must be scores from 0 to 1"):
-        mean_interval(scores)
-    with pytest.raises(ValueError, match="`first` must be"):
-        paired_difference(scores, [1])
-
-
-def test_pairs_need_a_partner():
-    with pytest.raises(ValueError, match="`second` must be one score per prompt, 2, got 3"):
-        paired_difference([0, 1], [0, 1, 1])
+        cluster_means([1.5], ["a"])
+    with pytest.raises(ValueError, match="`second` must be one score per sample, 2, got 1"):
+        paired_difference([1, 0], [1])

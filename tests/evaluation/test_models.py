@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
@@ -45,7 +45,7 @@ def test_base_and_adapter_differ_in_the_adapter_alone(trained):
     base, adapter = trained
     model = load_model(str(base), adapter=str(adapter))
     assert isinstance(model, PeftModel) and model.config.max_position_embeddings == 256
-    one, other = examinees(model, None, names(trained), {})
+    one, other = examinees(model, None, {})
     assert (one.label, other.label) == ("base", "adapter") and one.identity != other.identity
     ids = torch.arange(3, 40)[None]
     scaled = load_model(str(base), config=scale_rope(model.config, 256))
@@ -58,12 +58,31 @@ def test_base_and_adapter_differ_in_the_adapter_alone(trained):
     assert (adapted - scaled(input_ids=ids).logits).abs().max() > 1e-3
 
 
+def test_where_rope_is_scaled_the_base_as_published_is_asked_too(trained):
+    base, adapter = trained
+    model = load_model(str(base), adapter=str(adapter))
+    published = AutoConfig.from_pretrained(base)
+    plain, scaled, trained_one = examinees(model, None, {}, published)
+    assert [who.label for who in (plain, scaled, trained_one)] == ["base", "base, scaled RoPE", "adapter"]
+    assert len({who.identity for who in (plain, scaled, trained_one)}) == 3 and "not scaled" in plain.what
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits
+        before = model(input_ids=ids).logits
+        with plain.active():
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+        with scaled.active():
+            assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+        torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+    assert len(examinees(model, None, {}, model.config)) == 2  # nothing is scaled: two say all
+
+
 def test_identities_follow_weights_and_settings(trained):
     base, adapter = trained
 
     def identities(settings):
         model = load_model(str(base), adapter=str(adapter))
-        return [who.identity for who in examinees(model, None, names(trained), settings)]
+        return [who.identity for who in examinees(model, None, settings)]
 
     first = identities({"chat": True})
     assert identities({"chat": True}) == first
@@ -113,13 +132,13 @@ def test_the_revision_that_was_asked_for_is_the_one_loaded(trained, monkeypatch,
     if not recorded:
         (adapter / "longalign_config.json").unlink()
     asked = []
-    original = AutoModelForCausalLM.from_pretrained
+    original = PreTrainedModel.from_pretrained.__func__
 
-    def load(*args, revision=None, **kwargs):
+    def load(cls, *args, revision=None, **kwargs):
         asked.append(revision)
-        return original(*args, **kwargs)
+        return original(cls, *args, **kwargs)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
     load_model(str(base), adapter=str(adapter), revision=given)
     assert asked == [expected]
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 from hf_longalign.evaluation.runner import Examinee, answers, ask, share, spent
-from hf_longalign.evaluation.stats import GenerationStats
 from hf_longalign.evaluation.store import ResultStore
 
 
@@ -49,7 +48,7 @@ def test_an_interrupted_run_asks_only_what_is_left(tmp_path):
         examinee = Examinee("base", "id", goes_on)
         ask(examinee, PROMPTS, store, progress=False)
         assert len(killed.asked) + len(goes_on.asked) == len(PROMPTS)
-        assert answers(examinee, PROMPTS, store) == [f"echo {prompt.text}" for prompt in PROMPTS]
+        assert [found.text for found in answers(examinee, PROMPTS, store)] == [f"echo {p.text}" for p in PROMPTS]
         ask(examinee, PROMPTS, store, progress=False)
     assert len(killed.asked) + len(goes_on.asked) == len(PROMPTS)
     total = spent(examinee, PROMPTS, store)  # of both runs

@@ -49,7 +49,9 @@ def synthesise(hub, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     command = [TESTS.parent / "recipes" / "synthesize.py", "--seeds", tmp_path / "pairs.jsonl", "--min_words", 5]
     command += ["--n_distractors", 2, "--checks", "support", "--cache_dir", tmp_path / "cache"]
-    output = run(hub, tmp_path, *command, "--output_dir", tmp_path / "rows", "--push_to_hub", "user/rows")
+    output = run(
+        hub, tmp_path, *command, "--output_dir", tmp_path / "rows", "--push_to_hub", "--hub_model_id", "user/rows"
+    )
     assert f"{hub.url}/datasets/user/rows" in output
     return tmp_path / "rows"
 

@@ -31,7 +31,6 @@ class FakeGenerator:
     """Writes a context with the answer in it, a function of the request alone; can stop after so many replies."""
 
     concurrency = 3
-    remote = False
 
     def __init__(self, model="fake", stop_after=None, fail=()):
         self.model = model

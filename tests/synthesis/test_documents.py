@@ -4,12 +4,11 @@ import json
 import pytest
 
 from hf_longalign.endpoint.protocol import Reply, Sampling
+from hf_longalign.synthesis.checks import Rules
 from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
 from hf_longalign.synthesis.files import draw_general
-from hf_longalign.synthesis.pairs import write_pair
 from hf_longalign.synthesis.rows import BadRowError
-from hf_longalign.synthesis.verify import Rules
-from hf_longalign.synthesis.writer import Plan
+from hf_longalign.synthesis.writer import Plan, write_pair
 
 
 TEXT = "\n".join(f"Line {number} tells of dam {number}." for number in range(400))

@@ -13,6 +13,9 @@ from hf_longalign.synthesis.journal import Journal
 TEXT = "The dam below the village of Thornwick was finished in the autumn of 1912, two years after the first stone."
 
 
+CHECKS = [{"name": "control_tokens", "outcome": "passed", "detail": ""}]
+
+
 def outcome(number, origin, **more):
     row = {"task": "general", "instruction": "Who?", "answer": "Ada", "context": TEXT, "origin": origin}
     return {**row, "prompt_hash": f"p{number}", "journal_keys": [], "seed_id": str(number), **more}
@@ -20,7 +23,14 @@ def outcome(number, origin, **more):
 
 def chat(number, **more):
     messages = [{"role": "user", "content": f"{TEXT} Who?"}, {"role": "assistant", "content": "Ada"}]
-    row = {"messages": messages, "task": "general", "total_tokens": 20 + number, "n_contexts": 2, "gold_depth": 0.5}
+    row = {
+        "messages": messages,
+        "task": "general",
+        "total_tokens": 20 + number,
+        "n_contexts": 2,
+        "gold_depth": 0.5,
+        "checks": CHECKS,
+    }
     row["reference"] = None
     return {**row, **more}
 
@@ -89,3 +99,9 @@ def test_what_was_not_in_use_is_not_told():
 def test_prompts_are_longbenchs_where_nothing_had_to_be_named():
     rows = [chat(0, task="qasper"), chat(1, task="gov_report", reference="Report 3"), chat(2), chat(3, task="musique")]
     assert dataset_facts(tables(rows, [outcome(0, "a:1")]), config()).longbench_prompts == ["musique", "qasper"]
+
+
+def test_rows_with_marks_made_words_of_are_counted():
+    mended = [{"name": "control_tokens", "outcome": "neutralised", "detail": "1 in the seed"}]
+    facts = dataset_facts(tables([chat(0), chat(1, checks=mended), chat(2)], [outcome(0, "a:1")]), config())
+    assert facts.neutralised == 1

@@ -2,13 +2,13 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from datasets import load_dataset
 from fake_endpoint import FakeEndpoint
 
+from hf_longalign.cli import main
 from hf_longalign.synthesis.coherence import compare, without_contexts
 from hf_longalign.synthesis.journal import Journal
 
@@ -22,8 +22,7 @@ DOCUMENTS = ("--min_words", 20, "--n_distractors", 4)
 
 
 def run(monkeypatch, name, *arguments):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    return import_module(f"hf_longalign.commands.{name}").main()
+    return main([name, *map(str, arguments)])
 
 
 def files(folder):
@@ -83,7 +82,7 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
     with Journal(next((tmp_path / "cache").rglob("journal.sqlite"))) as journal:
         entries = list(journal.entries())
     sent, got = (sum(getattr(entry, name) for entry in entries) for name in ("prompt_tokens", "completion_tokens"))
-    cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, ${(sent + 2 * got) / 1e6:,.2f}"
+    cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, less than $0.01"
     assert cost in card and "license: cc-by-4.0" in card and "Licence of the seeds: `cc0-1.0`." in card
     assert "| written by | `tiny`, OpenAI-compatible endpoint |" in card and server.url not in card
     rows = load_dataset(str(tmp_path / "one"), "chat", split="train", cache_dir=tmp_path / "hf")
@@ -171,6 +170,17 @@ def test_two_processes_on_cpus_ask_once(tmp_path):
     assert done.stdout.count("Wrote ") == 1
 
 
+def test_the_same_command_twice_at_once_gives_one_output(tmp_path, given):
+    command = [sys.executable, str(RECIPES / "synthesize.py"), "--seeds", str(given), *map(str, DOCUMENTS)]
+    command += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 0 and "Wrote " in output, errors[-3000:]
+    assert load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf").num_rows == 24
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, monkeypatch, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
     with FakeEndpoint() as server:
@@ -232,14 +242,15 @@ def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys):
     assert len(load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf")) == 12
 
 
-def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given):
+def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="`output_dir` must be absent, empty or an earlier output"):
         run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir",
             tmp_path / "out")  # fmt: skip
-    with pytest.raises(ValueError, match="`output_dir` must be given"):
+    with pytest.raises(SystemExit):
         run(monkeypatch, "synthesize", "--seeds", given)
+    assert "error: `output_dir` must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "synthesis").glob("*.yaml")), ids=lambda path: path.stem)
@@ -286,3 +297,34 @@ def test_coherence_data_is_aligned_and_compared(tmp_path, monkeypatch, given, ca
     assert (tmp_path / "r.md").read_text() == report
     with pytest.raises(ValueError, match=r"same evaluations, got differences in \['qasper'\]"):
         compare({"qasper": 1.0}, {})
+
+
+def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pairs = make_pairs(8, context=lambda n: make_text(n) + " She kept the plans in /home/ann/x.")
+    arguments = ("--seeds", lines(tmp_path / "pairs.jsonl", pairs), *DOCUMENTS, "--cache_dir", tmp_path / "cache")
+    arguments += (
+        "--output_dir",
+        tmp_path / "out",
+        "--push_to_hub",
+        "--hub_model_id",
+        "user/rows",
+        "--push_dry_run",
+        tmp_path / "look",
+    )
+    with pytest.raises(
+        ValueError, match=r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done"
+    ):
+        run(monkeypatch, "synthesize", *arguments)
+    assert run(monkeypatch, "synthesize", *arguments, "--allow", "/home/ann") == 0
+    assert (tmp_path / "look" / "README.md").is_file()
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(tmp_path, monkeypatch, given, capsys):
+    arguments = ("--seeds", given, *DOCUMENTS, "--output_dir", tmp_path / "out", "--seeds_license", "CC BY 4.0")
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "synthesize", *arguments)
+    said = capsys.readouterr().err
+    assert "`seeds_license` must be an id of the Hub" in said and "Set 'cc-by-4.0'" in said
+    assert not (tmp_path / "out").exists()

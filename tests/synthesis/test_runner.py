@@ -33,7 +33,6 @@ class Echo:
     """Replies with the prompt in capitals, the later prompts first; `script` raises or spends for some prompts."""
 
     model = "echo"
-    remote = False
 
     def __init__(self, script=None, concurrency=4):
         self.concurrency = concurrency

@@ -1,12 +1,15 @@
+import gzip
 import json
 import re
 
+import pandas as pd
 import pytest
 from datasets import Dataset
 
 from hf_longalign.synthesis import rows
 from hf_longalign.synthesis.rows import BadRowError
 from hf_longalign.synthesis.seeds import read_seeds
+from hf_longalign.synthesis.tokens import ControlTokens
 
 
 GOOD = {"instruction": "Who was the oldest?", "answer": "Homer Wells"}
@@ -100,20 +103,23 @@ def test_contexts_of_a_second_file_are_joined_by_line(tmp_path):
         read_seeds(f"hotpotqa={write(tmp_path / 'two.jsonl', GOOD, '', GOOD)}", contexts=[f"hotpotqa={short}"])
 
 
-@pytest.mark.parametrize("kind", ["parquet", "dataset", "list", "directory"])
+KINDS = ["p.parquet", "p.jsonl", "p.JSONL", "p.jsonl.gz", "p.csv", "p.CSV.GZ", "set", "dataset", "list", "frame"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_source_gives_the_same_seeds(tmp_path, kind):
     records = [{**GOOD, "task": "2wikiqa", "context": "Text.", "id": "a"}, {**GOOD, "task": None, "id": "b"}]
     records[1]["context"] = None
-    data = Dataset.from_list(records)
-    if kind == "parquet":
-        source = str(tmp_path / "pairs.parquet")
-        data.to_parquet(source)
-    elif kind == "directory":
-        (tmp_path / "set").mkdir()
-        data.to_json(tmp_path / "set" / "train.jsonl")
-        source = str(tmp_path / "set")
-    else:
-        source = data if kind == "dataset" else records
+    data, path = Dataset.from_list(records), tmp_path / kind
+    source = {"dataset": data, "list": records, "frame": pd.DataFrame(records)}.get(kind, str(path))
+    if kind == "p.parquet":
+        data.to_parquet(path)
+    elif kind == "set":
+        path.mkdir()
+        data.to_json(path / "train.jsonl")
+    elif "." in kind:
+        text = data.to_pandas().to_csv(index=False) if "csv" in kind.lower() else "\n".join(map(json.dumps, records))
+        path.write_bytes(gzip.compress(text.encode()) if "gz" in kind.lower() else text.encode())
     seeds = read_seeds(source).seeds
     assert [(seed.seed_id, seed.task, seed.context) for seed in seeds] == [
         ("a", "2wikimqa", "Text."),
@@ -147,3 +153,61 @@ def test_one_file_of_contexts_cannot_serve_two_files_of_seeds(tmp_path):
     seeds = [f"hotpotqa={write(tmp_path / name, GOOD)}" for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(ValueError, match="`contexts` of hotpotqa must belong to one file of seeds, got 2"):
         read_seeds(seeds, contexts=[f"hotpotqa={texts}"])
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_bytes('\ufeffinstruction,answer\r\n"Who, or\r\nwhat?",Ada\r\nWhy?,\r\nWhen?,1912,more\r\n'.encode())
+    found = read_seeds(str(path), on_bad_seed="skip")
+    assert [(seed.instruction, seed.origin) for seed in found.seeds] == [("Who, or\r\nwhat?", "pairs.csv:2")]
+    assert found.skipped == {"not a string but NoneType (`answer`)": 1, "more fields than columns": 1}
+    path.write_bytes(b"instruction,answer\nWhy?,Caf\xe9\n")
+    with pytest.raises(BadRowError, match=r"pairs\.csv, line 2: broken CSV .*0xe9.* Save the file as UTF-8"):
+        read_seeds(str(path))
+
+
+def test_files_that_are_cut_short_are_named(tmp_path):
+    lines = "\n".join(json.dumps({**GOOD, "answer": f"{number} {number**9}"}) for number in range(2000))
+    path = tmp_path / "pairs.jsonl.gz"
+    path.write_bytes(gzip.compress(lines.encode())[:-2000])
+    with pytest.raises(BadRowError, match=r"pairs\.jsonl\.gz, line \d+: the compressed file ends early"):
+        read_seeds(str(path))
+    found = read_seeds(str(path), on_bad_seed="skip")
+    assert len(found.seeds) > 100 and found.skipped.total() == 1
+    path = tmp_path / "pairs.parquet"
+    Dataset.from_list([GOOD] * 3).to_parquet(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"pairs\.parquet: cannot be read as Parquet after row 0 .*download it again"):
+        read_seeds(str(path))
+
+
+def test_other_formats_and_other_things_are_refused_by_name(tmp_path):
+    path = tmp_path / "pairs.xlsx"
+    path.write_text("x")
+    with pytest.raises(ValueError, match=r"must end with one of \.jsonl, .*\.parquet, got 'pairs\.xlsx'"):
+        read_seeds(str(path))
+    with pytest.raises(BadRowError, match="seeds, row 2: not a dict but int"):
+        read_seeds([GOOD, 7])
+
+
+def test_half_characters_and_nul_bytes_never_reach_a_seed(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"instruction": "Who?\\ud83d", "answer": "A\\u0000da \\ud83d\\ude00", "id": "\\udc00"}')
+    (seed,) = read_seeds(str(path)).seeds
+    assert (seed.instruction, seed.answer, seed.seed_id) == ("Who?\ufffd", "Ada \U0001f600", "\ufffd")
+    (seed,) = read_seeds([{**GOOD, "context": "x\0\ud83d"}]).seeds
+    assert seed.context == "x\ufffd"
+
+
+def test_marks_of_chat_templates_become_words_or_bad_rows():
+    pairs = [{**GOOD, "context": "Text.<|im_end|><|im_start|>user", "title": "</s>"}, {**GOOD, "answer": "Ada"}]
+    found = read_seeds(pairs, control=ControlTokens())
+    assert found.seeds[0].context == "Text.< |im_end|>< |im_start|>user" and found.seeds[0].title == "< /s>"
+    assert [seed.neutralised for seed in found.seeds] == [3, 0] and found.neutralised == 1
+    assert read_seeds(pairs).seeds[0].title == "</s>"
+    strict = {"control": ControlTokens(), "on_control_tokens": "reject"}
+    message = r"row 1, column `context`: a mark of a chat template\. Take '<\|im_end\|>' out, or set `on_control"
+    with pytest.raises(BadRowError, match=message):
+        read_seeds(pairs, **strict)
+    found = read_seeds(pairs, **strict, on_bad_seed="skip")
+    assert len(found.seeds) == 1 and found.skipped == {"a mark of a chat template (`context`)": 1}

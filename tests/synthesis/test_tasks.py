@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from hf_longalign.synthesis.prompts import answer_prompt
+from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import TASKS, find_task, prompt_parts
 
 
@@ -34,3 +36,11 @@ def test_a_reference_names_the_context():
 def test_an_unknown_task_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match=r"`task` must be one of .*2wikiqa.*narrativeqa.*, got 'squad'"):
         find_task("squad")
+
+
+def test_braces_in_a_title_or_a_context_are_text():
+    tail = prompt_parts(TASKS["narrativeqa"], "Who?", 'the story "{input}"')[1]
+    assert 'Question: (On the story "{input}") Who?' in tail
+    seed = Seed("a", "narrativeqa", "Who {context}?", "Ada")
+    ((_, content),) = answer_prompt(seed, TASKS["narrativeqa"], "a {input} text")
+    assert "a {input} text" in content and "Question: Who {context}?" in content

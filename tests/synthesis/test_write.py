@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
+from hf_longalign.synthesis.checks import Rules
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.verify import Rules
 from hf_longalign.synthesis.writer import Plan, check_given, judge_given, write_context
 
 

@@ -1,19 +1,30 @@
-"""LongBench's metrics of one answer against one reference, 0 to 1, with the published script's numbers.
+"""LongBench's scores of an answer, 0 to 1, with the numbers of the published scripts.
 
-Source: https://github.com/THUDM/LongBench, `metrics.py` (MIT). Its oddities are part of the numbers and are kept; each
-is named where it stands. Chinese texts are cut into words before they come here, see `chinese`.
+Source: https://github.com/THUDM/LongBench, `metrics.py` and `eval.py` (MIT). Their oddities are part of the numbers
+and are kept; each is named where it stands.
 """
 
 import difflib
+import logging
 import re
 import string
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from hf_longalign.evaluation.longbench.tasks import find_task
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.text import token_f1
 
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NUMBER = re.compile(r"\d+")
+_CHOICE = re.compile(r"The correct answer is (?:\(([A-D])\)|([A-D]))")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# LongBench's list.
+_CHINESE_PUNCTUATION = frozenset(
+    string.punctuation
+    + "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』"
+    + "【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
 
 
 def normalized_words(text: str) -> list[str]:
@@ -27,19 +38,20 @@ def normalized_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def token_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
-    """Return the harmonic mean of precision and recall of the answer's tokens, repeated ones counted.
+def chinese_words(text: str) -> list[str]:
+    """Return the words of a Chinese text, punctuation and white space included.
 
-    Example: one of two tokens is right, and it is one of the reference's three: 2 * (1/2 * 1/3) / (1/2 + 1/3).
-
-    >>> token_f1(["blue", "whale"], ["the", "big", "whale"])
-    0.4
+    Raises:
+        ImportError: jieba is missing.
     """
-    same = sum((Counter(answer) & Counter(reference)).values())
-    if not same:
-        return 0.0
-    precision, recall = same / len(answer), same / len(reference)
-    return 2 * precision * recall / (precision + recall)
+    try:
+        import jieba
+    except ImportError as error:
+        raise ImportError(
+            'LongBench\'s Chinese tasks need jieba. Run: pip install "hf_longalign[eval]", or leave them out.'
+        ) from error
+    jieba.setLogLevel(logging.WARNING)
+    return list(jieba.cut(text, cut_all=False))
 
 
 def qa_f1(answer: str, reference: str) -> float:
@@ -51,6 +63,76 @@ def qa_f1(answer: str, reference: str) -> float:
     True
     """
     return token_f1(normalized_words(answer), normalized_words(reference))
+
+
+def qa_f1_zh(answer: str, reference: str) -> float:
+    """Return the F1 of the answer's Chinese words, without punctuation and white space.
+
+    Raises:
+        ImportError: jieba is missing.
+    """
+    cleaned = [
+        [
+            "".join("".join(c for c in word.lower() if c not in _CHINESE_PUNCTUATION).split())
+            for word in chinese_words(text)
+        ]
+        for text in (answer, reference)
+    ]
+    ours, theirs = ([word for word in words if word] for words in cleaned)
+    return token_f1(ours, theirs)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """Return the F1 of ROUGE-L at summary level, with the numbers of the PyPI package `rouge` 1.0.1.
+
+    That is the package that LongBench's script calls (https://github.com/pltrdy/rouge, Apache-2.0). It walks back
+    through its table by recursion: a pair of sentences of about 1,000 words together exhausts Python's stack, which
+    the script then scores 0. Here such a pair gets what the formula gives.
+
+    Sentences end at "."; a piece of white space between or behind full stops counts as one empty word. Only distinct
+    words count: those in any longest common subsequence of a sentence of the one and a sentence of the other, over
+    those of the reference (recall) and of the answer (precision).
+
+    Args:
+        answer: the model's; without a word or white space beside full stops it scores 0.
+        reference: likewise.
+
+    Example: "the" and "sat" are common, the answer has 3 distinct words and the reference 4.
+
+    >>> round(rouge_l("the dog sat", "the cat sat down"), 6) == round(2 * (2 / 3 * 2 / 4) / (2 / 3 + 2 / 4), 6)
+    True
+    """
+    ours, theirs = _sentences(answer), _sentences(reference)
+    if not ours or not theirs:
+        return 0.0
+    common = {word for right in theirs for left in ours for word in _common_subsequence(right, left)}
+    recall = len(common) / len({word for sentence in theirs for word in sentence})
+    precision = len(common) / len({word for sentence in ours for word in sentence})
+    return 2 * (precision * recall / (precision + recall + 1e-8))
+
+
+def _sentences(text: str) -> list[list[str]]:
+    return [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+
+
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """The longest common subsequence, from its end; of several, the one the package finds."""
+    table = [[0] * (len(second) + 1)]
+    for word in first:
+        above, row = table[-1], [0]
+        for column, other in enumerate(second):
+            row.append(above[column] + 1 if word == other else max(above[column + 1], row[column]))
+        table.append(row)
+    found, i, j = [], len(first), len(second)
+    while i and j:
+        if first[i - 1] == second[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(first[i])
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
 
 
 def classification(answer: str, reference: str, classes: Sequence[str]) -> float:
@@ -128,3 +210,61 @@ def code_similarity(answer: str, reference: str) -> float:
     if not line or not reference:
         return 0.0
     return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
+
+
+def choice(answer: str, reference: str) -> float:
+    """Return 1 where the answer names the right one of LongBench v2's choices in the words asked for, else 0.
+
+    The first place with the letter in parentheses counts, else the first without.
+
+    Example:
+
+    >>> choice("**The correct answer is (B).**", "B"), choice("It is B.", "B")
+    (1.0, 0.0)
+    >>> choice("The correct answer is Bern", "B")
+    1.0
+    """
+    found = _CHOICE.findall(answer.replace("*", ""))
+    letters = [letter for letter, _ in found if letter] or [letter for _, letter in found]
+    return float(letters[:1] == [reference])
+
+
+# From the answer, a reference and all classes to a score from 0 to 1.
+METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
+    "qa_f1": lambda answer, reference, classes: qa_f1(answer, reference),
+    "qa_f1_zh": lambda answer, reference, classes: qa_f1_zh(answer, reference),
+    "rouge_l": lambda answer, reference, classes: rouge_l(answer, reference),
+    "rouge_l_zh": lambda answer, reference, classes: rouge_l(
+        " ".join(chinese_words(answer)), " ".join(chinese_words(reference))
+    ),
+    "classification": classification,
+    "count": lambda answer, reference, classes: number_share(answer, reference),
+    "retrieval": lambda answer, reference, classes: retrieval(answer, reference, word="Paragraph "),
+    "retrieval_zh": lambda answer, reference, classes: retrieval(answer, reference, word="段落"),
+    "code_similarity": lambda answer, reference, classes: code_similarity(answer, reference),
+    "choice": lambda answer, reference, classes: choice(answer, reference),
+}
+
+
+def score_longbench(prompt: Prompt, text: str) -> dict[str, float]:
+    """Return the score of an answer from 0 to 1 under the name of its task's metric.
+
+    Args:
+        prompt: of the suite "longbench", with its references and classes.
+        text: what the model answered.
+
+    Raises:
+        ValueError: no such task, or a reference its metric cannot read.
+        ImportError: a Chinese task without jieba.
+
+    Example:
+
+    >>> prompt = Prompt("longbench", "trec", 0, "Question: Who?\\nType:", ("Person",), 64, classes=("Person", "Date"))
+    >>> score_longbench(prompt, "\\nPerson\\nQuestion: When?\\nType: Date")
+    {'classification': 1.0}
+    """
+    task = find_task(prompt.task)
+    if task.first_line_only:
+        text = text.lstrip("\n").split("\n")[0]
+    metric = METRICS[task.metric]
+    return {task.metric: max(metric(text, reference, prompt.classes) for reference in prompt.answers)}

@@ -1,4 +1,4 @@
-"""The 21 tasks of LongBench v1: metric, room for the answer, group, and which of them LongBench-E has.
+"""The tasks of LongBench v1, LongBench-E and v2: metric, room for the answer, and group.
 
 Source: https://github.com/THUDM/LongBench, `config/dataset2maxlen.json`, `eval.py`, `pred.py`, `task.md` (MIT).
 """
@@ -16,7 +16,7 @@ class Task:
 
     Attributes:
         name: as in the data set; the same for its LongBench-E variant.
-        metric: name of the metric, see `scoring.METRICS`.
+        metric: name of the metric, see `metrics.METRICS`.
         max_new_tokens: room for the answer, in tokens.
         chat: whether chat models are asked through their chat template.
         stop: texts at which generation ends.
@@ -33,7 +33,16 @@ class Task:
     @property
     def template(self) -> str:
         """LongBench's prompt, with `{context}` and, where the task has one, `{input}`."""
-        return TEMPLATES[self.name]
+        return V2_TEMPLATE if self.name == V2 else TEMPLATES[self.name]
+
+
+V2 = "longbench_v2"
+# `prompts/0shot.txt`; `input` is the question with its choices.
+V2_TEMPLATE = (
+    "Please read the following text and answer the question below.\n\n<text>\n{context}\n</text>\n\n"
+    "What is the correct answer to this question: {input}\n\n"
+    'Format your response as follows: "The correct answer is (insert answer here)".'
+)
 
 
 # The few-shot tasks continue a list of examples, and the code tasks a file: a chat template would be in the way.
@@ -87,11 +96,18 @@ CONTEXT_SYNTHESIS_TASKS = (
 )
 # LongBench-E: the same tasks with rows spread evenly over the lengths; named with "_e" behind.
 EVEN_TASKS = tuple(f"{name}_e" for name in TASKS if name not in (*CHINESE_TASKS, "narrativeqa", "musique", "qmsum"))
+# LongBench-E has averages of its own, and none over both.
+GROUPS |= {
+    f"{group}, LongBench-E": tuple(f"{name}_e" for name in members if f"{name}_e" in EVEN_TASKS)
+    for group, members in GROUPS.items()
+}
 NAMED_SETS: dict[str, tuple[str, ...]] = {
     "all": tuple(TASKS),
     "context_synthesis": CONTEXT_SYNTHESIS_TASKS,
     "even": EVEN_TASKS,
+    "v2": (V2,),
 }
+_V2_TASK = Task(V2, "choice", 128)
 
 
 def find_task(name: str) -> Task:
@@ -105,17 +121,19 @@ def find_task(name: str) -> Task:
     >>> find_task("hotpotqa_e") is find_task("hotpotqa")
     True
     """
+    if name == V2:
+        return _V2_TASK
     if name in EVEN_TASKS:
         return TASKS[name.removesuffix("_e")]
     if name not in TASKS:
-        known = [*TASKS, *EVEN_TASKS]
+        known = [*TASKS, *EVEN_TASKS, V2]
         close = difflib.get_close_matches(name, known, cutoff=0.5) or known
         raise ValueError(f"`tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}.")
     return TASKS[name]
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
-    """Return task names for names of tasks and of sets ("all", "context_synthesis", "even"), each once.
+    """Return task names for names of tasks and of sets ("all", "context_synthesis", "even", "v2"), each once.
 
     Raises:
         ValueError: no such task or set, or none at all.
@@ -133,3 +151,14 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     for task in tasks:
         find_task(task)
     return tasks
+
+
+def length_range(words: int) -> str:
+    """Return the range of lengths that LongBench-E counts a row to, by its words, or characters in Chinese.
+
+    Example:
+
+    >>> [length_range(words) for words in (3999, 4000, 8000)]
+    ['0-4k', '4-8k', '8k+']
+    """
+    return "0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+"

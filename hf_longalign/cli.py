@@ -1,0 +1,84 @@
+"""The command line: `hf-longalign sft …`, `python -m hf_longalign sft …` or a script of `recipes/`: the same code."""
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from hf_longalign.version import __version__
+
+
+class Command(NamedTuple):
+    """A command: the module that reads its options, which imports no torch, and the one that runs it."""
+
+    help: str
+    options: str
+    module: str
+
+
+COMMANDS = {
+    "sft": Command("train on short data with skipped positions", "sft_options", "sft"),
+    "synthesize": Command("turn short pairs into long-context chat data", "synthesis_options", "synthesize"),
+    "evaluate": Command("ask base and adapter the same questions", "evaluation_options", "evaluate"),
+    "coherence": Command("does a data set need its contexts?", "coherence", "coherence"),
+    "journal": Command("look into the replies that a synthesis has paid for", "journal", "journal"),
+    "merge": Command("write base and adapter as one model", "merge", "merge"),
+    "push": Command("publish a data set or an adapter", "push", "push"),
+}
+
+HELP = """usage: hf-longalign COMMAND …
+
+Long-context instruction tuning from short data.
+
+{commands}
+
+Each command has its own --help. Options may also stand in a YAML: --config FILE; those of the command line win.
+hf-longalign runs in one process. On several, start sft, synthesize and evaluate through accelerate:
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m hf_longalign sft …
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 where it stopped and a rerun goes on, 2 for a wrong option.
+
+    Args:
+        arguments: the command and its options; `None`: those of the process.
+
+    Example:
+
+    >>> status = main(["--version"])  # doctest: +ELLIPSIS
+    hf_longalign ...
+    >>> status
+    0
+    """
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name == "--version":
+        sys.stdout.write(f"hf_longalign {__version__}\n")
+        return 0
+    commands = "\n".join(f"    {known:<12} {command.help}" for known, command in COMMANDS.items())
+    if name in ("--help", "-h"):
+        sys.stdout.write(HELP.format(commands=commands))
+        return 0
+    if name not in COMMANDS:
+        sys.stderr.write(f"hf-longalign: error: unknown command {name!r}, known are {', '.join(COMMANDS)}\n")
+        return 2
+    command = COMMANDS[name]
+    # Two modules: the options are read, and refused, before the one that needs torch is imported.
+    options = import_module(f"hf_longalign.commands.{command.options}").read(rest)
+    start_logging()
+    run = import_module(f"hf_longalign.commands.{command.module}").run
+    from hf_longalign.hub.retry import PublishError
+
+    try:
+        return run(*options)
+    except PublishError as error:  # its message says how to go on
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+def start_logging() -> None:
+    """Log what the package says, and not every request."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)

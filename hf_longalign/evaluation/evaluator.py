@@ -1,0 +1,405 @@
+"""`evaluate`: ask a model, and the adapter trained on it, the same questions, and report what changed."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from datetime import date
+from importlib.metadata import version
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import AutoConfig, BitsAndBytesConfig
+
+from hf_longalign.evaluation.encoding import token_counter
+from hf_longalign.evaluation.endpoint import EndpointGenerator
+from hf_longalign.evaluation.generation import LocalGenerator, check_range
+from hf_longalign.evaluation.harness import HarnessSuite
+from hf_longalign.evaluation.haystack import load_texts
+from hf_longalign.evaluation.longbench.metrics import score_longbench
+from hf_longalign.evaluation.longbench.prompts import longbench_prompts
+from hf_longalign.evaluation.longbench.tasks import GROUPS, expand_tasks
+from hf_longalign.evaluation.models import (
+    ADAPTER,
+    BASE,
+    base_revision,
+    check_there,
+    examinees,
+    load_config,
+    load_model,
+    load_tokenizer,
+    record_of,
+)
+from hf_longalign.evaluation.needle_scoring import score_needle
+from hf_longalign.evaluation.noise import noise
+from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
+from hf_longalign.evaluation.perplexity_suite import PerplexitySuite
+from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.plan import cells_to_refine, plan_grid, seconds_per_prompt
+from hf_longalign.evaluation.prompt import Prompt, fingerprint
+from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
+from hf_longalign.evaluation.report import write_report
+from hf_longalign.evaluation.ruler import ruler_prompts
+from hf_longalign.evaluation.ruler_data import load_questions
+from hf_longalign.evaluation.ruler_tasks import score_ruler
+from hf_longalign.evaluation.runner import Examinee, spent
+from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.suites import Maker, PromptSuite
+from hf_longalign.records.report import EvaluatedModel, Report
+from hf_longalign.rope import model_range
+from hf_longalign.run_record import loaded_commit
+from hf_longalign.version import __version__
+
+
+logger = logging.getLogger(__name__)
+
+Suite = PromptSuite | HarnessSuite | PerplexitySuite
+
+
+def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
+    """Ask a model, and an adapter trained on it, the same questions, write the report's folder and return the report.
+
+    Every answer is on disk as soon as it is there: the same call goes on where a killed one stopped.
+
+    Args:
+        model: directory or Hub id of the model; of an adapter, its base.
+        adapter: directory or Hub id of the adapter.
+        **options: fields of [`~hf_longalign.evaluation.options.ModelOptions`] and
+            [`~hf_longalign.evaluation.options.SuiteOptions`].
+
+    Raises:
+        TypeError: an option that is none.
+        ValueError: an option's value, an adapter of another base, or lengths beyond the model's range.
+
+    Example:
+
+    ```python
+    report = evaluate("Qwen/Qwen2.5-0.5B-Instruct", "outputs/qwen2.5-0.5b", suites=["needle"], lengths=[4096, 16384])
+    print(report.suites[0].reaches)
+    ```
+    """
+    known = {kind: {field.name for field in fields(kind)} for kind in (ModelOptions, SuiteOptions)}
+    unknown = sorted(set(options) - set().union(*known.values()))
+    if unknown:
+        raise TypeError(f"`evaluate` has no option {unknown[0]!r}. It has {', '.join(sorted(known[SuiteOptions]))}.")
+    of_model = {name: value for name, value in options.items() if name in known[ModelOptions]}
+    of_suites = {name: value for name, value in options.items() if name in known[SuiteOptions]}
+    found = run(ModelOptions(model, adapter, **of_model), SuiteOptions(**of_suites))
+    if found is None:
+        raise RuntimeError("The report is written by the main process. Read report.json there.")
+    return found
+
+
+def run(model_options: ModelOptions, options: SuiteOptions) -> Report | None:
+    """Do what [`evaluate`] does; `None` in every process but the main one, which waits for the others' shares."""
+    options.check(model_options.endpoint)
+    # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    examined = Examined.load(model_options, state)
+    with ResultStore(Path(options.output_dir) / "answers", state.process_index) as store:
+        suites = make_suites(examined, options, store, state)
+        facts = look_at_server(examined, suites)
+        state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
+        for suite in suites:
+            suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
+        refine(examined, suites, options, store)
+        if not state.is_main_process:
+            return None
+        report = make_report(examined, options, suites, store)
+    report.settings.update(facts)
+    record = record_of(model_options.adapter, model_options.adapter_revision)
+    return write_report(options.output_dir, report, coverage=record.coverage if record else None)
+
+
+@dataclass
+class Examined:
+    """The models under evaluation, the tokenizer and the config that all suites share."""
+
+    options: ModelOptions
+    tokenizer: Any
+    config: Any
+    model: Any
+    who: list[Examinee]
+
+    @classmethod
+    def load(cls, options: ModelOptions, state: PartialState) -> "Examined":
+        """Load what the options name; of a served model only its tokenizer and config."""
+        check_there(model=options.model, adapter=options.adapter, tokenizer=options.tokenizer)
+        revision = base_revision(options.model, options.adapter, options.model_revision, options.adapter_revision)
+        remote = {"trust_remote_code": options.trust_remote_code}
+        where: dict[str, Any] = {
+            "adapter": options.adapter,
+            "revision": revision,
+            "adapter_revision": options.adapter_revision,
+            **remote,
+        }
+        tokenizer = load_tokenizer(options.model, tokenizer=options.tokenizer, **where)
+        if options.endpoint is not None:
+            served = [(BASE, options.model), (ADAPTER, options.adapter)]
+            who = [
+                Examinee(
+                    label,
+                    f"{options.endpoint.split('@')[-1]}/{name}",
+                    EndpointGenerator(
+                        name,
+                        options.endpoint,
+                        api_key_env=options.api_key_env,
+                        max_concurrency=options.max_concurrency,
+                    ),
+                    what=f"as served by {options.endpoint.split('@')[-1]}",
+                )
+                for label, name in served
+                if name is not None
+            ]
+            return cls(options, tokenizer, load_config(options.model, **where), None, who)
+        model = load_model(
+            options.model,
+            **where,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+            if options.load_in_4bit
+            else None,
+            device_map="auto" if state.num_processes == 1 and torch.cuda.is_available() else {"": str(state.device)},
+        )
+        generator = LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
+        plain = AutoConfig.from_pretrained(options.model, revision=revision, **remote) if options.adapter else None
+        who = examinees(model, generator, {"quantised": options.load_in_4bit}, plain)
+        for examinee in who[1:]:  # each counts what it reads and writes for itself
+            examinee.generator = LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
+        return cls(options, tokenizer, model.config, model, who)
+
+    @property
+    def reach(self) -> int:
+        """The range in tokens that all prompts stay within."""
+        return model_range(self.config)
+
+    def models(self) -> list[EvaluatedModel]:
+        """Return what was asked, for the report; of a folder only its last part."""
+        options = self.options
+        adapter_commit = None
+        if options.adapter is not None:
+            adapter_commit = loaded_commit(options.adapter, "adapter_config.json", options.adapter_revision)
+        return [
+            EvaluatedModel(
+                examinee.label,
+                public_name(str(options.adapter if examinee.label == ADAPTER else options.model)),
+                adapter_commit if examinee.label == ADAPTER else getattr(self.config, "_commit_hash", None),
+                examinee.what,
+            )
+            for examinee in self.who
+        ]
+
+
+def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, state: PartialState) -> list[Suite]:
+    """Make what was asked for, in the order it was asked for."""
+    chat = uses_chat(examined, options)
+    count = token_counter(examined.tokenizer, chat=chat)
+    lengths = options.lengths or default_lengths(examined.reach)
+    check_range(examined.config, max(lengths), "lengths")
+    grid = plan_grid(examined.model, len(examined.who), options, lengths, state)
+    texts = read_documents(options.haystack, options)
+    haystack = public_documents(options.haystack)
+    suites: list[Suite] = []
+    for name in options.suites:
+        if name in ("needle", "puzzles", "ruler"):
+            make = _maker(name, options, texts, count=count, chat=chat)
+            tasks = {"needle": options.needle_tasks, "puzzles": options.puzzles, "ruler": options.ruler_tasks}[name]
+            made, missing = make(tqdm(tasks, desc=name, disable=not state.is_main_process), grid.lengths, grid.samples)
+            kind = PuzzleSuite if name == "puzzles" else PromptSuite
+            scorer = {"needle": score_needle, "puzzles": score_puzzle, "ruler": score_ruler}[name]
+            suites.append(kind(name, made, scorer, missing=missing, haystack=haystack, make=make))
+        elif name == "longbench":
+            suites.append(longbench_suite(examined, options, chat=chat))
+        elif name == "perplexity":
+            documents = read_documents(options.perplexity_documents or options.haystack, options)
+            window = options.perplexity_window or max(grid.lengths)
+            limit = options.perplexity_limit
+            suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
+        else:
+            suites.append(
+                HarnessSuite(
+                    options.short_tasks,
+                    examined.model,
+                    examined.tokenizer,
+                    store,
+                    examined.who,
+                    max_length=examined.reach,
+                    limit=options.limit,
+                    chat=chat,
+                )
+            )
+    return suites
+
+
+def _maker(name: str, options: SuiteOptions, texts: Any, **asked: Any) -> Maker:
+    """What makes the prompts of some tasks at some lengths; those of fewer samples are the first of more."""
+
+    def make(tasks: Iterable[str], lengths: Sequence[int], samples: int) -> tuple[list[Prompt], dict[str, str]]:
+        prompts: list[Prompt] = []
+        missing: dict[str, str] = {}
+        for task in tasks:
+            grid = {"tasks": [task], "lengths": lengths, "samples": samples, **asked}
+            if name == "needle":
+                room = options.max_new_tokens
+                own = {"haystack": texts, "depths": options.depths, "seed": options.seed, "max_new_tokens": room}
+                prompts += needle_prompts(**grid, **own)
+            elif name == "puzzles":
+                room = min(options.max_new_tokens, 64)
+                own = {"haystack": texts, "diagnose": options.diagnose, "seed": options.seed, "max_new_tokens": room}
+                prompts += puzzle_prompts(**grid, **own)
+            else:
+                questions = load_questions(options.ruler_questions) if options.ruler_questions else ()
+                made, without_room = ruler_prompts(**grid, essays=texts, questions=questions)
+                prompts += made
+                missing |= without_room
+        return prompts, missing
+
+    return make
+
+
+def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, store: ResultStore) -> None:
+    """Ask more samples where intervals are wide, until none is wider than ± 3 points or the minutes are over.
+
+    Every process decides by the same results, and so decides the same.
+    """
+    if options.samples is not None or examined.model is None:
+        return
+    state = PartialState()
+    grids = [suite for suite in suites if isinstance(suite, PromptSuite) and suite.make is not None]
+    while True:
+        prompts = [prompt for suite in grids for prompt in suite.prompts]
+        costs = seconds_per_prompt(examined.who, prompts, store)
+        left = 60 * options.minutes - sum(spent(one, prompts, store).seconds for one in examined.who)
+        more = []
+        for suite in grids:
+            cells = cells_to_refine(suite.results(examined.who, store), suite.prompts, costs, left)
+            left -= sum(cell.seconds for cell in cells)
+            more += [(suite, cell) for cell in cells]
+        if not more:
+            return
+        if state.is_main_process:
+            logger.info("Intervals are wide at %d tasks and lengths: more samples are asked there.", len(more))
+        for suite, cell in more:
+            suite.extend(cell.task, cell.length, cell.samples)
+        for suite in grids:
+            suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
+
+
+def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) -> PromptSuite:
+    """Make LongBench's prompts; tasks whose data cannot be had are left out, and told."""
+    source = options.longbench_source
+    prompts: list[Prompt] = []
+    missing: dict[str, str] = {}
+    for task in expand_tasks(options.longbench_tasks):
+        try:
+            prompts += longbench_prompts(
+                [task],
+                tokenizer=examined.tokenizer,
+                max_length=examined.reach,
+                longbench_length=options.longbench_length,
+                source=source,
+                limit=options.limit,
+                chat=chat,
+            )
+        except (ConnectionError, FileNotFoundError) as error:
+            missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
+            logger.warning("%s is left out: %s", task, error)
+    return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
+
+
+def look_at_server(examined: Examined, suites: Sequence[Suite]) -> dict[str, Any]:
+    """Ask a server what can be asked about its range; nothing where the model is local."""
+    prompts = [prompt for suite in suites if isinstance(suite, PromptSuite) for prompt in suite.prompts]
+    facts: dict[str, Any] = {}
+    for examinee in examined.who if prompts else []:
+        if isinstance(examinee.generator, EndpointGenerator):
+            chat = prompts[0].chat
+            found = examinee.generator.look(prompts, token_counter(examined.tokenizer, chat=chat)).settings()
+            facts |= {f"{name}, {examinee.label}": value for name, value in found.items()}
+    return facts
+
+
+def default_lengths(reach: int) -> list[int]:
+    """Return 1,024 and its doubles up to a range; the range itself where that is shorter.
+
+    >>> default_lengths(5000), default_lengths(500)
+    ([1024, 2048, 4096], [500])
+    """
+    doubles = (1024 * 2**power for power in range(32))
+    return list(takewhile(lambda length: length <= reach, doubles)) or [reach]
+
+
+def read_documents(source: str | None, options: SuiteOptions) -> Any:
+    """Return texts: built-in ones, those of a file or folder, or a column of a data set."""
+    if source is None:
+        return noise(seed=options.seed)
+    return load_texts(source)
+
+
+def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:
+    """Gather the results of all processes."""
+    prompts = [prompt for suite in suites if isinstance(suite, PromptSuite) for prompt in suite.prompts]
+    perplexity = next((suite for suite in suites if isinstance(suite, PerplexitySuite)), None)
+    return Report(
+        models=examined.models(),
+        suites=[suite.results(examined.who, store) for suite in suites if not isinstance(suite, PerplexitySuite)],
+        prompts=fingerprint(key for suite in suites for key in suite.asked()),
+        settings=settings(examined, options, prompts),
+        date=date.today().isoformat(),
+        perplexity=perplexity.results(examined.who, store) if perplexity else None,
+        speed={examinee.label: spent(examinee, prompts, store) for examinee in examined.who} if prompts else {},
+        hf_longalign=__version__,
+    )
+
+
+def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what a reader must know to ask the same again."""
+    local = examined.model is not None
+    chosen: dict[str, Any] = {"seed": options.seed, "through": "transformers" if local else "endpoint"}
+    chosen["chat template"] = "yes" if uses_chat(examined, options) else "no"
+    if {"needle", "puzzles", "ruler"} & set(options.suites):
+        chosen["haystack"] = public_documents(options.haystack)
+        chosen["lengths"] = sorted({prompt.length for prompt in prompts if prompt.length})
+    if "needle" in options.suites:
+        chosen.update({"depths of the needle": options.depths, "room for the answer": options.max_new_tokens})
+    if "ruler" in options.suites:
+        chosen["questions for RULER"] = public_name(options.ruler_questions) if options.ruler_questions else "invented"
+    if "perplexity" in options.suites:
+        chosen["perplexity documents"] = public_documents(options.perplexity_documents or options.haystack)
+    if "short" in options.suites:
+        chosen["lm-eval"] = version("lm-eval")
+    if "longbench" in options.suites:
+        chosen["LongBench data"] = public_name(options.longbench_source or "zai-org/LongBench")
+        chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"
+    if options.limit is not None:
+        chosen["limit"] = options.limit
+    if local:
+        chosen.update(dtype=str(examined.model.dtype).removeprefix("torch."), range=examined.reach)
+        chosen.update(torch=torch.__version__, transformers=transformers.__version__)
+        chosen.update(hardware=hardware(), processes=PartialState().num_processes)
+    return chosen
+
+
+def uses_chat(examined: Examined, options: SuiteOptions) -> bool:
+    """Whether questions go through the chat template."""
+    return bool(examined.tokenizer.chat_template) if options.chat is None else options.chat
+
+
+def public_documents(source: str | None) -> str:
+    """Return what a report calls documents."""
+    return "built-in sentences" if source is None else public_name(source)
+
+
+def hardware() -> str:
+    """Return what a process runs on."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id as it is, of a path of this machine its last part: reports are published."""
+    return Path(name).resolve().name if Path(name).exists() else name

@@ -1,0 +1,191 @@
+"""How many samples, at which lengths: as many as the time allows, and more where it helps."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from hf_longalign.evaluation.options import SuiteOptions
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.runner import Examinee, spent
+from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.records.report import SuiteResult
+
+
+logger = logging.getLogger(__name__)
+
+# Samples that are enough to see a change of ten points, and the fewest that an interval can be made of.
+MOST, FEWEST = 20, 3
+# Tokens of the two texts by whose time the cost of a token, alone and by its distance to others, is known.
+PROBES = (256, 1024)
+# An answer of 32 tokens, four at once.
+ANSWER_STEPS = 8
+# The share of a needle prompt that is read anew, the mean over its depths: what stands before the needle is kept.
+NEEDLE_SHARE = 0.6
+FOLDER_WAIT = 0.2
+# Half the width of a 95 % interval below which more samples are not worth their time.
+WIDTH = 0.03
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked: lengths in tokens, samples of each task at each, and about how many minutes that takes."""
+
+    lengths: list[int]
+    samples: int
+    minutes: float
+
+
+def plan_grid(model: Any, models: int, options: SuiteOptions, lengths: Sequence[int], state: PartialState) -> Grid:
+    """Return the grid of an evaluation, and say what it will take.
+
+    Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
+    longest lengths are left out, which is said. The main process measures and decides; what it decides is kept in the
+    folder, so that other processes, and the same command after a kill, ask the same.
+
+    Args:
+        model: that reads; `None` where a server does, whose speed is not known: 10 samples are asked.
+        models: how many answer.
+        options: what is asked.
+        lengths: that were asked for, or that the model's range has room for.
+        state: of the processes.
+    """
+    if options.samples is not None or model is None:
+        return Grid(list(lengths), options.samples or 10, 0.0)
+    asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
+    digest = hashlib.sha256(json.dumps([asked, list(lengths), models], sort_keys=True).encode()).hexdigest()[:16]
+    path = Path(options.output_dir) / "answers" / f"plan-{digest}.json"
+    if state.is_main_process and not path.is_file():
+        grid = fit(seconds_per_token(model), models, options, lengths)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(grid)), encoding="utf-8")
+        os.replace(part, path)
+    while not path.is_file():
+        time.sleep(FOLDER_WAIT)
+    grid = Grid(**json.loads(path.read_text(encoding="utf-8")))
+    if state.is_main_process:
+        logger.info(
+            "%d samples of each task at %s tokens: about %.0f min of one process.",
+            grid.samples,
+            ", ".join(f"{length:,}" for length in grid.lengths),
+            grid.minutes,
+        )
+        if len(grid.lengths) < len(lengths):
+            logger.warning(
+                "%s tokens are left out: they would take longer than `minutes` %g. Set `lengths` or more minutes.",
+                ", ".join(f"{length:,}" for length in lengths if length not in grid.lengths),
+                options.minutes,
+            )
+    return grid
+
+
+def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
+    """Return the largest grid within the minutes of the options.
+
+    Args:
+        cost: seconds per token, per pair of tokens, and per token of an answer, see [`seconds_per_token`].
+        models: how many answer.
+        options: what is asked.
+        lengths: ascending or not; the longest are left out first.
+
+    Example: half a millisecond a token, and two tasks of puzzles.
+
+    >>> options = SuiteOptions(suites=["puzzles"], puzzles=["count", "latest"], minutes=1.0)
+    >>> fit((0.0005, 0.0, 0.0), 1, options, [1024, 4096, 65536])
+    Grid(lengths=[1024, 4096], samples=11, minutes=0.9)
+    """
+    kept = sorted(lengths)
+    needles = len(options.needle_tasks) * len(options.depths) if "needle" in options.suites else 0
+    others = (len(options.puzzles) if "puzzles" in options.suites else 0) + (
+        len(options.ruler_tasks) if "ruler" in options.suites else 0
+    )
+    texts, asked = NEEDLE_SHARE * needles + others, needles + others
+    while True:
+        reading = sum(cost[0] * length + cost[1] * length**2 for length in kept)
+        each = models * (texts * reading + asked * len(kept) * ANSWER_STEPS * cost[2]) / 60
+        samples = int(min(MOST, max(FEWEST, options.minutes / each))) if each else FEWEST
+        if samples * each <= options.minutes or len(kept) == 1:
+            return Grid(kept, samples, round(samples * each, 1))
+        kept = kept[:-1]
+
+
+@torch.inference_mode()
+def seconds_per_token(model: Any) -> tuple[float, float, float]:
+    """Return what a token costs in seconds: read, for each token before it, and written."""
+    times = []
+    for tokens in (PROBES[0], *PROBES, 1):  # the first one warms up
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
+        start = time.perf_counter()
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    _, at_short, at_long, written = times
+    short, long = PROBES
+    pair = max(0.0, (at_long / long - at_short / short) / (long - short))
+    return max(1e-9, at_short / short - pair * short), pair, written
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A task at a length: the samples it shall have in all, and about how many seconds the new ones take."""
+
+    task: str
+    length: int
+    samples: int
+    seconds: float
+
+
+def cells_to_refine(
+    result: SuiteResult, prompts: Sequence[Prompt], costs: Mapping[int, float], seconds: float
+) -> list[Cell]:
+    """Return where more samples are worth their time: the shortest lengths first, as many as there is time for.
+
+    A 95 % interval narrows with the root of the samples, so how many bring it within ± 3 points is known. At most four
+    times as many are asked at once, since the width itself is known badly from few.
+
+    Args:
+        result: of a suite, so far.
+        prompts: of that suite.
+        costs: seconds of a prompt by its length, all models together.
+        seconds: that are left.
+    """
+    cells = []
+    for task, grid in [(task, task.grid) for task in result.tasks if task.grid is not None]:
+        for column, length in enumerate(grid.lengths):
+            own = [prompt for prompt in prompts if prompt.task == task.task and prompt.length == length]
+            present = len({prompt.index for prompt in own})
+            scores = [row[column] for row in grid.by_length.values()]
+            half = max((score.high or 1.0) - (score.low or 0.0) for score in scores) / 2
+            wanted = min(ceil(present * (half / WIDTH) ** 2), 4 * present)
+            if half > WIDTH and wanted > present:
+                each = costs[length] * len(own) / present
+                cells.append(Cell(task.task, length, wanted, (wanted - present) * each))
+    kept = []
+    for cell in sorted(cells, key=lambda cell: (cell.length, cell.task)):
+        seconds -= cell.seconds
+        if seconds < 0:
+            break
+        kept.append(cell)
+    return kept
+
+
+def seconds_per_prompt(
+    examinees: Sequence[Examinee], prompts: Sequence[Prompt], store: ResultStore
+) -> dict[int, float]:
+    """Return what a prompt of each length took on average, all models together."""
+    costs = {}
+    for length in {prompt.length for prompt in prompts if prompt.length is not None}:
+        own = [prompt for prompt in prompts if prompt.length == length]
+        costs[length] = sum(spent(examinee, own, store).seconds for examinee in examinees) / len(own)
+    return costs

@@ -1,0 +1,215 @@
+"""What RULER's samples are made of: its words, and questions from the user's own file or invented here.
+
+RULER takes SQuAD's and HotpotQA's, which are downloads. The invented ones are of the same two kinds: a fact that one
+document tells, and a fact that takes two documents.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+_FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
+    words.split()
+    for words in (
+        "Ada Bruno Clara Dimas Edda Fabio Greta Hugo Ines Jonas Kaya Leon Mira Nils Olga Pavel Rita Sven Tilda Viktor",
+        "Abend Brook Castell Dorn Elster Falk Grimm Holm Iversen Jarvis Kestrel Lund Marsh Nord Osten Pell Quill Rook",
+        "Ash Birch Cold Deer Elm Fox Glen Hazel Iron Kings Lark Mill North Oak Pine Raven Stone Thorn Wind Yew",
+        "brook combe dale ford gate ham hurst leigh mere minster mouth stead stow ton wick worth",
+        "clockmaker botanist shipwright painter surveyor composer printer glazier physician architect",
+        "Aln Bure Cade Doon Esk Fenn Gill Hodder Irt Jed Kyle Lune Mole Nairn Orr Rye Swale Tamar Wye",
+        "monks fishermen miners weavers soldiers traders exiles shepherds",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question over documents: one of `answers` counts; `documents` hold the evidence."""
+
+    query: str
+    answers: tuple[str, ...]
+    documents: tuple[str, ...]
+
+
+def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
+    """Return questions about invented people and towns, each with its documents and one answer.
+
+    Args:
+        hops: documents that a question takes, 1 or 2.
+        number: of questions, at most 5,000.
+        seed: of names and facts.
+
+    Example:
+
+    >>> question = invented_questions(2, 1)[0]
+    >>> len(question.documents), all(answer in question.documents[1] for answer in question.answers)
+    (2, True)
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    towns = [f"{place}{end}" for place in _PLACES for end in _ENDS]
+    people = [f"{first} {last}" for first in _FIRST for last in _LAST]
+    town_order, person_order = rng.permutation(len(towns)), rng.permutation(len(people))
+    questions = []
+    for index in range(number):
+        # Beyond a few hundred the names come again, told apart by a figure as kings are.
+        turn, place = divmod(index, min(len(towns), len(people)))
+        figure = f" {_roman(turn + 1)}" if turn else ""
+        town, person = towns[town_order[place]] + figure, people[person_order[place]] + figure
+        trade, river, founders = (str(rng.choice(words)) for words in (_TRADES, _RIVERS, _FOUNDERS))
+        founded, born = str(rng.integers(1100, 1700)), str(rng.integers(1701, 1900))
+        about_town = (
+            f"{town}\n{town} is a town on the river {river}. It was founded in {founded} by {founders} and has had a "
+            "market ever since."
+        )
+        about_person = (
+            f"{person}\n{person} was one of the many people who took up the trade of {trade} in those years. Born in "
+            f"{born} in {town}, this {trade} left {rng.integers(2, 10)} notebooks."
+        )
+        if hops == 1:
+            asked = (
+                (f"In which year was {town} founded?", founded, about_town),
+                (f"On which river does {town} lie?", river, about_town),
+                (f"In which town was {person} born?", town, about_person),
+                (f"What was the trade of {person}?", trade, about_person),
+            )[index % 4]
+            questions.append(Question(asked[0], (asked[1],), (asked[2],)))
+        else:
+            query, answer = (
+                (f"On which river does the town lie in which {person} was born?", river),
+                (f"In which year was the town founded in which {person} was born?", founded),
+            )[index % 2]
+            questions.append(Question(query, (answer,), (about_person, about_town)))
+    return questions
+
+
+def load_questions(source: str | Path) -> list[Question]:
+    """Return the questions of a file.
+
+    Args:
+        source: SQuAD's JSON, HotpotQA's JSON, or JSONL with `question` (or `instruction`), `answer` or `answers`, and
+            `context` (a text) or `contexts` (texts).
+
+    Raises:
+        ValueError: no such file, or a row without one of these; the message names file, row and field.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"`questions` must be a file, got {str(source)!r}, which is not there. Correct the path.")
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".jsonl":
+        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [_of_row(row, f"{path.name}:{number}") for number, row in enumerate(rows, 1)]
+    data = json.loads(text)
+    if isinstance(data, dict):
+        return list(_of_squad(data, path.name))
+    return [_of_hotpot(row, f"{path.name}, row {number}") for number, row in enumerate(data)]
+
+
+def _of_row(row: Mapping[str, Any], where: str) -> Question:
+    query = row.get("question") or row.get("instruction")
+    answers = row.get("answers") or ([row["answer"]] if row.get("answer") else None)
+    documents = row.get("contexts") or ([row["context"]] if row.get("context") else None)
+    named = {"question": query, "answer": answers, "context": documents}
+    missing = next((name for name, value in named.items() if not value), None)
+    if missing:
+        raise ValueError(f"`{missing}` must be given for every question, got none in {where}. Add it or take it out.")
+    return Question(str(query), tuple(map(str, answers or ())), tuple(map(str, documents or ())))
+
+
+def _of_squad(data: Mapping[str, Any], name: str) -> Iterator[Question]:
+    if "data" not in data:
+        raise ValueError(f"`questions` must be SQuAD's, with `data`, got {name} with {sorted(data)}. Write JSONL.")
+    for article in data["data"]:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                if asked["answers"]:  # an impossible question has none
+                    answers = dict.fromkeys(answer["text"] for answer in asked["answers"])
+                    yield Question(asked["question"], tuple(answers), (paragraph["context"],))
+
+
+def _of_hotpot(row: Mapping[str, Any], where: str) -> Question:
+    if not {"question", "answer", "context"} <= set(row):
+        raise ValueError(
+            f"`questions` must be HotpotQA's, with question, answer and context, got {sorted(row)} in {where}."
+        )
+    documents = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
+    return Question(row["question"], (row["answer"],), tuple(documents))
+
+
+def _roman(number: int) -> str:
+    """A small number in Roman figures."""
+    text = ""
+    for value, figure in ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")):
+        text += figure * (number // value)
+        number %= value
+    return text
+
+
+class Pairs(Sequence[str]):
+    """All "adjective-noun" words in sorted order, six millions of them, none of which is kept.
+
+    Args:
+        adjectives: any order, with doubles.
+        nouns: the same.
+
+    Example:
+
+    >>> list(Pairs(["old", "old-world", "big"], ["yew", "map"]))
+    ['big-map', 'big-yew', 'old-map', 'old-world-map', 'old-world-yew', 'old-yew']
+    """
+
+    def __init__(self, adjectives: Sequence[str], nouns: Sequence[str]) -> None:
+        self._nouns = sorted(set(nouns))
+        self._groups: list[list[str]] = []
+        for adjective in sorted(set(adjectives), key=lambda word: f"{word}-"):
+            # "old-world-map" stands between "old-map" and "old-yew": these alone must be sorted as whole words.
+            if self._groups and adjective.startswith(f"{self._groups[-1][0]}-"):
+                self._groups[-1].append(adjective)
+            else:
+                self._groups.append([adjective])
+        self._sorted = {
+            number: sorted({f"{adjective}-{noun}" for adjective in group for noun in self._nouns})
+            for number, group in enumerate(self._groups)
+            if len(group) > 1
+        }
+        sizes = [len(self._sorted.get(number, self._nouns)) for number in range(len(self._groups))]
+        self._ends = list(accumulate(sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._ends, index)
+        place = index - (self._ends[number - 1] if number else 0)
+        if number in self._sorted:
+            return self._sorted[number][place]
+        return f"{self._groups[number][0]}-{self._nouns[place]}"
+
+
+@cache
+def word_pairs() -> Pairs:
+    """Return RULER's adjective-noun words."""
+    return Pairs(_words("adjectivelist.txt"), _words("nounlist.txt"))
+
+
+def word_list() -> list[str]:
+    """Return RULER's nouns, adjectives and verbs, sorted."""
+    return sorted({word for kind in ("noun", "adjective", "verb") for word in _words(f"{kind}list.txt")})
+
+
+def _words(name: str) -> list[str]:
+    try:
+        from wonderwords import random_word
+    except ImportError as error:
+        raise ImportError('RULER takes its words from wonderwords. Run: pip install "hf_longalign[eval]"') from error
+    return random_word._get_words_from_text_file(name)

@@ -1,0 +1,37 @@
+"""Names of a package that are loaded when they are first used."""
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazy_exports(
+    package: str, exports: Mapping[str, str]
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__all__`, `__getattr__` and `__dir__` of a package (PEP 562).
+
+    Without it `import hf_longalign` would take the seconds that torch, transformers and TRL take to import.
+
+    Args:
+        package: its `__name__`.
+        exports: name -> module in the package that holds it.
+
+    Example:
+
+    >>> names, load, _ = lazy_exports("hf_longalign", {"sample_positions": "positions"})
+    >>> names, load("sample_positions").__module__
+    (['sample_positions'], 'hf_longalign.positions')
+    """
+
+    def load(name: str) -> Any:
+        if name not in exports:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{package}.{exports[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *exports})
+
+    return list(exports), load, names

@@ -1,0 +1,451 @@
+"""Every picture: scores by length and depth, perplexity, distances covered in training, lengths of a data set.
+
+Drawn without a display or a global state; equal numbers give equal bytes.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from hf_longalign.records.names import metric_of, suite_of
+from hf_longalign.records.report import Grid, Report, SuiteResult
+from hf_longalign.records.training import CoverageRecord
+
+
+INK, QUIET = "#1f2933", "#9aa5b1"
+# Okabe and Ito's colours, told apart by colour-blind readers too; the light ones darkened to be read as text.
+COLOURS = ("#0072b2", "#d55e00", "#6b6b6b", "#009e73", "#cc79a7", "#b87d00", "#3a9bd1", "#000000")
+STYLE = {
+    "font.size": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.dpi": 160,
+}
+
+
+@contextmanager
+def _canvas(path: str | Path, size: tuple[float, float], title: str | None = None, **style: Any) -> Iterator[Any]:
+    """Yield an empty figure of a size in inches, in the style of all pictures, and write it as a PNG at the end."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib. Run: pip install "hf_longalign[plot]"') from error
+    path, settings = Path(path), cast(Any, {**STYLE, **style})
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        if title is not None:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Without this, matplotlib writes its version into the file, and equal pictures differ.
+        figure.savefig(path, metadata={"Software": None})
+
+
+def draw_pictures(report: Report, folder: str | Path, *, coverage: CoverageRecord | None = None) -> list[str]:
+    """Draw what a report has numbers for, and return the names of the PNGs, all in `folder`.
+
+    `<suite>_accuracy.png` shows the mean of a suite's tasks by length, `<suite>_heatmap.png` by depth and length, and
+    `<suite>_<task>.png` each task; `perplexity.png` shows the perplexity by position, `coverage.png` the distances
+    that training covered, with all the lengths that the report holds.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    drawn = [path for suite in report.suites for path in _draw_suite(suite, report.labels, folder)]
+    lengths = {task.length for suite in report.suites for task in suite.tasks if task.length is not None}
+    lengths.update(n for suite in report.suites for task in suite.tasks if task.grid for n in task.grid.lengths)
+    if report.perplexity is not None:
+        found = report.perplexity
+        lengths.add(found.window)
+        title = f"Perplexity by position, {found.documents:,} document{'s' * (found.documents != 1)}"
+        drawn.append(plot_perplexity(found.values, found.edges, folder / "perplexity.png", title=title))
+    if coverage is not None and coverage.histogram.pairs:
+        drawn.append(plot_coverage(coverage, folder / "coverage.png", evaluated_lengths=sorted(lengths)))
+    return [path.name for path in drawn]
+
+
+def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list[Path]:
+    """The mean of the tasks that were asked at the same lengths and depths as the first one, and each task alone."""
+    grids = {task.task: task.grid for task in suite.tasks if task.grid is not None}
+    if not grids:
+        return []
+    first, name = next(iter(grids.values())), suite_of(suite.suite).title
+    # Tasks that are too large for the shortest length lack it.
+    alike = {
+        task: grid for task, grid in grids.items() if (grid.lengths, grid.depths) == (first.lengths, first.depths)
+    }
+    labels = [label for label in labels if all(label in grid.cells for grid in alike.values())]
+    what = f"mean of {len(alike)} tasks" if len(alike) > 1 else next(iter(alike)).replace("_", "-")
+    metrics = {metric_of(task.metric).title for task in suite.tasks if task.task in alike and task.metric is not None}
+    curves = {label: _mean_by_length(list(alike.values()), label) for label in labels}
+    paths = [
+        plot_accuracy_by_length(
+            {label: mean for label, (mean, _) in curves.items()},
+            first.lengths,
+            folder / f"{suite.suite}_accuracy.png",
+            title=f"{name}, {what}",
+            highlight=labels,
+            intervals={label: band for label, (_, band) in curves.items()},
+            what=f"accuracy, {metrics.pop()}" if len(metrics) == 1 else "score",
+        )
+    ]
+    if len(first.depths) > 1:
+        reach = {label: found.length for label, found in suite.reaches[0].reach.items()} if suite.reaches else {}
+        means = {label: np.mean([grid.cells[label] for grid in alike.values()], axis=0) for label in labels}
+        path = folder / f"{suite.suite}_heatmap.png"
+        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}", reach=reach))
+        for task, grid in grids.items() if len(grids) > 1 else ():
+            path, title = folder / f"{suite.suite}_{task}.png", f"{name}, {task.replace('_', '-')}"
+            paths.append(plot_heatmap(grid.cells, grid.lengths, grid.depths, path, title=title))
+    return paths
+
+
+def _mean_by_length(grids: Sequence[Grid], label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over tasks `(lengths,)` and its 95 % interval `(lengths, 2)`: that of independent means."""
+    cells = [grid.by_length[label] for grid in grids]
+    value = np.array([[cell.value for cell in row] for row in cells])
+    # A score without an interval adds nothing to that of the mean.
+    low = np.array([[cell.value if cell.low is None else cell.low for cell in row] for row in cells])
+    high = np.array([[cell.value if cell.high is None else cell.high for cell in row] for row in cells])
+    below, above = (np.sqrt((gap**2).sum(0)) / len(grids) for gap in (value - low, high - value))
+    mean = value.mean(0)
+    return mean, np.clip(np.stack([mean - below, mean + above], axis=-1), 0, 1)
+
+
+def plot_accuracy_by_length(
+    curves: Mapping[str, ArrayLike],
+    lengths: Sequence[int],
+    path: str | Path,
+    *,
+    title: str,
+    train_length: int | None = None,
+    highlight: Sequence[str] = (),
+    intervals: Mapping[str, ArrayLike] | None = None,
+    what: str = "accuracy, exact match",
+) -> Path:
+    """Draw accuracy against context length, one labelled curve per model, and return the file's path.
+
+    Args:
+        curves: float `(lengths,)` accuracies from 0 to 1 by name.
+        lengths: context lengths in tokens, ascending; drawn on a logarithmic axis.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+        train_length: length of the training samples in tokens, drawn as a line.
+        highlight: names drawn thick, the last one in the strongest colour; the others are thin.
+        intervals: float `(lengths, 2)` lower and upper ends of the confidence intervals by name, drawn as bands.
+        what: what is measured, written beside the vertical axis.
+
+    Raises:
+        ValueError: a curve that is not one accuracy per length.
+        ImportError: matplotlib is missing.
+    """
+    lines = {name: _checked(name, values, (len(lengths),)) for name, values in curves.items()}
+    bands = {name: _checked(name, values, (len(lengths), 2)) for name, values in (intervals or {}).items()}
+    colours = _line_colours(list(lines), highlight)
+    with _canvas(path, (8.4, 4.4), title) as figure:
+        axes = figure.subplots()
+        if train_length is not None:
+            axes.axvline(train_length, color=QUIET, linestyle=":", linewidth=1.2)
+            axes.text(train_length * 1.04, 0.02, "training length", color=QUIET, fontsize=9)
+        for name, accuracy in lines.items():
+            thick = name in highlight
+            axes.plot(
+                lengths,
+                accuracy,
+                marker="o",
+                markersize=6 if thick else 4,
+                linewidth=2.8 if thick else 1.4,
+                color=colours[name],
+                clip_on=False,
+                zorder=4 if thick else 3,
+            )
+        for name, band in bands.items():
+            axes.fill_between(lengths, band[:, 0], band[:, 1], color=colours[name], alpha=0.15, linewidth=0)
+        _label_ends(axes, {name: float(accuracy[-1]) for name, accuracy in lines.items()}, colours, highlight)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, tick_labels(lengths))
+        axes.minorticks_off()
+        axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (1 if len(lengths) > 1 else 1.15))
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("context length in tokens")
+        axes.set_ylabel(what)
+        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+    return Path(path)
+
+
+def _line_colours(names: Sequence[str], highlight: Sequence[str]) -> dict[str, str]:
+    """A colour per curve, the same in every picture of a report; the highlighted ones stand out most."""
+    ordered = [name for name in reversed(highlight) if name in names]
+    ordered += [name for name in names if name not in ordered]
+    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(ordered)}
+
+
+def _label_ends(axes: Any, ends: dict[str, float], colours: dict[str, str], highlight: Sequence[str]) -> None:
+    """Name each curve beside its right end, which is easier to follow than a legend."""
+    beside = axes.get_yaxis_transform()
+    for name, height in spread(ends, gap=0.062, top=1.06).items():
+        axes.plot([1.015, 1.055], [ends[name], height], transform=beside, clip_on=False, color=colours[name], lw=0.8)
+        axes.text(
+            1.065,
+            height,
+            f"{ends[name]:.2f}  {name}",
+            transform=beside,
+            va="center",
+            fontsize=10,
+            fontweight="bold" if name in highlight else "normal",
+            color=colours[name],
+        )
+
+
+def spread(heights: Mapping[str, float], *, gap: float, top: float) -> dict[str, float]:
+    """Move labels apart so that neighbours are at least `gap` apart and none is above `top`, in the order of heights.
+
+    Labels that crowd share their surplus up and down. Many labels may reach below 0.
+
+    >>> {name: round(height, 2) for name, height in spread({"a": 0.5, "b": 0.5, "c": 0.1}, gap=0.1, top=1.0).items()}
+    {'a': 0.55, 'b': 0.45, 'c': 0.1}
+    >>> {name: round(height, 2) for name, height in spread({"a": 1.0, "b": 1.0}, gap=0.1, top=1.0).items()}
+    {'a': 1.0, 'b': 0.9}
+    """
+    groups: list[tuple[float, list[str]]] = []  # the place of the upper label, and all of the group from above
+    for name in sorted(heights, key=lambda name: -heights[name]):
+        upper, members = min(heights[name], top), [name]
+        while groups and groups[-1][0] - gap * len(groups[-1][1]) < upper:
+            members = groups.pop()[1] + members
+            middle = float(np.mean([heights[member] for member in members]))
+            upper = min(middle + gap * (len(members) - 1) / 2, top)
+        groups.append((upper, members))
+    return {name: upper - gap * index for upper, members in groups for index, name in enumerate(members)}
+
+
+def plot_heatmap(
+    panels: Mapping[str, ArrayLike],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    path: str | Path,
+    *,
+    title: str,
+    reach: Mapping[str, int] | None = None,
+) -> Path:
+    """Draw accuracy by depth and length, one panel per model on one colour scale, and return the file's path.
+
+    Args:
+        panels: float `(depths, lengths)` accuracies from 0 to 1 by name, side by side.
+        lengths: context lengths in tokens, one per column.
+        depths: place of the fact, 0 at the beginning of the context, 1 at its end, one per row.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+        reach: effective length by name, after whose column a line is drawn.
+
+    Raises:
+        ValueError: a panel that is not one accuracy per depth and length.
+        ImportError: matplotlib is missing.
+    """
+    size, no_frame = (4.2 * len(panels) + 0.9, 3.6), {"axes.spines.left": False, "axes.spines.bottom": False}
+    with _canvas(path, size, title, **no_frame) as figure:
+        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for index, (axes, (name, values)) in enumerate(zip(all_axes, panels.items(), strict=True)):
+            accuracy = _checked(name, values, (len(depths), len(lengths)))
+            image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+            for (row, column), value in np.ndenumerate(accuracy):
+                colour = "white" if value < 0.55 else "black"
+                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+            axes.set_xticks(range(len(lengths)), tick_labels(lengths))
+            axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths] if index == 0 else [])
+            axes.tick_params(length=0)
+            axes.set_xlabel("context length in tokens")
+            if index == 0:
+                axes.set_ylabel("depth of the fact")
+            reached = (reach or {}).get(name)
+            if reached is not None:
+                axes.axvline(bisect_right(list(lengths), reached) - 0.5, color=COLOURS[1], linewidth=2.5)
+            shown = "" if reached is None else f", reaches {reached:,}" if reached else ", reaches none"
+            axes.set_title(name + shown, fontsize=11)
+        figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9).outline.set_visible(False)
+    return Path(path)
+
+
+def plot_perplexity(
+    curves: Mapping[str, Sequence[float | None]], edges: Sequence[int], path: str | Path, *, title: str
+) -> Path:
+    """Draw perplexity against position, one labelled curve per model, and return the file's path.
+
+    Args:
+        curves: perplexity by bin and name, `None` where a bin has no token.
+        edges: `(bins + 1,)` positions, ascending; bin i holds those from `edges[i]` to `edges[i + 1] - 1`.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+
+    Raises:
+        ValueError: a curve that is not one value per bin.
+        ImportError: matplotlib is missing.
+    """
+    colours = _line_colours(list(curves), list(curves))
+    with _canvas(path, (8.4, 3.8), title) as figure:
+        from matplotlib.ticker import LogLocator
+
+        axes = figure.subplots()
+        for name, values in curves.items():
+            heights = np.array([np.nan if value is None else value for value in values], dtype=float)
+            if heights.shape != (len(edges) - 1,):
+                raise ValueError(f"`{name}` must hold {len(edges) - 1} values, got {values!r}. Give one per bin.")
+            axes.stairs(heights, edges, baseline=None, color=colours[name], linewidth=2, label=name)
+        ticks = [edge for edge in edges if edge > 0]
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", subs=[])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(edges[0] or ticks[0] / 2, edges[-1])
+        axes.set_xticks(ticks, tick_labels(ticks))
+        axes.minorticks_off()
+        axes.set_xlabel("tokens before the predicted one")
+        axes.set_ylabel("perplexity, lower is better")
+        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        axes.legend(frameon=False)
+    return Path(path)
+
+
+def tick_labels(lengths: Sequence[int]) -> list[str]:
+    """Write lengths so that many of them fit beside each other.
+
+    >>> tick_labels([64, 1024]), tick_labels([512, 4096, 10000, 131072])
+    (['64', '1,024'], ['512', '4k', '10,000', '128k'])
+    """
+    many = max(lengths) > 4096
+    return [f"{length // 1024}k" if many and length % 1024 == 0 else f"{length:,}" for length in lengths]
+
+
+def _checked(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.shape != shape or not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(
+            f"`{name}` must hold accuracies from 0 to 1 of shape {shape}, got shape {array.shape}: {values!r}. "
+            "Give one per length (and depth)."
+        )
+    return array
+
+
+def plot_coverage(
+    coverage: CoverageRecord,
+    path: str | Path,
+    *,
+    evaluated_lengths: Sequence[int] = (),
+    title: str = "Relative distances covered in training",
+) -> Path:
+    """Draw how often training met each distance between two tokens, and which distances it met at all.
+
+    Above, the pairs of tokens at a distance, the mean of each bin; below, the share of the bin's distances that were
+    met at least once. A model that is evaluated at a length needs all distances below it: lengths are drawn as lines,
+    those beyond the target length, which no distance of the training reaches, in another colour.
+
+    Args:
+        coverage: what a run covered, as `longalign_config.json` holds it.
+        path: where the PNG goes; its folder is made.
+        evaluated_lengths: context lengths in tokens.
+        title: what the reader should see.
+
+    Raises:
+        ValueError: a coverage without a histogram.
+        ImportError: matplotlib is missing.
+    """
+    histogram, target = coverage.histogram, coverage.target_length
+    if not histogram.pairs:
+        raise ValueError("`coverage` must hold a histogram, got none. Give the record's own.")
+    edges, pairs = np.asarray(histogram.edges), np.asarray(histogram.pairs, dtype=float)
+    with _canvas(path, (8.4, 4.6), title) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        heights = pairs / np.diff(edges)
+        # Bins without a pair lie below a logarithmic axis.
+        upper.stairs(heights, edges, baseline=0.5, fill=True, color=COLOURS[0], alpha=0.75)
+        upper.set_yscale("log")
+        upper.set_ylim(0.5, 2 * max(1, heights.max()))
+        upper.set_ylabel("pairs of tokens\nper distance")
+        upper.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        lower.stairs(histogram.covered, edges, fill=True, color=COLOURS[3], alpha=0.8)
+        lower.set_ylim(0, 1)
+        lower.set_yticks([0, 1], ["0 %", "100 %"])
+        lower.set_ylabel("covered")
+        lower.set_xlabel("distance between two tokens, in positions")
+        lower.xaxis.set_major_formatter("{x:,.0f}")
+        lower.set_xlim(0, 1.02 * max(target, *evaluated_lengths, 1))
+        _mark_lengths((upper, lower), evaluated_lengths, target)
+        share = f"{coverage.skip_distance_coverage:.1%} of the distances below {target:,} met"
+        upper.set_title(share, loc="right", fontsize=10, color=INK)
+    return Path(path)
+
+
+def _mark_lengths(panels: Sequence[Any], lengths: Sequence[int], target: int) -> None:
+    """A line per length, each named in the highest row in which its name meets no other."""
+    low, high = panels[0].get_xlim()
+    taken: list[list[tuple[float, float]]] = []  # by row from above: where names begin and end
+    for length in sorted(set(lengths), reverse=True):
+        colour = COLOURS[1] if length > target else INK
+        for panel in panels:
+            panel.axvline(length, color=colour, linestyle=(0, (3, 2)), linewidth=1.1)
+        gap, width = 0.006 * (high - low), (0.012 * len(f"{length:,}") + 0.012) * (high - low)
+        # Beside the vertical axis there is room only to the right of the line.
+        left = length - width > low
+        begin, end = (length - width, length) if left else (length, length + width)
+        row = next((n for n, names in enumerate(taken) if all(end <= b or begin >= e for b, e in names)), len(taken))
+        taken += [[]] if row == len(taken) else []
+        taken[row].append((begin, end))
+        panels[0].text(
+            length - gap if left else length + gap,
+            0.97 - 0.075 * row,
+            f"{length:,}",
+            transform=panels[0].get_xaxis_transform(),
+            ha="right" if left else "left",
+            va="top",
+            fontsize=9,
+            color=colour,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    # Names stand above the bars, however many rows of them there are.
+    bottom, top = panels[0].get_ylim()
+    panels[0].set_ylim(top=bottom * (top / bottom) ** (1 / max(0.25, 1 - 0.075 * len(taken))))
+
+
+def plot_lengths(lengths: Sequence[int], depths: Sequence[float], path: str | Path, *, unit: str = "tokens") -> Path:
+    """Draw the lengths of the rows, and beside them the depths of the gold contexts where there are any.
+
+    Args:
+        lengths: the length of every row.
+        depths: the share of the distractors before the gold context, from 0 to 1; rows without distractors have none.
+        path: where the PNG goes; its folder is made.
+        unit: what lengths are counted in.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    with _canvas(path, (8.4 if depths else 4.6, 2.9)) as figure:
+        from matplotlib.ticker import MaxNLocator
+
+        panels = figure.subplots(1, 2 if depths else 1, squeeze=False)[0]
+        panels[0].hist(lengths, bins=30, color=COLOURS[0], alpha=0.8)
+        panels[0].set_xlabel(f"length of a row in {unit}")
+        panels[0].xaxis.set_major_formatter("{x:,.0f}")
+        panels[0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panels[0].set_ylabel("rows")
+        if depths:
+            panels[1].hist(depths, bins=20, range=(0, 1), color=COLOURS[3], alpha=0.8)
+            panels[1].set_xlim(0, 1)
+            panels[1].set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+            panels[1].set_xlabel("depth of the context that answers")
+        for axes in panels:
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+            axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+            axes.set_axisbelow(True)
+    return Path(path)

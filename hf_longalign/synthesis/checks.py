@@ -1,0 +1,328 @@
+"""The checks of one context. Each has a name, can be left out, and says what is wrong in words a model can act on.
+
+Checks that compare contexts with each other live elsewhere: near-duplicates in `overlap`, conflicts between a gold
+context and its distractors in `pool`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from itertools import islice
+from typing import Any
+
+from hf_longalign.synthesis.extras import require
+from hf_longalign.synthesis.seeds import Seed
+from hf_longalign.synthesis.tokens import ControlTokens
+from hf_longalign.text import UNSPACED, content_of, holds, normalise, word_count
+
+
+PASSED, FAILED, OPEN, NEUTRALISED = "passed", "failed", "open", "neutralised"
+
+_REFUSAL = re.compile(
+    r"\bas an ai\b|\blanguage model\b|\bI(?:'m| am) sorry, but I\b|"
+    r"\bI (?:cannot|can't|can not|won't|am unable to|am not able to) "
+    r"(?:assist|help|fulfil|fulfill|comply|provide|write|create|generate)\b|"
+    r"作为(?:一个|一名)?(?:AI|人工智能|语言模型)|(?:抱歉|对不起)[，,。 ]{0,2}我(?:无法|不能)|"
+    r"(?:申し訳|すみません).{0,20}(?:できません|できかねます)|죄송.{0,20}(?:없습니다|어렵습니다)|ขออภัย.{0,20}ไม่สามารถ",
+    re.IGNORECASE,
+)
+_META = re.compile(
+    r"^\W*(?:question|answer|instruction|evidence|distraction|note)\W*:|"
+    r"\b(?:missing|provided|above|following) context\b|\bthis (?:context|text) (?:provides|contains|supports)\b|"
+    r"\bword count\b|\bleads? to the answer\b|\bdistracting (?:detail|information)\b|"
+    r"\[(?:insert|continue|missing)[^\]]*\]|<(?:the text|fact|section \d+)>",
+    re.IGNORECASE | re.MULTILINE,
+)
+# What assistants say when they are done. In a story it would stand in quotation marks, and more would follow it.
+_CHATTER = re.compile(
+    r"(?:^|\n|[.!?…。！？]\s*)[\s*_#>(-]*("
+    r"(?:please )?(?:feel free to|let me know if|do not hesitate to|don't hesitate to|if you(?:'d| would) like|"
+    r"would you like|i hope this|i can also|i'd be happy to|i am happy to|i'm happy to)\b[^\n\"”“]{0,60}?\b"
+    r"(?:me\b|any\b|more|further|another|other|additional|adjust|expand|revis|chang|edit|modif|helps|meets|"
+    r"the text|this text|the context)"
+    r"|如果(?:您|你)?(?:需要|还需要|想)|(?:希望|请)(?:这|随时|告诉我)|ご(?:要望|希望|不明)|お(?:知らせ|気軽に)|"
+    r"도움이 (?:되|필요)|필요하시면|หากคุณต้องการ)[^\n\"”“]*\s*$",
+    re.IGNORECASE,
+)
+_ENDING_CHARACTERS = 400
+_ENDED = re.compile(r"[.!?…。！？｡؟۔।။។:;\"'”’»)\]|*_`\-\d」』）】〉》]$")
+# Thai and Lao put no mark behind a sentence.
+_MARKLESS = re.compile(r"[\u0e00-\u0eff]$")
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+
+# Answers that decide rather than say something, in the languages that seeds were seen in.
+_VERDICT_WORDS = (
+    "yes no true false unanswerable none ja nein oui non sí da да нет 예 네 아니요 아니오 ใช่ ไม่ใช่ ไม่ มี ไม่มี はい "
+    "いいえ 是 是的 不是 否 对 不对 有 没有 会 不会 能 不能 無"
+)
+VERDICTS = frozenset(map(normalise, _VERDICT_WORDS.split()))
+# "in the year 634" says no more than "634".
+_WEAK = frozenset(["year", "years", "day", "month", "date", "century", "called", "named", "around", "approximately"])
+_REFUSAL_WINDOW = 300
+_LEAST_LEAK_WORDS = 4
+_SHORT_WORDS = 3
+_PHRASE_WORDS = 10
+
+_LETTER = re.compile(r"[^\W\d_]")
+_LEAST_LETTERS = 60
+_LANGUAGE_SAMPLE = 1500
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check's result: "passed", "failed", "open" where it cannot tell, "neutralised"; `detail` says why."""
+
+    name: str
+    outcome: str
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the check as it stands in a row."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a context is held to.
+
+    Attributes:
+        checks: the names of the checks to run.
+        min_words: fewer words fail.
+        max_words: more words fail; `None` for no limit.
+        language: two-letter code of the language; `None` leaves the check open.
+        control: the marks of chat templates that must not stand in it.
+    """
+
+    checks: tuple[str, ...]
+    min_words: int = 1
+    max_words: int | None = None
+    language: str | None = None
+    control: ControlTokens = field(default_factory=ControlTokens)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A context on its way through the checks."""
+
+    context: str
+    seed: Seed
+    rules: Rules
+    finish_reason: str | None = None
+    title: str | None = None
+
+    @cached_property
+    def normalised(self) -> str:
+        """The context as answers and instructions are looked for in it."""
+        return normalise(self.context)
+
+
+def verify_context(
+    context: str,
+    seed: Seed,
+    rules: Rules,
+    *,
+    written: bool,
+    finish_reason: str | None = None,
+    title: str | None = None,
+) -> list[Check]:
+    """Run the checks of `rules` on a context.
+
+    Args:
+        context: the text.
+        seed: the pair it is for.
+        rules: which checks, with which limits.
+        written: whether a model wrote it; a given text cannot refuse, talk about the task or be cut off.
+        finish_reason: why the model stopped; "length" means in mid-sentence.
+        title: what the model called it.
+
+    Example:
+
+    >>> rules = Rules(("length", "support"), min_words=3)
+    >>> [str(c.outcome) for c in verify_context("Ada left.", Seed("a", "general", "Who?", "Ada"), rules, written=True)]
+    ['failed', 'passed']
+    """
+    text = _Text(context, seed, rules, finish_reason, title)
+    tables = (_WRITTEN_CHECKS, _CONTEXT_CHECKS) if written else (_CONTEXT_CHECKS,)
+    return [table[name](text) for name in rules.checks for table in tables if name in table]
+
+
+def failures(checks: list[Check]) -> str:
+    """Return what failed, as the reason of a rejection and of the next attempt; empty if nothing did."""
+    return "; ".join(f"{check.name}: {check.detail}" for check in checks if check.outcome == FAILED)
+
+
+def _complete(text: _Text) -> Check:
+    end = text.context.rstrip()
+    if text.finish_reason == "length":
+        return Check("complete", FAILED, "it was cut off at the reply's length limit; write a shorter text")
+    if _MARKLESS.search(end):
+        return Check("complete", OPEN, "its script marks no end of a sentence")
+    if not _ENDED.search(end):
+        return Check("complete", FAILED, f"it breaks off with {end[-40:]!r}")
+    return Check("complete", PASSED)
+
+
+def _refusal(text: _Text) -> Check:
+    match = _REFUSAL.search(text.context[:_REFUSAL_WINDOW])
+    return Check("refusal", FAILED, f"it refuses: {match[0]!r}") if match else Check("refusal", PASSED)
+
+
+def _meta(text: _Text) -> Check:
+    match = _META.search(text.context)
+    if match:
+        return Check("meta", FAILED, f"it speaks of the task: {match[0].strip()!r}")
+    match = _CHATTER.search(text.context[-_ENDING_CHARACTERS:])
+    if match:
+        return Check("meta", FAILED, f"it ends with a remark to the reader: {match[1]!r}")
+    return Check("meta", PASSED)
+
+
+def _length(text: _Text) -> Check:
+    words, rules = word_count(text.context), text.rules
+    if words < rules.min_words:
+        return Check("length", FAILED, f"it has {words} words, at least {rules.min_words} are needed")
+    if rules.max_words is not None and words > rules.max_words:
+        return Check("length", FAILED, f"it has {words} words, at most {rules.max_words} are allowed")
+    return Check("length", PASSED, f"{words} words")
+
+
+def _support(text: _Text) -> Check:
+    """The answer word for word; a short one by its words close together, a longer one by the share of them.
+
+    Open where comparing words cannot tell: a verdict such as "yes", and answers of function words alone.
+    """
+    answer, context = normalise(text.seed.answer), text.normalised
+    if answer in VERDICTS:
+        return Check("support", OPEN, f"{answer!r} can only be judged")
+    if holds(context, answer) if answer else text.seed.answer in text.context:
+        return Check("support", PASSED, "word for word")
+    words = content_of(answer) - _WEAK
+    if not words - VERDICTS:
+        return Check("support", OPEN, f"{_short(text.seed.answer)!r} has no word to compare: it can only be judged")
+    unspaced = bool(_UNSPACED.search(answer))
+    length = word_count(text.seed.answer) if unspaced else len(answer.split())
+    share = len(words & content_of(context)) / len(words)
+    if length <= _SHORT_WORDS and share == 1 and _close(context.split(), words):
+        return Check("support", PASSED, "its words, close together")
+    if length > _SHORT_WORDS and share >= _least_share(length, unspaced):
+        return Check("support", PASSED, f"{share:.2f} of the answer's words")
+    return Check("support", FAILED, f"it does not hold what the answer {_short(text.seed.answer)!r} says")
+
+
+def _close(context: list[str], words: set[str]) -> bool:
+    """Whether all the words stand within a few words of each other."""
+    if len(words) == 1:
+        return True
+    reach, last = 3 * len(words) + 2, dict.fromkeys(words, -len(context) - 100)
+    for place in range(len(context)):
+        # Where there are no blanks, two or four characters stand for a word.
+        for length in (1, 2, 4):
+            found = "".join(context[place : place + length])
+            if found in last:
+                last[found] = place
+                if place - min(last.values()) <= reach:
+                    return True
+    return False
+
+
+def _least_share(length: int, unspaced: bool) -> float:
+    """10 words may be put in other words in part; a summary is new words in a larger part.
+
+    With 0.4, 94 % of the 150 published MultiNews summaries pass with their own articles, and 2 % with the next row's.
+    Without blanks, pairs of characters are compared: a word in other words takes the pairs at its edges along.
+    """
+    if length <= _PHRASE_WORDS:
+        return 0.6 if unspaced else 0.8
+    return 0.25 if unspaced else 0.4
+
+
+def _leak(text: _Text) -> Check:
+    if word_count(text.seed.instruction) < _LEAST_LEAK_WORDS:
+        return Check("leak", OPEN, "the instruction is too short to tell")
+    if holds(text.normalised, normalise(text.seed.instruction)):
+        return Check("leak", FAILED, "it repeats the instruction word for word")
+    return Check("leak", PASSED)
+
+
+def _language(text: _Text) -> Check:
+    found, wanted = identify_language(text.context), text.rules.language
+    if wanted is None or found is None:
+        return Check("language", OPEN, "too little text to tell")
+    if found != wanted:
+        return Check("language", FAILED, f"it is written in {found!r}, not in {wanted!r}")
+    return Check("language", PASSED, found)
+
+
+def _control_tokens(text: _Text) -> Check:
+    seed = text.seed
+    for part in (text.context, text.title or "", seed.instruction, seed.answer):
+        found = text.rules.control.find(part)
+        if found:
+            return Check("control_tokens", FAILED, f"it holds {found[0]!r}, a mark of a chat template; leave it out")
+    if seed.neutralised:
+        return Check("control_tokens", NEUTRALISED, f"{seed.neutralised} in the seed")
+    return Check("control_tokens", PASSED)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> Any:
+    langid = require("py3langid.langid")
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
+
+
+def identify_language(text: str) -> str | None:
+    """Return the two-letter code of the language of `text`, or `None` where it is too short to tell.
+
+    Offline, by py3langid (97 languages, a 4 MB model inside the package).
+
+    Example:
+
+    >>> identify_language("The dam was built in 1912, and the village below it was moved to the bank of the river.")
+    'en'
+    """
+    sample = text[:_LANGUAGE_SAMPLE]
+    letters = sum(1 for _ in islice(_LETTER.finditer(sample), _LEAST_LETTERS))
+    # A character without blanks tells as much as three letters.
+    if letters < _LEAST_LETTERS and letters + 2 * len(_UNSPACED.findall(sample)) < _LEAST_LETTERS:
+        return None
+    return str(_identifier().classify(sample)[0])
+
+
+def majority_language(texts: Iterable[str]) -> str | None:
+    """Return the language of most of the texts that are long enough to tell, or `None`.
+
+    Instructions are too short to be told one by one, so a data set is told as a whole.
+    """
+    pieces: list[str] = []
+    joined, length = [], 0
+    for text in texts:
+        joined.append(text)
+        length += len(text) + 1
+        if length >= _LANGUAGE_SAMPLE:
+            pieces.append(" ".join(joined)[:_LANGUAGE_SAMPLE])
+            joined, length = [], 0
+            if len(pieces) == 20:
+                break
+    pieces += [" ".join(joined)] if len(pieces) < 20 else []
+    found = Counter(language for language in map(identify_language, pieces) if language)
+    return found.most_common(1)[0][0] if found else None
+
+
+_WRITTEN_CHECKS: dict[str, Callable[[_Text], Check]] = {"complete": _complete, "refusal": _refusal, "meta": _meta}
+_CONTEXT_CHECKS: dict[str, Callable[[_Text], Check]] = {
+    "length": _length,
+    "support": _support,
+    "leak": _leak,
+    "language": _language,
+    "control_tokens": _control_tokens,
+}
+
+# "parse" cannot be left out: a reply that cannot be read has no context. "judge" asks a model, so it is off at first.
+CHECKS = (*_WRITTEN_CHECKS, *_CONTEXT_CHECKS, "duplicate", "conflict", "judge")
+DEFAULT_CHECKS = tuple(name for name in CHECKS if name != "judge")

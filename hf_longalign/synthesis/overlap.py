@@ -1,0 +1,223 @@
+"""Texts that overlap: near-duplicates among contexts, and evaluation data in what would be trained on."""
+
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+
+from hf_longalign.synthesis.extras import require
+from hf_longalign.synthesis.rows import Row, read_rows
+from hf_longalign.text import UNSPACED, digest, normalise
+
+
+_PERMUTATIONS = 128
+_SCHEME = "affine32"
+_SHINGLE = 5
+# A process takes a second to start, in which 2,000 texts are sketched.
+_PARALLEL_FROM = 8000
+_CHUNK = 1000
+_RECALL = 0.99
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+
+
+class Duplicates:
+    """Finds near-duplicates by MinHash over word 5-grams (datasketch), and remembers the sketches of texts.
+
+    Args:
+        threshold: share of common 5-grams (estimated Jaccard similarity) from which two texts count as the same.
+        processes: how many sketch; unset: as many as there are processors, for 8,000 texts and more.
+    """
+
+    def __init__(self, threshold: float = 0.8, processes: int | None = None):
+        self.threshold = threshold
+        self._processes = processes
+        self._known: dict[str, np.ndarray] = {}
+
+    def find(self, texts: Sequence[str]) -> dict[int, int]:
+        """Return, for each text that nearly repeats an earlier one, its index and the index of that earlier one.
+
+        A text is compared with those before it that repeat none themselves.
+
+        Example:
+
+        >>> Duplicates().find(["the dam was built in 1912 by Ada", "no", "The dam was built in 1912, by Ada!"])
+        {2: 0}
+        """
+        sketches = self._sketched(texts)
+        bands = self._bands(sketches)
+        # Only hashes that two texts share can name a pair: the tables of all others would fill the memory.
+        shared = [np.flatnonzero(_counts(band) > 1) for band in bands]
+        candidates = np.unique(np.concatenate([np.empty(0, np.int64), *shared]))
+        tables: list[dict[int, list[int]]] = [{} for _ in bands]
+        found: dict[int, int] = {}
+        for number in candidates.tolist():
+            hashes = [int(band[number]) for band in bands]
+            near = {other for table, key in zip(tables, hashes, strict=True) for other in table.get(key, ())}
+            same = (other for other in sorted(near) if np.mean(sketches[other] == sketches[number]) >= self.threshold)
+            earlier = next(same, None)
+            if earlier is not None:
+                found[number] = earlier
+                continue
+            for table, key in zip(tables, hashes, strict=True):
+                table.setdefault(key, []).append(number)
+        return found
+
+    def _sketched(self, texts: Sequence[str]) -> np.ndarray:
+        """The sketches of all texts, uint32 `(texts, permutations)`; those of texts seen before are not made again."""
+        keys = [digest(text) for text in texts]
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
+        chunks = [list(new.values())[start : start + _CHUNK] for start in range(0, len(new), _CHUNK)]
+        processes = self._processes or (os.cpu_count() or 1 if len(new) >= _PARALLEL_FROM else 1)
+        if processes > 1:
+            # Forked where that is safe, as `datasets` does: a spawned process would run the user's script once more,
+            # which fails where the script has no guard against that.
+            method = "fork" if sys.platform == "linux" else "spawn"
+            with ProcessPoolExecutor(processes, mp_context=get_context(method)) as pool:
+                made = list(pool.map(sketch, chunks))
+        else:
+            made = list(map(sketch, chunks))
+        self._known |= dict(zip(new, (row for rows in made for row in rows), strict=True))
+        return np.stack([self._known[key] for key in keys]) if keys else np.empty((0, _PERMUTATIONS), np.uint32)
+
+    def _bands(self, sketches: np.ndarray) -> list[np.ndarray]:
+        """One hash per band and text, uint64: texts that share one are compared.
+
+        A band has as many rows as leave a pair at the threshold a chance of 1 in 100 to be missed. (The bands that
+        datasketch's own index would choose miss 60 of 100 there: it weighs a look in vain as heavily as a miss.)
+        """
+        rows = next(
+            (
+                size
+                for size in range(_PERMUTATIONS, 1, -1)
+                if 1 - (1 - self.threshold**size) ** (_PERMUTATIONS // size) >= _RECALL
+            ),
+            1,
+        )
+        bands = _PERMUTATIONS // rows
+        factors = np.random.default_rng(0).integers(1, 2**63, rows, dtype=np.uint64) | np.uint64(1)
+        wide = sketches[:, : bands * rows].reshape(len(sketches), bands, rows)
+        return [(wide[:, band] * factors).sum(1, dtype=np.uint64) for band in range(bands)]
+
+
+def sketch(texts: Sequence[str]) -> np.ndarray:
+    """Return the MinHash sketches of texts, uint32 `(texts, 128)`."""
+    rows = np.empty((len(texts), _PERMUTATIONS), np.uint32)
+    for number, text in enumerate(texts):
+        rows[number] = _permuted(_shingles(text))
+    return rows
+
+
+@cache
+def _permutations() -> Any:
+    return require("datasketch").MinHash(num_perm=_PERMUTATIONS, scheme=_SCHEME).permutations
+
+
+def _permuted(shingles: np.ndarray) -> np.ndarray:
+    """The least hash of all shingles under each permutation."""
+    made = require("datasketch").MinHash(
+        num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
+    )
+    made.update_batch(shingles)
+    return made.hashvalues.astype(np.uint32)
+
+
+def _shingles(text: str) -> np.ndarray:
+    """The 32-bit hashes of every 5 words in a row, uint64; of all words, where there are fewer."""
+    words = np.array([zlib.crc32(word.encode()) for word in normalise(text).split()] or [0], np.uint64)
+    if len(words) < _SHINGLE:
+        words = np.pad(words, (0, _SHINGLE - len(words)))
+    mixed = np.zeros(len(words) - _SHINGLE + 1, np.uint64)
+    for place in range(_SHINGLE):
+        # A polynomial in an odd number, whose high bits depend on every word.
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(mixed)]
+    return np.unique(mixed >> np.uint64(32))
+
+
+def _counts(hashes: np.ndarray) -> np.ndarray:
+    """For every hash how many equal it."""
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    return counts[inverse]
+
+
+class Contamination:
+    """The n-grams of evaluation data.
+
+    Args:
+        sources: evaluation files or Hub data sets, read as `read_rows` does. Every string of every row counts, also
+            inside lists and dicts.
+        ngram: words in a row that make an overlap; 13 by default, as in GPT-3 (https://arxiv.org/abs/2005.14165).
+            A string of the evaluation data with fewer words, but at least `shortest`, counts as a whole: most
+            questions are shorter than 13 words. Where words are not divided by blanks, two characters are one.
+        shortest: strings of fewer words overlap with nothing: "yes" and "in 1912" contaminate nobody.
+
+    Raises:
+        BadRowError: a row of an evaluation file cannot be read.
+
+    Example:
+
+    >>> known = Contamination([[{"input": "Who finished the dam below Thornwick in 1912?"}]])
+    >>> known.overlap("who finished the dam, below Thornwick, in 1912")
+    ('who finished dam below thornwick in 1912', 'seeds:1')
+    >>> known.overlap("Who finished the dam?") is None
+    True
+    """
+
+    def __init__(self, sources: Iterable[Any], ngram: int = 13, shortest: int = 6):
+        if ngram < 1:
+            raise ValueError(f"`decontaminate_ngram` must be at least 1, got {ngram!r}. 13 is usual.")
+        # Every n-gram opens with this many words: where no opening stands in a text, nothing else is looked up.
+        self._opening = min(ngram, shortest)
+        self._openings: set[str] = set()
+        self._lengths: set[int] = set()
+        self._grams: dict[str, str] = {}
+        for source in sources:
+            for row in read_rows(source):
+                self._add(row, ngram, shortest)
+
+    def __len__(self) -> int:
+        return len(self._grams)
+
+    def _add(self, row: Row, ngram: int, shortest: int) -> None:
+        if row.fault:
+            raise row.fault
+        for text in _strings(row.values):
+            words = normalise(text).split()
+            scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
+            length = min(scale * ngram, len(words))
+            if length < min(ngram, shortest) * scale:
+                continue
+            self._lengths.add(length)
+            for start in range(len(words) - length + 1):
+                self._openings.add(" ".join(words[start : start + self._opening]))
+                self._grams.setdefault(" ".join(words[start : start + length]), row.origin)
+
+    def overlap(self, text: str) -> tuple[str, str] | None:
+        """Return the first shared n-gram and where it stands in the evaluation data, or `None`."""
+        words = normalise(text).split()
+        for start in range(len(words) - self._opening + 1):
+            if " ".join(words[start : start + self._opening]) not in self._openings:
+                continue
+            for length in sorted(self._lengths):
+                gram = " ".join(words[start : start + length])
+                place = self._grams.get(gram)
+                if place is not None:
+                    return gram, place
+        return None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _strings(part)

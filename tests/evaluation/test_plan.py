@@ -1,0 +1,66 @@
+"""How many samples are asked: within the minutes, the same in every process, more where intervals are wide."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import tiny_llama
+
+from hf_longalign.evaluation.options import SuiteOptions
+from hf_longalign.evaluation.plan import FEWEST, MOST, cells_to_refine, fit, plan_grid, seconds_per_token
+from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.results import suite_result
+
+
+MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
+
+
+@pytest.mark.parametrize("minutes", [0.5, 5.0, 50.0])
+def test_the_grid_keeps_to_its_minutes(minutes):
+    options = SuiteOptions(suites=["needle", "puzzles", "ruler"], minutes=minutes)
+    grid = fit((0.001, 1e-8, 0.01), 2, options, [1024, 4096, 16384])
+    assert FEWEST <= grid.samples <= MOST
+    assert grid.minutes <= minutes or (grid.samples, grid.lengths) == (FEWEST, [1024])
+    if grid.samples < MOST and len(grid.lengths) == 3:
+        more = grid.minutes / grid.samples * (grid.samples + 1)
+        assert more > minutes
+
+
+def test_what_was_planned_is_planned_again(tmp_path):
+    model, options = tiny_llama(), SuiteOptions(output_dir=str(tmp_path), minutes=0.1)
+    first = plan_grid(model, 1, options, [256, 512], MAIN)
+    (plan,) = (tmp_path / "answers").glob("plan-*.json")
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "samples": 7}))
+    for state in (MAIN, OTHER):  # a slower machine, or another process, asks what was decided
+        assert plan_grid(model, 1, options, [256, 512], state).samples == 7
+    assert first.lengths[0] == 256
+    assert plan_grid(model, 1, SuiteOptions(samples=4), [256], MAIN).samples == 4
+    assert plan_grid(None, 1, SuiteOptions(), [256], MAIN).samples == 10
+
+
+def test_costs_are_positive():
+    read, pair, written = seconds_per_token(tiny_llama(max_position_embeddings=2048))
+    assert read > 0 and pair >= 0 and written > 0
+
+
+def grid_of(rates, samples):
+    prompts = [
+        Prompt("puzzles", "latest", index, "", ("yes",), 8, length=length)
+        for length in rates
+        for index in range(samples)
+    ]
+    rng = np.random.default_rng(0)
+    texts = [Completion("yes" if rng.random() < rates[prompt.length] else "no", 1) for prompt in prompts]
+    result = suite_result("puzzles", prompts, {"base": texts}, lambda prompt, text: {"exact_match": text == "yes"})
+    return result, prompts
+
+
+def test_samples_are_added_where_intervals_are_wide_and_time_is_left():
+    result, prompts = grid_of({512: 0.5, 1024: 0.5}, 20)
+    cells = cells_to_refine(result, prompts, {512: 1.0, 1024: 2.0}, 1000)
+    assert [(cell.length, cell.samples, cell.seconds) for cell in cells] == [(512, 80, 60.0), (1024, 80, 120.0)]
+    assert [cell.length for cell in cells_to_refine(result, prompts, {512: 1.0, 1024: 2.0}, 100)] == [512]
+    assert cells_to_refine(result, prompts, {512: 1.0, 1024: 2.0}, 0) == []
+    narrow, prompts = grid_of({512: 1.0, 1024: 1.0}, 120)
+    assert cells_to_refine(narrow, prompts, {512: 1.0, 1024: 1.0}, 1000) == []

@@ -1,0 +1,196 @@
+"""The command line: what it offers, what it refuses and how soon, and what a YAML may hold."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+from fake_endpoint import FakeEndpoint
+from trl import ModelConfig, SFTConfig
+
+from hf_longalign.cli import COMMANDS, main
+from hf_longalign.commands.options import OptionParser
+from hf_longalign.commands.publishing import HubOptions, PublishOptions
+from hf_longalign.commands.sft_options import _trainer_fields
+from hf_longalign.config import LongAlignSFTConfig
+from hf_longalign.training_options import TrainingOptions
+
+
+ROOT = Path(__file__).parents[1]
+SFT = "sft --model_name_or_path org/model --dataset_name org/rows"
+
+
+def test_help_names_every_command_and_how_to_start_several_processes(capsys):
+    assert main([]) == main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"    {name} " in told for name in COMMANDS)
+    assert "accelerate launch --config_file recipes/accelerate/ddp.yaml -m hf_longalign sft" in told
+    assert main(["train"]) == 2
+    assert "unknown command 'train', known are sft, synthesize," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0 and f"usage: hf-longalign {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("sft --lerning_rate 1", "unknown option --lerning_rate; did you mean --learning_rate?"),
+        (f"{SFT} --skip-strategi none", "unknown option --skip-strategi; did you mean --skip_strategy?"),
+        ("sft --dataset_name org/rows", "`model_name_or_path` must be a Hub id or a folder, got None"),
+        ("sft --model_name_or_path org/model", "`dataset_name` must be a Hub id, a folder or a file, got None"),
+        (f"{SFT} --dataset_name gone.jsonl", "`dataset_name` must be a file that exists, got 'gone.jsonl'"),
+        (f"{SFT} --test_size 1.5", "`test_size` must be from 0 to below 1, got 1.5"),
+        (f"{SFT} --test_size 0.1 --dataset_streaming", "`test_size` cannot cut a streamed data set"),
+        (f"{SFT} --rope_type yarm", "invalid choice: 'yarm'"),
+        (f"{SFT} --rope_type yarn", "`skip_target_length` must be given with `rope_type='yarn'`"),
+        (f"{SFT} --skip_strategy skip-all", "invalid choice: 'skip-all'"),
+        (f"{SFT} --skip_probability 50", "`skip_probability` must be a number from 0 to 1, got 50.0"),
+        (f"{SFT} --license CC-BY", "`license` must be an id of the Hub"),
+        (f"{SFT} --config gone.yaml", "No such file or directory: 'gone.yaml'"),
+        (f"{SFT} --config", "`--config` must be followed by a YAML file"),
+        ("synthesize --seeds a.jsonl", "`output_dir` must be given"),
+        ("synthesize --output_dir out", "`seeds` must be given, got None"),
+        ("synthesize --output_dir out --seeds a --checks lenght", "`checks` must hold only complete"),
+        ("synthesize --output_dir out --seeds a --generator openai", "`model` must be given with generator 'openai'"),
+        ("synthesize --seeds a --num_shards 2 --shard_index 2", "`shard_index` must be from 0 to below `num_shards`"),
+        ("synthesize --output_dir out --seeds a --retries many", "argument --retries: invalid int value: 'many'"),
+        ("evaluate --suites needle", "the following arguments are required: --model"),
+        ("evaluate --model m --suites needle,short", "`suites` must be among needle, longbench"),
+        ("evaluate --model m --limit 0", "`limit` must be at least 1, got 0"),
+        ("evaluate --model m --push_to_hub", "`push_to_hub` adds the report to the card of an adapter, got none"),
+        ("evaluate --model m needle", "'needle' belongs to no option"),
+        ("push gone", "`folder` must be there, got 'gone'"),
+        ("push . --hub_model_id a/b/c", "Repo id must"),
+        ("push . --create_pr --tag v1", "`create_pr` must be alone"),
+        ("merge adapter", "the following arguments are required: output"),
+        ("journal list", "the following arguments are required: journal"),
+        ("journal list gone.sqlite", "gone.sqlite: no such journal"),
+        ("coherence split", "the following arguments are required: data, output"),
+    ],
+)
+def test_what_is_wrong_is_refused_in_two_cpu_seconds_without_torch(tmp_path, command, message):
+    (tmp_path / "file").touch()
+    code = (
+        "import sys, atexit; from hf_longalign.cli import main;"
+        "atexit.register(lambda: print('torch' in sys.modules)); sys.exit(main(sys.argv[1:]))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_x"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode in (1, 2) and done.stdout == "False\n"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_every_option_of_the_trainer_is_known_before_it_is_imported():
+    theirs = {field.name for field in fields(SFTConfig) if field.init}
+    assert theirs <= _trainer_fields()
+    ours = {field.name for field in fields(LongAlignSFTConfig)} - theirs
+    assert ours <= {field.name for field in fields(TrainingOptions)}
+
+
+def test_hub_options_are_called_as_in_transformers():
+    theirs = {field.name for field in fields(LongAlignSFTConfig)}
+    assert {field.name for field in fields(HubOptions)} <= theirs
+    assert not {field.name for field in fields(PublishOptions)} & (theirs | {f.name for f in fields(ModelConfig)})
+
+
+@dataclass
+class Example:
+    """Options of every kind."""
+
+    number: int = 1
+    share: float = 0.5
+    name: str | None = None
+    parts: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    kind: str = field(default="a", metadata={"choices": ["a", "b"]})
+    flag: bool = False
+
+
+Example.__module__ = "hf_longalign.commands.example"  # only own classes are looked at
+
+
+def read(tmp_path, yaml, *arguments):
+    (tmp_path / "options.yaml").write_text(yaml)
+    (found,) = OptionParser("example", [Example]).read(["--config", str(tmp_path / "options.yaml"), *arguments])
+    return found
+
+
+def test_a_yaml_and_the_command_line_give_the_same_and_the_latter_wins(tmp_path):
+    yaml = "number: 3\nshare: 1e-1\nname: x\nparts: [a, b]\nsizes: [4, 5]\nkind: b\nflag: true\n"
+    words = [
+        "--number",
+        "3",
+        "--share",
+        "1e-1",
+        "--name",
+        "x",
+        "--parts",
+        "a",
+        "b",
+        "--sizes",
+        "4",
+        "5",
+        "--kind",
+        "b",
+        "--flag",
+    ]
+    assert read(tmp_path, yaml) == OptionParser("example", [Example]).read(words)[0]
+    assert read(tmp_path, yaml, "--number", "4", "--parts", "c").number == 4
+    assert read(tmp_path, "parts: a\n").parts == ["a"]
+    equals = OptionParser("example", [Example]).read([f"--config={tmp_path / 'options.yaml'}"])
+    assert equals[0].parts == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("numbr: 3\n", "unknown option --numbr; did you mean --number?"),
+        ("kind: c\n", "`kind` must be one of a, b, got 'c'"),
+        ("number: 1.5\n", "`number` must be int, got 1.5"),
+        ("number: true\n", "`number` must be int, got True"),
+        ("share: much\n", "invalid float value: 'much'"),
+        ("name: 1.0\n", "`name` must be str or NoneType, got 1.0. Quote text"),
+        ("sizes: [a]\n", "`sizes` must be list, got ['a']"),
+        ("flag: 3\n", "`flag` must be bool, got 3"),
+        ("- 3\n", "must contain a YAML mapping"),
+        ("a: [\n", "while parsing"),
+    ],
+)
+def test_a_yaml_that_holds_something_else_is_refused(tmp_path, capsys, yaml, message):
+    with pytest.raises(SystemExit):
+        read(tmp_path, yaml)
+    assert message in capsys.readouterr().err
+
+
+def test_accelerate_launches_the_module_on_two_processes(tmp_path):
+    pairs = [{"instruction": f"What did town {n} sell?", "answer": f"ware {n}"} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"), "-m", "hf_longalign"]
+    with FakeEndpoint() as server:
+        options = f"--generator openai --model tiny --endpoints {server.url} --seeds pairs.jsonl --checks duplicate"
+        words = f"synthesize {options} --n_distractors 2 --cache_dir cache --output_dir out".split()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [*launcher, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(server.log) == 6 and done.stdout.count("Wrote ") == 1

@@ -1,0 +1,213 @@
+"""README and pages: every command and every Python block is run, every link leads somewhere, every option is told."""
+
+import json
+import random
+import re
+import shlex
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from fake_endpoint import FakeEndpoint
+from tiny import chats, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import ScriptArguments
+
+import hf_longalign
+from hf_longalign.cli import main
+from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions
+from hf_longalign.commands.sft_options import DataOptions
+from hf_longalign.commands.synthesis_options import SynthesizeArguments
+from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
+from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.training_options import TrainingOptions
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("*.md"))]
+# In this order what a command reads was made by one before.
+RUN = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "recipes/training.md",
+        "recipes/synthesis/README.md",
+        "recipes/evaluation/README.md",
+        "recipes/README.md",
+        "recipes/how_it_works.md",
+        "recipes/publishing.md",
+    )
+]
+NOT_RUN = ("pip install", "make ")
+BASE = "Qwen/Qwen2.5-0.5B-Instruct"
+# So that a tiny model does on a CPU in seconds what a command says of a real one.
+TINY = {
+    "sft": "--max_steps 2 --max_length 8192 --dtype float32 --bf16 false --use_cpu true --eval_strategy no "
+    "--save_strategy no --report_to none --disable_tqdm true --base_name org/base",
+    "evaluate": "--lengths 512 --samples 1 --depths 0.5 --max_new_tokens 8 --needle_tasks single --puzzles count",
+    "synthesize": "--cache_dir cache",
+    "push": "--base_name org/base",
+}
+WORDS = [
+    "the",
+    "old",
+    "mill",
+    "by",
+    "the",
+    "sea",
+    "was",
+    "sold",
+    "to",
+    "a",
+    "man",
+    "who",
+    "had",
+    "ten",
+    "boats",
+    "and",
+    "a",
+    "red",
+    "cow",
+    "in",
+    "the",
+    "hills",
+    "of",
+    "his",
+    "land",
+]
+
+
+def reply(body):
+    """A context of 240 words that holds the answer: other words for every prompt."""
+    prompt = body["messages"][-1]["content"]
+    town, number = random.Random(prompt), re.search(r"ware \d+", prompt)
+    lines = [" ".join(town.choices(WORDS, k=10)).capitalize() + "." for _ in range(24)]
+    lines[7] = f"It was {number[0] if number else 'nothing'} that they sold there."
+    return "Context: " + " ".join(lines)
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page):
+    """The commands of a page, each as words."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def test_every_page_with_something_to_run_is_run():
+    assert {page for page in PAGES if blocks(page, "bash") or blocks(page, "python")} == set(RUN)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which the models and data of the Hub are tiny folders of the same names."""
+    folder = tmp_path_factory.mktemp("pages")
+    for name in (BASE, "Qwen/Qwen2.5-72B-Instruct"):
+        tiny_llama(initializer_range=0.3, max_position_embeddings=32768).save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    data = folder / "trl-lib" / "Capybara"
+    for split, rows in (("train", chats(24)), ("test", chats(4))):
+        Dataset.from_list([{"messages": messages} for messages in rows]).to_parquet(data / f"{split}.parquet")
+    pairs = [{"instruction": f"What did town {n} sell?", "answer": f"ware {n}"} for n in range(12)]
+    rows = [{**pair, "prompt": pair["instruction"], "completion": pair["answer"]} for pair in pairs]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server():
+    with FakeEndpoint(model="Qwen/Qwen2.5-72B-Instruct", reply=reply) as server:
+        yield server
+
+
+def run_command(words, server):
+    """Run a command in this process, as tiny as it goes."""
+    if words[0] == "accelerate":  # what it launches; launching is tested with the command line
+        words = words[words.index("hf_longalign") :]
+    name, *options = words[1:]
+    if name == "synthesize":
+        options += ["--endpoints", server.url]
+    assert main([name, *options, *TINY.get(name, "").split()]) == 0, words
+
+
+def test_what_stands_on_the_pages_runs(place, server, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    tiny = {"max_steps": 2, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    monkeypatch.setattr(hf_longalign, "LongAlignSFTConfig", partial(hf_longalign.LongAlignSFTConfig, **tiny))
+    asked = {"lengths": [512], "samples": 1, "depths": [0.5], "max_new_tokens": 8, "puzzles": ["count"]}
+    monkeypatch.setattr(hf_longalign, "publish_adapter", partial(hf_longalign.publish_adapter, base_model="org/base"))
+    monkeypatch.setattr(hf_longalign, "evaluate", partial(hf_longalign.evaluate, **asked))
+    for page in RUN:
+        for words in commands(page):
+            if not " ".join(words).startswith(NOT_RUN):
+                assert words[0] in ("hf-longalign", "accelerate"), words
+                run_command(words, server)
+        for code in blocks(page, "python"):
+            exec(compile(code.replace("http://localhost:8000/v1", server.url), str(page), "exec"), names(place))
+
+
+def names(place):
+    """What a block of Python may take as given."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    rows = [{"input_ids": (ids := tokenizer("Ardel sold salt.").input_ids), "labels": ids} for _ in range(4)]
+    arguments = TrainingArguments("outputs/any", max_steps=1, use_cpu=True, report_to="none", save_strategy="no",
+                                  remove_unused_columns=False)  # fmt: skip
+    return {
+        "tokenizer": tokenizer,
+        "model": AutoModelForCausalLM.from_pretrained(BASE),
+        "training_args": arguments,
+        "tokenised": Dataset.from_list(rows),
+    }
+
+
+def test_the_readme_is_short_and_its_uses_too():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) < 900
+    assert all(len(code.strip().splitlines()) <= 10 for code in blocks(ROOT / "README.md", "python"))
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted(ROOT.glob("C*.md"))], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_every_option_is_told_and_tested():
+    classes = (DataOptions, TrainingOptions, HubOptions, PublishOptions, AdapterCardOptions, SynthesizeArguments)
+    classes = (*classes, SynthesisOptions, ModelOptions, SuiteOptions)
+    theirs = {field.name for field in fields(ScriptArguments)}
+    options = {field.name for kind in classes for field in fields(kind)} - theirs
+    told = "\n".join(path.read_text("utf-8") for path in [*PAGES, *(ROOT / "recipes").rglob("*.yaml")])
+    files = [path for path in (ROOT / "tests").rglob("*.py") if path.name != Path(__file__).name]
+    tested = "\n".join(path.read_text("utf-8") for path in files)
+    assert not {name for name in options if not re.search(rf"\b{name}\b", told)}, "in no YAML and on no page"
+    used = r'(--{0}\b|["`]{0}["`]|\b{0}=|"{0}:|\b{0}: )'
+    assert not {name for name in options if not re.search(used.format(name), tested)}, "in no test"
+    assert len(options) <= 112
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_lists_have_one_form(path):
+    for line in path.read_text("utf-8").splitlines():
+        value = line.partition(": ")[2]
+        if not line.startswith("#") and "," in value:
+            assert value.startswith("["), f"{line}: a list is [a, b] in a YAML, and a b on the command line"
