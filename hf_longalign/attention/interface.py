@@ -136,7 +136,8 @@ def longalign_attention(
         and attention_mask is None
         and window is None
         and cu_seq_lens_q is not None
-        and isinstance(longest, (int, torch.SymInt))
+        and longest is not None
+        and not isinstance(longest, torch.Tensor)
         and flash_serves(query, value, scoring)
     ):
         # Part of the compiled graph. Nothing is read on the host here, so boundaries are taken as they come.
