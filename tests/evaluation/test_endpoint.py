@@ -308,7 +308,7 @@ def test_the_recipe_reports_what_the_server_tells_and_asks_it_once(tmp_path):
             return completion
 
     command = [sys.executable, str(Path(__file__).parents[2] / "recipes" / "evaluate.py"), "--model", str(folder)]
-    command += ["--suite", "needle", "--needle_tasks", "single", "--lengths", "512", "--depths", "0.5", "--samples"]
+    command += ["--suites", "needle", "--needle_tasks", "single", "--lengths", "512", "--depths", "0.5", "--samples"]
     command += ["2", "--max_new_tokens", "16", "--output_dir", str(tmp_path / "out"), "--endpoint"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with Counts(model=str(folder), listing={"max_model_len": 512}, reply=finds(10_000)) as server:
