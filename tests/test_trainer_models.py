@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from accelerate import ParallelismConfig
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
@@ -316,6 +316,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"does not support `nn\.DataParallel`"):
         make_trainer(tmp_path, tiny_llama(), packing=True)
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    Accelerator()  # every trainer has one, whose state says how rows are cut
     for options in ({"padding_free": True, "strategy": "none"}, {}):
         callback = SkipPositionCallback(SkipPositionDataCollator(0, 1024, **options))
         with pytest.raises(ValueError, match=r"`n_gpu` must be 1 .*got 2: .*`accelerate launch --num_processes 2 …`"):
