@@ -15,7 +15,7 @@ import transformers
 from memory_formula import Shape
 
 from hf_longalign import SkipPositionDataCollator
-from hf_longalign.attention import ATTENTION_NAME, register_attention
+from hf_longalign.attention import ATTENTION_NAME, mark_boundaries, register_attention
 
 
 TINY = Shape("tiny", 2, 128, 4, 2, 32, 256, 512)
@@ -323,6 +323,7 @@ def compiling(device: str, could_not: list[str]) -> list[dict]:
             for index in range(12):
                 batch = collator(documents(3 + 5 * (index % 4), length // 24, shape.vocabulary))
                 batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                mark_boundaries(batch)
                 synchronize(device)
                 start = time.perf_counter()
                 called(**batch, use_cache=False).loss.backward()

@@ -65,7 +65,7 @@ class SkipPositionDataCollator:
     `"cu_seq_lens_k"`, int32 `(documents + 1,)`, `"max_length_q"` and `"max_length_k"`, int, and `"seq_idx"`, int32
     `(1, total)`. The label of each document's first token is -100. Padding to a multiple is a document of its own.
     With `few_shapes`, for `torch.compile`, the boundaries end in repeated ends, documents without a token, up to a
-    power of two, and the longest document counts as long as the next power of two: kernels need no more than that.
+    power of two, and the longest document counts as long as the whole row, rounded up to one: kernels need no less.
 
     The positions are a function of (seed, epoch, token ids of the sample): the same for any number of workers and
     processes, after a resume and in any batch order. Call [`~SkipPositionDataCollator.set_epoch`] for new ones.
@@ -289,7 +289,8 @@ class SkipPositionDataCollator:
             # The kernels' memory grows by 128 tokens per document, empty or not: no large size for all.
             missing = max(FEWEST_DOCUMENTS, _power_of_two(lengths.size)) - lengths.size
             boundaries = np.append(boundaries, np.full(missing, boundaries[-1]))
-            max_length = _power_of_two(max_length)
+            # Kernels need no less than the longest document, and the row's length is the same for all full rows.
+            max_length = _power_of_two(int(boundaries[-1]))
         cu_seq_lens = torch.from_numpy(boundaries)
         return {
             "input_ids": _row(np.concatenate((flat.input_ids, np.full(padding, self.pad_token_id)))),

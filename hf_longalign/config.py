@@ -73,6 +73,9 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.torch_compile and self.packing and self.pad_to_multiple_of == "auto":
+            # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
+            self.pad_to_multiple_of = self.max_length
         self.check()
         if self.packing and self.packing_strategy == "wrapped" and self.skip_strategy != "none":
             raise ValueError(

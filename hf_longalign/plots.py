@@ -83,9 +83,8 @@ def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list
         return []
     first, name = next(iter(grids.values())), suite_of(suite.suite).title
     # Tasks that are too large for the shortest length lack it.
-    alike = {
-        task: grid for task, grid in grids.items() if (grid.lengths, grid.depths) == (first.lengths, first.depths)
-    }
+    same = (first.lengths, first.depths)
+    alike = {task: grid for task, grid in grids.items() if (grid.lengths, grid.depths) == same}
     labels = [label for label in labels if all(label in grid.cells for grid in alike.values())]
     what = f"mean of {len(alike)} tasks" if len(alike) > 1 else next(iter(alike)).replace("_", "-")
     metrics = {metric_of(task.metric).title for task in suite.tasks if task.task in alike and task.metric is not None}

@@ -27,7 +27,7 @@ from transformers import (
 from trl import SFTConfig, pack_dataset
 
 from hf_longalign.adapter import weights_sample
-from hf_longalign.attention import exactness_problem, register_attention
+from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
 from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
@@ -166,17 +166,13 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if target_length is None and self._strategy != "none":
             target_length = model_range(self.model.config)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        multiple: Any = self.args.pad_to_multiple_of  # TRL has resolved "auto"
-        if self.args.torch_compile and self.args.packing and multiple is None:
-            # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
-            multiple = self.args.max_length
         return SkipPositionDataCollator(
             self._tokenizer,
             target_length=target_length,
             strategy=self._strategy,
             skip_probability=self.args.skip_probability,
             padding_free=self.padding_free,
-            pad_to_multiple_of=multiple,
+            pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
             seed=seed,
             few_shapes=self.args.torch_compile,
         )
@@ -329,6 +325,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         # Another collator may have taken the place of ours, without positions.
         if self.model.training and self.coverage is not None and "position_ids" in inputs:
             self.coverage.observe(inputs)
+        if self.args.torch_compile:
+            mark_boundaries(inputs)
         if self.args.loss_weighting == "sequence":
             model = SequenceWeightedModel(model, inputs, num_items_in_batch)
         return super().compute_loss(

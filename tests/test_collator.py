@@ -601,3 +601,19 @@ def test_inside_trls_trainer(tmp_path):
     assert len(positions) == 4
     # Two turns: instruction, response, the template's text and the next instruction, response and a line end.
     assert {int((np.diff(row) > 1).sum()) for row in positions.values()} == {3}
+
+
+def test_few_shapes_pad_the_boundaries_and_nothing_else():
+    rows = [{"input_ids": list(range(3, 3 + length)), "labels": list(range(3, 3 + length))} for length in (4, 9, 5)]
+    plain = SkipPositionDataCollator(0, 64, padding_free=True, skip_probability=1.0, pad_to_multiple_of=32)
+    few = dataclasses.replace(plain, few_shapes=True)
+    expected, batch = plain(rows), few(rows)
+    assert expected["cu_seq_lens_q"].tolist() == [0, 4, 13, 18, 32]
+    # Sixteen documents at least, twelve of them empty; the longest counts as the whole row.
+    assert (
+        batch["cu_seq_lens_q"].tolist() == [0, 4, 13, 18, *[32] * 13] and batch["cu_seq_lens_q"].dtype == torch.int32
+    )
+    assert batch["max_length_q"] == batch["max_length_k"] == 32
+    for key in ("input_ids", "labels", "position_ids", "seq_idx"):
+        assert torch.equal(batch[key], expected[key])
+    assert len(few(rows * 6)["cu_seq_lens_q"]) == 33

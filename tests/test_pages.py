@@ -140,6 +140,8 @@ def run_command(words, server):
 def test_what_stands_on_the_pages_runs(place, server, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("HF_TOKEN", "hf_x")
+    # What another state of the code has prepared of the same rows would be taken for this one's.
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", place / "datasets")
     tiny = {"max_steps": 2, "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
     monkeypatch.setattr(hf_longalign, "LongAlignSFTConfig", partial(hf_longalign.LongAlignSFTConfig, **tiny))
     asked = {"lengths": [512], "samples": 1, "depths": [0.5], "max_new_tokens": 8, "puzzles": ["count"]}

@@ -6,7 +6,8 @@ import trl.models.activation_offloading as offloading
 from peft import LoraConfig, prepare_model_for_kbit_training
 from test_trainer_models import make_trainer
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from hf_longalign.attention import ATTENTION_NAME
 
@@ -14,11 +15,13 @@ from hf_longalign.attention import ATTENTION_NAME
 layouts = pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 
 
-def trained(folder, packing, model=None, peft_config=None, **options):
+def trained(folder, packing, model=None, peft_config=None, callbacks=(), **options):
     """Losses and weights after three steps of one run."""
     torch.manual_seed(0)
     given = {"max_steps": 3, "packing": packing, "learning_rate": 1e-2, "optim": "adamw_torch", **options}
     trainer = make_trainer(folder, tiny_llama() if model is None else model, peft_config=peft_config, **given)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     weights = {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
@@ -114,3 +117,23 @@ def test_the_chunked_loss_builds_no_logits(tmp_path, packing, monkeypatch):
     tokens = batch["input_ids"].numel()
     assert max(size for size in kept if size != 4096 * 32) < tokens * 4096 // 4
     assert not packing or trainer.model.config._attn_implementation == ATTENTION_NAME
+
+
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step(tmp_path, weighting):
+    options = {"max_steps": 6, "per_device_train_batch_size": 1, "loss_weighting": weighting, "preflight": False}
+    expected = trained(tmp_path, True, **options)
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+
+    class Graphs(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    actual = trained(
+        tmp_path, True, callbacks=[Graphs()], torch_compile=True, torch_compile_backend="aot_eager", **options
+    )
+    assert_same(actual, expected)
+    assert graphs[0] > 0 and graphs[2:] == [graphs[2]] * 4
+    torch._dynamo.reset()

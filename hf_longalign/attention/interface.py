@@ -71,6 +71,19 @@ def register_attention() -> str:
     return ATTENTION_NAME
 
 
+def mark_boundaries(batch: dict[str, Any]) -> None:
+    """Tell `torch.compile` that the number of documents differs from batch to batch, before it has seen two.
+
+    Args:
+        batch: as it is handed to the compiled model; `cu_seq_lens_q` and `cu_seq_lens_k` are marked if it holds them.
+
+    >>> mark_boundaries({"cu_seq_lens_q": torch.tensor([0, 2, 5], dtype=torch.int32)})
+    """
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if batch.get(name) is not None:
+            torch._dynamo.maybe_mark_dynamic(batch[name], 0)
+
+
 def longalign_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -123,7 +136,8 @@ def longalign_attention(
         and attention_mask is None
         and window is None
         and cu_seq_lens_q is not None
-        and isinstance(longest, (int, torch.SymInt))
+        and longest is not None
+        and not isinstance(longest, torch.Tensor)
         and flash_serves(query, value, scoring)
     ):
         # Part of the compiled graph. Nothing is read on the host here, so boundaries are taken as they come.

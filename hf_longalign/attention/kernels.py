@@ -297,7 +297,7 @@ def flash_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     starts: torch.Tensor,
-    longest: int | torch.SymInt,
+    longest: int,
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from hf_longalign.cards.markdown import code, listed
 from hf_longalign.cards.page import REPOSITORY, check_license, render
-from hf_longalign.cards.scores import eval_results, headline, scores_note, scores_table
+from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
 from hf_longalign.records.names import suite_of
 from hf_longalign.records.report import Report
 from hf_longalign.records.training import HubSource, TrainingRecord
@@ -108,7 +108,7 @@ def adapter_card(
         "duration": duration,
         "pictures": {name: (title, path) for name, title in PICTURES.items() if (path := _path(images, name))},
         "citations": _citations(record, report),
-        **{helper.__name__: helper for helper in (headline, scores_note, scores_table, suite_of)},
+        **{helper.__name__: helper for helper in (headline, reaches, scores_note, scores_table, suite_of)},
     }
     return render("adapter.md.jinja", metadata, values)
 

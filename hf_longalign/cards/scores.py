@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from hf_longalign.cards.markdown import code, listed, plain, table
 from hf_longalign.cards.page import REPOSITORY, SOURCE
 from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Report, Score, SuiteResult, TaskResult
+from hf_longalign.records.report import Reach, Report, Score, SuiteResult, TaskResult
 
 
 class _Measured(NamedTuple):
@@ -119,6 +119,25 @@ def headline(report: Report) -> str:
         rows,
         right=range(1, len(labels) + 1),
     )
+
+
+def reaches(report: Report) -> str:
+    """Return how far each model reaches, a row per suite and rule; empty where no length was measured."""
+    rows = [
+        (suite_of(suite.suite).title, found.rule, *(_reach(found.reach[label]) for label in report.labels))
+        for suite in report.suites
+        for found in suite.reaches
+    ]
+    if not rows:
+        return ""
+    note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
+    return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
+
+
+def _reach(found: Reach) -> str:
+    length, low, high = found.length, found.low, found.high
+    shown = "none" if not length else f"{length:,}"
+    return shown if low == length == high else f"{shown} ({low:,}–{high:,})"
 
 
 def _means(suite: SuiteResult, labels: list[str]) -> list[float]:

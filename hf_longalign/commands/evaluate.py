@@ -1,6 +1,7 @@
 """Ask a model, and the adapter trained on it, the same questions: what `hf-longalign evaluate` runs."""
 
 import shutil
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ def run(
         return 0
     print((Path(suites.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {suites.output_dir}")
+    if report.perplexity is None and not any(task.scores for suite in report.suites for task in suite.tasks):
+        print("Nothing was measured; the report says why. The same command tries again.", file=sys.stderr)
+        return 1
     if hub.push_to_hub:
         print(publish_report(model, suites.output_dir, hub, publish, card, report))
     return 0

@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from hf_longalign.cards.markdown import table
-from hf_longalign.cards.scores import headline, scores_note, scores_table
+from hf_longalign.cards.scores import headline, reaches, scores_note, scores_table
 from hf_longalign.plots import draw_pictures
 from hf_longalign.records.base import dumps
 from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Grid, PerplexityResult, Reach, Report, Speed, SuiteResult
+from hf_longalign.records.report import Grid, PerplexityResult, Report, Speed, SuiteResult
 from hf_longalign.records.training import CoverageRecord
 
 
@@ -68,7 +68,7 @@ def render_report(report: Report) -> str:
     """
     models = [(model.label, f"`{model.name}`", model.revision or "", model.what) for model in report.models]
     parts = [f"# Evaluation of {report.models[-1].name}", table(("", "model", "revision", "what it is"), models)]
-    parts += [headline(report), _reaches(report)]
+    parts += [headline(report), reaches(report)]
     for suite in report.suites:
         parts += _suite(report, suite)
     if report.perplexity:
@@ -116,25 +116,6 @@ def _suite(report: Report, suite: SuiteResult) -> list[str]:
     parts += _pictures(report, f"{suite.suite}_accuracy", f"{suite.suite}_heatmap")
     folded = _pictures(report, *(f"{suite.suite}_{task.task}" for task in suite.tasks))
     return [*parts, *(["<details><summary>Each task by length</summary>", *folded, "</details>"] if folded else [])]
-
-
-def _reaches(report: Report) -> str:
-    """How far each model reaches, a row per suite and rule."""
-    rows = [
-        (suite_of(suite.suite).title, found.rule, *(_reach(found.reach[label]) for label in report.labels))
-        for suite in report.suites
-        for found in suite.reaches
-    ]
-    if not rows:
-        return ""
-    note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
-    return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
-
-
-def _reach(found: Reach) -> str:
-    length, low, high = found.length, found.low, found.high
-    shown = "none" if not length else f"{length:,}"
-    return shown if low == length == high else f"{shown} ({low:,}–{high:,})"
 
 
 def _by_length(task: str, grid: Grid, labels: list[str]) -> str:
