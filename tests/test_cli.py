@@ -64,7 +64,7 @@ def test_every_command_has_help(name, capsys):
         ("synthesize --seeds a --num_shards 2 --shard_index 2", "`shard_index` must be from 0 to below `num_shards`"),
         ("synthesize --output_dir out --seeds a --retries many", "argument --retries: invalid int value: 'many'"),
         ("evaluate --suites needle", "the following arguments are required: --model"),
-        ("evaluate --model m --suites needle,short", "`suites` must be among needle, longbench"),
+        ("evaluate --model m --suites needle,short", "`suites` must be among needle, puzzles"),
         ("evaluate --model m --limit 0", "`limit` must be at least 1, got 0"),
         ("evaluate --model m --push_to_hub", "`push_to_hub` adds the report to the card of an adapter, got none"),
         ("evaluate --model m needle", "'needle' belongs to no option"),

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from importlib.metadata import version
 from itertools import takewhile
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from hf_longalign.evaluation.encoding import token_counter
-from hf_longalign.evaluation.endpoint import EndpointGenerator
+from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import load_texts
@@ -102,7 +102,7 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> Report | None:
     examined = Examined.load(model_options, state)
     with ResultStore(Path(options.output_dir) / "answers", state.process_index) as store:
         suites = make_suites(examined, options, store, state)
-        facts = look_at_server(examined, suites)
+        facts = look_at_server(examined, suites, store) if state.is_main_process else {}
         state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
         for suite in suites:
             suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
@@ -312,16 +312,19 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
     return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
 
 
-def look_at_server(examined: Examined, suites: Sequence[Suite]) -> dict[str, Any]:
-    """Ask a server what can be asked about its range; nothing where the model is local."""
+def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultStore) -> dict[str, Any]:
+    """Ask a server about the range of each model, unless an earlier run did; nothing where the model is local."""
     prompts = [prompt for suite in suites if isinstance(suite, PromptSuite) for prompt in suite.prompts]
-    facts: dict[str, Any] = {}
+    told: dict[str, Any] = {}
     for examinee in examined.who if prompts else []:
         if isinstance(examinee.generator, EndpointGenerator):
-            chat = prompts[0].chat
-            found = examinee.generator.look(prompts, token_counter(examined.tokenizer, chat=chat)).settings()
-            facts |= {f"{name}, {examinee.label}": value for name, value in found.items()}
-    return facts
+            key = examinee.key(f"server/{max(prompts, key=lambda prompt: len(prompt.text)).key}")
+            if key not in store:
+                count = token_counter(examined.tokenizer, chat=prompts[0].chat)
+                store.add(key, asdict(examinee.generator.look(prompts, count)))
+            settings = ServerFacts(**store.get(key)).settings()
+            told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
+    return told
 
 
 def default_lengths(reach: int) -> list[int]:
