@@ -102,7 +102,8 @@ def test_answers_are_those_of_generate(family):
     found, generator = answers(model, prompts, batch_tokens=300)
     assert found == naive_answers(model, prompts)
     assert len(set(found)) > 2  # a model that always says the same would prove little
-    assert (generator.stats.cached_tokens > 50) == (family in FAMILIES)
+    # The cache of Gemma 4, whose last layers have no keys of their own, is not cut: its prompts are read whole.
+    assert (generator.stats.cached_tokens > 50) == (family in FAMILIES and family != "gemma4")
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt_neox"])
