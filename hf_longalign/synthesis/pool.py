@@ -89,7 +89,7 @@ class Rivals:
     Example:
 
     >>> rivals = Rivals(Words.of(["the dam of Thornwick", "the dam of Ashby", "a film by Ada"]))
-    >>> asked = rivals.asked("How old is the dam of Ashby?")
+    >>> asked = rivals.asked("Where is the dam of Ashby?")
     >>> [rivals.covers(asked, index) for index in range(3)]
     [False, True, False]
     """
