@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ class Team:
             if self.folder.is_dir() and not self._here.exists():
                 self._here.write_text(socket.gethostname(), encoding="utf-8")
             # One that was quick has left already. A file that is empty is being written.
-            found = {path: path.read_text(encoding="utf-8") for path in self.folder.glob("*.host")}
+            found = {}
+            for path in self.folder.glob("*.host"):
+                with suppress(FileNotFoundError):  # left meanwhile: seen under its other name the next time
+                    found[path] = path.read_text(encoding="utf-8")
             missing -= {int(path.name.split(".")[0]) for path, host in found.items() if host}
             elsewhere = sorted({host for host in found.values() if host} - {socket.gethostname()})
             if elsewhere or (missing and time.monotonic() > deadline):
