@@ -20,9 +20,10 @@ from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import load_texts
+from hf_longalign.evaluation.longbench.data import HUB_ID, V2_HUB_ID
 from hf_longalign.evaluation.longbench.metrics import score_longbench
 from hf_longalign.evaluation.longbench.prompts import longbench_prompts
-from hf_longalign.evaluation.longbench.tasks import GROUPS, expand_tasks
+from hf_longalign.evaluation.longbench.tasks import GROUPS, V2, expand_tasks
 from hf_longalign.evaluation.models import (
     ADAPTER,
     BASE,
@@ -83,9 +84,10 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
     ```
     """
     known = {kind: {field.name for field in fields(kind)} for kind in (ModelOptions, SuiteOptions)}
-    unknown = sorted(set(options) - set().union(*known.values()))
+    all_known = sorted(set().union(*known.values()))
+    unknown = sorted(set(options) - set(all_known))
     if unknown:
-        raise TypeError(f"`evaluate` has no option {unknown[0]!r}. It has {', '.join(sorted(known[SuiteOptions]))}.")
+        raise TypeError(f"`evaluate` has no option {unknown[0]!r}. It has {', '.join(all_known)}.")
     of_model = {name: value for name, value in options.items() if name in known[ModelOptions]}
     of_suites = {name: value for name, value in options.items() if name in known[SuiteOptions]}
     found = run(ModelOptions(model, adapter, **of_model), SuiteOptions(**of_suites))
@@ -201,7 +203,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
     count = token_counter(examined.tokenizer, chat=chat)
     lengths = options.lengths or default_lengths(examined.reach)
     check_range(examined.config, max(lengths), "lengths")
-    grid = plan_grid(examined.model, len(examined.who), options, lengths, state)
+    grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, state)
     texts = read_documents(options.haystack, options)
     haystack = public_documents(options.haystack)
     suites: list[Suite] = []
@@ -273,8 +275,8 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
     grids = [suite for suite in suites if isinstance(suite, PromptSuite) and suite.make is not None]
     while True:
         prompts = [prompt for suite in grids for prompt in suite.prompts]
-        costs = seconds_per_prompt(examined.who, prompts, store)
         left = 60 * options.minutes - sum(spent(one, prompts, store).seconds for one in examined.who)
+        costs = seconds_per_prompt(examined.who, prompts, store)
         more = []
         for suite in grids:
             cells = cells_to_refine(suite.results(examined.who, store), suite.prompts, costs, left)
@@ -377,7 +379,10 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
     if "short" in options.suites:
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
-        chosen["LongBench data"] = public_name(options.longbench_source or "zai-org/LongBench")
+        asked = expand_tasks(options.longbench_tasks)
+        own = sorted({V2_HUB_ID if task == V2 else HUB_ID for task in asked})
+        source = options.longbench_source
+        chosen["LongBench data"] = public_name(source) if source else ", ".join(own)
         chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"
     if options.limit is not None:
         chosen["limit"] = options.limit

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.intervals import Z, mean_interval
+from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.evaluation.store import ResultStore
@@ -31,9 +32,6 @@ from hf_longalign.records.report import Difference, Score, SuiteResult, TaskResu
 
 
 logger = logging.getLogger(__name__)
-
-# Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
-SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
 
 @dataclass(frozen=True)
@@ -135,11 +133,11 @@ class _Harness:
             if name not in known:
                 close = difflib.get_close_matches(name, known) or [*SHORT, "…"]
                 raise ValueError(
-                    f"`tasks` must hold names that lm-eval {self.version} knows, got {name!r}. Set it to one of "
+                    f"`short_tasks` must hold names that lm-eval {self.version} knows, got {name!r}. Set it to one of "
                     f"{', '.join(close)}; `lm-eval ls tasks` lists all."
                 )
         if not names:
-            raise ValueError(f"`tasks` must name a task, got none. Set it to one of {', '.join(SHORT)}, for instance.")
+            raise ValueError(f"`short_tasks` must name a task, got none. Set it to {SHORT[0]!r}, for instance.")
 
     def run(self, name: str, manager: Any) -> list[HarnessResult]:
         self.lm.cut = 0

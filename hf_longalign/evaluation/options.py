@@ -18,6 +18,7 @@ RULER = (
     *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
     *("niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot"),
 )
+# Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
 

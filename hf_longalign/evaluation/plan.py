@@ -29,8 +29,11 @@ MOST, FEWEST = 20, 3
 PROBES = (256, 1024)
 # An answer of 32 tokens, four at once.
 ANSWER_STEPS = 8
-# The share of a needle prompt that is read anew, the mean over its depths: what stands before the needle is kept.
-NEEDLE_SHARE = 0.6
+# The share of a needle prompt that is read anew, at the default depths: what two depths share is read once, so the
+# first two are read whole and the others from 0.25, 0.5 and 0.75 on: (1 + 1 + 0.75 + 0.5 + 0.25) / 5.
+NEEDLE_SHARE = 0.7
+# The suites whose samples are planned; the others hold what they hold.
+GRIDS = {"needle", "puzzles", "ruler"}
 FOLDER_WAIT = 0.2
 # Half the width of a 95 % interval below which more samples are not worth their time.
 WIDTH = 0.03
@@ -45,7 +48,9 @@ class Grid:
     minutes: float
 
 
-def plan_grid(model: Any, models: int, options: SuiteOptions, lengths: Sequence[int], state: PartialState) -> Grid:
+def plan_grid(
+    model: Any, names: Sequence[str], options: SuiteOptions, lengths: Sequence[int], state: PartialState
+) -> Grid:
     """Return the grid of an evaluation, and say what it will take.
 
     Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
@@ -54,18 +59,18 @@ def plan_grid(model: Any, models: int, options: SuiteOptions, lengths: Sequence[
 
     Args:
         model: that reads; `None` where a server does, whose speed is not known: 10 samples are asked.
-        models: how many answer.
+        names: who answers, by what tells one from another.
         options: what is asked.
         lengths: that were asked for, or that the model's range has room for.
         state: of the processes.
     """
-    if options.samples is not None or model is None:
+    if options.samples is not None or model is None or not GRIDS & set(options.suites):
         return Grid(list(lengths), options.samples or 10, 0.0)
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
-    digest = hashlib.sha256(json.dumps([asked, list(lengths), models], sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([asked, list(lengths), list(names)], sort_keys=True).encode()).hexdigest()[:16]
     path = Path(options.output_dir) / "answers" / f"plan-{digest}.json"
     if state.is_main_process and not path.is_file():
-        grid = fit(seconds_per_token(model), models, options, lengths)
+        grid = fit(seconds_per_token(model), len(names), options, lengths)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(grid)), encoding="utf-8")
@@ -113,7 +118,7 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
     while True:
         reading = sum(cost[0] * length + cost[1] * length**2 for length in kept)
         each = models * (texts * reading + asked * len(kept) * ANSWER_STEPS * cost[2]) / 60
-        samples = int(min(MOST, max(FEWEST, options.minutes / each))) if each else FEWEST
+        samples = int(min(MOST, max(FEWEST, options.minutes / each)))
         if samples * each <= options.minutes or len(kept) == 1:
             return Grid(kept, samples, round(samples * each, 1))
         kept = kept[:-1]

@@ -32,6 +32,8 @@ SHORT = 4096
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()
 # Seed of the published data.
 SEED = 42
+# Invented questions: the same for any number of samples, so that fewer are the first of more.
+QUESTIONS = 500
 HOPS = 4
 COMMON = 10
 VT_EXAMPLE_TOKENS = 500
@@ -388,7 +390,7 @@ def ruler_prompts(
         raise ValueError(f"`ruler_tasks` must be among {', '.join(TASKS)}, got {unknown!r}. Set one of them.")
     prompts, missing = [], {}
     for task in (TASKS[name] for name in tasks):
-        asked = list(questions) or (invented_questions(task.hops, max(500, samples)) if task.kind == "qa" else [])
+        asked = list(questions) or (invented_questions(task.hops, QUESTIONS) if task.kind == "qa" else [])
         for length in lengths:
             builder = RulerBuilder(task, length, count, seed, list(essays), asked)
             try:

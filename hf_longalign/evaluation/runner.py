@@ -115,8 +115,10 @@ def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -
 
 
 def spent(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> Speed:
-    """Return what all answers took together, those of earlier runs and of other processes too."""
-    found = [store.get(examinee.key(prompt.key))["spent"] for prompt in prompts]
+    """Return what all answers took together, those of earlier runs and of other processes too, once all are there."""
+    keys = [examinee.key(prompt.key) for prompt in prompts]
+    store.wait_for(keys)
+    found = [store.get(key)["spent"] for key in keys]
     return Speed(**{field.name: sum(one[field.name] for one in found) for field in fields(Speed)})
 
 

@@ -19,7 +19,7 @@ import numpy as np
 UNANSWERABLE = "unanswerable"
 # Tokens that may be left over: about half a line.
 SLACK = 8
-_ITEM = re.compile(rf"\b[A-Z]{{5,10}}\b|\b\d+\b|\b{UNANSWERABLE}\b")
+_ITEM = re.compile(rf"\b(?i:{UNANSWERABLE})\b|\b[A-Z]{{5,10}}\b|\b\d+\b")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def named_in(answer: str) -> set[str]:
     >>> sorted(named_in("It is BRELMOK, not 1,234."))
     ['1234', 'BRELMOK']
     """
-    return set(_ITEM.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)))
+    found = _ITEM.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
+    return {item.lower() if item.lower() == UNANSWERABLE else item for item in found}
 
 
 def set_f1(answer: str, references: Sequence[str]) -> float:
@@ -178,6 +179,8 @@ def set_f1(answer: str, references: Sequence[str]) -> float:
 
     >>> set_f1("BRELMOK and TARNIKU", ["BRELMOK"]), set_f1("Nobody knows.", ["BRELMOK"])
     (0.6666666666666666, 0.0)
+    >>> set_f1("Unanswerable.", ["unanswerable"])
+    1.0
     """
     found, wanted = named_in(answer), set(references)
     return 2 * len(found & wanted) / (len(found) + len(wanted)) if found else 0.0

@@ -8,7 +8,7 @@
 | `key_chain` | following keys from box to box to a number | NIAH chains |
 | `count` | adding up what is spread over the text | aggregation |
 | `latest` | the last of statements that contradict each other | knowledge updates |
-| `association` | a line that shares no word with the question | NoLiMa |
+| `association` | a line joined to the question by the world alone | NoLiMa |
 | `unanswerable` | a value that may not be in the text | abstention |
 
 Every task is a function of a random generator and of the part its words come from.

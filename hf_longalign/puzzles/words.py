@@ -28,7 +28,7 @@ TOPICS = (
     ("a heron", "a windmill", "the last harvest", "a lost glove", "three brothers", "a ferry"),
 )
 FORMS = (("riddle", "toast", "limerick", "postcard"), ("ballad", "speech", "haiku", "letter"))
-# What a person is said to do, and what is asked for: the two share no word, only the world joins them.
+# What a person is said to do, and what is asked for: the two share no word but such as "in" and "a".
 ASSOCIATIONS = (
     (
         ("lives in a flat with a view of the Eiffel Tower", "has a home in France"),
@@ -75,7 +75,7 @@ def words_of(pools: tuple, part: str) -> tuple:
 
 
 def namer(rng: np.random.Generator, part: str) -> Callable[[], str]:
-    """Return a function that invents a new name at each call: five to ten capitals, none twice.
+    """Return a function that invents a new name at each call: six to eight capitals, none twice.
 
     >>> name = namer(np.random.default_rng(0), "training")
     >>> name(), name()

@@ -29,14 +29,18 @@ def test_the_grid_keeps_to_its_minutes(minutes):
 
 def test_what_was_planned_is_planned_again(tmp_path):
     model, options = tiny_llama(), SuiteOptions(output_dir=str(tmp_path), minutes=0.1)
-    first = plan_grid(model, 1, options, [256, 512], MAIN)
+    first = plan_grid(model, ["a"], options, [256, 512], MAIN)
     (plan,) = (tmp_path / "answers").glob("plan-*.json")
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "samples": 7}))
     for state in (MAIN, OTHER):  # a slower machine, or another process, asks what was decided
-        assert plan_grid(model, 1, options, [256, 512], state).samples == 7
+        assert plan_grid(model, ["a"], options, [256, 512], state).samples == 7
     assert first.lengths[0] == 256
-    assert plan_grid(model, 1, SuiteOptions(samples=4), [256], MAIN).samples == 4
-    assert plan_grid(None, 1, SuiteOptions(), [256], MAIN).samples == 10
+    assert plan_grid(model, ["a"], SuiteOptions(samples=4), [256], MAIN).samples == 4
+    assert plan_grid(None, ["a"], SuiteOptions(), [256], MAIN).samples == 10
+    plan_grid(model, ["b"], options, [256, 512], MAIN)
+    assert len(list((tmp_path / "answers").glob("plan-*.json"))) == 2, "another model has a plan of its own"
+    nothing = SuiteOptions(output_dir=str(tmp_path / "other"), suites=["short"])
+    assert plan_grid(model, ["a"], nothing, [256], MAIN).minutes == 0 and not (tmp_path / "other").exists()
 
 
 def test_costs_are_positive():

@@ -1,5 +1,7 @@
 """Prompts are shared whole, asked once, and read by all."""
 
+import threading
+
 import pytest
 
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
@@ -71,3 +73,12 @@ def test_two_processes_equal_one(tmp_path):
         for rank, store in enumerate((first, second)):
             ask(Examinee("base", "id", Echo()), PROMPTS, store, rank=rank, processes=2, progress=False)
         assert answers(Examinee("base", "id", Echo()), PROMPTS, first) == expected
+
+
+def test_what_was_spent_waits_for_the_other_process(tmp_path):
+    with ResultStore(tmp_path, rank=0) as one, ResultStore(tmp_path, rank=1) as other:
+        ask(Examinee("base", "m", Echo()), PROMPTS[::2], one)
+        late = threading.Timer(0.3, ask, (Examinee("base", "m", Echo()), PROMPTS[1::2], other))
+        late.start()
+        assert spent(Examinee("base", "m", Echo()), PROMPTS, one).prompt_tokens == 10 * len(PROMPTS)
+        late.join()

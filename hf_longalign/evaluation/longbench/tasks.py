@@ -128,7 +128,9 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         known = [*TASKS, *EVEN_TASKS, V2]
         close = difflib.get_close_matches(name, known, cutoff=0.5) or known
-        raise ValueError(f"`tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}.")
+        raise ValueError(
+            f"`longbench_tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}."
+        )
     return TASKS[name]
 
 
@@ -146,7 +148,7 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     tasks = list(dict.fromkeys(task for name in names for task in NAMED_SETS.get(name, (name,))))
     if not tasks:
         raise ValueError(
-            f"`tasks` must name a task, got {list(names)!r}. Set it to 'context_synthesis', for instance."
+            f"`longbench_tasks` must name a task, got {list(names)!r}. Set it to 'context_synthesis', for instance."
         )
     for task in tasks:
         find_task(task)
