@@ -89,7 +89,7 @@ class CardOptions:
     )
 
     def check(self) -> None:
-        """Refuse a licence that the Hub would refuse."""
+        """Refuse a licence that is not written as the Hub's ids are."""
         check_license(license=self.license)
 
 

@@ -3,6 +3,7 @@
 import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -16,6 +17,7 @@ from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.estimate import estimate, planned_requests
+from hf_longalign.synthesis.export import check_output
 from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.team import join_team
 
@@ -95,6 +97,8 @@ def run(
         if state.is_main_process:
             print_plan(builder, args, options)
         return 0
+    if args.num_shards == 1:  # before anything is paid for
+        check_output(Path(args.output_dir), builder.pipeline.journal, builder.files.folder)
     builder.pipeline.team = join_team(builder.files.folder)
     try:
         leads = builder.prepare_outcomes()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_longalign.endpoint.protocol import EndpointError, RunStopped
+from hf_longalign.endpoint.protocol import EndpointError, GenerationError, RunStopped
 from hf_longalign.endpoint.wire import AWAY, CONGESTION, AttemptError
 
 
@@ -131,6 +131,10 @@ class Pool:
             yield lane
         except AttemptError as error:
             self._failed(lane, ticket, error)
+            raise
+        except GenerationError:  # an answer, if not the one that was asked for
+            self._silent_since = None
+            lane.limiter.release(ticket)
             raise
         except BaseException:  # says nothing about the lane
             lane.limiter.release(ticket)

@@ -88,7 +88,9 @@ def body_of(request: Request, served_model: str, habits: Collection[str] = ()) -
         body.setdefault("max_completion_tokens", body.pop("max_tokens"))
     if "stream" in habits:
         body["stream"] = True
-    if body.get("stream") and "no_stream_options" not in habits:
+    if "no_stream_options" in habits:
+        body.pop("stream_options", None)
+    elif body.get("stream"):
         # Without it a stream does not say what was used.
         body.setdefault("stream_options", {"include_usage": True})
     return body
@@ -247,6 +249,8 @@ def _merged_stream(body: bytes) -> dict[str, Any]:
         if name != b"data" or value.strip() == b"[DONE]":
             continue
         chunk = json.loads(value)
+        if not isinstance(chunk, dict):
+            raise ValueError("a chunk of the stream is no object")
         if chunk.get("error"):
             return {"error": chunk["error"]}
         whole.update({name: chunk[name] for name in ("model", "usage") if chunk.get(name)})
@@ -276,7 +280,10 @@ def _error_of(body: bytes | Mapping[str, Any]) -> tuple[str, str, str]:
         found = [((one.get("loc") or [""])[-1], one.get("msg")) for one in told if isinstance(one, dict)]
         option = found[0][0] if found else ""
         told = "; ".join(f"{place}: {message}" for place, message in found)
-    raw = (error.get("metadata") or {}).get("raw")  # OpenRouter's, with the words of the server behind it
+    metadata = error.get("metadata")
+    raw = (
+        metadata.get("raw") if isinstance(metadata, dict) else None
+    )  # OpenRouter's: the words of the server behind it
     told = f"{told} {raw}" if raw else str(told)
     code = " ".join(str(error[name]) for name in ("code", "type") if error.get(name))
     return told[:_LONGEST_TOLD], code, str(option)

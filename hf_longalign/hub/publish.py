@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -103,18 +103,15 @@ def publish_dataset(
         )
     _check_number(files, "Write fewer shards, each up to 5 GB.")
     to = Destination(repo_id, "dataset", private, branch, create_pr, tag, token, endpoint)
-    check_private(files, Machine.here(repo_id, token=token), allow)
-    if dry_run is not None:
-        return write_dry_run(files, to, dry_run)
-    options: dict[str, Any] = {
-        "private": private,
-        "branch": branch,
-        "create_pr": create_pr,
-        "tag": tag,
-        "allow": allow,
-    }
-    resume_command = resume_command or publish_command(folder, repo_id, **options)
-    return push(files, to, owned=lambda name: _SHARD.fullmatch(name) is not None, resume_command=resume_command)
+    return _send(
+        files,
+        to,
+        folder,
+        owned=lambda name: _SHARD.fullmatch(name) is not None,
+        dry_run=dry_run,
+        allow=allow,
+        resume_command=resume_command,
+    )
 
 
 def publish_adapter(
@@ -185,18 +182,44 @@ def publish_adapter(
     to = Destination(
         repo_id, "model", private, branch, create_pr, tag, token, endpoint, message or Destination.message
     )
-    check_private(files, Machine.here(repo_id, base_model, token=token), allow)
+    return _send(
+        files,
+        to,
+        folder,
+        base_model=base_model,
+        owned=_is_owned,
+        dry_run=dry_run,
+        allow=allow,
+        resume_command=resume_command,
+    )
+
+
+def _send(
+    files: Mapping[str, Path | bytes],
+    to: Destination,
+    folder: Path,
+    *,
+    owned: Callable[[str], bool],
+    dry_run: str | Path | None,
+    allow: Collection[str],
+    resume_command: str | None,
+    base_model: str | None = None,
+) -> str:
+    """Search what is about to go, then push it, or write it where a person looks at it first."""
+    check_private(files, Machine.here(to.repo_id, base_model, token=to.token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
-    options: dict[str, Any] = {
-        "private": private,
-        "branch": branch,
-        "create_pr": create_pr,
-        "tag": tag,
-        "allow": allow,
-    }
-    resume_command = resume_command or publish_command(folder, repo_id, base_model=base_model, **options)
-    return push(files, to, owned=_is_owned, resume_command=resume_command)
+    resume_command = resume_command or publish_command(
+        folder,
+        to.repo_id,
+        base_model=base_model,
+        private=to.private,
+        branch=to.branch,
+        create_pr=to.create_pr,
+        tag=to.tag,
+        allow=allow,
+    )
+    return push(files, to, owned=owned, resume_command=resume_command)
 
 
 def publish_command(

@@ -10,7 +10,7 @@ import datasets
 from hf_longalign.endpoint.protocol import Generator, SwitchGenerator
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.export import export
+from hf_longalign.synthesis.export import check_output, export
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.outcome import CONFIGS, features
 from hf_longalign.synthesis.pipeline import Pipeline
@@ -76,7 +76,10 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         **config: Any,
     ):
         if isinstance(generator, str) and generator != "documents":
-            raise ValueError(f'`generator` must be a generator or "documents", got {generator!r}.')
+            raise ValueError(
+                f'`generator` must be a generator or "documents", got {generator!r}. '
+                "Pass `OpenAIGenerator(model, endpoints)` or `TransformersGenerator(model)`."
+            )
         writer = None if isinstance(generator, str) else generator
         if isinstance(config.get("seeds"), str):
             config["seeds"] = [config["seeds"]]
@@ -158,6 +161,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
             ValueError: what `prepare_outcomes` raises, or the folder holds something else.
             RunStopped: the budget is spent or the endpoint gone; a rerun continues.
         """
+        check_output(Path(folder), self.pipeline.journal, self.files.folder)
         data = {}
         for name in CONFIGS:
             builder = self if name == self.config.name else self.other(name)

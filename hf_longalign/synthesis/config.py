@@ -111,7 +111,10 @@ class SynthesisOptions:
     # Parameters that control difficulty
     difficulty: str | None = field(
         default=None,
-        metadata={"help": '"closed_book" (the generator answers without context) or "answer_loss" (a local model).'},
+        metadata={
+            "help": '"closed_book" (the judge, or else the generator, answers without context) or "answer_loss" (a local '
+            "model)."
+        },
     )
     difficulty_use: str = field(default="record", metadata={"help": f"How seeds are chosen by it: {', '.join(USES)}."})
     difficulty_share: float = field(default=0.5, metadata={"help": "The share of each task's seeds that is kept."})
@@ -119,7 +122,9 @@ class SynthesisOptions:
     difficulty_model: str | None = field(default=None, metadata={"help": 'The local model of "answer_loss".'})
     answerability: bool = field(
         default=False,
-        metadata={"help": "Record how well the generator answers each row with and without its context."},
+        metadata={
+            "help": "Record how well the judge, or else the generator, answers each row with and without context."
+        },
     )
 
     # Parameters that control composition
@@ -209,14 +214,17 @@ class SynthesisOptions:
 
     def _validate_together(self) -> None:
         for condition, message in (
-            (self.method == "context" and self.seeds is None, "`seeds` must be given, got None."),
+            (
+                self.method == "context" and self.seeds is None,
+                "`seeds` must be given, got None. Name files or data sets of pairs.",
+            ),
             (
                 self.method == "instruction" and not self.documents,
                 '`documents` must be given with method "instruction", got none. Name files to draw chunks from.',
             ),
             (
                 "documents" in self.distractor_sources and not self.documents,
-                '`documents` must be given where `distractor_sources` holds "documents", got none.',
+                '`documents` must be given where `distractor_sources` holds "documents", got none. Name files.',
             ),
             (
                 self.hard_by == "embeddings" and self.hard_share > 0 and self.embedding_model is None,

@@ -1,6 +1,7 @@
 """Writing a prepared data set to a folder: Parquet files by configuration and split, a card and its picture."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,31 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 500_000_000
 _BATCH_ROWS = 100
 PICTURE = "assets/lengths.png"
+_WRITTEN = re.compile(r"README\.md|assets/[^/]+\.png|[^/]+/[^/]+-\d{5}-of-\d{5}\.parquet")
+
+
+def check_output(folder: Path, *kept: Path) -> None:
+    """Refuse a folder that `export` would replace and that holds, or will hold, anything but an earlier output.
+
+    Args:
+        folder: where the output goes.
+        kept: the journal and other paths that must outlive it.
+
+    Raises:
+        ValueError: names what would be lost.
+    """
+    inside = next((path for path in kept if path.resolve().is_relative_to(folder.resolve())), None)
+    if inside is not None:
+        raise ValueError(
+            f"`output_dir` must not hold `{inside.name}`, which outlives it, got {folder}. Choose another folder."
+        )
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    other = next((path for path in files if not _WRITTEN.fullmatch(path.relative_to(folder).as_posix())), None)
+    if other is not None:
+        raise ValueError(
+            f"`output_dir` must be absent, empty or an earlier output, got {folder} with `{other.name}` in it. "
+            "Choose another."
+        )
 
 
 def export(
@@ -53,8 +79,7 @@ def export(
         ValueError: the folder holds something else.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "chat").is_dir():
-        raise ValueError(f"`output_dir` must be absent, empty or an earlier output, got {folder}. Choose another.")
+    check_output(folder)
     data = {
         name: kept for name, splits in data.items() if (kept := {k: rows for k, rows in splits.items() if len(rows)})
     }

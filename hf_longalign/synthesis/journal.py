@@ -245,7 +245,7 @@ class Journal:
             JournalError: no such journal, or one that is not whole: a copy without its log, or cut short.
         """
         if not Path(path).is_file():
-            raise JournalError(f"The journal `{Path(path).name}` does not exist.")
+            raise JournalError(f"The journal `{Path(path).name}` does not exist. Correct the path.")
         if _lacks_its_log(Path(path)):
             name = Path(path).name
             raise JournalError(
@@ -441,9 +441,9 @@ def _prepare(connection: sqlite3.Connection) -> None:
         for statement in _SCHEMA:
             connection.execute(statement)
     elif application != _APPLICATION:
-        raise sqlite3.DatabaseError("it is another kind of database")
+        raise sqlite3.DatabaseError("it is another kind of database. Name another file")
     elif version > _VERSION:
-        raise sqlite3.DatabaseError(f"it has version {version}, not {_VERSION}")
+        raise sqlite3.DatabaseError(f"it has version {version}, not {_VERSION}. Upgrade hf_longalign")
     elif version < _VERSION:  # the same tables
         connection.execute(f"PRAGMA user_version = {_VERSION}")
     connection.execute("COMMIT")

@@ -234,9 +234,10 @@ async def _sections(
 
 
 async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask: Ask, keys: list[str]) -> list[Check]:
-    """Where comparing strings did not find the answer, a model's verdict decides."""
+    """Where comparing strings did not find the answer, a model's verdict decides; what fails anyway is not judged."""
     number = next((number for number, check in enumerate(checks) if check.name == "support"), None)
-    if number is None or checks[number].outcome == PASSED or plan.judge is None:
+    fails_anyway = any(check.outcome == FAILED for check in checks if check.name != "support")
+    if number is None or checks[number].outcome == PASSED or fails_anyway or plan.judge is None:
         return checks
     # A model that takes no temperature takes no 0 either.
     temperature = None if plan.sampling.temperature is None else 0.0
