@@ -29,6 +29,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     model, suites, hub, publish, card = parser.read(arguments)
     try:
         suites.check(model.endpoint)
+        publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub:
             _check_push(model, hub, publish, card)
     except ValueError as error:

@@ -22,10 +22,9 @@ class Hub(Protocol):
 
 
 @dataclass
-class HubOptions:
-    """Whether to push and where to, under the names that `transformers.TrainingArguments` has for it."""
+class RepositoryOptions:
+    """Where to push, under the names that `transformers.TrainingArguments` has for it."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the result on the Hub."})
     hub_model_id: str | None = field(
         default=None, metadata={"help": "The repository, user/name; unset: called as the folder that is published."}
     )
@@ -33,6 +32,13 @@ class HubOptions:
         default=None, metadata={"help": "Whether a new repository is private; unset: as its owner has it."}
     )
     hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; unset: main."})
+
+
+@dataclass
+class HubOptions(RepositoryOptions):
+    """Where to push, and whether to."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Publish the result on the Hub."})
 
 
 @dataclass
@@ -51,6 +57,14 @@ class PublishOptions:
             "what lies in it."
         },
     )
+
+    def check_idle(self, *, push_to_hub: bool) -> None:
+        """Refuse options of a push where there is none."""
+        given = next((name for name in ("push_dry_run", "create_pr", "tag") if getattr(self, name)), None)
+        if given is not None and not push_to_hub:
+            raise ValueError(
+                f"`{given}` needs `push_to_hub`, got {getattr(self, given)!r} alone. Set `push_to_hub` too."
+            )
 
     def check_push(self, hub: Hub, folder: str | Path, token: str | None = None) -> None:
         """Refuse before the work what would be refused after it."""

@@ -82,6 +82,7 @@ def check(model: ModelConfig, training: TrainingOptions, hub: HubOptions, publis
     """Refuse what is wrong with several of the options together."""
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` must be a Hub id or a folder, got None. Set it to one.")
+    publish.check_idle(push_to_hub=bool(hub.push_to_hub))
     if hub.push_to_hub:
         publish.check_push(hub, "output")
         check_base_name(training.base_name, model.model_name_or_path)

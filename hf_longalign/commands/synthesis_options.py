@@ -91,6 +91,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     args, options, hub, publish, card = parser.read(arguments)
     try:
         options.validate()
+        publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub and not args.dry_run and args.output_dir is not None:
             publish.check_push(hub, args.output_dir)
     except ValueError as error:

@@ -98,7 +98,7 @@ def run(
             print_plan(builder, args, options)
         return 0
     if args.num_shards == 1:  # before anything is paid for
-        check_output(Path(args.output_dir), builder.pipeline.journal, builder.files.folder)
+        check_output(Path(str(args.output_dir)), builder.pipeline.journal, builder.files.folder)
     builder.pipeline.team = join_team(builder.files.folder)
     try:
         leads = builder.prepare_outcomes()

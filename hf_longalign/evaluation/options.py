@@ -48,6 +48,12 @@ class ModelOptions:
     max_concurrency: int = field(default=16, metadata={"help": "The most requests at once to the endpoint."})
     batch_tokens: int = field(default=65536, metadata={"help": "Tokens of a batch, answers included."})
 
+    def check(self) -> None:
+        """Refuse, before anything is loaded, what would fail later."""
+        for name in ("max_concurrency", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. Set a larger number.")
+
 
 @dataclass
 class SuiteOptions:
@@ -60,7 +66,7 @@ class SuiteOptions:
     chat: bool | None = field(
         default=None, metadata={"help": "Ask through the chat template; unset: if the tokenizer has one."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of keys, values, places and puzzles."})
+    seed: int = field(default=0, metadata={"help": "Seed of keys, values, places and puzzles; RULER has its own, 42."})
     lengths: list[int] = field(
         default_factory=list,
         metadata={"help": "Context lengths in tokens; unset: 1,024 and its doubles in the model's range."},
@@ -143,10 +149,26 @@ class SuiteOptions:
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        for name in ("samples", "max_new_tokens", "limit", "perplexity_window", "perplexity_limit"):
+        for name in (
+            "samples",
+            "max_new_tokens",
+            "limit",
+            "longbench_length",
+            "perplexity_window",
+            "perplexity_limit",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Set a larger number, or leave it out.")
+        if min(self.lengths, default=1) < 1:
+            raise ValueError(f"`lengths` must be at least 1, got {min(self.lengths)}. Set numbers of tokens.")
+        depth = next((depth for depth in self.depths if not 0 <= depth <= 1), None)
+        if depth is not None or not self.depths:
+            raise ValueError(f"`depths` must be 0 to 1, got {depth}. Set shares of the text.")
+        if self.minutes <= 0:
+            raise ValueError(f"`minutes` must be above 0, got {self.minutes}. Set more, or `samples`.")
+        if self.ruler_questions is not None and not Path(self.ruler_questions).is_file():
+            raise ValueError(f"`ruler_questions` must be a file, got {self.ruler_questions!r}. Correct the path.")
         source = Path(self.longbench_source or ".")
         if "longbench" in self.suites and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
             raise ValueError(

@@ -102,18 +102,32 @@ def load_questions(source: str | Path) -> list[Question]:
     """
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"`questions` must be a file, got {str(source)!r}, which is not there. Correct the path.")
+        raise ValueError(f"`ruler_questions` must be a file, got {str(source)!r}. Correct the path.")
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return [_of_row(row, f"{path.name}:{number}") for number, row in enumerate(rows, 1)]
-    data = json.loads(text)
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_of_row(_parsed(line, f"{path.name}:{number}"), f"{path.name}:{number}") for number, line in lines]
+    data = _parsed(text, path.name)
     if isinstance(data, dict):
         return list(_of_squad(data, path.name))
     return [_of_hotpot(row, f"{path.name}, row {number}") for number, row in enumerate(data)]
 
 
-def _of_row(row: Mapping[str, Any], where: str) -> Question:
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`ruler_questions` must hold JSON, got {error} in {where}. Mend or remove it.") from error
+
+
+def _of_row(row: Any, where: str) -> Question:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"`ruler_questions` must hold an object per line, got {row!r:.40} in {where}. Mend or remove it."
+        )
+    for name in ("answers", "contexts"):
+        if not isinstance(row.get(name), list | None):
+            raise ValueError(f"`{name}` must be a list of texts, got {row[name]!r:.40} in {where}. Write [...].")
     query = row.get("question") or row.get("instruction")
     answers = row.get("answers") or ([row["answer"]] if row.get("answer") else None)
     documents = row.get("contexts") or ([row["context"]] if row.get("context") else None)
@@ -126,7 +140,9 @@ def _of_row(row: Mapping[str, Any], where: str) -> Question:
 
 def _of_squad(data: Mapping[str, Any], name: str) -> Iterator[Question]:
     if "data" not in data:
-        raise ValueError(f"`questions` must be SQuAD's, with `data`, got {name} with {sorted(data)}. Write JSONL.")
+        raise ValueError(
+            f"`ruler_questions` must be SQuAD's, with `data`, got {name} with {sorted(data)}. Write JSONL."
+        )
     for article in data["data"]:
         for paragraph in article["paragraphs"]:
             for asked in paragraph["qas"]:
@@ -135,10 +151,13 @@ def _of_squad(data: Mapping[str, Any], name: str) -> Iterator[Question]:
                     yield Question(asked["question"], tuple(answers), (paragraph["context"],))
 
 
-def _of_hotpot(row: Mapping[str, Any], where: str) -> Question:
-    if not {"question", "answer", "context"} <= set(row):
+def _of_hotpot(row: Any, where: str) -> Question:
+    whole = isinstance(row, dict) and {"question", "answer", "context"} <= set(row)
+    if not whole or not all(isinstance(part, list) and len(part) == 2 for part in row["context"]):
+        got = sorted(row) if isinstance(row, dict) else row
         raise ValueError(
-            f"`questions` must be HotpotQA's, with question, answer and context, got {sorted(row)} in {where}."
+            "`ruler_questions` must be HotpotQA's, with question, answer, and a context of pairs of title and "
+            f"sentences, got {got!r:.80} in {where}. Write JSONL instead."
         )
     documents = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
     return Question(row["question"], (row["answer"],), tuple(documents))

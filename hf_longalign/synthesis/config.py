@@ -112,8 +112,8 @@ class SynthesisOptions:
     difficulty: str | None = field(
         default=None,
         metadata={
-            "help": '"closed_book" (the judge, or else the generator, answers without context) or "answer_loss" (a local '
-            "model)."
+            "help": '"closed_book" (the judge, or else the generator, answers without context) or "answer_loss" '
+            "(a local model)."
         },
     )
     difficulty_use: str = field(default="record", metadata={"help": f"How seeds are chosen by it: {', '.join(USES)}."})

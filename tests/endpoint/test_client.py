@@ -260,7 +260,10 @@ def test_a_stream_that_is_asked_for_is_read(server):
 def test_a_server_that_takes_no_stream_options_streams_without_usage():
     with FakeEndpoint(refuses={"stream_options": "unknown field: stream_options"}) as server:
         (reply,) = _sampled(server, "a", extra={"stream": True})
-    assert reply.text.startswith("Context: ") and reply.completion_tokens == 50  # no more than was allowed
+        assert reply.text.startswith("Context: ") and reply.completion_tokens == 50  # no more than was allowed
+        own = {"stream": True, "stream_options": {"include_usage": True}}  # of the user's `extra_body`
+        (reply,) = _sampled(server, "b", extra=own)
+    assert reply.text.startswith("Context: ")
 
 
 @pytest.mark.parametrize(("mark", "kind"), [("truncated", "bad_body"), ("error200", "server_error")])

@@ -58,6 +58,9 @@ def test_files_are_read_as_they_are_published(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.jsonl", '{"question": "Who?", "answer": "A"}', "`context` must be given .* none in rows.jsonl:1"),
+        ("rows.jsonl", '{"question": "Who?"\n', "must hold JSON, got .* in rows.jsonl:1"),
+        ("rows.jsonl", '{"question": "Who?", "answers": "Paris", "context": "x"}', "`answers` must be a list"),
+        ("x.json", '[{"question": "Who?", "answer": "A", "context": "text"}]', "must be HotpotQA's"),
         ("x.json", '{"rows": []}', "must be SQuAD's, with `data`, got x.json"),
         ("x.json", '[{"question": "Who?"}]', "must be HotpotQA's"),
     ],
@@ -66,5 +69,5 @@ def test_what_is_no_question_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         load_questions(tmp_path / name)
-    with pytest.raises(ValueError, match="which is not there"):
+    with pytest.raises(ValueError, match="`ruler_questions` must be a file"):
         load_questions(tmp_path / "none.jsonl")

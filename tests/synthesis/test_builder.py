@@ -378,6 +378,9 @@ def test_a_judge_decides_where_strings_do_not_tell(tmp_path):
         ("judge", "passed"),
     ]
     assert {request.purpose for request in judge.asked} == {"judge"} and row["journal_keys"] == [judge.asked[0].key]
+    judge, short = FakeGenerator("judge"), [{**given[0], "context": "Too short."}, *given[1:]]
+    build(tmp_path / "c", seeds=short, judge=judge, checks=["length", "support", "judge"], min_words=5)
+    assert len(judge.asked) == len(given) - 1, "what fails anyway is not judged"
     writer = FakeGenerator()
     build(tmp_path / "b", seeds=make_pairs(24), generator=writer, checks=["support", "judge"])
     assert {request.purpose for request in writer.asked} == {"context"}
@@ -430,7 +433,8 @@ def test_a_configuration_without_rows_is_empty(tmp_path):
 
 def test_rejected_seeds_that_leave_too_few_distractors_are_reported(tmp_path, caplog):
     generator = FakeGenerator(fail=range(1, 24))
-    build(tmp_path, generator=generator, seeds=PAIRS + make_pairs(24, "qmsum"), n_distractors=20)
+    # Those that succeed come first: a run that begins with 20 refusals is stopped.
+    build(tmp_path, generator=generator, seeds=make_pairs(48, "qmsum")[24:] + PAIRS, n_distractors=20)
     assert "Task 'narrativeqa' has 0 contexts to distract with, 20 were wanted." in caplog.text
 
 

@@ -248,6 +248,14 @@ def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, cap
     with pytest.raises(ValueError, match="`output_dir` must be absent, empty or an earlier output"):
         run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir",
             tmp_path / "out")  # fmt: skip
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "out" / "chat").mkdir()  # as an earlier output has, which would be replaced
+    with FakeEndpoint() as server:
+        asks = ("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", given)
+        for more, named in (((), "thesis.txt"), (("--journal", tmp_path / "out" / "j.sqlite"), "j.sqlite")):
+            with pytest.raises(ValueError, match=f"`output_dir` must .*`{named}`"):
+                run(monkeypatch, "synthesize", *asks, *more, "--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
+        assert not server.log, "refused before anything is asked"
     with pytest.raises(SystemExit):
         run(monkeypatch, "synthesize", "--seeds", given)
     assert "error: `output_dir` must be given" in capsys.readouterr().err
