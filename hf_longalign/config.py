@@ -104,4 +104,6 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
             name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
             return cls(f"{name.split('/')[-1]}-SFT")
         # Not `to_dict`, which hides every field whose name ends in "_token".
-        return cls(**{item.name: getattr(args, item.name) for item in fields(args) if item.init})
+        return cls(
+            **{item.name: getattr(args, item.name) for item in fields(cls) if item.init and hasattr(args, item.name)}
+        )

@@ -176,6 +176,11 @@ class RowPreparer:
         if isinstance(prompt, str) and isinstance(completion, str):
             frame, messages = PROMPT_COMPLETION_FRAME, [{"role": "user"}, {"role": "assistant"}]
             contents = [prompt, completion]
+        elif row.get(self.text_field) is None:
+            raise ValueError(
+                f"`parts` need the text they count in, got a row without `{self.text_field}`. Keep it, or give "
+                "`block_lengths` in tokens."
+            )
         else:
             frame, messages, contents = TEXT_FRAME, [{"role": "user"}], [row[self.text_field]]
         messages = [{**message, "content": text} for message, text in zip(messages, contents, strict=True)]
@@ -350,8 +355,18 @@ def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens:
     ):
         if not flag.all():
             logger.warning("%d of %d rows of the %s dataset %s", (~flag).sum(), flag.size, name, message)
+    if not trains.any():
+        raise ValueError(
+            f"`max_length` must leave a target in some row of the {name} dataset, got none in {trains.size} rows. "
+            "Raise it, or check that the rows hold answers."
+        )
     kept = dataset if trains.all() else dataset.select(trains.nonzero()[0])
     return kept.remove_columns(FLAGS)
+
+
+def map_options(dataset: Any, args: Any, desc: str) -> dict[str, Any]:
+    """Return what `map` and `filter` of a data set in memory or on disk take, and those of a streamed one do not."""
+    return {"num_proc": args.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}
 
 
 def is_fast(processing_class: Any) -> bool:

@@ -250,7 +250,8 @@ def check_range(config: PretrainedConfig, target_length: int, name: str = "targe
         return
     types = {_rope_type(parameters) for _, parameters in _scalable(text_config)}
     remedy = f"lower `{name}`"
-    if types and types <= {"default", *SCALING_KEYS}:
+    # "dynamic" and "longrope" follow the largest position of a batch: no skips beyond what they were trained for.
+    if types and types <= {"default", *SCALING_KEYS} - {"dynamic", "longrope"}:
         # A model that is scaled already is scaled further by its own type alone.
         kind = next(iter(types - {"default"}), "yarn")
         scaling = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`"

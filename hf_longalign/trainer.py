@@ -14,8 +14,6 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoConfig,
-    AutoProcessor,
     DataCollator,
     EvalPrediction,
     PreTrainedModel,
@@ -25,6 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 from trl import SFTConfig, pack_dataset
+from trl.data_utils import get_dataset_column_names
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
@@ -32,12 +31,21 @@ from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.coverage import CoverageCallback
+from hf_longalign.loading import load_processing_class, model_config, scaled_rope
 from hf_longalign.loss import SequenceWeightedModel, ignore_padding_of_packed_rows, one_label_per_sequence
 from hf_longalign.preflight import check_no_virtual_tokens
-from hf_longalign.preparation import RowPreparer, as_conversations, is_fast, kept_tokens, lacks_marks, prepare_rows
+from hf_longalign.preparation import (
+    RowPreparer,
+    as_conversations,
+    is_fast,
+    kept_tokens,
+    lacks_marks,
+    map_options,
+    prepare_rows,
+)
 from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
-from hf_longalign.rope import check_range, model_range, rope_record, scale_rope
+from hf_longalign.rope import check_range, model_range, rope_record
 from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
 from hf_longalign.version import __version__
 
@@ -121,21 +129,22 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         # Of the data set as given: what TRL makes of it may lie elsewhere.
         self._data_source = data_source(train_dataset)
         if args.assistant_only_loss and processing_class is None:
-            processing_class = _load_processing_class(model, args)
+            processing_class = load_processing_class(model, args)
         self._answers_by_turns = (
             args.assistant_only_loss and formatting_func is None and lacks_marks(processing_class, train_dataset)
         )
-        with _scaled_rope(model, args), _unmarked_answers(args, self._answers_by_turns):
+        with scaled_rope(model, args), _unmarked_answers(args, self._answers_by_turns):
             # Else a target out of range would be refused after the whole data set has been prepared.
-            if self._strategy != "none":
-                asked = args.skip_target_length if own_collator is None else own_collator.target_length
-                if asked is not None:
-                    name = "skip_target_length" if own_collator is None else "target_length"
-                    check_range(_model_config(model, args), asked, name)
+            asked, name = args.skip_target_length, "skip_target_length"
+            if own_collator is not None:
+                asked, name = own_collator.target_length, "target_length"
+            if self._strategy != "none" and asked is not None:
+                check_range(model_config(model, args), asked, name)
             super().__init__(
                 model,
                 args=args,
-                data_collator=data_collator,
+                # TRL refuses packed rows with any collator but its own, which ours replaces afterwards.
+                data_collator=None if own_collator is not None else data_collator,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -154,7 +163,11 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         if self._is_vision_dataset and self._strategy != "none":
             raise ValueError("Positions are skipped in text alone, got a vision data set. Set `skip_strategy='none'`.")
 
-        if data_collator is None and not self._is_vision_dataset:
+        if own_collator is not None:
+            if self.padding_free and not own_collator.padding_free:
+                raise ValueError("`padding_free` of the collator must be True with packed rows, got False. Set it.")
+            self.data_collator = own_collator
+        elif data_collator is None and not self._is_vision_dataset:
             self.data_collator = self._make_collator()
         self.coverage: CoverageCallback | None = None
         if isinstance(self.data_collator, SkipPositionDataCollator):
@@ -253,11 +266,13 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        if packing and "seq_lengths" in get_dataset_column_names(dataset):
+            return dataset  # packed already: packed again, it would forget where its documents end
         needs_blocks = self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train"
         made_when_read = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # which TRL refuses
         if not (needs_blocks or self._answers_by_turns) or made_when_read:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        progress = _progress(dataset, args, f"Preparing {dataset_name} dataset")
+        progress = map_options(dataset, args, f"Preparing {dataset_name} dataset")
         rows: Any = None
         if formatting_func is None and is_fast(processing_class):
             with PartialState().local_main_process_first():
@@ -383,24 +398,6 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             self.coverage.load(checkpoint)
 
 
-def _model_config(model: Any, args: LongAlignSFTConfig) -> Any:
-    """The config that the model has, or will be loaded with."""
-    if not isinstance(model, str):
-        return model.config
-    options: Any = args.model_init_kwargs or {}
-    if options.get("config") is not None:
-        return options["config"]
-    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
-    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
-
-
-def _load_processing_class(model: Any, args: LongAlignSFTConfig) -> Any:
-    """The tokenizer or processor of the model, as TRL loads it."""
-    options: Any = (isinstance(model, str) and args.model_init_kwargs) or {}
-    name, revision = model if isinstance(model, str) else model.config._name_or_path, options.get("revision")
-    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
 @contextmanager
 def _unmarked_answers(args: LongAlignSFTConfig, unmarked: bool) -> Iterator[None]:
     """Keep TRL from refusing a template without marks; the answers are found all the same."""
@@ -411,38 +408,6 @@ def _unmarked_answers(args: LongAlignSFTConfig, unmarked: bool) -> Iterator[None
         args.assistant_only_loss = args.assistant_only_loss or unmarked
 
 
-@contextmanager
-def _scaled_rope(model: Any, args: LongAlignSFTConfig) -> Iterator[None]:
-    """Let TRL load the model with a scaled config; RoPE that is set on a loaded model does nothing."""
-    target_length = args.skip_target_length
-    if args.rope_type is None or target_length is None:
-        yield
-        return
-    if not isinstance(model, str):
-        if model_range(model.config) < target_length:
-            raise ValueError(
-                f"`rope_type` must be None with a model that is loaded already, got {args.rope_type!r}: now it would "
-                "do nothing. Give the trainer the model's name, or load it with "
-                f"`config=hf_longalign.scale_rope(config, {target_length}, {args.rope_type!r})`."
-            )
-        yield
-        return
-    given: Any = args.model_init_kwargs
-    options: dict[str, Any] = dict(given or {})
-    config = _model_config(model, args)
-    # A whole config, not its fields: multimodal models take no `rope_parameters`.
-    args.model_init_kwargs = {**options, "config": scale_rope(config, target_length, args.rope_type)}
-    try:
-        yield
-    finally:
-        args.model_init_kwargs = given  # trackers write the arguments as JSON, which no config is
-
-
 def _fused_log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Log-probabilities of the targets as TRL computes them in training: on its fused head, without the logits."""
     return model(**batch, use_cache=False, fused_lm_head=True).log_probs
-
-
-def _progress(dataset: Dataset | IterableDataset, args: Any, desc: str) -> dict[str, Any]:
-    """What `map` and `filter` of a data set in memory or on disk take, and those of a streamed one do not."""
-    return {"num_proc": args.dataset_num_proc, "desc": desc} if isinstance(dataset, Dataset) else {}

@@ -115,8 +115,9 @@ def place(tmp_path_factory):
     for split, rows in (("train", chats(24)), ("test", chats(4))):
         Dataset.from_list([{"messages": messages} for messages in rows]).to_parquet(data / f"{split}.parquet")
     pairs = [{"instruction": f"What did town {n} sell?", "answer": f"ware {n}"} for n in range(12)]
-    rows = [{**pair, "prompt": pair["instruction"], "completion": pair["answer"]} for pair in pairs]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"prompt": pair["instruction"], "completion": pair["answer"]} for pair in pairs]
+    for name, written in (("pairs", pairs), ("completions", rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     (folder / "recipes").symlink_to(ROOT / "recipes")
     return folder
 

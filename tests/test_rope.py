@@ -255,7 +255,7 @@ def test_gemma_4_is_scaled_by_its_own_type():
     torch.testing.assert_close(before[name.format("sliding_attention")], after[name.format("sliding_attention")])
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-4b, yarn as its card says", "olmo-3-7b", "phi-3-mini-128k"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-4b, yarn as its card says", "olmo-3-7b"])
 def test_the_remedy_past_the_range_works(name):
     config, limit = PUBLISHED[name]
     check_range(config, limit)
@@ -263,6 +263,12 @@ def test_the_remedy_past_the_range_works(name):
         check_range(config, 2 * limit, "length")
     remedy = re.search(r"scale_rope\(config, (\d+), '(\w+)'\)", str(error.value))
     check_range(scale_rope(config, int(remedy[1]), remedy[2]), 2 * limit)
+
+
+def test_rope_that_follows_the_longest_of_a_batch_is_no_remedy():
+    config, limit = PUBLISHED["phi-3-mini-128k"]
+    with pytest.raises(ValueError, match=r"got \d+\. Lower `length`\.$"):
+        check_range(config, 2 * limit, "length")
 
 
 def test_rope_of_an_unknown_type_is_not_scaled():

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -379,6 +380,43 @@ def test_own_collator_replaces_the_options(tmp_path):
     trainer.train()
     assert trainer.data_collator is collator
     assert trainer.state.log_history[0]["skip_share"] == 1.0
+
+
+def test_own_collator_packs_as_it_is_told(tmp_path):
+    collator = SkipPositionDataCollator(0, target_length=512, strategy="pose", skip_probability=1.0, padding_free=True)
+    trainer = make_trainer(tmp_path, packing=True, data_collator=collator)
+    trainer.train()
+    assert trainer.data_collator is collator
+    with pytest.raises(ValueError, match="`padding_free` of the collator must be True with packed rows, got False"):
+        make_trainer(tmp_path, packing=True, data_collator=SkipPositionDataCollator(0, target_length=512))
+
+
+def test_packed_rows_keep_their_documents_when_they_are_given_again(tmp_path):
+    first = make_trainer(tmp_path, packing=True, eval_dataset=chat_dataset(6))
+    again = make_trainer(tmp_path, packing=True, dataset=first.train_dataset)
+    assert again.train_dataset["seq_lengths"][:] == first.train_dataset["seq_lengths"][:]
+    # Both `SFTTrainer.evaluate` and the call it makes for each set prepare what they are given.
+    alone = first.evaluate(chat_dataset(6))["eval_loss"]
+    assert first.evaluate({"a": chat_dataset(6)})["eval_a_loss"] == pytest.approx(alone, abs=1e-6)
+
+
+def test_a_config_of_ones_own_is_completed(tmp_path):
+    @dataclass
+    class Own(SFTConfig):
+        mine: int = 1
+
+    args = Own(output_dir=str(tmp_path), bf16=False, use_cpu=True, max_length=77, mine=3)
+    assert LongAlignSFTConfig.of(args, tiny_llama()).max_length == 77
+
+
+def test_rows_that_leave_nothing_to_train_on_are_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="`max_length` must leave a target in some row of the train dataset, got none"
+    ):
+        make_trainer(tmp_path, max_length=2, assistant_only_loss=True)
+    tokenised = [{"input_ids": [1, 2, 3], "parts": [{"message": 0, "start": 0, "end": 1}]}]
+    with pytest.raises(ValueError, match="`parts` need the text they count in, got a row without `text`"):
+        make_trainer(tmp_path, dataset=Dataset.from_list(tokenised))
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,6 @@ def exactness_problem(
     packed: bool,
     skipped: bool,
     target_length: int | None = None,
-    batch_size: int | None = None,
 ) -> str | None:
     """Say why this model on this backend would not be exact, and what to do; None when it is.
 
@@ -108,7 +107,6 @@ def exactness_problem(
             with the 2-D `attention_mask`.
         skipped: whether positions may skip.
         target_length: the largest position plus one; None for unknown.
-        batch_size: rows per batch; None for unknown, which counts as several.
 
     Returns:
         The reason, naming backend and layer kind, and the remedy; or None.
@@ -128,7 +126,7 @@ def exactness_problem(
         _kind_problem(kinds, attn_implementation, packed, skipped),
         _recurrence_problem(kinds, packed),
         _model_problem(text.model_type, kinds, attn_implementation, packed, skipped),
-        _rope_problem(text, target_length, packed, skipped, batch_size),
+        _rope_problem(text, target_length, packed, skipped),
         _backend_problem(text.model_type, kinds, attn_implementation, packed, skipped),
     )
     return next((problem for problem in problems if problem is not None), None)
@@ -159,20 +157,16 @@ def _recurrence_problem(kinds: frozenset[str], packed: bool) -> str | None:
     )
 
 
-def _rope_problem(
-    text: Any, target_length: int | None, packed: bool, skipped: bool, batch_size: int | None
-) -> str | None:
+def _rope_problem(text: Any, target_length: int | None, packed: bool, skipped: bool) -> str | None:
     for rope in _rope_parameters(text) if packed or skipped else ():
         kind = rope.get("rope_type", "default")
-        # "dynamic" also remembers the largest position of batches gone by, so one document a batch does not help it.
-        if kind != "dynamic" and (kind != "longrope" or (batch_size == 1 and not packed)):
+        if kind not in ("dynamic", "longrope"):
             continue
         trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
         if (target_length or text.max_position_embeddings) > trained:
             return (
                 f'RoPE of type "{kind}" takes its factor from the largest position of the whole batch, so documents '
-                f"change each other once one passes position {trained}. Set a target length of at most {trained}, "
-                'or load the model with RoPE of type "yarn", "linear" or "llama3".'
+                f"change each other once one passes position {trained}. Set a target length of at most {trained}."
             )
     return None
 
