@@ -8,10 +8,7 @@ from pathlib import Path
 from loopback_hub import TOKEN, Hub
 
 
-FOLDER = Path(sys.argv[1])
-
-
-def main():
+def main(folder):
     from datasets import Dataset, concatenate_datasets, load_dataset
     from huggingface_hub import HfApi
 
@@ -24,7 +21,7 @@ def main():
     memory = Dataset.from_dict({"text": [str(number) for number in range(30)]})
     memory.push_to_hub("user/MyRows", "chat", split="train")
     memory.push_to_hub("user/other", split="train")
-    memory.to_json(FOLDER / "rows.jsonl")
+    memory.to_json(folder / "rows.jsonl")
     loaded = load_dataset("user/MyRows", "chat", split="train")
     streamed = load_dataset("user/MyRows", "chat", split="train", streaming=True)
     other = load_dataset("user/other", split="train")
@@ -38,20 +35,21 @@ def main():
         "joined": source(concatenate_datasets([loaded, other])),
         "joined with memory": source(concatenate_datasets([loaded, memory])),
         "memory": source(memory),
-        "file": source(load_dataset("json", data_files=str(FOLDER / "rows.jsonl"), split="train")),
+        "file": source(load_dataset("json", data_files=str(folder / "rows.jsonl"), split="train")),
     }
     # Equal in all that their metadata tell, but for where they come from.
     memory.map(lambda row: {"text": row["text"][::-1]}).push_to_hub("user/MyRows", "chat", split="train")
     newer = load_dataset("user/MyRows", "chat", split="train")
     newer.info.update(loaded.info)
     found["joined versions"] = source(concatenate_datasets([loaded, newer]))
-    (FOLDER / "home" / "hub").rename(FOLDER / "gone")
+    (folder / "home" / "hub").rename(folder / "gone")
     return {**found, "no cache": source(loaded)}
 
 
 if __name__ == "__main__":
+    place = Path(sys.argv[1])
     with Hub() as hub:
         # Read when the libraries are imported.
-        os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(FOLDER / "home"), HF_HUB_OFFLINE="0")
+        os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(place / "home"), HF_HUB_OFFLINE="0")
         os.environ.update(HF_HUB_DISABLE_XET="1", HF_UPDATE_DOWNLOAD_COUNTS="0", HF_HUB_DISABLE_TELEMETRY="1")
-        json.dump(main(), sys.stdout)
+        json.dump(main(place), sys.stdout)

@@ -77,7 +77,7 @@ def test_every_command_has_help(name, capsys):
         ("push . --hub_model_id a/b/c", "Repo id must"),
         ("push . --create_pr --tag v1", "`create_pr` must be alone"),
         ("push . --push_to_hub false", "--push_to_hub"),
-        ("push . --license mit", "`license`, `languages` and `base_name` are for adapters and models"),
+        ("push . --license mit", "`license` and `languages` are for adapters and models"),
         ("merge adapter", "the following arguments are required: output"),
         ("journal list", "the following arguments are required: journal"),
         ("journal list gone.sqlite", "gone.sqlite: no such journal"),

@@ -29,9 +29,9 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
         if not folder.is_dir():
             raise ValueError(f"`folder` must be there, got {more.folder!r}. Correct the path.")
         publish.check_push(hub, folder)
-        if not _is_model(folder) and (card.license or card.languages or card.base_name):
+        if not _is_model(folder) and (card.license or card.languages):
             raise ValueError(
-                f"`license`, `languages` and `base_name` are for adapters and models, got a data set in {folder}. "
+                f"`license` and `languages` are for adapters and models, got a data set in {folder}. "
                 "Give `license` to `synthesize`, whose card tells it."
             )
     except ValueError as error:
