@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_longalign.cards.files import read_report, render_card
-from hf_longalign.cards.page import CARD, is_ours, is_template
+from hf_longalign.cards.page import CARD, REPOSITORY, is_ours, is_template
 from hf_longalign.cards.scores import hub_results
 from hf_longalign.hub.push import MAX_FILES, Destination, push, write_dry_run
 from hf_longalign.hub.scan import Machine, check_private
@@ -169,16 +169,18 @@ def publish_adapter(
     selected = _select(folder)
     files: dict[str, Path | bytes] = {**selected, **_neutral(selected, base_model)}
     card = selected[CARD].read_text(encoding="utf-8") if CARD in selected else ""
+    # Whose it is turns out when it is pushed.
+    named = repo_id if "/" in repo_id else REPOSITORY
     if not card.strip() or is_ours(card) or is_template(card):
         if RECORD_NAME not in selected:
             raise ValueError(
                 f"`folder` must hold README.md, or {RECORD_NAME} to write it from, got {folder} with neither. Write a "
                 "card into it."
             )
-        files[CARD] = render_card(folder, repo_id=repo_id, base_model=base_model).encode("utf-8")
+        files[CARD] = render_card(folder, repo_id=named, base_model=base_model).encode("utf-8")
     report = read_report(folder)
     if report is not None:
-        files |= hub_results(report, repo_id)
+        files |= hub_results(report, named)
     to = Destination(
         repo_id, "model", private, branch, create_pr, tag, token, endpoint, message or Destination.message
     )

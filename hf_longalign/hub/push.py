@@ -107,7 +107,7 @@ def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
         if name == CARD:
             path.write_bytes(_merged(content, to.repo_id, _published_card(to)))
         elif isinstance(content, bytes):
-            path.write_bytes(content)
+            path.write_bytes(_named(content, to.repo_id))
         else:
             shutil.copy2(content, path)
     logger.info("Dry run: what would go to %s is in %s.", to.repo_id, folder)
@@ -184,7 +184,7 @@ class _Attempt:
 
     def _additions(self, card: str | None) -> list[CommitOperationAdd]:
         merged = _merged(self.files[CARD], self.repo["repo_id"], card)
-        data = {name: content for name, content in sorted(self.files.items()) if name != CARD}
+        data = {name: _named(content, self.repo["repo_id"]) for name, content in sorted(self.files.items())}
         return [CommitOperationAdd(name, content) for name, content in {**data, CARD: merged}.items()]
 
     def _commit(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> Any:
@@ -243,6 +243,11 @@ def _is_same(file: RepoFile, item: CommitOperationAdd) -> bool:
 def _merged(card: Path | bytes, repo_id: str, published: str | None) -> bytes:
     text = (card if isinstance(card, bytes) else card.read_bytes()).decode("utf-8")
     return merge_card(text.replace(REPOSITORY, repo_id), published).encode("utf-8")
+
+
+def _named(content: Any, repo_id: str) -> Any:
+    """What was written for this push, with the repository's whole name; a file stays as it is."""
+    return content.replace(REPOSITORY.encode(), repo_id.encode()) if isinstance(content, bytes) else content
 
 
 def _read_card(api: HfApi, to: Destination, repo_id: str, revision: str | None) -> str:

@@ -144,6 +144,8 @@ def test_a_folder_without_a_card_of_its_own_gets_one(hub, publish_model, write_a
     text = hub.files("user/adapter", "models")["README.md"].decode()
     assert "base_model: org/base" in text and 'load_adapter("user/adapter"' in text and "More Inf" not in text
     assert held(folder) == before
+    publish_model(folder, "named-short", base_model="org/base")
+    assert 'load_adapter("user/named-short"' in hub.files("user/named-short", "models")["README.md"].decode()
     (folder / "longalign_config.json").unlink()
     with pytest.raises(ValueError, match=r"must hold README\.md, or longalign_config\.json to write it from"):
         publish_model(folder, base_model="org/base")
