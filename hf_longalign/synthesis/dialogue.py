@@ -31,7 +31,7 @@ class GiveUpError(Exception):
 
 @dataclass
 class Dialogue:
-    """The requests made for one seed: their keys, and how many retries they have used."""
+    """The requests made for one seed: their keys, the last one of its own, and how many retries they have used."""
 
     ask: Ask
     model: str
@@ -39,6 +39,7 @@ class Dialogue:
     retries: int
     used: int = 0
     keys: list[str] = field(default_factory=list)
+    last: str = ""
     prompt_hash: str = ""
     count: Count = ignore_count
 
@@ -60,6 +61,7 @@ class Dialogue:
                 self.count("unusable", error.kind, request.key)
                 raise GiveUpError(f"{error.kind}: {clean(error.told)}") from None
             self.keys.append(request.key)
+            self.last = request.key
             self.prompt_hash = digest(*(part for message in messages for part in message))
             try:
                 return read(reply.text), reply.finish_reason
@@ -74,7 +76,7 @@ class Dialogue:
         Raises:
             GiveUpError: none is left.
         """
-        self.count("unusable", reason, self.keys[-1])
+        self.count("unusable", reason, self.last)
         self.retry(reason)
 
     def retry(self, reason: str) -> None:

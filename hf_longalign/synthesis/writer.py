@@ -244,10 +244,11 @@ async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask:
     sampling = replace(plan.sampling, temperature=temperature, max_tokens=min(256, plan.sampling.max_tokens))
     request = Request(judge_prompt(seed, context), plan.judge, sampling, "judge")
     try:
-        verdict, why = read_verdict((await ask(request)).text)
+        reply = await ask(request)
+        keys.append(request.key)
+        verdict, why = read_verdict(reply.text)
     except (GenerationError, ReplyError) as error:
         return [*checks, Check("judge", OPEN, f"no verdict: {error}")]
-    keys.append(request.key)
     if verdict:
         support = Check("support", PASSED, "judged")
         return [*checks[:number], support, *checks[number + 1 :], Check("judge", PASSED)]
