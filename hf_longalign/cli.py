@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = import_module(f"hf_longalign.commands.{command.options}").read(rest)
     start_logging()
     run = import_module(f"hf_longalign.commands.{command.module}").run
-    from hf_longalign.hub.retry import PublishError
+    from hf_longalign.hub.push import PublishError
 
     try:
         return run(*options)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hf_longalign.synthesis.journal import Entry, Journal
-from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_pair, read_verdict
+from hf_longalign.synthesis.prompts import ReplyError, read_context, read_facts, read_pair, read_verdict
 
 
 READERS = {

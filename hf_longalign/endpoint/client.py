@@ -30,6 +30,7 @@ from hf_longalign.endpoint.wire import (
     read_reply,
     read_status,
 )
+from hf_longalign.lazy import require
 
 
 logger = logging.getLogger(__name__)
@@ -265,7 +266,7 @@ class OpenAIGenerator:
     def _open(self) -> Pool:
         """The pool of this event loop, opened at the first use."""
         if self._pool is None:
-            openai = _import_openai()
+            openai = require("openai", "endpoint")
             lanes = []
             for endpoint in self.endpoints:
                 client = openai.AsyncOpenAI(
@@ -279,14 +280,6 @@ class OpenAIGenerator:
                 lanes.append(Lane(endpoint.name, client, limiter, self._habits[endpoint.name]))
             self._pool = Pool(lanes, patience=self.patience)
         return self._pool
-
-
-def _import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError('`openai` is not installed. Run: pip install "hf_longalign[endpoint]"') from error
-    return openai
 
 
 async def _post(lane: Lane, body: dict[str, Any], *, chat: bool, **options: Any) -> bytes:
@@ -303,7 +296,7 @@ async def _guarded(call: Awaitable[Any], sent: Collection[str] = ()) -> bytes:
 
     Raises `Refusal` or `AttemptError` for an error status, `ConnectionError` with the name of its cause for none.
     """
-    openai = _import_openai()
+    openai = require("openai", "endpoint")
     try:
         return bytes((await call).content)
     except openai.APIStatusError as error:

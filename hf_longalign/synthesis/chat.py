@@ -9,9 +9,8 @@ import numpy as np
 
 from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
 from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
-from hf_longalign.synthesis.distractors import offer
 from hf_longalign.synthesis.outcome import SCORES, part
-from hf_longalign.synthesis.pool import Pool
+from hf_longalign.synthesis.pool import Pool, offer
 from hf_longalign.synthesis.tasks import Task, find_task, prompt_parts
 from hf_longalign.synthesis.tokens import TokenCounter
 from hf_longalign.text import digest

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
-from hf_longalign.synthesis.extras import require
+from hf_longalign.lazy import require
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.text import UNSPACED, content_of, holds, normalise, word_count
@@ -272,7 +272,7 @@ def _short(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
-    langid = require("py3langid.langid")
+    langid = require("py3langid.langid", "synthesis")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
 
 

@@ -5,6 +5,7 @@ No field holds a key, an address or anything else of an endpoint: those belong t
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from glob import glob
@@ -14,8 +15,8 @@ from typing import Any
 import datasets
 
 from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
-from hf_longalign.synthesis.difficulty import USES
-from hf_longalign.synthesis.distractors import SOURCES
+from hf_longalign.synthesis.pool import SOURCES
+from hf_longalign.synthesis.selection import USES
 from hf_longalign.text import digest
 
 
@@ -195,6 +196,22 @@ class SynthesisOptions:
                 raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
         self.extra_fields()
         self._validate_together()
+
+    @property
+    def distractor_limit(self) -> int | None:
+        """How many distractors a row gets at most; `None` for as many as the budget holds."""
+        if self.n_distractors is None and self.target_tokens is None:
+            return PUBLISHED_DISTRACTORS
+        return self.n_distractors
+
+    def available_distractors(self, tasks: Mapping[str, int], documents: int) -> dict[str, int]:
+        """Return how many distractors a row of each task can have, given the number of contexts per task."""
+        total = sum(tasks.values())
+        found = {}
+        for task, count in sorted(tasks.items()):
+            by_source = {"same_task": count - 1, "other_tasks": total - count, "documents": documents}
+            found[task] = sum(by_source[source] for source in self.distractor_sources)
+        return found
 
     def extra_fields(self) -> dict[str, Any]:
         """Return `extra_body` as a dictionary.

@@ -2,20 +2,27 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
 from hf_longalign.cards import dataset_card
+from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.plots import plot_lengths
-from hf_longalign.records.data import DataRecord
+from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import whole
-from hf_longalign.synthesis.facts import dataset_facts
+from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.outcome import CONFIGS
+from hf_longalign.text import digest, word_count
+from hf_longalign.version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -129,3 +136,164 @@ def _draw(record: DataRecord, folder: Path) -> str | None:
         logger.warning("The card goes without its picture. %s", error)
         return None
     return PICTURE
+
+
+Data = Mapping[str, Mapping[str, Dataset]]
+
+_SAMPLING = ("temperature", "top_p", "max_tokens", "sampling_seed", "retries")
+_WRITING = ("context_words", "facts_first")
+_SETTINGS = (
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by", "reference", "min_words"),
+    *("difficulty", "difficulty_use", "difficulty_share", "general_share", "test_share", "seed"),
+)
+
+
+def dataset_facts(
+    data: Data,
+    config: ContextSynthesisConfig,
+    *,
+    journal: str | Path | None = None,
+    budget: Budget | None = None,
+) -> DataRecord:
+    """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone.
+
+    Args:
+        data: data sets by configuration and split, none without rows.
+        config: the settings it was made with.
+        journal: the journal of the replies; without it nothing is said of cost.
+        budget: the prices of tokens.
+    """
+    chat = list(data["chat"].values())
+    given = config.method == "context" and config.generator == "documents"
+    lengths, unit = _lengths(chat)
+    # What was run, rather than what was set: a given text is not checked for what only models do.
+    checks = [row for rows in chat for row in rows["checks"]]
+    contexts = [number for rows in chat for number in rows["n_contexts"] if number]
+    hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
+    language = config.language or majority_language(_texts(data))
+    return DataRecord(
+        method="given" if given else config.method,
+        splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
+        tasks=dict(sorted(Counter(task or "general data" for rows in chat for task in rows["task"]).items())),
+        rejected=_rejected(data),
+        generator=config.generator,
+        model=config.model,
+        judge_model=config.judge_model,
+        sampling={} if given else _used(config, _SAMPLING),
+        longbench_prompts=_longbench_prompts(chat),
+        prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
+        checks=[name for name in config.checks if name in {check["name"] for row in checks for check in row}],
+        neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
+        lengths=lengths,
+        unit=unit,
+        depths=_depths(chat),
+        contexts=(min(contexts), max(contexts)) if contexts else None,
+        seeds=_sources(data, config),
+        decontaminated=[Path(name).name for name in config.decontaminate_against],
+        ngram=config.decontaminate_ngram if config.decontaminate_against else None,
+        cost=_cost(data, journal, budget),
+        settings=_used(config, _SETTINGS if config.method != "context" or given else _WRITING + _SETTINGS),
+        languages=[language] if language else [],
+        hf_longalign=__version__,
+    )
+
+
+def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that shaped the rows: not those of a step that was not taken."""
+    unused = {
+        *(() if config.hard_share else ("hard_share", "hard_by")),
+        *(() if config.difficulty else ("difficulty_use", "difficulty_share")),
+        *(() if config.difficulty_use != "record" else ("difficulty_share",)),
+        *(() if "length" in config.checks else ("min_words",)),
+        *(() if config.facts_first else ("facts_first",)),
+        *(() if config.general_share else ("general_share",)),
+        *(() if config.test_share else ("test_share",)),
+    }
+    values = {name: getattr(config, name) for name in names if name not in unused}
+    if "n_distractors" in values:
+        values["n_distractors"] = config.distractor_limit
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _longbench_prompts(chat: list[Dataset]) -> list[str]:
+    """Tasks whose rows all stand in LongBench's own prompt: one that names the context that is meant is another."""
+    tasks, named = set(), set()
+    for rows in chat:
+        for task, reference in zip(rows["task"], rows["reference"], strict=True):
+            tasks.add(task)
+            named |= {task} if reference is not None else set()
+    return sorted(task for task in tasks - named if task in TEMPLATES)
+
+
+def _outcomes(data: Data) -> Iterator[Dataset]:
+    for name in ("contexts", "rejected"):
+        yield from data.get(name, {}).values()
+
+
+def _texts(data: Data) -> Iterator[str]:
+    for rows in data.get("contexts", {}).values():
+        for row in rows.select_columns(["instruction", "answer", "context"]):
+            yield f"{row['instruction']} {row['answer']} {row['context'][:200]}"
+
+
+def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
+    tokens = [number for rows in chat for number in rows["total_tokens"]]
+    if None not in tokens:
+        return tokens, "tokens"
+    messages = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
+    return [sum(word_count(message["content"]) for message in row) for row in messages], "words"
+
+
+def _depths(chat: list[Dataset]) -> list[float]:
+    return [
+        depth
+        for rows in chat
+        for number, depth in zip(rows["n_contexts"], rows["gold_depth"], strict=True)
+        if number > 1 and depth is not None
+    ]
+
+
+def _rejected(data: Data) -> dict[str, int]:
+    reasons = Counter(reason.split(":")[0] for rows in data.get("rejected", {}).values() for reason in rows["reason"])
+    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _sources(data: Data, config: ContextSynthesisConfig) -> list[DataSource]:
+    """The files and Hub data sets of the seeds with the rows read from each; no folder of this machine."""
+    named = config.seeds if config.method == "context" else config.documents
+    if not isinstance(named, list) or not all(isinstance(source, str) for source in named):
+        return []  # rows in memory, whose origin nobody knows
+    names = [source.rpartition("=")[2] for source in named]
+    on_hub = {Path(name).name: name for name in names if not Path(name).exists() and not Path(name).suffix}
+    # A row that is over the budget stands among the contexts and among the rejected.
+    origins = {
+        (task, origin) for rows in _outcomes(data) for task, origin in zip(rows["task"], rows["origin"], strict=True)
+    }
+    counts = Counter((origin.rpartition(":")[0], task) for task, origin in origins)
+    return [
+        DataSource(_repository(on_hub[file]) if file in on_hub else file, rows, task, on_hub=file in on_hub)
+        for (file, task), rows in sorted(counts.items())
+        if file
+    ]
+
+
+def _repository(source: str) -> str:
+    """`user/name:config@split` -> `user/name`."""
+    return source.partition("@")[0].partition(":")[0]
+
+
+def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost | None:
+    """What the replies behind the rows took; `None` where the journal does not hold them all."""
+    keys = {key for rows in _outcomes(data) for found in rows["journal_keys"] for key in found}
+    if not keys or journal is None or not Path(journal).is_file():
+        return None
+    with Journal(journal) as held:
+        replies = [held.get(key) for key in sorted(keys)]
+    known = [reply for reply in replies if reply is not None]
+    if len(known) < len(keys):
+        return None
+    prompt = sum(reply.prompt_tokens for reply in known)
+    completion = sum(reply.completion_tokens for reply in known)
+    priced = budget is not None and (budget.prompt_price or budget.completion_price)
+    usd = budget.cost(prompt, completion).usd if budget is not None and priced else None
+    return Cost(len(known), prompt, completion, usd)

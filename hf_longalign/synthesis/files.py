@@ -16,12 +16,10 @@ from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
-from hf_longalign.synthesis.distractors import by_bm25, by_embeddings, nearest
-from hf_longalign.synthesis.documents import Document, read_documents
-from hf_longalign.synthesis.feasible import available_distractors, distractor_limit
 from hf_longalign.synthesis.outcome import Outcome, features, general_row, outcome_row
-from hf_longalign.synthesis.pool import Pool
+from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
+from hf_longalign.synthesis.seeds import Document, read_documents
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.text import digest
@@ -126,7 +124,7 @@ class Files:
         return Composer(
             pool=self.pool,
             sources=tuple(config.distractor_sources),
-            limit=distractor_limit(config),
+            limit=config.distractor_limit,
             counter=self.counter,
             budget=config.target_tokens,
             reference=config.reference,
@@ -164,8 +162,8 @@ class Files:
             return {"train": list(range(self.rejected.num_rows + tested))}
         splits = {"train": numbers[~self.test].tolist(), "test": numbers[self.test].tolist()}
         if config_name == "chat":
-            limit, tasks = distractor_limit(config), Counter(self.accepted["task"].to_pylist())
-            for task, number in available_distractors(tasks, config, len(self.documents)).items():
+            limit, tasks = config.distractor_limit, Counter(self.accepted["task"].to_pylist())
+            for task, number in config.available_distractors(tasks, len(self.documents)).items():
                 if limit is not None and number < limit:
                     logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
             self._write_nearest()

@@ -4,6 +4,7 @@ Everything that is paid for happens here, through the journal; all the rest can 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -12,23 +13,23 @@ from typing import Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.chat import to_messages
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
-from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.dialogue import Ask, Count
-from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
-from hf_longalign.synthesis.documents import draw_chunks
-from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
+from hf_longalign.synthesis.config import ContextSynthesisConfig, SynthesisOptions
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
-from hf_longalign.synthesis.overlap import Contamination, Duplicates
 from hf_longalign.synthesis.prompts import check_template
+from hf_longalign.synthesis.rows import BadRowError, Row
 from hf_longalign.synthesis.runner import Progress, Runner
-from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
-from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.seeds import Seed, SeedSet, draw_chunks, read_seeds
+from hf_longalign.synthesis.selection import Contamination, Duplicates, answer_losses, choose_seeds
+from hf_longalign.synthesis.tasks import find_task, prompt_parts
 from hf_longalign.synthesis.team import Team
-from hf_longalign.synthesis.tokens import ControlTokens
+from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.synthesis.writer import (
+    Ask,
+    Count,
     Plan,
     check_given,
     judge_given,
@@ -379,3 +380,65 @@ def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence
     for number, outcome in zip(numbers, new, strict=True):
         changed[number] = replace(outcome, scores={**outcomes[number].scores, **outcome.scores})
     return changed
+
+
+def check_distractors(seeds: Sequence[Seed], options: SynthesisOptions, documents: int) -> None:
+    """Refuse more distractors than there can be.
+
+    Args:
+        seeds: the seeds that will get a context.
+        options: the number of distractors and their sources.
+        documents: how many documents there are.
+
+    Raises:
+        ValueError: names the task, its seeds and the remedies.
+    """
+    limit = options.distractor_limit
+    if limit is None:
+        return
+    share = options.difficulty_share if options.difficulty_use != "record" else 1.0
+    tasks = {task: round(share * count) for task, count in Counter(seed.task for seed in seeds).items()}
+    for task, available in options.available_distractors(tasks, documents).items():
+        if available < limit:
+            sources = ", ".join(options.distractor_sources)
+            raise ValueError(
+                f"`n_distractors` must be at most {available}, got {limit}: task {task!r} has {tasks[task]} seeds, "
+                f"and distractors come from {sources}. Lower it, give more seeds, or add to `distractor_sources`."
+            )
+
+
+def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: TokenCounter | None) -> None:
+    """Refuse a token budget that no sample fits into.
+
+    Raises:
+        ValueError: the shortest possible sample has more tokens than `target_tokens`, or nothing counts them.
+    """
+    if options.target_tokens is None:
+        return
+    if counter is None:
+        raise ValueError("`tokenizer` must be given with `target_tokens`, got None. Name the one you train with.")
+    counted = []
+    for seed in seeds:
+        head, tail = prompt_parts(find_task(seed.task), seed.instruction)
+        # Its own context where it is given; else the fewest words that a written one may have.
+        context = seed.context if seed.context is not None else "a " * options.min_words
+        counted.append(counter.count_chat(to_messages(f"{head}{context}\n\n{tail}", seed.answer)))
+        if counted[-1] <= options.target_tokens:
+            return  # one fits: to count all of them takes minutes
+    raise ValueError(
+        f"`target_tokens` must be at least {min(counted)}, the tokens of the shortest sample with nothing but its own "
+        f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
+    )
+
+
+def check_contexts(seeds: Sequence[Seed]) -> None:
+    """Refuse seeds without a context where no model writes one.
+
+    Raises:
+        BadRowError: names file, line and column.
+    """
+    for seed in seeds:
+        if seed.context is None:
+            file, _, number = seed.origin.rpartition(":")
+            remedy = 'Give a column `context` or `contexts`, or a generator other than "documents" to write it.'
+            raise BadRowError(Row({}, file, int(number)), "missing", remedy, "context")

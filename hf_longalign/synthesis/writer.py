@@ -1,36 +1,116 @@
 """What a model is asked for one seed: its context, again with the reason while retries are left; verdicts; answers."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Protocol, TypeVar
 
-from hf_longalign.endpoint.protocol import GenerationError, Request, Sampling
+from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, VERDICTS, Check, Rules, failures, verify_context
-from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
     Facts,
     Messages,
+    ReplyError,
     answer_prompt,
     context_prompt,
     facts_prompt,
     judge_prompt,
     outline_prompt,
     pair_prompt,
-    section_prompt,
-)
-from hf_longalign.synthesis.replies import (
-    ReplyError,
     read_context,
     read_facts,
     read_outline,
     read_pair,
     read_verdict,
+    section_prompt,
     spoken,
 )
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.text import holds, normalise, token_f1, word_count
+from hf_longalign.text import clean, digest, holds, normalise, token_f1, word_count
+
+
+T = TypeVar("T")
+Ask = Callable[[Request], Awaitable[Reply]]
+
+
+class Count(Protocol):
+    """Counts "retried" and "rejected" seeds, "usable" and "unusable" replies, the latter with reason and key."""
+
+    def __call__(self, kind: str, reason: str = "", key: str = "") -> None:
+        """Count one."""
+
+
+def ignore_count(kind: str, reason: str = "", key: str = "") -> None:
+    """Count nothing."""
+
+
+class GiveUpError(Exception):
+    """No usable context, and no retry left; the message is the reason."""
+
+
+@dataclass
+class Dialogue:
+    """The requests made for one seed: their keys, the last one of its own, and how many retries they have used."""
+
+    ask: Ask
+    model: str
+    sampling: Sampling
+    retries: int
+    used: int = 0
+    keys: list[str] = field(default_factory=list)
+    last: str = ""
+    prompt_hash: str = ""
+    count: Count = ignore_count
+
+    async def get(
+        self, purpose: str, prompt: Callable[[str | None], Messages], read: Callable[[str], T], reason: str | None
+    ) -> tuple[T, str | None]:
+        """Ask until the reply can be read; returns what was read and the finish reason.
+
+        Raises:
+            GiveUpError: no retry is left, or the generator will never reply.
+        """
+        while True:
+            messages = prompt(reason)
+            # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
+            request = Request(messages, self.model, self.sampling.again(self.used), purpose)
+            try:
+                reply = await self.ask(request)
+            except GenerationError as error:
+                self.count("unusable", error.kind, request.key)
+                raise GiveUpError(f"{error.kind}: {clean(error.told)}") from None
+            self.keys.append(request.key)
+            self.last = request.key
+            self.prompt_hash = digest(*(part for message in messages for part in message))
+            try:
+                return read(reply.text), reply.finish_reason
+            except ReplyError as error:
+                cut = f"it was cut off at the limit of {self.sampling.token_limit} tokens; be shorter: "
+                reason = f"parse: {cut if reply.finish_reason == 'length' else ''}{error}"
+                self.refuse(reason)
+
+    def refuse(self, reason: str) -> None:
+        """Count the last reply as unusable and use up a retry.
+
+        Raises:
+            GiveUpError: none is left.
+        """
+        self.count("unusable", reason, self.last)
+        self.retry(reason)
+
+    def retry(self, reason: str) -> None:
+        """Use up a retry.
+
+        Raises:
+            GiveUpError: none is left.
+        """
+        if self.used >= self.retries:
+            raise GiveUpError(reason)
+        self.used += 1
+        self.count("retried")
 
 
 _TAIL_WORDS = 200

@@ -9,7 +9,7 @@ from datasets import load_dataset
 from fake_endpoint import FakeEndpoint
 
 from hf_longalign.cli import main
-from hf_longalign.synthesis.coherence import compare, without_contexts
+from hf_longalign.commands.coherence import compare, without_contexts
 from hf_longalign.synthesis.journal import Journal
 
 from .fakes import make_pairs, make_text
