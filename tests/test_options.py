@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
 from hf_longalign.commands import sft
-from hf_longalign.commands.sft_options import DataOptions
+from hf_longalign.commands.sft import DataOptions
 from hf_longalign.evaluation import evaluate, evaluator
 from hf_longalign.evaluation.options import ModelOptions
 

@@ -11,18 +11,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.records import Report
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def split(args: argparse.Namespace) -> None:
     """Write the two aligned data sets."""
     from datasets import load_dataset
-
-    from hf_longalign.commands.coherence import without_contexts
 
     for split_name, chat in load_dataset(args.data, "chat").items():
         for kind, data in (("with", chat), ("without", without_contexts(chat))):
@@ -34,8 +34,6 @@ def split(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Print, and write where asked, the comparison of two evaluations."""
-    from hf_longalign.commands.coherence import compare
-
     text = compare(read_scores(args.with_contexts), read_scores(args.without)).to_markdown()
     print(text)
     if args.output:
@@ -86,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def without_contexts(chat: Dataset) -> Dataset:
+def without_contexts(chat: "Dataset") -> "Dataset":
     """Return `chat` with every context taken out: the instruction alone, then the answer; rows stay aligned.
 
     Rows of general data, which have no context, stay as they are.

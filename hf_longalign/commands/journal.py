@@ -96,11 +96,19 @@ def merge(args: argparse.Namespace) -> None:
 
 def drop(args: argparse.Namespace) -> None:
     """Forget the replies that are unwanted for a reason, so that the next run asks for them again."""
+    from datasets import config
+
+    from hf_longalign.synthesis.files import forget_outcomes
+
     with open_journal(args.journal) as journal:
+        keys = {entry.key for entry in journal.entries()}
         number = journal.drop(REASONS[args.reason])
     print(f"{number:,} replies dropped; what they have cost stays counted.")
-    if number:
-        print("If rows were made from them, remove the folders `outcomes-*` and the prepared data beside the journal.")
+    # A finished run would otherwise find its outcomes and rows on disk and ask for nothing.
+    data = Path(args.cache_dir or config.HF_DATASETS_CACHE) / "context_synthesis"
+    for folder in {Path(args.journal).resolve().parent, data.resolve()} if number else ():
+        for name in forget_outcomes(folder, keys):
+            print(f"Removed {folder / name}: the next run makes it anew.")
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
@@ -126,6 +134,9 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
             command.add_argument("others", nargs="+")
         if name == "drop":
             command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
+            command.add_argument(
+                "--cache_dir", help="that of the run, if the journal lies elsewhere; unset: the default"
+            )
         command.set_defaults(act=act)
     return (parser.parse_args(arguments),)
 

@@ -1,8 +1,10 @@
 """The files between the pipeline and the rows made from them, for the process that asks and those that compose."""
 
 import logging
+import re
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,7 +18,7 @@ from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
-from hf_longalign.synthesis.outcome import Outcome, features, general_row, outcome_row
+from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.seeds import Document, read_documents
@@ -35,6 +37,7 @@ _COMPOSITION = (
 # So much of a text to be summarised stands for it when the closest others are looked for.
 _QUERY_WORDS = 100
 _ROLES = ("system", "user", "assistant")
+_MADE = re.compile(rf"(?:{'|'.join(CONFIGS)}|outcomes|composition)-[0-9a-f]{{16}}")
 
 
 @dataclass
@@ -223,6 +226,27 @@ class Files:
 
 def _row(table: pa.Table, number: int) -> dict[str, Any]:
     return table.slice(number, 1).to_pylist()[0]
+
+
+def forget_outcomes(folder: Path, keys: Set[str]) -> list[str]:
+    """Remove what was made from the replies `keys` in the folder of a data set, so that the next run makes it anew.
+
+    Outcomes that rest on other replies too stay: they could only be made again by paying for those.
+
+    Returns:
+        The names of the folders that were removed; of prepared rows all, as they do not say what they are made from.
+    """
+    names = sorted(path.name for path in folder.glob("*-*") if _MADE.fullmatch(path.name))
+    stale = [name for name in names if name.startswith("outcomes-") and _reply_keys(folder / name) <= keys]
+    removed = [name for name in names if name in stale or not name.startswith("outcomes-")] if stale else []
+    for name in removed:
+        shutil.rmtree(folder / name)
+    return removed
+
+
+def _reply_keys(outcomes: Path) -> set[str]:
+    tables = (read_table(path) for path in outcomes.glob("*.arrow"))
+    return {key for table in tables for found in table["journal_keys"].to_pylist() for key in found}
 
 
 class _Documents(Sequence[Document]):

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -153,7 +153,7 @@ class Runner:
         self.progress = progress or Progress(show=False)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
         self._checked: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main: asyncio.Task[Any] | None = None
         self._stop: BaseException | None = None
         self._without_reply: Counter[str] = Counter()
         self._in_a_row = 0
@@ -197,21 +197,17 @@ class Runner:
         after every attempt, the other jobs are finished before `RunStopped` says so.
         """
         # Here and not on the loop: an interrupt may come before the loop of another thread runs.
-        self._loop, self._stop, self._checked, self._in_a_row = None, None, None, 0
+        self._main, self._stop, self._checked, self._in_a_row = None, None, None, 0
         self._without_reply.clear()
         self._breaker, self._refused = Breaker(), None
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            results = asyncio.run(self._run(jobs))
-        else:  # a notebook has a loop of its own
-            with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(asyncio.run, self._run(jobs))
-                try:
-                    results = running.result()
-                except KeyboardInterrupt as reason:
-                    self._halt_from_outside(reason)
-                    results = running.result()
+        results: dict[int, T] = {}
+        with suppress(asyncio.CancelledError):  # the second Ctrl-C; the first one is raised below
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                results = asyncio.run(self._run(jobs))
+            else:  # a notebook has a loop of its own, and asyncio runs one in a thread
+                results = self._run_beside(jobs)
         if self._stop is not None:
             raise self._stop
         if self._refused is not None and not self.journal.totals().replies:
@@ -224,8 +220,20 @@ class Runner:
             )
         return [results[index] for index in sorted(results)]
 
+    def _run_beside(self, jobs: Iterable[Job[T]]) -> dict[int, T]:
+        """Run on a loop in another thread, which gets no signals: those that come here are handed on."""
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(asyncio.run, self._run(jobs))
+            while True:
+                try:
+                    return running.result()
+                except KeyboardInterrupt as reason:
+                    if running.done():
+                        raise
+                    self._interrupt_from_outside(reason)
+
     async def _run(self, jobs: Iterable[Job[T]]) -> dict[int, T]:
-        self._loop = asyncio.get_running_loop()
+        self._main = asyncio.current_task()
         results: dict[int, T] = {}
         numbered = enumerate(jobs)
         # Twice as many jobs as requests: one that verifies its reply leaves no slot of the endpoint idle.
@@ -323,12 +331,19 @@ class Runner:
         if reason is not None:
             self._halt(reason)
 
-    def _halt_from_outside(self, reason: BaseException) -> None:
-        """Halt a run on another thread's loop."""
-        if self._loop is None:
+    def _interrupt(self, reason: BaseException) -> None:
+        """Stop in order the first time, at once the second."""
+        if self._stop is None:
+            logger.warning("Waiting for %d replies on their way. Again to leave at once.", len(self._under_way))
+            self._halt(reason)
+        elif self._main is not None:
+            self._main.cancel()
+
+    def _interrupt_from_outside(self, reason: BaseException) -> None:
+        if self._main is None:
             self._halt(reason)
         else:
-            self._loop.call_soon_threadsafe(self._halt, reason)
+            self._main.get_loop().call_soon_threadsafe(self._interrupt, reason)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -337,19 +352,10 @@ class Runner:
             yield
             return
         loop = asyncio.get_running_loop()
-        run = asyncio.current_task()
-
-        def on_signal(reason: BaseException) -> None:
-            if self._stop is None:
-                logger.warning("Waiting for %d replies on their way. Again to leave at once.", len(self._under_way))
-                self._halt(reason)
-            elif run is not None:
-                run.cancel()
-
         handled: list[tuple[signal.Signals, Any]] = []
         for number, reason in ((signal.SIGINT, KeyboardInterrupt()), (signal.SIGTERM, SystemExit(143))):
             handled.append((number, signal.getsignal(number)))
-            loop.add_signal_handler(number, on_signal, reason)
+            loop.add_signal_handler(number, self._interrupt, reason)
         try:
             yield
         finally:
