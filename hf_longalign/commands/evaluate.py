@@ -39,20 +39,16 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
         suites.check(model.endpoint)
         publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub:
-            _check_push(model, hub, publish, card)
+            if model.adapter is None:
+                raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
+            if Path(model.adapter).is_dir():
+                check_base_name(card.base_name, model.model)
+            else:
+                hub.hub_model_id = hub.hub_model_id or model.adapter  # where it came from
+            publish.check_push(hub, model.adapter)
     except ValueError as error:
         parser.error(str(error))
     return model, suites, hub, publish, card
-
-
-def _check_push(model: ModelOptions, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions) -> None:
-    if model.adapter is None:
-        raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
-    if Path(model.adapter).is_dir():
-        check_base_name(card.base_name, model.model)
-    else:
-        hub.hub_model_id = hub.hub_model_id or model.adapter  # where it came from
-    publish.check_push(hub, model.adapter)
 
 
 def run(

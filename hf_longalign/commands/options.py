@@ -71,14 +71,11 @@ class OptionParser(TrlParser):
                 option.startswith((name, name.replace("--no_", "--"))) for option in known
             )
             if word.startswith("--") and not may_be_read_later:
-                raise ValueError(f"unknown option {word.split('=')[0]}{_close(name, known)}")
+                near = get_close_matches(name, known, n=1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"unknown option {word.split('=')[0]}{meant}")
         if rest and not self.foreign:
             raise ValueError(f"{rest[0]!r} belongs to no option. Take it away, or quote what holds spaces.")
-
-
-def _close(name: str, known: Collection[str]) -> str:
-    found = get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _check_values(options: Any) -> None:

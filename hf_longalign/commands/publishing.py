@@ -84,12 +84,7 @@ class PublishOptions:
         return {"create_pr": self.create_pr, "tag": self.tag, "allow": self.allow, "dry_run": self.push_dry_run}
 
     def push(self, publish: Callable[..., str], command: str) -> str:
-        """Publish, and return what to tell the user.
-
-        Args:
-            publish: takes `options`.
-            command: does it again, and none of the work before it.
-        """
+        """Publish, and return what to tell the user."""
         try:
             url = publish(**self.options())
         except ValueError as error:

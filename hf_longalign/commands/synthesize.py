@@ -272,16 +272,7 @@ def estimate(
     budget: Budget | None = None,
     count: Callable[[str], int] | None = None,
 ) -> Estimate:
-    """Estimate what a run over `seeds` costs.
-
-    Args:
-        seeds: the pairs, or the chunks of instruction synthesis.
-        plan: how contexts are written.
-        options: difficulty and answerability ask too.
-        writes: whether a model writes anything; `False` where contexts are given.
-        budget: the prices; without it dollars are 0.
-        count: tokens of a text; by default a quarter of its bytes.
-    """
+    """Estimate what a run over `seeds` costs."""
     count = count or (lambda text: ceil(len(text.encode()) / 4))
     prices, found, most = budget or Budget(), Estimate(), Spend()
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0

@@ -186,12 +186,10 @@ class Pool:
             lane.limiter.pause(wait)
             asyncio.get_running_loop().call_later(wait, self._wake)
         logger.debug("%s: %s, limit %.0f, pause %.1f s", lane.name, kind, lane.limiter.limit, wait)
-        self._give_up_if_hopeless(lane, error)
-
-    def _give_up_if_hopeless(self, lane: Lane, error: AttemptError) -> None:
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
+        # A server that asks for an hour (a daily quota) is not worth the patience: nobody would be asked meanwhile.
         paused = min(lane.limiter.paused_until for lane in self.lanes) - now
         if error.wait and paused > self._patience:
             self.stop(EndpointError(f"{lane.name} asks to wait {paused:.0f} s. Run again later to continue."))

@@ -143,16 +143,8 @@ def publish_adapter(
         repo_id: `user/name` or `organisation/name`; made if it is not there.
         base_model: Hub id, or any neutral name, of the base model; needed where the adapter names a local folder.
             Readers load a neutral name through `load_adapter(…, base_model=…)`.
-        private: as in [`publish_dataset`], and so all that follow.
-        branch: the same.
-        create_pr: the same.
-        tag: the same.
-        dry_run: the same.
-        allow: the same.
         message: of the commit.
-        resume_command: the same.
-        token: the same.
-        endpoint: the same.
+        private, branch, create_pr, tag, dry_run, allow, resume_command, token, endpoint: as in [`publish_dataset`].
 
     Raises:
         ValueError: no weights in the folder, neither a card nor the record to write it from, a base model that is a

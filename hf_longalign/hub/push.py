@@ -42,6 +42,13 @@ REMEDIES = {
     403: "The token has no right to write there. Take one that has (`hf auth login`), or set `create_pr=True`.",
     404: "It does not exist, or the token may not see it. Correct `repo_id`, or take another token.",
 }
+# Few enough for one commit, so that no reader sees half a push.
+MAX_FILES = 50
+# No push takes longer; a process that waits is let go the moment the main process ends or dies.
+_PATIENCE = timedelta(days=30)
+# Seconds without a byte after which a request is given up; the client itself waits forever.
+TIMEOUT = 300.0
+Files = Mapping[str, Path | bytes]
 Result = TypeVar("Result")
 
 
@@ -51,11 +58,6 @@ class PublishError(RuntimeError):
 
 def repeat(push: Callable[[], Result], repo_id: str, resume_command: str | None = None) -> Result:
     """Run a push until it succeeds, waiting longer each time; what cannot pass by itself is raised at once.
-
-    Args:
-        push: changes nothing where its work is done already; a ValueError of it is the caller's to mend.
-        repo_id: named in messages.
-        resume_command: the command that goes on; `None`: the call itself.
 
     Raises:
         PublishError: the push failed for good or too often.
@@ -69,20 +71,16 @@ def repeat(push: Callable[[], Result], repo_id: str, resume_command: str | None 
         try:
             return push()
         except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
-            cause = _cause(error)
+            # The client wraps what happens to an upload in a RuntimeError "Error while uploading …".
+            cause: BaseException = error
+            while isinstance(cause, RuntimeError) and not isinstance(cause, PublishError) and cause.__cause__:
+                cause = cause.__cause__
             if not _passes(cause) or attempt == ATTEMPTS:
                 raise PublishError(_message(cause, repo_id, resume_command)) from error
             wait = _seconds(cause, attempt)
             logger.warning("Push to %s failed (%s); again in %.0f s.", repo_id, _line(cause), wait)
             time.sleep(wait)
     raise AssertionError("unreachable")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What lies under the client's "Error while uploading …"."""
-    while isinstance(error, RuntimeError) and not isinstance(error, PublishError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _passes(error: BaseException) -> bool:
@@ -126,18 +124,6 @@ def _line(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return "what the Hub answered is not JSON"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-logger = logging.getLogger(__name__)
-
-# Few enough for one commit, so that no reader sees half a push.
-MAX_FILES = 50
-# No push takes longer; a process that waits is let go the moment the main process ends or dies.
-_PATIENCE = timedelta(days=30)
-# Seconds without a byte after which a request is given up; the client itself waits forever.
-TIMEOUT = 300.0
-Files = Mapping[str, Path | bytes]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -236,10 +222,15 @@ class _Attempt:
 
     def run(self) -> str:
         url = self._create()
-        head = self._head()
+        if self.to.branch is not None:
+            self.api.create_branch(**self.repo, branch=self.to.branch, exist_ok=True)
+        info: Any = self.api.repo_info(**self.repo, revision=self.to.branch)
+        head = str(info.sha)
         held = self._held(head)
         card = _read_card(self.api, self.to, self.repo["repo_id"], head) if CARD in held else None
-        additions = self._additions(card)
+        data = {name: _named(content, self.repo["repo_id"]) for name, content in sorted(self.files.items())}
+        data[CARD] = _merged(self.files[CARD], self.repo["repo_id"], card)
+        additions = [CommitOperationAdd(name, content) for name, content in data.items()]
         stale = [name for name in sorted(held) if self.owned(name) and name not in self.files]
         if stale and "hf_longalign" not in (card or ""):
             raise ValueError(
@@ -277,20 +268,9 @@ class _Attempt:
         kind = "datasets/" if to.repo_type == "dataset" else ""
         return f"{self.api.endpoint}/{kind}{self.repo['repo_id']}"
 
-    def _head(self) -> str:
-        if self.to.branch is not None:
-            self.api.create_branch(**self.repo, branch=self.to.branch, exist_ok=True)
-        info: Any = self.api.repo_info(**self.repo, revision=self.to.branch)
-        return str(info.sha)
-
     def _held(self, revision: str) -> dict[str, RepoFile]:
         tree = self.api.list_repo_tree(**self.repo, recursive=True, revision=revision)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    def _additions(self, card: str | None) -> list[CommitOperationAdd]:
-        merged = _merged(self.files[CARD], self.repo["repo_id"], card)
-        data = {name: _named(content, self.repo["repo_id"]) for name, content in sorted(self.files.items())}
-        return [CommitOperationAdd(name, content) for name, content in {**data, CARD: merged}.items()]
 
     def _commit(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> Any:
         return self.api.create_commit(
@@ -333,16 +313,20 @@ class _Attempt:
 
 
 def _same(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> bool:
-    return all(item.path_in_repo in held and _is_same(held[item.path_in_repo], item) for item in additions)
-
-
-def _is_same(file: RepoFile, item: CommitOperationAdd) -> bool:
-    if file.size != item.upload_info.size:
-        return False
-    if file.lfs is not None:
-        return file.lfs.sha256 == item.upload_info.sha256.hex()
-    with item.as_file() as content:
-        return file.blob_id == git_hash(content.read())
+    """Whether the files that would be added are there already, by size and hash."""
+    for item in additions:
+        file = held.get(item.path_in_repo)
+        if file is None or file.size != item.upload_info.size:
+            return False
+        # Git's own hash of small files, SHA-256 of those in LFS or Xet: the Hub tells no other.
+        if file.lfs is not None:
+            same = file.lfs.sha256 == item.upload_info.sha256.hex()
+        else:
+            with item.as_file() as content:
+                same = file.blob_id == git_hash(content.read())
+        if not same:
+            return False
+    return True
 
 
 def _merged(card: Path | bytes, repo_id: str, published: str | None) -> bytes:

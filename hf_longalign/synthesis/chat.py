@@ -11,7 +11,7 @@ from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
 from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
 from hf_longalign.synthesis.outcome import SCORES, part
 from hf_longalign.synthesis.pool import Pool, offer
-from hf_longalign.synthesis.tasks import Task, find_task, prompt_parts
+from hf_longalign.synthesis.tasks import find_task, prompt_parts
 from hf_longalign.synthesis.tokens import TokenCounter
 from hf_longalign.text import digest
 
@@ -105,19 +105,15 @@ class Composer:
         record = self.pool.row(index)
         rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
         task, conflicts = find_task(record["task"]), self.pool.conflict(index)
-        named = self._is_named(index, task, conflicts, rng)
+        # One context alone needs no name. A summary's instruction never tells which text is meant; any other is tried
+        # on a sample: where many could be meant, it does not tell either.
+        named = self.reference == "all" or (self.reference == "auto" and self.limit != 0 and task.is_summary)
+        if self.reference == "auto" and self.limit != 0 and not task.is_summary:
+            others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
+            sample = [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
+            named = sum(sample) > _VAGUE_SHARE * len(sample)
         reference = self.pool.reference(index, task.noun) if named else None
         return _Begun(record, rng, conflicts, reference, prompt_parts(task, record["instruction"], reference))
-
-    def _is_named(self, index: int, task: Task, conflicts: Callable[[int], bool], rng: np.random.Generator) -> bool:
-        """Whether the prompt says which context is meant. One context alone needs no name."""
-        if self.reference != "auto" or self.limit == 0:
-            return self.reference == "all"
-        if task.is_summary:
-            return True
-        others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
-        sample = [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
-        return sum(sample) > _VAGUE_SHARE * len(sample)
 
     def _candidates(self, index: int, begun: _Begun) -> Iterator[Piece]:
         nearest, hard_share = (self.nearest[index], self.hard_share) if self.nearest is not None else ((), 0.0)

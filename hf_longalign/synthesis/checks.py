@@ -153,7 +153,8 @@ def failures(checks: list[Check]) -> str:
     return "; ".join(f"{check.name}: {check.detail}" for check in checks if check.outcome == FAILED)
 
 
-def _complete(text: _Text) -> Check:
+def complete(text: _Text) -> Check:
+    """Ends where a sentence does."""
     end = text.context.rstrip()
     if text.finish_reason == "length":
         return Check("complete", FAILED, "it was cut off at the reply's length limit; write a shorter text")
@@ -164,12 +165,14 @@ def _complete(text: _Text) -> Check:
     return Check("complete", PASSED)
 
 
-def _refusal(text: _Text) -> Check:
+def refusal(text: _Text) -> Check:
+    """Does not begin with an assistant's refusal."""
     match = _REFUSAL.search(text.context[:_REFUSAL_WINDOW])
     return Check("refusal", FAILED, f"it refuses: {match[0]!r}") if match else Check("refusal", PASSED)
 
 
-def _meta(text: _Text) -> Check:
+def meta(text: _Text) -> Check:
+    """Does not speak of the task, nor to the reader at its end."""
     match = _META.search(text.context)
     if match:
         return Check("meta", FAILED, f"it speaks of the task: {match[0].strip()!r}")
@@ -179,7 +182,8 @@ def _meta(text: _Text) -> Check:
     return Check("meta", PASSED)
 
 
-def _length(text: _Text) -> Check:
+def length(text: _Text) -> Check:
+    """Has as many words as it should."""
     words, rules = word_count(text.context), text.rules
     if words < rules.min_words:
         return Check("length", FAILED, f"it has {words} words, at least {rules.min_words} are needed")
@@ -188,7 +192,7 @@ def _length(text: _Text) -> Check:
     return Check("length", PASSED, f"{words} words")
 
 
-def _support(text: _Text) -> Check:
+def support(text: _Text) -> Check:
     """The answer word for word; a short one by its words close together, a longer one by the share of them.
 
     Open where comparing words cannot tell: a verdict such as "yes", and answers of function words alone.
@@ -206,7 +210,11 @@ def _support(text: _Text) -> Check:
     share = len(words & content_of(context)) / len(words)
     if length <= _SHORT_WORDS and share == 1 and _close(context.split(), words):
         return Check("support", PASSED, "its words, close together")
-    if length > _SHORT_WORDS and share >= _least_share(length, unspaced):
+    # 10 words may be put in other words in part; a summary is new words in a larger part. With 0.4, 94 % of the 150
+    # published MultiNews summaries pass with their own articles, and 2 % with the next row's. Without blanks, pairs of
+    # characters are compared: a word in other words takes the pairs at its edges along.
+    least = (0.6 if unspaced else 0.8) if length <= _PHRASE_WORDS else (0.25 if unspaced else 0.4)
+    if length > _SHORT_WORDS and share >= least:
         return Check("support", PASSED, f"{share:.2f} of the answer's words")
     return Check("support", FAILED, f"it does not hold what the answer {_short(text.seed.answer)!r} says")
 
@@ -227,18 +235,8 @@ def _close(context: list[str], words: set[str]) -> bool:
     return False
 
 
-def _least_share(length: int, unspaced: bool) -> float:
-    """10 words may be put in other words in part; a summary is new words in a larger part.
-
-    With 0.4, 94 % of the 150 published MultiNews summaries pass with their own articles, and 2 % with the next row's.
-    Without blanks, pairs of characters are compared: a word in other words takes the pairs at its edges along.
-    """
-    if length <= _PHRASE_WORDS:
-        return 0.6 if unspaced else 0.8
-    return 0.25 if unspaced else 0.4
-
-
-def _leak(text: _Text) -> Check:
+def leak(text: _Text) -> Check:
+    """Does not repeat the instruction."""
     if word_count(text.seed.instruction) < _LEAST_LEAK_WORDS:
         return Check("leak", OPEN, "the instruction is too short to tell")
     if holds(text.normalised, normalise(text.seed.instruction)):
@@ -246,7 +244,8 @@ def _leak(text: _Text) -> Check:
     return Check("leak", PASSED)
 
 
-def _language(text: _Text) -> Check:
+def language(text: _Text) -> Check:
+    """Is written in the language asked for."""
     found, wanted = identify_language(text.context), text.rules.language
     if wanted is None or found is None:
         return Check("language", OPEN, "too little text to tell")
@@ -255,7 +254,8 @@ def _language(text: _Text) -> Check:
     return Check("language", PASSED, found)
 
 
-def _control_tokens(text: _Text) -> Check:
+def control_tokens(text: _Text) -> Check:
+    """Holds no mark of a chat template, nor does its seed."""
     seed = text.seed
     for part in (text.context, text.title or "", seed.instruction, seed.answer):
         found = text.rules.control.find(part)
@@ -314,13 +314,13 @@ def majority_language(texts: Iterable[str]) -> str | None:
     return found.most_common(1)[0][0] if found else None
 
 
-_WRITTEN_CHECKS: dict[str, Callable[[_Text], Check]] = {"complete": _complete, "refusal": _refusal, "meta": _meta}
+_WRITTEN_CHECKS: dict[str, Callable[[_Text], Check]] = {"complete": complete, "refusal": refusal, "meta": meta}
 _CONTEXT_CHECKS: dict[str, Callable[[_Text], Check]] = {
-    "length": _length,
-    "support": _support,
-    "leak": _leak,
-    "language": _language,
-    "control_tokens": _control_tokens,
+    "length": length,
+    "support": support,
+    "leak": leak,
+    "language": language,
+    "control_tokens": control_tokens,
 }
 
 # "parse" cannot be left out: a reply that cannot be read has no context. "judge" asks a model, so it is off at first.

@@ -109,26 +109,20 @@ def compose(
     >>> made.gold_index, [made.content[start:end] for start, end in made.contexts]
     (1, ['Red.', 'Green.', 'Blue.'])
     """
-    if ruler is not None:
-        return _fill(gold, candidates, prompt, rng, limit, ruler)
-    if limit is None:
-        raise ValueError("`limit` must be given where there is no budget, got None. Set the number of distractors.")
-    return _arrange(gold, list(islice(candidates, limit)), prompt, rng)
-
-
-def _fill(
-    gold: Piece,
-    candidates: Iterator[Piece],
-    prompt: tuple[str, str],
-    rng: np.random.Generator,
-    limit: int | None,
-    ruler: Ruler,
-) -> Composition:
+    if ruler is None:
+        if limit is None:
+            raise ValueError(
+                "`limit` must be given where there is no budget, got None. Set the number of distractors."
+            )
+        return _arrange(gold, list(islice(candidates, limit)), prompt, rng)
+    # The gold context alone first: a row that cannot be made must not use up candidates.
     made, tokens = _fit(gold, [], prompt, rng, ruler)
     if tokens > ruler.budget:
         raise BudgetError(f"the gold context and its prompt have {tokens} tokens, the budget is {ruler.budget}")
+    # A token more than the separator has: joining can split what was one token.
     joint = ruler.count(SEPARATOR) + 1
     chosen: list[Piece] = []
+    # More than once, since counts of pieces do not add up: what `_fit` had to shorten leaves room again.
     while tokens < (1 - FILL_TOLERANCE) * ruler.budget:
         places = None if limit is None else limit - len(chosen)
         added = _gather(candidates, ruler.budget - tokens, joint, places, ruler)

@@ -115,6 +115,12 @@ def read_table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
+def table_row(table: pa.Table, number: int) -> dict[str, Any]:
+    """Return one row of a table."""
+    # Not `table.take`, which copies the whole of a chunked column of texts first.
+    return table.slice(number, 1).to_pylist()[0]
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write an array."""
     with whole(path) as unfinished, unfinished.open("wb") as file:

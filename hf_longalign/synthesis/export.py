@@ -94,25 +94,29 @@ def export(
         for name, splits in data.items():
             (unfinished / name).mkdir(parents=True)
             for split, dataset in splits.items():
-                _write_split(unfinished / name, split, dataset)
+                shards = max(1, -(-_text_bytes(dataset.data.table) // SHARD_BYTES))
+                for index in range(shards):
+                    part = dataset.shard(shards, index, contiguous=True) if shards > 1 else dataset
+                    path = unfinished / name / f"{split}-{index:05d}-of-{shards:05d}.parquet"
+                    # A fixed batch size: the default follows the files the rows were prepared in, and equal rows
+                    # would give other bytes, which a push takes for a change.
+                    part.to_parquet(path, batch_size=_BATCH_ROWS)
         record = dataset_facts(data, config, journal=journal, budget=budget)
+        picture: str | None = PICTURE
+        try:
+            plot_lengths(record.lengths, record.depths, unfinished / PICTURE, unit=record.unit)
+        except ImportError as error:  # matplotlib is an extra
+            logger.warning("The card goes without its picture. %s", error)
+            picture = None
         card = dataset_card(
             record,
             sample=next(iter(data["chat"].values()))[0],
-            picture=_draw(record, unfinished),
+            picture=picture,
             license=license,
             seeds_license=seeds_license,
         )
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def _write_split(folder: Path, split: str, dataset: Dataset) -> None:
-    shards = max(1, -(-_text_bytes(dataset.data.table) // SHARD_BYTES))
-    for index in range(shards):
-        part = dataset.shard(shards, index, contiguous=True) if shards > 1 else dataset
-        # A fixed batch size: the default follows the files the rows were prepared in.
-        part.to_parquet(folder / f"{split}-{index:05d}-of-{shards:05d}.parquet", batch_size=_BATCH_ROWS)
 
 
 def _text_bytes(table: pa.Table) -> int:
@@ -126,16 +130,6 @@ def _text_bytes(table: pa.Table) -> int:
         return sum(map(size, array.flatten())) if pa.types.is_struct(array.type) else 0
 
     return sum(size(chunk) for column in table.columns for chunk in column.chunks)
-
-
-def _draw(record: DataRecord, folder: Path) -> str | None:
-    """Draw lengths and depths where matplotlib is there, and return where the picture is."""
-    try:
-        plot_lengths(record.lengths, record.depths, folder / PICTURE, unit=record.unit)
-    except ImportError as error:
-        logger.warning("The card goes without its picture. %s", error)
-        return None
-    return PICTURE
 
 
 Data = Mapping[str, Mapping[str, Dataset]]
@@ -155,14 +149,7 @@ def dataset_facts(
     journal: str | Path | None = None,
     budget: Budget | None = None,
 ) -> DataRecord:
-    """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone.
-
-    Args:
-        data: data sets by configuration and split, none without rows.
-        config: the settings it was made with.
-        journal: the journal of the replies; without it nothing is said of cost.
-        budget: the prices of tokens.
-    """
+    """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone."""
     chat = list(data["chat"].values())
     given = config.method == "context" and config.generator == "documents"
     lengths, unit = _lengths(chat)
@@ -170,23 +157,43 @@ def dataset_facts(
     checks = [row for rows in chat for row in rows["checks"]]
     contexts = [number for rows in chat for number in rows["n_contexts"] if number]
     hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
-    language = config.language or majority_language(_texts(data))
+    contexts_written = (row for rows in data.get("contexts", {}).values() for row in rows)
+    texts = (f"{row['instruction']} {row['answer']} {row['context'][:200]}" for row in contexts_written)
+    language = config.language or majority_language(texts)
+    # A prompt that names the context that is meant is not LongBench's own.
+    named = {
+        task
+        for rows in chat
+        for task, reference in zip(rows["task"], rows["reference"], strict=True)
+        if reference is not None
+    }
+    reasons = Counter(reason.split(":")[0] for rows in data.get("rejected", {}).values() for reason in rows["reason"])
     return DataRecord(
         method="given" if given else config.method,
         splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
         tasks=dict(sorted(Counter(task or "general data" for rows in chat for task in rows["task"]).items())),
-        rejected=_rejected(data),
+        rejected=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         generator=config.generator,
         model=config.model,
         judge_model=config.judge_model,
         sampling={} if given else _used(config, _SAMPLING),
-        longbench_prompts=_longbench_prompts(chat),
+        longbench_prompts=[
+            task
+            for task in sorted({task for rows in chat for task in rows["task"]} & {*TEMPLATES})
+            if task not in named
+        ],
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
         checks=[name for name in config.checks if name in {check["name"] for row in checks for check in row}],
         neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
         lengths=lengths,
         unit=unit,
-        depths=_depths(chat),
+        depths=[
+            depth
+            for rows in chat
+            for number, depth in zip(rows["n_contexts"], rows["gold_depth"], strict=True)
+            # A context that stands alone is everywhere.
+            if number > 1 and depth is not None
+        ],
         contexts=(min(contexts), max(contexts)) if contexts else None,
         seeds=_sources(data, config),
         decontaminated=[Path(name).name for name in config.decontaminate_against],
@@ -215,25 +222,9 @@ def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, A
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _longbench_prompts(chat: list[Dataset]) -> list[str]:
-    """Tasks whose rows all stand in LongBench's own prompt: one that names the context that is meant is another."""
-    tasks, named = set(), set()
-    for rows in chat:
-        for task, reference in zip(rows["task"], rows["reference"], strict=True):
-            tasks.add(task)
-            named |= {task} if reference is not None else set()
-    return sorted(task for task in tasks - named if task in TEMPLATES)
-
-
 def _outcomes(data: Data) -> Iterator[Dataset]:
     for name in ("contexts", "rejected"):
         yield from data.get(name, {}).values()
-
-
-def _texts(data: Data) -> Iterator[str]:
-    for rows in data.get("contexts", {}).values():
-        for row in rows.select_columns(["instruction", "answer", "context"]):
-            yield f"{row['instruction']} {row['answer']} {row['context'][:200]}"
 
 
 def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
@@ -242,20 +233,6 @@ def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
         return tokens, "tokens"
     messages = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
     return [sum(word_count(message["content"]) for message in row) for row in messages], "words"
-
-
-def _depths(chat: list[Dataset]) -> list[float]:
-    return [
-        depth
-        for rows in chat
-        for number, depth in zip(rows["n_contexts"], rows["gold_depth"], strict=True)
-        if number > 1 and depth is not None
-    ]
-
-
-def _rejected(data: Data) -> dict[str, int]:
-    reasons = Counter(reason.split(":")[0] for rows in data.get("rejected", {}).values() for reason in rows["reason"])
-    return dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _sources(data: Data, config: ContextSynthesisConfig) -> list[DataSource]:
@@ -270,16 +247,12 @@ def _sources(data: Data, config: ContextSynthesisConfig) -> list[DataSource]:
         (task, origin) for rows in _outcomes(data) for task, origin in zip(rows["task"], rows["origin"], strict=True)
     }
     counts = Counter((origin.rpartition(":")[0], task) for task, origin in origins)
+    repositories = {file: name.partition("@")[0].partition(":")[0] for file, name in on_hub.items()}
     return [
-        DataSource(_repository(on_hub[file]) if file in on_hub else file, rows, task, on_hub=file in on_hub)
+        DataSource(repositories.get(file, file), rows, task, on_hub=file in on_hub)
         for (file, task), rows in sorted(counts.items())
         if file
     ]
-
-
-def _repository(source: str) -> str:
-    """`user/name:config@split` -> `user/name`."""
-    return source.partition("@")[0].partition(":")[0]
 
 
 def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost | None:
@@ -294,6 +267,7 @@ def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost
         return None
     prompt = sum(reply.prompt_tokens for reply in known)
     completion = sum(reply.completion_tokens for reply in known)
+    # Without prices a cost of $0.00 would be a lie.
     priced = budget is not None and (budget.prompt_price or budget.completion_price)
     usd = budget.cost(prompt, completion).usd if budget is not None and priced else None
     return Cost(len(known), prompt, completion, usd)

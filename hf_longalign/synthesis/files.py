@@ -17,7 +17,7 @@ import pyarrow as pa
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
 from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
+from hf_longalign.synthesis.disk import read_array, read_table, table_row, write_array, write_table
 from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
@@ -158,7 +158,11 @@ class Files:
     def splits(self, config_name: str) -> dict[str, list[int]]:
         """Return the row numbers of each split of a configuration, and write what their rows need."""
         config, numbers = self.config, np.arange(len(self.test))
-        self._write_documents()
+        path = self._composed / "documents.arrow"
+        if config.documents and not path.is_file():
+            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
+            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
+            del self.documents  # from here on they are read from the disk here too
         if config_name == "rejected":
             # With a budget, whether a context alone exceeds it is found by the processes that count.
             tested = len(numbers) if config.target_tokens is not None else 0
@@ -185,27 +189,20 @@ class Files:
     def row(self, config_name: str, number: int) -> dict[str, Any] | None:
         """Return a row of a configuration, or `None` where that number has none."""
         if config_name == "contexts":
-            return _row(self.accepted, number)
+            return table_row(self.accepted, number)
         if config_name == "rejected":
             # First what was rejected before, then every accepted context, which may alone exceed the budget.
             if number < self.rejected.num_rows:
-                return _row(self.rejected, number)
+                return table_row(self.rejected, number)
             number -= self.rejected.num_rows
             reason = self.composer.over_budget(number)
-            return {**_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
+            return {**table_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
         if number >= len(self.test):
-            return _row(self.general, number - len(self.test))
+            return table_row(self.general, number - len(self.test))
         try:
             return self.composer.row(number)
         except BudgetError:  # it stands among the rejected
             return None
-
-    def _write_documents(self) -> None:
-        path = self._composed / "documents.arrow"
-        if self.config.documents and not path.is_file():
-            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
-            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
-            del self.documents  # from here on they are read from the disk here too
 
     def _write_nearest(self) -> None:
         config, path = self.config, self._composed / "nearest.npy"
@@ -224,10 +221,6 @@ class Files:
         write_array(path, nearest(self.pool, config.distractor_sources, score))
 
 
-def _row(table: pa.Table, number: int) -> dict[str, Any]:
-    return table.slice(number, 1).to_pylist()[0]
-
-
 def forget_outcomes(folder: Path, keys: Set[str]) -> list[str]:
     """Remove what was made from the replies `keys` in the folder of a data set, so that the next run makes it anew.
 
@@ -237,16 +230,15 @@ def forget_outcomes(folder: Path, keys: Set[str]) -> list[str]:
         The names of the folders that were removed; of prepared rows all, as they do not say what they are made from.
     """
     names = sorted(path.name for path in folder.glob("*-*") if _MADE.fullmatch(path.name))
-    stale = [name for name in names if name.startswith("outcomes-") and _reply_keys(folder / name) <= keys]
+    stale = []
+    for name in names:
+        if name.startswith("outcomes-"):
+            columns = (read_table(path)["journal_keys"].to_pylist() for path in (folder / name).glob("*.arrow"))
+            stale += [name] if keys >= {key for column in columns for found in column for key in found} else []
     removed = [name for name in names if name in stale or not name.startswith("outcomes-")] if stale else []
     for name in removed:
         shutil.rmtree(folder / name)
     return removed
-
-
-def _reply_keys(outcomes: Path) -> set[str]:
-    tables = (read_table(path) for path in outcomes.glob("*.arrow"))
-    return {key for table in tables for found in table["journal_keys"].to_pylist() for key in found}
 
 
 class _Documents(Sequence[Document]):
@@ -259,7 +251,7 @@ class _Documents(Sequence[Document]):
         return int(self._table.num_rows)
 
     def __getitem__(self, number: Any) -> Any:
-        return Document(**_row(self._table, number))
+        return Document(**table_row(self._table, number))
 
 
 def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int) -> list[dict[str, Any]]:

@@ -254,7 +254,15 @@ class Journal:
                 f"is no copy, open it once (`hf-longalign journal list {name}`) and merge it then."
             )
         with Journal(path) as other:
-            other._check_all_pages()
+            with other._locked() as connection:
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
+                (total,) = connection.execute("SELECT replies FROM totals").fetchone()
+            if found != "ok" or counted != total:  # cut or torn by copying
+                raise JournalError(
+                    f"The journal `{other.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy "
+                    "it again once its run has ended."
+                )
             with self._locked() as connection:
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
@@ -355,18 +363,6 @@ class Journal:
                 f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
                 f"machine {other}. Ask for a part of the seeds on each machine, with `--num_shards`, `--shard_index` "
                 f"and a `--journal` of its own, then merge them. If nothing runs there, delete `{mark.name}`."
-            )
-
-    def _check_all_pages(self) -> None:
-        """Raise `JournalError` where the file was cut or torn by copying."""
-        with self._locked() as connection:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
-            (total,) = connection.execute("SELECT replies FROM totals").fetchone()
-        if found != "ok" or counted != total:
-            raise JournalError(
-                f"The journal `{self.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy it "
-                "again once its run has ended."
             )
 
     def _failure(self, error: Exception) -> JournalError:

@@ -145,9 +145,11 @@ class TransformersGenerator:
         return self._loaded
 
     def _read_files(self) -> tuple[Any, Any]:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = self._device or _best_device()
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = self._device or best
         where = {"device_map": "auto"} if device == "auto" else {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._source, revision=self._revision)
@@ -225,16 +227,16 @@ class TransformersGenerator:
                 logits_processor=[Draw([waiting.request for waiting in batch], width, longest, model.device)],
                 stopping_criteria=[lambda tokens, scores, **_: tokens.shape[1] - width >= limits],
             )
-        rows = output[:, width:].tolist()
-        return [self._read(waiting, row, ends) for waiting, row in zip(batch, rows, strict=True)]
-
-    def _read(self, waiting: _Waiting, row: list[int], ends: Sequence[int]) -> Reply:
-        row = row[: waiting.request.sampling.token_limit]
-        end = next((place for place, token in enumerate(row) if token in ends), None)
-        _, tokenizer = self._load()
-        text = tokenizer.decode(row[:end], skip_special_tokens=True)
-        used = len(row) if end is None else end + 1
-        return Reply(text, "length" if end is None else "stop", len(waiting.prompt), used, self.model)
+        replies = []
+        for waiting, row in zip(batch, output[:, width:].tolist(), strict=True):
+            # A row goes on, with padding, until the last one of the batch is done.
+            row = row[: waiting.request.sampling.token_limit]
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            text = tokenizer.decode(row[:end], skip_special_tokens=True)
+            # The end token is counted, as servers do.
+            used = len(row) if end is None else end + 1
+            replies.append(Reply(text, "length" if end is None else "stop", len(waiting.prompt), used, self.model))
+        return replies
 
 
 class Draw:
@@ -286,11 +288,3 @@ def folder_name(folder: Path) -> str:
                 content.seek(start)
                 digest.update(content.read(_BLOCK))
     return f"{folder.resolve().name}-{digest.hexdigest()}"
-
-
-def _best_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -187,44 +187,37 @@ class Pipeline:
         """
         if self._checked:
             return
-        self.config.validate()
-        self._check_asker()
+        config = self.config
+        config.validate()
+        asks = {
+            "method 'instruction'": config.method == "instruction",
+            "difficulty 'closed_book'": config.difficulty == "closed_book",
+            "`answerability`": config.answerability,
+            "the check 'judge'": "judge" in config.checks,
+        }
+        for name in filter(asks.get, asks):
+            if self.generator is None:
+                raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
         seeds = self.seeds
         for reason, number in self.all_seeds.skipped.most_common():
             logger.warning("Skipped %d seeds: %s.", number, reason)
         if self.all_seeds.neutralised:
             logger.warning("Made words of marks of chat templates in %d seeds.", self.all_seeds.neutralised)
-        if self.config.generator == "documents":
+        if config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):
-            check_distractors(seeds, self.config, len(self.files.documents))
-        elif self.config.difficulty_use != "record":
+            check_distractors(seeds, config, len(self.files.documents))
+        elif config.difficulty_use != "record":
             raise ValueError(
-                f"`difficulty_use` must be 'record' with shards, got {self.config.difficulty_use!r}: a shard cannot "
+                f"`difficulty_use` must be 'record' with shards, got {config.difficulty_use!r}: a shard cannot "
                 "compare its seeds with the others. Choose in a run over all seeds."
             )
-        check_budget(seeds, self.config, self.files.counter)
-        _ = self.plan, self.contamination
+        check_budget(seeds, config, self.files.counter)
+        _ = self.plan, self.contamination  # they read the template and the evaluation files, and raise
         self._checked = True
 
-    def _check_asker(self) -> None:
-        config = self.config
-        for wanted, name in (
-            (config.method == "instruction", "method 'instruction'"),
-            (config.difficulty == "closed_book", "difficulty 'closed_book'"),
-            (config.answerability, "`answerability`"),
-            ("judge" in config.checks, "the check 'judge'"),
-        ):
-            if wanted and self.generator is None:
-                raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
-
     def outcomes(self) -> list[Outcome]:
-        """Return one outcome per seed, in the order of the seeds.
-
-        Raises:
-            ValueError: what `check` raises.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
-        """
+        """Return one outcome per seed, in the order of the seeds."""
         self.check()
         # What costs nothing comes first, then the short answers, then the long contexts: what is left out early is
         # not paid for later.
@@ -252,11 +245,7 @@ class Pipeline:
         return [results[number] for number in range(len(items))]
 
     def _ask_in_turn(self, step: str, items: Sequence[Any]) -> list[Any]:
-        """Do a step for every item, through the journal and the generator.
-
-        Raises:
-            RunStopped: the budget is spent or the endpoint gone.
-        """
+        """Do a step for every item, through the journal and the generator."""
         if self.generator is None:
             return []
         work, progress = getattr(self, f"_{step}"), Progress(len(items), name=_STEPS[step], show=self.show_progress)
@@ -383,16 +372,7 @@ def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence
 
 
 def check_distractors(seeds: Sequence[Seed], options: SynthesisOptions, documents: int) -> None:
-    """Refuse more distractors than there can be.
-
-    Args:
-        seeds: the seeds that will get a context.
-        options: the number of distractors and their sources.
-        documents: how many documents there are.
-
-    Raises:
-        ValueError: names the task, its seeds and the remedies.
-    """
+    """Refuse more distractors than there can be."""
     limit = options.distractor_limit
     if limit is None:
         return
@@ -408,11 +388,7 @@ def check_distractors(seeds: Sequence[Seed], options: SynthesisOptions, document
 
 
 def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: TokenCounter | None) -> None:
-    """Refuse a token budget that no sample fits into.
-
-    Raises:
-        ValueError: the shortest possible sample has more tokens than `target_tokens`, or nothing counts them.
-    """
+    """Refuse a token budget that no sample fits into."""
     if options.target_tokens is None:
         return
     if counter is None:
@@ -432,11 +408,7 @@ def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: Toke
 
 
 def check_contexts(seeds: Sequence[Seed]) -> None:
-    """Refuse seeds without a context where no model writes one.
-
-    Raises:
-        BadRowError: names file, line and column.
-    """
+    """Refuse seeds without a context where no model writes one."""
     for seed in seeds:
         if seed.context is None:
             file, _, number = seed.origin.rpartition(":")

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hf_longalign.lazy import require
 from hf_longalign.synthesis.checks import NEUTRALISED
-from hf_longalign.synthesis.disk import read_array, whole, write_array
+from hf_longalign.synthesis.disk import read_array, table_row, whole, write_array
 from hf_longalign.synthesis.seeds import Document
 from hf_longalign.text import content_words, digest, normalise
 
@@ -155,7 +155,7 @@ class Pool:
 
     def row(self, index: int) -> dict[str, Any]:
         """Return a row of the table."""
-        return self.table.slice(index, 1).to_pylist()[0]
+        return table_row(self.table, index)
 
     def text(self, index: int) -> str:
         """Return a context or document."""
@@ -177,14 +177,15 @@ class Pool:
         """Return the indices of a source, as the rows of a task and split may use it."""
         key = (source, task, for_test)
         if key not in self._groups:
-            if source == "documents":
-                found = np.arange(self.size, len(self))
-            else:
-                same = self.tasks == task
-                usable = (same if source == "same_task" else ~same) & (~self.test | for_test)
-                found = np.flatnonzero(usable)
+            among_documents = source == "documents"
+            found = np.arange(self.size, len(self)) if among_documents else np.flatnonzero(self.usable(*key))
             self._groups[key] = found
         return self._groups[key]
+
+    def usable(self, source: str, task: int, for_test: bool, texts: Any = slice(None)) -> np.ndarray:
+        """Return which of the contexts `texts` the rows of a task and split may take from a source."""
+        same = self.tasks[texts] == task
+        return (same if source == "same_task" else ~same) & (~self.test[texts] | for_test)
 
     @cached_property
     def titled(self) -> bool:
@@ -328,7 +329,9 @@ def nearest(
             for part, texts in enumerate(map(np.sort, dealt)):
                 close = score(texts)
                 for row in rows[part :: len(dealt)]:
-                    usable = _usable(pool, source, int(row), texts)
+                    usable = np.ones(len(texts), bool)
+                    if source != "documents":
+                        usable = pool.usable(source, pool.tasks[row], pool.test[row], texts) & (texts != row)
                     best = _closest(close(int(row)), usable, neighbours)
                     found[row, place, : len(best)] = texts[best]
     return found
@@ -345,14 +348,6 @@ def _populations(pool: Pool, source: str) -> Iterator[tuple[np.ndarray, np.ndarr
         yield seeds, seeds
     else:
         yield np.arange(pool.size, len(pool)), seeds
-
-
-def _usable(pool: Pool, source: str, row: int, texts: np.ndarray) -> np.ndarray:
-    """Which of the texts the row may take, see `Pool.groups`."""
-    if source == "documents":
-        return np.ones(len(texts), bool)
-    same = pool.tasks[texts] == pool.tasks[row]
-    return (same if source == "same_task" else ~same) & (~pool.test[texts] | pool.test[row]) & (texts != row)
 
 
 def _closest(scores: np.ndarray, usable: np.ndarray, neighbours: int) -> np.ndarray:

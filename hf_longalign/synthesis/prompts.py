@@ -266,11 +266,7 @@ def read_context(text: str) -> tuple[str | None, str]:
 
 
 def read_facts(text: str) -> Facts:
-    """Return the listed facts.
-
-    Raises:
-        ReplyError: no title, or a list is missing or empty.
-    """
+    """Return the listed facts."""
     before, rest = _cut(spoken(text), "Evidence")
     evidence, distraction = _cut(rest, "Distraction")
     title, _ = _title(before)
@@ -282,11 +278,7 @@ def read_facts(text: str) -> Facts:
 
 
 def read_outline(text: str, sections: int) -> Outline:
-    """Return the plan of a long context.
-
-    Raises:
-        ReplyError: the sections are not numbered from 1 to `sections`.
-    """
+    """Return the plan of a long context."""
     text = spoken(text)
     plan = _SECTION_LINE.findall(text)
     if [int(number) for number, _ in plan] != list(range(1, sections + 1)):
@@ -297,9 +289,6 @@ def read_outline(text: str, sections: int) -> Outline:
 
 def read_pair(text: str) -> tuple[str, str]:
     """Return the question and the answer.
-
-    Raises:
-        ReplyError: one of them is missing.
 
     Example:
 
@@ -315,9 +304,6 @@ def read_pair(text: str) -> tuple[str, str]:
 
 def read_verdict(text: str) -> tuple[bool, str]:
     """Return a judge's verdict and its reason.
-
-    Raises:
-        ReplyError: the reply opens with none of the words asked for.
 
     Example:
 

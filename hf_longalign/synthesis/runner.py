@@ -366,7 +366,6 @@ class Runner:
 
 # A streak is no chance where it would be rarer than this at the rate seen before it.
 _CHANCE = 1e-6
-_HOPELESS = 20
 # Seeds of one task stand together, and one task may fail as a whole where the others do well.
 _LONG = 200
 _SHOWN = 300

@@ -99,11 +99,17 @@ def read_seeds(
     if on_bad_seed not in ("raise", "skip"):
         raise ValueError(f'`on_bad_seed` must be "raise" or "skip", got {on_bad_seed!r}.')
     given = {task: _read_contexts(task, source) for task, source in map(_split_source, contexts)}
-    _refuse_ambiguous(sources, given)
+    # A list of dicts is one source, a list of names are several.
+    many = isinstance(sources, (list, tuple)) and all(isinstance(source, str) for source in sources)
+    named = list(map(_split_source, sources if many else [sources]))
+    tasks = Counter(task for task, _ in named)
+    for task in given:
+        if tasks[task] > 1:  # line k of one file of contexts cannot belong to two files of seeds
+            raise ValueError(f"`contexts` of {task} must belong to one file of seeds, got {tasks[task]}. Join them.")
     found = SeedSet()
     first_seen: dict[str, Row] = {}
     kept: Counter[str] = Counter()
-    for task, row in _rows_of(sources):
+    for task, row in ((task, row) for task, source in named for row in read_rows(source)):
         try:
             seed = _to_seed(row, task, given)
             if control is not None:
@@ -131,23 +137,6 @@ def _split_source(source: Any) -> tuple[str | None, Any]:
     return (find_task(match["task"]).name, match["source"]) if match else (None, source)
 
 
-def _refuse_ambiguous(sources: Any, given: dict[str | None, dict[int, str]]) -> None:
-    """Line k of one context file cannot belong to two seed files."""
-    tasks = Counter(task for task, _ in map(_split_source, sources if _is_many(sources) else [sources]))
-    for task in given:
-        if tasks[task] > 1:
-            raise ValueError(f"`contexts` of {task} must belong to one file of seeds, got {tasks[task]}. Join them.")
-
-
-def _is_many(sources: Any) -> bool:
-    return isinstance(sources, (list, tuple)) and all(isinstance(source, str) for source in sources)
-
-
-def _rows_of(sources: Any) -> Iterator[tuple[str | None, Row]]:
-    for task, source in map(_split_source, sources if _is_many(sources) else [sources]):
-        yield from ((task, row) for row in read_rows(source))
-
-
 def _read_contexts(task: str | None, source: str) -> dict[int, str]:
     """Line number -> context. A bad line is an error under "skip" too: its seed is good and would lose it."""
     if task is None:
@@ -164,7 +153,10 @@ def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]
     if row.fault:
         raise row.fault
     instruction, answer = _text(row, "instruction", required=True), _text(row, "answer", required=True)
-    name = task or _task_of(row)
+    try:
+        name = task or find_task(_text(row, "task") or "general").name
+    except ValueError as error:
+        raise BadRowError(row, "unknown task", str(error), "task") from None
     context = _text(row, "context")
     if name in given:
         context = given[name].get(row.number)
@@ -196,13 +188,6 @@ def _controlled(seed: Seed, row: Row, control: ControlTokens, on_control_tokens:
             changed[column], count = control.neutralise(text)
             number += count
     return replace(seed, neutralised=number, **changed) if changed else seed
-
-
-def _task_of(row: Row) -> str:
-    try:
-        return find_task(_text(row, "task") or "general").name
-    except ValueError as error:
-        raise BadRowError(row, "unknown task", str(error), "task") from None
 
 
 def _text(row: Row, column: str, required: bool = False) -> Any:
@@ -268,7 +253,13 @@ def read_documents(
         BadRowError: a row without a text.
         ValueError: no such file, a text file that is empty or not UTF-8, or a refused document.
     """
-    found = (document for source in sources for path in _expand(source) for document in _read_texts(path))
+    paths: list[str] = []
+    for source in sources:
+        matched = sorted(glob(source, recursive=True)) if any(char in source for char in "*?[") else [source]
+        paths += matched
+        if not matched:
+            raise ValueError(f"`documents` must name files, got {source!r}, which matches none.")
+    found = (document for path in paths for document in _read_texts(path))
     if control is not None:
         found = (_controlled_document(document, control, on_control_tokens) for document in found)
     return list({document.document_id: document for document in found}.values())
@@ -286,15 +277,6 @@ def _controlled_document(document: Document, control: ControlTokens, on_control_
         )
     text, title = control.neutralise(document.text)[0], document.title and control.neutralise(document.title)[0]
     return replace(document, text=text, title=title, neutralised=len(found))
-
-
-def _expand(source: str) -> list[str]:
-    if not any(char in source for char in "*?["):
-        return [source]
-    paths = sorted(glob(source, recursive=True))
-    if not paths:
-        raise ValueError(f"`documents` must name files, got {source!r}, which matches none.")
-    return paths
 
 
 def _read_texts(source: str) -> Iterator[Document]:
@@ -332,19 +314,15 @@ def draw_chunks(documents: Sequence[Document], words: int, per_document: int, se
     """
     chunks = {}
     for document in documents:
-        starts = _word_starts(document.text)
+        starts = [word.start() for word in re.finditer(r"\S+", document.text)]
         for number in range(per_document):
             rng = np.random.default_rng(int(digest("chunk", str(seed), document.document_id, str(number)), 16))
             first = int(rng.integers(max(1, len(starts) - words + 1)))
             after = starts[first + words] if first + words < len(starts) else len(document.text)
             text = document.text[starts[first] : after].rstrip()
             seed_id = digest(text)
-            chunk = Seed(seed_id, "general", "", "", text, document.title, document.origin, document.neutralised)
-            chunks[chunk.seed_id] = chunk
+            # By id, so that a short document which gives the same chunk twice is asked about once.
+            chunks[seed_id] = Seed(
+                seed_id, "general", "", "", text, document.title, document.origin, document.neutralised
+            )
     return list(chunks.values())
-
-
-def _word_starts(text: str) -> list[int]:
-    return [
-        place for place, char in enumerate(text) if not char.isspace() and (place == 0 or text[place - 1].isspace())
-    ]

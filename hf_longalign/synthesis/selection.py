@@ -15,7 +15,7 @@ import numpy as np
 
 from hf_longalign.lazy import require
 from hf_longalign.synthesis.prompts import answer_prompt
-from hf_longalign.synthesis.rows import Row, read_rows
+from hf_longalign.synthesis.rows import read_rows
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.text import UNSPACED, digest, normalise
@@ -26,13 +26,7 @@ _STRATA = 4
 
 
 def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -> list[float]:
-    """Return the mean loss per answer token, in nats, of each answer given its instruction alone.
-
-    Args:
-        seeds: the pairs.
-        model_name: a causal language model, by name or path; its chat template is used where it has one.
-        batch_size: pairs per forward pass.
-    """
+    """Return the mean loss per answer token, in nats, of each answer given its instruction alone."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -116,8 +110,11 @@ def _choose(ranked: list[int], seeds: Sequence[Seed], use: str, count: int, seed
     """Choose `count` of one task's seeds, given from the hardest to the easiest."""
     if use == "select":
         return ranked[:count]
-    draws = [_draw(seeds[number], seed) for number in ranked]
+    # Uniform in (0, 1), by the pair's id alone: another pair in the data changes no draw of this one.
+    ids = [seeds[number].seed_id for number in ranked]
+    draws = [(int(digest("difficulty", str(seed), seed_id), 16) + 1) / (2**64 + 1) for seed_id in ids]
     if use == "weight":
+        # Weighted sampling without replacement by sorting u^(1/w) (Efraimidis and Spirakis, 2006).
         weights = np.linspace(3, 1, len(ranked))
         keys = [draw ** (1 / weight) for draw, weight in zip(draws, weights, strict=True)]
         return [ranked[place] for place in np.argsort(-np.array(keys), kind="stable")[:count]]
@@ -129,11 +126,6 @@ def _choose(ranked: list[int], seeds: Sequence[Seed], use: str, count: int, seed
         quota = (part + 1) * count // _STRATA - part * count // _STRATA
         chosen += [number for _, number in sorted(stratum)[:quota]]
     return chosen
-
-
-def _draw(pair: Seed, seed: int) -> float:
-    """A uniform number in (0, 1) that depends on the seed and the pair's id alone."""
-    return (int(digest("difficulty", str(seed), pair.seed_id), 16) + 1) / (2**64 + 1)
 
 
 _PERMUTATIONS = 128
@@ -172,7 +164,10 @@ class Duplicates:
         sketches = self._sketched(texts)
         bands = self._bands(sketches)
         # Only hashes that two texts share can name a pair: the tables of all others would fill the memory.
-        shared = [np.flatnonzero(_counts(band) > 1) for band in bands]
+        shared = []
+        for band in bands:
+            _, inverse, counts = np.unique(band, return_inverse=True, return_counts=True)
+            shared.append(np.flatnonzero(counts[inverse] > 1))
         candidates = np.unique(np.concatenate([np.empty(0, np.int64), *shared]))
         tables: list[dict[int, list[int]]] = [{} for _ in bands]
         found: dict[int, int] = {}
@@ -229,22 +224,18 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
     """Return the MinHash sketches of texts, uint32 `(texts, 128)`."""
     rows = np.empty((len(texts), _PERMUTATIONS), np.uint32)
     for number, text in enumerate(texts):
-        rows[number] = _permuted(_shingles(text))
+        # The same permutations for every text and process, or no two sketches could be compared.
+        made = require("datasketch", "synthesis").MinHash(
+            num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
+        )
+        made.update_batch(_shingles(text))
+        rows[number] = made.hashvalues
     return rows
 
 
 @cache
 def _permutations() -> Any:
     return require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, scheme=_SCHEME).permutations
-
-
-def _permuted(shingles: np.ndarray) -> np.ndarray:
-    """The least hash of all shingles under each permutation."""
-    made = require("datasketch", "synthesis").MinHash(
-        num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
-    )
-    made.update_batch(shingles)
-    return made.hashvalues.astype(np.uint32)
 
 
 def _shingles(text: str) -> np.ndarray:
@@ -257,12 +248,6 @@ def _shingles(text: str) -> np.ndarray:
         # A polynomial in an odd number, whose high bits depend on every word.
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(mixed)]
     return np.unique(mixed >> np.uint64(32))
-
-
-def _counts(hashes: np.ndarray) -> np.ndarray:
-    """For every hash how many equal it."""
-    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    return counts[inverse]
 
 
 class Contamination:
@@ -298,24 +283,25 @@ class Contamination:
         self._grams: dict[str, str] = {}
         for source in sources:
             for row in read_rows(source):
-                self._add(row, ngram, shortest)
+                if row.fault:
+                    raise row.fault
+                for text in _strings(row.values):
+                    self._add(text, row.origin, ngram, shortest)
 
     def __len__(self) -> int:
         return len(self._grams)
 
-    def _add(self, row: Row, ngram: int, shortest: int) -> None:
-        if row.fault:
-            raise row.fault
-        for text in _strings(row.values):
-            words = normalise(text).split()
-            scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
-            length = min(scale * ngram, len(words))
-            if length < min(ngram, shortest) * scale:
-                continue
-            self._lengths.add(length)
-            for start in range(len(words) - length + 1):
-                self._openings.add(" ".join(words[start : start + self._opening]))
-                self._grams.setdefault(" ".join(words[start : start + length]), row.origin)
+    def _add(self, text: str, origin: str, ngram: int, shortest: int) -> None:
+        words = normalise(text).split()
+        # Where no blanks divide words, `normalise` makes a word of every character: two of them are one.
+        scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
+        length = min(scale * ngram, len(words))
+        if length < min(ngram, shortest) * scale:
+            return
+        self._lengths.add(length)
+        for start in range(len(words) - length + 1):
+            self._openings.add(" ".join(words[start : start + self._opening]))
+            self._grams.setdefault(" ".join(words[start : start + length]), origin)
 
     def overlap(self, text: str) -> tuple[str, str] | None:
         """Return the first shared n-gram and where it stands in the evaluation data, or `None`."""

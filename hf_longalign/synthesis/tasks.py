@@ -143,11 +143,6 @@ def find_task(name: str) -> Task:
 def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> tuple[str, str]:
     """Return what stands before and after the contexts in the task's prompt.
 
-    Args:
-        task: the task.
-        instruction: the seed's instruction; a summary task's template does not use it.
-        reference: what the asked-for context is called (`'the report "X"'`), where the prompt has to say so.
-
     Returns:
         The head, and the tail that holds the question, without the blank line between context and tail.
 

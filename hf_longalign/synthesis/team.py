@@ -56,10 +56,6 @@ class Team:
     def run(self, lead: Callable[[], object], follow: Callable[[Any], object]) -> bool:
         """Lead, or follow until the leader is done; returns whether this process was the leader at the end.
 
-        Args:
-            lead: does the whole work, handing out parts with `hand_out`.
-            follow: does one part that was handed out.
-
         Raises:
             ValueError: the processes do not share a disk, or run on several machines.
         """

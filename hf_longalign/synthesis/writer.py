@@ -92,6 +92,10 @@ class Dialogue:
                 reason = f"parse: {cut if reply.finish_reason == 'length' else ''}{error}"
                 self.refuse(reason)
 
+    def provenance(self, generator: str) -> Provenance:
+        """Return where the text that came of it is from."""
+        return Provenance(generator, self.model, self.prompt_hash, tuple(self.keys), self.used + 1)
+
     def refuse(self, reason: str) -> None:
         """Count the last reply as unusable and use up a retry.
 
@@ -157,16 +161,8 @@ async def write_context(
 ) -> Outcome:
     """Have a model write the context of a seed.
 
-    Args:
-        seed: the pair.
-        plan: how it is written and what it is held to.
-        ask: gets the reply to a request, from the journal or from the generator.
-        count: is told "retried" and "rejected".
-        refused: an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
-            anew, with that reason, out of the same allowance.
-
-    Returns:
-        The outcome: accepted, or rejected with the reason of the last attempt.
+    `refused` is an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
+    anew, with that reason, out of the same allowance. The outcome is accepted, or rejected with the last reason.
     """
     dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
     drafted, reason = Draft(), refused.reason if refused else None
@@ -178,8 +174,17 @@ async def write_context(
             drafted = Draft(refused.context, refused.title, list(refused.checks))
             dialogue.retry(refused.reason)
         while True:
-            drafted = await _draft(seed, plan, dialogue, reason)
-            reason = failures(drafted.checks)
+            title, context, finish_reason = await _text(seed, plan, dialogue, reason)
+            # Some milliseconds per context: beside the event loop, so that replies go on arriving.
+            found = await asyncio.to_thread(
+                verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
+            )
+            checks = [Check("parse", PASSED), *found]
+            if plan.judge is not None:
+                checks = await _judge(seed, context, checks, plan, ask, dialogue.keys)
+            # Only now: a kept draft always has its checks, also where the retries end in the middle of the next one.
+            drafted = Draft(context, title, checks)
+            reason = failures(checks)
             if not reason:
                 count("usable")
                 break
@@ -193,9 +198,7 @@ async def write_context(
         title=drafted.title,
         reason=reason or "",
         checks=tuple(drafted.checks),
-        provenance=Provenance(
-            plan.generator, plan.model, dialogue.prompt_hash, tuple(dialogue.keys), dialogue.used + 1
-        ),
+        provenance=dialogue.provenance(plan.generator),
     )
 
 
@@ -203,15 +206,6 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore
     """Have a model write an instruction and an answer for a text: instruction synthesis, the paper's baseline.
 
     The opposite of context synthesis: here the target is synthetic (https://arxiv.org/abs/2502.15592).
-
-    Args:
-        chunk: a seed with a context and nothing else.
-        plan: the model, the sampling and what the pair is held to.
-        ask: gets the reply to a request, from the journal or from the generator.
-        count: is told "retried" and "rejected".
-
-    Returns:
-        The outcome, whose seed holds the pair.
     """
     context = chunk.context or ""
     dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
@@ -232,8 +226,7 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore
     except GiveUpError as error:
         reason = str(error)
         count("rejected")
-    provenance = Provenance(plan.generator, plan.model, dialogue.prompt_hash, tuple(dialogue.keys), dialogue.used + 1)
-    return Outcome(seed, context, chunk.title, reason or "", tuple(checks), provenance)
+    return Outcome(seed, context, chunk.title, reason or "", tuple(checks), dialogue.provenance(plan.generator))
 
 
 def check_given(seed: Seed, plan: Plan) -> Outcome:
@@ -258,18 +251,6 @@ class Draft:
     context: str = ""
     title: str | None = None
     checks: list[Check] = field(default_factory=list)
-
-
-async def _draft(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> Draft:
-    title, context, finish_reason = await _text(seed, plan, dialogue, reason)
-    checks = [Check("parse", PASSED)]
-    # Some milliseconds per context: beside the event loop, so that replies go on arriving.
-    checks += await asyncio.to_thread(
-        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
-    )
-    if plan.judge is not None:
-        checks = await _judge(seed, context, checks, plan, dialogue.ask, dialogue.keys)
-    return Draft(context, title, checks)
 
 
 async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> tuple[str | None, str, str | None]:
