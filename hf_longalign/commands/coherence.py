@@ -27,6 +27,7 @@ def split(args: argparse.Namespace) -> None:
     for split_name, chat in load_dataset(args.data, "chat").items():
         for kind, data in (("with", chat), ("without", without_contexts(chat))):
             folder = Path(args.output) / kind
+            # A folder each, which `sft --dataset_name` takes as a data set of its own.
             folder.mkdir(parents=True, exist_ok=True)
             data.to_parquet(folder / f"{split_name}.parquet")
             print(f"{folder / f'{split_name}.parquet'}: {len(data):,} rows")

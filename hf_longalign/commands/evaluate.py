@@ -88,6 +88,7 @@ def publish_report(
         commit = loaded_commit(source, "adapter_config.json", model.adapter_revision)
         source = snapshot_download(source, revision=commit or model.adapter_revision)
     with tempfile.TemporaryDirectory() as folder:
+        # A copy, so that a push leaves no report in the folder of a training; optimiser state stays behind.
         staged = Path(folder) / "adapter"
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report.images):

@@ -40,6 +40,7 @@ REASONS = {
     "error": lambda entry: entry.finish_reason == "error",
     "filtered": lambda entry: entry.finish_reason == "content_filter",
     "cut": lambda entry: entry.finish_reason == "length",
+    # A proxy or a login page that answered in the server's place with status 200.
     "page": lambda entry: entry.text.lstrip()[:9].lower().startswith(("<html", "<!doctype")),
     "unreadable": is_unreadable,
 }
@@ -47,6 +48,7 @@ REASONS = {
 
 def open_journal(path: str) -> Journal:
     """Open a journal that is there; to look must not make one."""
+    # `Journal` makes the file where it is not there, and an empty one would answer for the right one.
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such journal.")
     return Journal(path)

@@ -35,6 +35,7 @@ class OptionParser(TrlParser):
             description=description,
             epilog="Options may also stand in a YAML: --config FILE. Those of the command line win.",
             formatter_class=RawDescriptionHelpFormatter,
+            # An abbreviation could mean an option that the second parser has.
             allow_abbrev=not foreign,
             add_help=not foreign,
         )
@@ -66,6 +67,7 @@ class OptionParser(TrlParser):
     def _refuse_unknown(self, rest: Sequence[str]) -> None:
         known = {*self._option_string_actions, *(f"--{name}" for name in self.foreign)}
         for word in rest:
+            # argparse takes `--skip-strategy` for `--skip_strategy` of dataclasses.
             name = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
             may_be_read_later = self.foreign and any(
                 option.startswith((name, name.replace("--no_", "--"))) for option in known

@@ -133,6 +133,7 @@ def destination(hub: Hub, folder: str | Path) -> dict[str, Any]:
 
 def same_command() -> str:
     """Return the command that started this process; what it leaves on disk makes the second run short."""
+    # `python -m` puts the path of __main__.py there, which nobody would type.
     program = Path(sys.argv[0])
     start = ["-m", "hf_longalign"] if program.name == "__main__.py" else [str(program)]
     start = ["hf-longalign"] if program.name == "hf-longalign" else ["python", *start]

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments
 
 from hf_longalign.commands.options import OptionParser
@@ -19,6 +18,8 @@ from hf_longalign.training_options import TrainingOptions
 
 
 if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
     from hf_longalign.config import LongAlignSFTConfig
     from hf_longalign.trainer import LongAlignSFTTrainer
 
@@ -110,8 +111,10 @@ def _trainer_fields() -> set[str]:
 logger = logging.getLogger(__name__)
 
 
-def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
+def read_dataset(args: DataOptions) -> "DatasetDict | IterableDatasetDict":
     """Load the data set and hold out a test split if one is asked for and none is there."""
+    from datasets import load_dataset
+
     name, config, revision = str(args.dataset_name), args.dataset_config, args.dataset_revision
     dataset = (
         load_dataset(args.file_format, data_files=name, streaming=args.dataset_streaming)
@@ -124,12 +127,13 @@ def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
             "Set one of them."
         )
     if args.test_size and args.dataset_test_split not in dataset:
+        # A fixed seed: a run that is resumed must hold out the same rows.
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
 
 
-def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
+def check_columns(dataset: "Dataset | IterableDataset", text_field: str) -> None:
     """Refuse a data set that is in none of TRL's formats."""
     from trl.data_utils import get_dataset_column_names
 
@@ -145,6 +149,7 @@ def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
 
 def last_checkpoint(output_dir: str) -> str | None:
     """Return the newest checkpoint that was written whole; a run killed while saving leaves another."""
+    # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet.
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for path in found:
         try:

@@ -1,4 +1,4 @@
-"""Turn short instruction-answer pairs into long-context chat data: what `hf-longalign synthesize` runs."""
+"""Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
 import sys
 from collections import Counter
@@ -132,6 +132,7 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
     if args.judge_model is not None:
         judge = make_generator(args, args.judge_model, args.judge_endpoints, rank)
     if args.generator == "documents":
+        # The seeds have their contexts; a judge may still be asked about them.
         return "documents", judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
 
@@ -210,6 +211,7 @@ def run(
         return 0
     if args.num_shards == 1:  # before anything is paid for
         check_output(Path(str(args.output_dir)), builder.pipeline.journal, builder.files.folder)
+    # Before anything is paid for, and in every process: they meet in this folder.
     builder.pipeline.team = join_team(builder.files.folder)
     try:
         leads = builder.prepare_outcomes()
@@ -273,6 +275,7 @@ def estimate(
     count: Callable[[str], int] | None = None,
 ) -> Estimate:
     """Estimate what a run over `seeds` costs."""
+    # About four bytes of UTF-8 are a token, in English and, with longer characters, in most scripts.
     count = count or (lambda text: ceil(len(text.encode()) / 4))
     prices, found, most = budget or Budget(), Estimate(), Spend()
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
@@ -286,6 +289,7 @@ def estimate(
             completion_tokens += share * min(planned.reply_words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
             most += prices.cost(ceil(prompt), plan.sampling.max_tokens)
     for purpose in found.requests:
+        # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
         if purpose != "closed_book":
             found.requests[purpose] = ceil(kept * found.requests[purpose])
     found.prompt_tokens, found.completion_tokens = ceil(prompt_tokens), ceil(completion_tokens)
@@ -327,5 +331,6 @@ def _writing(seed: Seed, plan: Plan) -> Iterator[Planned]:
     )
     for number in range(1, sections + 1):
         words = ceil(plan.words / sections)
+        # A section's prompt holds the plan, which is not written yet, and the last words of the section before.
         shown = _OUTLINE_WORDS * sections + (200 if number > 1 else 0)
         yield Planned("section", section_prompt(seed, task, words, outline, number, ""), words, shown)

@@ -81,6 +81,7 @@ class AdaptiveLimiter:
         full = self.in_flight >= int(self.limit)
         if congested and ticket == self._round:
             self._round += 1
+            # What was under way and no more: a limit that was never reached says nothing.
             self._broke_at = min(self.limit, self.in_flight)
             self.limit = max(1.0, self._broke_at * _DECREASE)
         elif replied and full:
@@ -167,6 +168,7 @@ class Pool:
         while True:
             if self._stop is not None:
                 raise self._stop
+            # By free slots, so that a fast endpoint gets as much more as it can take.
             lane = max(self.lanes, key=lambda lane: lane.limiter.room())
             if lane.limiter.room():
                 return lane
@@ -202,6 +204,7 @@ class Pool:
         """Let as many of those who wait try again as there are slots."""
         room = sum(lane.limiter.room() for lane in self.lanes)
         while room > 0 and self._waiting:
+            # One that was cancelled meanwhile is done and takes no slot.
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)

@@ -169,6 +169,7 @@ def publish_adapter(
                 f"`folder` must hold README.md, or {RECORD_NAME} to write it from, got {folder} with neither. Write a "
                 "card into it."
             )
+        # Written anew and not taken as it lies there: a report may have come after the training.
         files[CARD] = render_card(folder, repo_id=named, base_model=base_model).encode("utf-8")
     report = read_report(folder)
     if report is not None:
@@ -296,6 +297,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
         for name, path in files.items()
         if name == CARD or name.endswith("config.json")
     }
+    # transformers and peft write the folder a model was loaded from into these files.
     named = {json.loads(texts[name]).get(key) for name, key in _NAMES.items() if name in texts}
     local = {name for name in named if isinstance(name, str) and _is_local(name)}
     if local and base_model is None:
@@ -313,6 +315,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
             if new != value:
                 changed[name] = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
         else:
+            # The longest first: one folder may lie in another.
             for path in sorted(local, key=len, reverse=True):
                 text = text.replace(path, str(base_model))
             if text != texts[name]:

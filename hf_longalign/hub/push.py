@@ -1,4 +1,4 @@
-"""Pushing files into a repository of the Hub: complete or not at all."""
+"""Pushing files into a repository of the Hub: complete or not at all, repeated over failures that pass."""
 
 import json
 import logging
@@ -102,6 +102,7 @@ def _seconds(error: BaseException, attempt: int) -> float:
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
+    # Spread, as many pushes that failed in one outage would otherwise come back together.
     return random.uniform(0.5, 1.0) * 2**attempt
 
 
@@ -221,6 +222,7 @@ class _Attempt:
         self.repo: dict[str, Any] = {"repo_type": to.repo_type}
 
     def run(self) -> str:
+        # Every step looks before it writes, so that an attempt after a lost answer finds its own work done.
         url = self._create()
         if self.to.branch is not None:
             self.api.create_branch(**self.repo, branch=self.to.branch, exist_ok=True)
@@ -232,6 +234,7 @@ class _Attempt:
         data[CARD] = _merged(self.files[CARD], self.repo["repo_id"], card)
         additions = [CommitOperationAdd(name, content) for name, content in data.items()]
         stale = [name for name in sorted(held) if self.owned(name) and name not in self.files]
+        # Only what an earlier push of ours left may go: our cards name the package, other people's do not.
         if stale and "hf_longalign" not in (card or ""):
             raise ValueError(
                 f"`repo_id` must be new or an earlier push, got {self.to.repo_id}, whose {stale[0]} is another's and "
@@ -239,11 +242,13 @@ class _Attempt:
             )
         if stale:
             logger.info("Deleted with this push, as it is of an earlier one: %s.", ", ".join(stale))
+        # Before the commit: a tag that is taken must stop the push while nothing has changed.
         tagged = self.to.tag is None or self._is_tagged(self.to.tag, additions)
         if stale or not _same(held, additions):
             if self.to.create_pr:
                 return self._pull_request(additions, stale, head)
             head = self._commit(additions, stale, head).oid
+            # An answer is no proof: what is there now is compared with what was meant.
             self._compare(head, additions, stale)
         if not tagged:
             self.api.create_tag(**self.repo, tag=str(self.to.tag), revision=head)
@@ -257,6 +262,7 @@ class _Attempt:
         try:
             info = self.api.repo_info(**self.repo)
         except RepositoryNotFoundError:
+            # Looked for first: a token may have the right to write into a repository and none to make one.
             self.api.create_repo(**self.repo, private=to.private, exist_ok=True)
             info = self.api.repo_info(**self.repo)
         if to.private is not None and info.private is not None and bool(info.private) != to.private:
@@ -285,6 +291,7 @@ class _Attempt:
     def _pull_request(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> str:
         """The URL of the open pull request that holds exactly this: an earlier one, or one made now."""
         pulls = self.api.get_repo_discussions(**self.repo, discussion_type="pull_request", discussion_status="open")
+        # A push repeated after a lost answer would open the same pull request twice.
         for pull in pulls:
             if pull.title == self.to.message:
                 held = self._held(f"refs/pr/{pull.num}")
@@ -372,6 +379,7 @@ def _patience() -> Iterator[None]:
     def limit(request: Request) -> None:
         request.extensions = {**request.extensions, "timeout": Timeout(TIMEOUT).as_dict()}
 
+    # The session is shared with everything else in the process, so the hook is taken away again.
     session.event_hooks = {**before, "request": [*before["request"], limit]}
     try:
         yield
@@ -410,6 +418,7 @@ def on_main_process(function: Callable[[], Result]) -> Result:
         if dist.get_rank() == 0:
             try:
                 result = function()
+                # Here, where it is an error of the main process; in the broadcast it would leave the others waiting.
                 pickle.dumps(result)
                 outcome = [(True, result)]
             except BaseException as error:

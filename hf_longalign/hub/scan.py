@@ -132,6 +132,7 @@ class Machine:
                     if len(value) >= 8 and not value.isdigit() and not (value.isalpha() and len(value) < 16)
                 )
             ),
+            # Not `/` or `/root`, which stand in texts of any machine.
             folders=tuple(sorted({str(path) for path in (Path.home(), Path.cwd()) if len(path.parts) > 2})),
             names=tuple(sorted(name for name in names if _is_telling(name) and name.lower() not in shown)),
             hosts=(host,) if len(host) >= 4 and host.lower() not in _COMMON else (),
@@ -170,6 +171,7 @@ def find_private(text: str, patterns: Mapping[str, str], allow: Collection[str] 
     ['a URL with a password']
     """
     for kind, pattern in patterns.items():
+        # ASCII, as RE2 does it in the columns: both searches must find the same.
         for match in re.finditer(pattern, text, re.ASCII):
             found = match[match.lastindex or 0]
             if _is_meant(kind, found) and not _is_allowed(kind, found, allow):
@@ -211,6 +213,7 @@ def _is_meant(kind: str, found: str) -> bool:
         return not _NOBODYS.fullmatch(found)
     if kind in RANDOM:
         classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+        # Keys mix cases and digits; `sk-` in prose is followed by words of one case.
         return sum(any(char in letters for char in found[4:]) for letters in classes) >= (2 if "Hub" in kind else 3)
     return True
 
@@ -268,6 +271,7 @@ def _in_file(name: str, data: bytes, machine: Machine, allow: Collection[str]) -
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
+        # Every byte is a character of latin-1, so a picture or a model file can be searched like a text.
         for find in find_private(data.decode("latin-1"), machine.patterns(), allow):
             yield "its bytes", find
         return
@@ -331,6 +335,7 @@ def _in_parquet(content: Path | bytes, machine: Machine, allow: Collection[str])
 
 def _in_rows(file: pq.ParquetFile, patterns: Mapping[str, str], allow: Collection[str]) -> Iterator[tuple[str, Find]]:
     """RE2 tells at some hundred MB a second which texts to look at; `find_private` then says what is in them."""
+    # One pattern for all kinds: each pass over a column costs the same, however much is looked for.
     anything = "|".join(f"(?:{pattern})" for pattern in patterns.values())
     first = 0
     for batch in file.iter_batches(_BATCH_ROWS):

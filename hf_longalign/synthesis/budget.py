@@ -91,6 +91,7 @@ class BudgetExceeded(RunStopped):
     """What is left of the budget is less than the next request may cost."""
 
 
+# Kept in the journal's file and not in memory, since several processes share one budget.
 class Claim(Enum):
     """What came of asking for a claim."""
 
@@ -111,6 +112,7 @@ def is_alive(owner: str, until: float) -> bool:
     """Whether the process named by `owner` still runs; on another host, whether its lease does."""
     import psutil
 
+    # From the right: a host name may hold the separator, numbers do not.
     host, pid, started, _ = owner.rsplit("|", 3)
     if host != socket.gethostname():
         return time.time() < until
@@ -135,6 +137,7 @@ def claim(connection: sqlite3.Connection, request: Request, budget: Budget, owne
 
     A claim that `owner` has already stays, if there is still room for it.
     """
+    # Again inside the transaction: between the look without a lock and this one another process may have claimed it.
     found = look(connection, request.key, owner)
     if found is not None:
         return found
@@ -143,6 +146,7 @@ def claim(connection: sqlite3.Connection, request: Request, budget: Budget, owne
     most = budget.most(request)
     if not budget.allows(_spent(connection) + _set_aside(connection, request.key), most):
         reap(connection)
+        # Nothing is under way any more that could end below its limit and leave room.
         if not _set_aside(connection, request.key).tokens:
             raise BudgetExceeded(_what_is_left(connection, budget, most))
         return Claim.NO_ROOM
@@ -166,6 +170,8 @@ def reap(connection: sqlite3.Connection, owner: str | None = None) -> None:
         "SELECT * FROM claims"
     ).fetchall():
         if holder == owner or (owner is None and not is_alive(holder, until)):
+            # Unconfirmed: the server may have billed nothing. To count less would let a run that is killed often pass
+            # its limit.
             values = (uuid.uuid4().hex, key, "killed", model, purpose, prompt, completion, usd, 0, time.time())
             connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             release(connection, key, holder)

@@ -125,6 +125,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         >>> rejected.config.name, rejected.pipeline is chat.pipeline
         ('rejected', True)
         """
+        # Made anew, since `datasets` fixes folder and features in the constructor; then it shares what was read.
         builder = type(self)(config_name=config_name, **self._arguments)
         builder.pipeline, builder.files = self.pipeline, self.files
         return builder

@@ -103,6 +103,8 @@ class Composer:
 
     def _begin(self, index: int) -> _Begun:
         record = self.pool.row(index)
+        # By the row's id, never one generator for all: rows are made by many processes in any order, and must be the
+        # same.
         rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
         task, conflicts = find_task(record["task"]), self.pool.conflict(index)
         # One context alone needs no name. A summary's instruction never tells which text is meant; any other is tried
@@ -119,6 +121,8 @@ class Composer:
         nearest, hard_share = (self.nearest[index], self.hard_share) if self.nearest is not None else ((), 0.0)
         groups = self.pool.groups(index, self.sources)
         for other in offer(groups, begun.rng, own=index, nearest=nearest, hard_share=hard_share):
+            # A prompt that names its context may hold rivals, which makes it harder; two of one name would not be told
+            # apart.
             if begun.named:
                 unfit = self.pool.name(other) == self.pool.name(index)
             else:
@@ -134,6 +138,8 @@ class Composer:
         tokens = 0
         if self.counter is not None and self.budget is not None:
             if (index, named) not in self._tokens:
+                # A context distracts in many rows: counting it anew each time would take most of the time of
+                # composing.
                 self._tokens[index, named] = self.counter.count(text)
             tokens = self._tokens[index, named]
         return Piece(text, self.pool.ids[index], tokens)
@@ -150,6 +156,7 @@ class Composer:
         context_tokens = total_tokens = None
         if self.counter is not None:
             total_tokens = made.tokens or self.counter.count_chat(messages)
+            # The tokens of contexts as the difference of two whole chats: the template's own tokens belong to neither.
             bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
             context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
         checks = record["checks"]

@@ -20,6 +20,7 @@ from hf_longalign.text import UNSPACED, content_of, holds, normalise, word_count
 
 PASSED, FAILED, OPEN, NEUTRALISED = "passed", "failed", "open", "neutralised"
 
+# Only at the beginning (see `_REFUSAL_WINDOW`): people in a story may say that they cannot help.
 _REFUSAL = re.compile(
     r"\bas an ai\b|\blanguage model\b|\bI(?:'m| am) sorry, but I\b|"
     r"\bI (?:cannot|can't|can not|won't|am unable to|am not able to) "
@@ -28,6 +29,7 @@ _REFUSAL = re.compile(
     r"(?:申し訳|すみません).{0,20}(?:できません|できかねます)|죄송.{0,20}(?:없습니다|어렵습니다)|ขออภัย.{0,20}ไม่สามารถ",
     re.IGNORECASE,
 )
+# Words of the prompts in `prompts`, which a written text has no reason to hold.
 _META = re.compile(
     r"^\W*(?:question|answer|instruction|evidence|distraction|note)\W*:|"
     r"\b(?:missing|provided|above|following) context\b|\bthis (?:context|text) (?:provides|contains|supports)\b|"
@@ -47,6 +49,7 @@ _CHATTER = re.compile(
     re.IGNORECASE,
 )
 _ENDING_CHARACTERS = 400
+# Ends of sentences in the scripts that seeds were seen in, closing quotes and brackets, list items and digits.
 _ENDED = re.compile(r"[.!?…。！？｡؟۔।။។:;\"'”’»)\]|*_`\-\d」』）】〉》]$")
 # Thai and Lao put no mark behind a sentence.
 _MARKLESS = re.compile(r"[\u0e00-\u0eff]$")
@@ -156,6 +159,7 @@ def failures(checks: list[Check]) -> str:
 def complete(text: _Text) -> Check:
     """Ends where a sentence does."""
     end = text.context.rstrip()
+    # Whatever its last character: a text can be cut off right behind a sentence.
     if text.finish_reason == "length":
         return Check("complete", FAILED, "it was cut off at the reply's length limit; write a shorter text")
     if _MARKLESS.search(end):
@@ -200,6 +204,7 @@ def support(text: _Text) -> Check:
     answer, context = normalise(text.seed.answer), text.normalised
     if answer in VERDICTS:
         return Check("support", OPEN, f"{answer!r} can only be judged")
+    # An answer of signs alone ('+', '€') normalises to nothing and is looked for as it is.
     if holds(context, answer) if answer else text.seed.answer in text.context:
         return Check("support", PASSED, "word for word")
     words = content_of(answer) - _WEAK
@@ -223,6 +228,7 @@ def _close(context: list[str], words: set[str]) -> bool:
     """Whether all the words stand within a few words of each other."""
     if len(words) == 1:
         return True
+    # All far away before the first is seen, so that the spread is too large until every word was.
     reach, last = 3 * len(words) + 2, dict.fromkeys(words, -len(context) - 100)
     for place in range(len(context)):
         # Where there are no blanks, two or four characters stand for a word.
@@ -287,6 +293,7 @@ def identify_language(text: str) -> str | None:
     'en'
     """
     sample = text[:_LANGUAGE_SAMPLE]
+    # Stopped at the limit: the sample is asked for each of some hundred thousand texts.
     letters = sum(1 for _ in islice(_LETTER.finditer(sample), _LEAST_LETTERS))
     # A character without blanks tells as much as three letters.
     if letters < _LEAST_LETTERS and letters + 2 * len(_UNSPACED.findall(sample)) < _LEAST_LETTERS:
@@ -307,6 +314,7 @@ def majority_language(texts: Iterable[str]) -> str | None:
         if length >= _LANGUAGE_SAMPLE:
             pieces.append(" ".join(joined)[:_LANGUAGE_SAMPLE])
             joined, length = [], 0
+            # Twenty samples of 1,500 characters settle it; the classifier takes milliseconds for each.
             if len(pieces) == 20:
                 break
     pieces += [" ".join(joined)] if len(pieces) < 20 else []

@@ -22,6 +22,7 @@ from hf_longalign.text import digest
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.
 VERSION = "1.1.0"
+# Ten contexts a sample, as in https://arxiv.org/abs/2502.15592.
 PUBLISHED_DISTRACTORS = 9
 
 
@@ -195,6 +196,7 @@ class SynthesisOptions:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
         self.extra_fields()
+        # Last, as it reads fields whose own values must be right first.
         self._validate_together()
 
     @property
@@ -339,23 +341,27 @@ def _content(value: Any) -> str:
             state.update(digest(_content(part)).encode())
         return f"{len(value)} {state.hexdigest()}"
     if isinstance(value, datasets.Dataset):
+        # datasets' own digest of how it was made; hashing the rows would read them all.
         return str(value._fingerprint)
     if hasattr(value, "to_dict") and hasattr(value, "isna"):
         # The text of a DataFrame shows a few of its rows.
         return digest(value.to_json(orient="split"))
     if hasattr(value, "backend_tokenizer"):
+        # The text of a tokenizer object shows its path, and two versions may lie at one.
         return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
     if isinstance(value, str):
         task, _, name = value.rpartition("=")
         if any(char in name for char in "*?["):
             return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
         path = Path(name)
+        # A folder that is named is mostly a tokenizer's, whose weights and logs change no count.
         path = path / "tokenizer.json" if path.is_dir() else path
         if path.is_file():
             return digest(task, path.name, _file_digest(path, path.stat().st_mtime_ns))
     return repr(value)
 
 
+# By the time of change: three configurations digest the same gigabytes.
 @cache
 def _file_digest(path: Path, modified: int) -> str:
     state = hashlib.blake2b()

@@ -1,4 +1,4 @@
-"""Writing a prepared data set to a folder: Parquet files by configuration and split, a card and its picture."""
+"""Writing a prepared data set to a folder: Parquet files, and a card of what its rows, settings and journal tell."""
 
 import logging
 import re
@@ -218,6 +218,7 @@ def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, A
     }
     values = {name: getattr(config, name) for name in names if name not in unused}
     if "n_distractors" in values:
+        # What was used where nothing was set.
         values["n_distractors"] = config.distractor_limit
     return {name: value for name, value in values.items() if value is not None}
 
@@ -241,6 +242,7 @@ def _sources(data: Data, config: ContextSynthesisConfig) -> list[DataSource]:
     if not isinstance(named, list) or not all(isinstance(source, str) for source in named):
         return []  # rows in memory, whose origin nobody knows
     names = [source.rpartition("=")[2] for source in named]
+    # A file name is published, never its folder; of a Hub data set the whole id, which others can follow.
     on_hub = {Path(name).name: name for name in names if not Path(name).exists() and not Path(name).suffix}
     # A row that is over the budget stands among the contexts and among the rejected.
     origins = {

@@ -57,6 +57,7 @@ class Files:
         # look where this process has written, whatever has become of their files.
         config = copy(self.config)
         config.seeds = None
+        # The paths are computed already: without seeds the digests would be others.
         return {"config": config, "folder": self.folder, "_outcomes": self._outcomes, "_composed": self._composed}
 
     # Named by what shapes them: what was paid for is found again where only the composition changes, and a run with
@@ -112,6 +113,7 @@ class Files:
         ids, share = self.accepted["seed_id"].to_pylist(), self.config.test_share
         if not share:
             return np.zeros(len(ids), dtype=bool)
+        # By id: a seed stays in its split when others are added, so that no test row of yesterday is trained on today.
         draws = np.array([int(digest("split", str(self.config.seed), seed_id), 16) / 2**64 for seed_id in ids])
         return draws < share
 
@@ -147,6 +149,7 @@ class Files:
         Raises:
             ValueError: no seed was accepted.
         """
+        # An empty data set would be written, cached and pushed as if all were well.
         if not any(outcome.accepted for outcome in outcomes):
             raise ValueError(f"No seed of {len(outcomes)} was accepted. The first was rejected: {outcomes[0].reason}.")
         for kind, name in (("rejected", "rejected"), ("accepted", "contexts")):
@@ -275,10 +278,12 @@ def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int
     """
     if not 0 <= share < 1:
         raise ValueError(f"`general_share` must be at least 0 and below 1, got {share!r}. Set the share of all rows.")
+    # share = general / (general + long), solved for general.
     wanted = round(share / (1 - share) * long_rows)
     if not wanted:
         return []
     rows = [row for source in sources for row in read_rows(source)]
+    # Which rows is random; their order stays that of the files.
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:wanted])
     return [_conversation(rows[number]) for number in chosen]
 

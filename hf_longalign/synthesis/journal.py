@@ -50,6 +50,7 @@ _SCHEMA = (
         unconfirmed_tokens INTEGER, unconfirmed_usd REAL
     )""",
     "INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0)",
+    # Sums kept by the database itself: a budget asks for them before each request, and a scan would take seconds.
     """
     CREATE TRIGGER count_reply AFTER INSERT ON replies BEGIN
         UPDATE totals SET replies = replies + 1, prompt_tokens = prompt_tokens + NEW.prompt_tokens,
@@ -128,6 +129,8 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # sqlite's locks do not survive a fork: a child that wrote through the parent's connection would break the
+        # file.
         self._pid = os.getpid()
         self.owner = claims.new_owner()
         self._lock = threading.Lock()
@@ -145,6 +148,7 @@ class Journal:
             )
         self._connection = self._connect()
         self._closing = threading.Event()
+        # A daemon: a process that ends in an error must not be kept alive by it.
         self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
         self._keeper.start()
 
@@ -166,7 +170,10 @@ class Journal:
             time.time(),
         )
         with self._transaction() as connection:
+            # The first stays: a second reply to one key, from a shard or a race, must not change rows that were made
+            # already.
             new = connection.execute(f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 12)})", values).rowcount
+            # Whoever holds it: the reply is there, so nobody needs to ask.
             connection.execute("DELETE FROM claims WHERE key = ?", (request.key,))
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
@@ -217,6 +224,7 @@ class Journal:
 
     def entries(self) -> Iterator[Entry]:
         """Every reply with its request, ordered by key."""
+        # A connection of its own: the caller may take minutes over the entries, and others must be able to write.
         with closing(self._connect()) as connection:
             for key, model, purpose, messages, sampling, *reply in connection.execute(
                 "SELECT * FROM replies ORDER BY key"
@@ -230,6 +238,7 @@ class Journal:
         with whole(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for entry in self.entries():
                 fields = asdict(entry)
+                # When it was asked differs between machines that hold the same replies.
                 del fields["at"]
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 number += 1
@@ -264,6 +273,8 @@ class Journal:
                     "it again once its run has ended."
                 )
             with self._locked() as connection:
+                # Attached, so that sqlite copies the rows itself, in one transaction: a kill leaves all of them here
+                # or none.
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
                     with self._in_one(connection):
@@ -293,6 +304,7 @@ class Journal:
         self.close()
 
     def _connect(self) -> sqlite3.Connection:
+        # isolation_level=None: transactions are begun here, by hand; Python's own would begin one before every write.
         connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             # The tables come before the log is turned on, so that the file itself is a journal from the first moment.
@@ -316,6 +328,7 @@ class Journal:
         if os.getpid() != self._pid:
             raise RuntimeError("`Journal` must be opened in the process that uses it. Open it after the fork.")
         if self._lost is not None:
+            # On a network's disk another machine has taken the file over: whatever is written now could break it.
             raise self._lost
         with self._lock:
             try:
@@ -347,6 +360,7 @@ class Journal:
                     self._mark_host()
                 else:  # moves the log into the file, which flushes both
                     connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            # Raised at the next use of the journal, where somebody can hear it; a thread's own error goes nowhere.
             except JournalError as error:
                 self._lost = error
             except (sqlite3.Error, OSError) as error:
@@ -434,8 +448,10 @@ def _prepare(connection: sqlite3.Connection) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if not tables:
+        # In the transaction of `BEGIN IMMEDIATE`: of two processes that start at once, one makes the tables.
         for statement in _SCHEMA:
             connection.execute(statement)
+    # The application id tells a journal from any other sqlite file, such as a browser's or a tracker's.
     elif application != _APPLICATION:
         raise sqlite3.DatabaseError("it is another kind of database. Name another file")
     elif version > _VERSION:

@@ -104,6 +104,7 @@ class Pipeline:
         self.check()
         if self.shard != (0, 1):
             self.outcomes()
+        # Outcomes are one folder for many compositions: another `target_tokens` finds them here and asks for nothing.
         elif not self.files.has_outcomes():
             self.files.write_outcomes(self.outcomes())
 
@@ -138,6 +139,7 @@ class Pipeline:
     def seeds(self) -> list[Seed]:
         """The seeds of this shard."""
         index, count = self.shard
+        # In turns: seeds of one task stand together, and each machine should get some of every task.
         return self.all_seeds.seeds[index::count]
 
     @cached_property
@@ -239,6 +241,7 @@ class Pipeline:
             return []
         if self.team is None:
             return self._ask_in_turn(step, items)
+        # The names of steps are handed out, not functions: bound methods would carry the whole pipeline with them.
         order = self.team.hand_out((step, self.plan), items)
         done = self._ask_in_turn(step, [items[number] for number in order])
         results = dict(zip(order, done, strict=True))
@@ -250,6 +253,7 @@ class Pipeline:
             return []
         work, progress = getattr(self, f"_{step}"), Progress(len(items), name=_STEPS[step], show=self.show_progress)
         try:
+            # Opened for a step and closed after it, so that nothing that computes in between holds the file open.
             with Journal(self.journal) as journal:
                 runner = Runner(self.generator, journal, budget=self.budget, progress=progress)
 
@@ -317,6 +321,7 @@ class Pipeline:
         for number, score in zip(numbers, scores, strict=True):
             if score is not None:
                 outcomes[number] = replace(outcomes[number], scores={config.difficulty: score})
+        # A high score says that the model knows the answer by heart; a high loss, that it does not.
         sign = -1 if config.difficulty == "closed_book" else 1
         hardness = [0.0 if score is None else sign * score for score in scores]
         kept = set(choose_seeds(seeds, hardness, config.difficulty_use, config.difficulty_share, config.seed))
@@ -348,6 +353,7 @@ class Pipeline:
         if "duplicate" not in self.config.checks:
             return outcomes
         writes = self.config.generator != "documents" and self.config.method == "context"
+        # Again until none is left: a rewritten context may repeat another one. Each time costs a retry, so it ends.
         duplicates = Duplicates()
         while True:
             numbers = accepted(outcomes)
@@ -355,6 +361,7 @@ class Pipeline:
             if not repeated:
                 break
             places = [numbers[place] for place in repeated]
+            # The later one of a pair goes, in the order of the seeds, which is the same in every run.
             refused = [replace(outcomes[place], reason=_REPEATED) for place in places]
             outcomes = _replaced(outcomes, places, self._ask("rewrite", refused) if writes else refused)
         passed = Check("duplicate", PASSED)
@@ -367,6 +374,7 @@ def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence
     """The outcomes with new ones in the places `numbers`; scores measured before stay."""
     changed = list(outcomes)
     for number, outcome in zip(numbers, new, strict=True):
+        # A context that is written makes a new outcome, which knows nothing of what was measured before.
         changed[number] = replace(outcome, scores={**outcomes[number].scores, **outcome.scores})
     return changed
 
@@ -377,6 +385,7 @@ def check_distractors(seeds: Sequence[Seed], options: SynthesisOptions, document
     if limit is None:
         return
     share = options.difficulty_share if options.difficulty_use != "record" else 1.0
+    # After difficulty has chosen; what verification will reject cannot be known yet and is warned of later.
     tasks = {task: round(share * count) for task, count in Counter(seed.task for seed in seeds).items()}
     for task, available in options.available_distractors(tasks, documents).items():
         if available < limit:
@@ -411,6 +420,7 @@ def check_contexts(seeds: Sequence[Seed]) -> None:
     """Refuse seeds without a context where no model writes one."""
     for seed in seeds:
         if seed.context is None:
+            # The row itself is gone by now; its place is all that the message needs.
             file, _, number = seed.origin.rpartition(":")
             remedy = 'Give a column `context` or `contexts`, or a generator other than "documents" to write it.'
             raise BadRowError(Row({}, file, int(number)), "missing", remedy, "context")

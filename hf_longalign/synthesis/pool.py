@@ -1,4 +1,4 @@
-"""The contexts of a data set, side by side: what is gold for one row distracts in another, unless they conflict."""
+"""The contexts of a data set, side by side: which may distract from which, and in what order they are offered."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +33,7 @@ def hash_words(words: Iterable[str]) -> np.ndarray:
     >>> hash_words(["dam", "ashby", "dam"]).tolist() == sorted({zlib.crc32(b"dam"), zlib.crc32(b"ashby")})
     True
     """
+    # crc32 and not `hash`, which Python seeds anew in every process.
     return np.unique(np.array([zlib.crc32(word.encode()) for word in words], np.uint32))
 
 
@@ -61,6 +62,7 @@ class Words:
     def stored(cls, folder: Path, texts: Callable[[], Iterable[str]]) -> "Words":
         """Return the words of texts, mapped from two files in `folder`, which are written where they are not there."""
         hashes, ends = folder / "words.bin", folder / "words.npy"
+        # The ends are written last, so that their file says that both are whole.
         if not ends.is_file():
             counts = []
             with whole(hashes) as unfinished, unfinished.open("wb") as file:
@@ -97,6 +99,7 @@ class Rivals:
 
     def __init__(self, words: Words):
         self._words = words
+        # Every so-manieth and not at random: the same words are rare in every process.
         sample = range(0, len(words), max(1, len(words) // _SAMPLE))
         self._documents = len(sample)
         found = np.concatenate([np.empty(0, np.uint32), *(words[index] for index in sample)])
@@ -146,6 +149,7 @@ class Pool:
     def __post_init__(self) -> None:
         self.size = self.table.num_rows
         self.ids = self.table["seed_id"].to_pylist() + [document.document_id for document in self.documents]
+        # Tasks as small numbers: comparing arrays of strings for each row would take longer than composing it.
         names, self.tasks = np.unique(self.table["task"].to_pylist(), return_inverse=True)
         self.task_names = [str(name) for name in names]
         self.titles = self.table["title"].to_pylist() + [document.title for document in self.documents]
@@ -227,6 +231,7 @@ class Pool:
 
     def name(self, index: int) -> str:
         """Return how a context is announced: by its title where all have one, else by an ID."""
+        # All or none: one context with an ID among titles would give itself away.
         return f"Title: {self.titles[index]}" if self.titled else f"ID: {self._short_id(index)}"
 
     def reference(self, index: int, noun: str) -> str:
@@ -255,6 +260,7 @@ def shuffled(items: Sequence[int] | np.ndarray, rng: np.random.Generator) -> Ite
     >>> sorted(shuffled([3, 5, 7], np.random.default_rng(0)))
     [3, 5, 7]
     """
+    # Fisher and Yates, with only the moved places kept: a row takes ten of a hundred thousand.
     moved: dict[int, int] = {}
     for last in range(len(items) - 1, -1, -1):
         drawn = int(rng.integers(last + 1))
@@ -288,6 +294,7 @@ def offer(
     """
     for number, group in enumerate(groups):
         near = iter([int(index) for index in nearest[number] if index >= 0] if hard_share else [])
+        # By group, as no context stands in two of them.
         seen = {own}
         for index in shuffled(group, rng):
             while hard_share and rng.random() < hard_share:
@@ -396,6 +403,7 @@ def embed(texts: Sequence[str], model_name: str, batch_size: int = 16) -> np.nda
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     longest = min(512, getattr(model.config, "max_position_embeddings", 512) - 2)
+    # Texts of one length share a batch, so that little is padding.
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     vectors: list[Any] = [None] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -410,6 +418,7 @@ def embed(texts: Sequence[str], model_name: str, batch_size: int = 16) -> np.nda
         with torch.inference_mode():
             states = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1)
+        # Means over real tokens alone: padding would pull short texts towards each other.
         means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu().numpy()
         for number, vector in zip(numbers, means, strict=True):
             vectors[number] = vector

@@ -1,8 +1,9 @@
-"""What a model is asked: to write a context, its facts, its outline and sections, to judge, to answer, to ask.
+"""What a model is asked: to write a context, its facts, its outline and sections, to judge, to answer; and its reply.
 
 The wording is this package's own. It asks for what Context Synthesis asks for (https://arxiv.org/abs/2502.15592): the
 evidence that leads to the answer, distracting detail, and one coherent text of both; a reply opens with "Context:".
-Every function returns messages as (role, content) pairs and depends on nothing but its arguments.
+Prompts are messages as (role, content) pairs. A reply that does not hold what was asked for is an error with a reason,
+never data.
 """
 
 import re
@@ -150,6 +151,7 @@ def context_prompt(
     (True, True)
     """
     if template is None:
+        # Built before it is filled: braces in the seed must not be taken for fields.
         template = _LOST + ("\n{facts}" if facts else "") + "\n" + _DEMANDS + "\n{format}"
     return _ask(
         template.format(
@@ -233,11 +235,14 @@ def _bullets(lines: tuple[str, ...]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+# Reasoning models of today: <think> (Qwen, DeepSeek), <thought>, <reasoning>, [THINK] (Mistral).
 _THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
 _THOUGHT_START = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\])", re.IGNORECASE)
+# Models put labels in bold, in quotes or as headings, whatever the format asked for.
 _LABEL = r"^[ \t>#*_]*{label}[ \t*_]*:[ \t*_]*"
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(\S.*)$", re.MULTILINE)
 _SECTION_LINE = re.compile(r"^[ \t>#*_]*Section[ \t]+(\d+)[ \t*_]*[:.][ \t*_]*(\S.*)$", re.MULTILINE | re.IGNORECASE)
+# Small judges answer 'yes' where 'supported' was asked for.
 _VERDICT = re.compile(r"^\W*(supported|not supported|yes|no)\b\W*(.*)", re.IGNORECASE | re.DOTALL)
 
 
@@ -281,6 +286,7 @@ def read_outline(text: str, sections: int) -> Outline:
     """Return the plan of a long context."""
     text = spoken(text)
     plan = _SECTION_LINE.findall(text)
+    # One section too few would leave its facts unwritten; one too many would be paid for.
     if [int(number) for number, _ in plan] != list(range(1, sections + 1)):
         raise ReplyError(f'the plan must have {sections} lines "Section <number>: ...", got {len(plan)}')
     title, _ = _title(text)
@@ -348,6 +354,7 @@ def _title(text: str) -> tuple[str | None, str]:
     match = re.search(_LABEL.format(label="Title") + "(.*)$", text, re.MULTILINE | re.IGNORECASE)
     if match is None:
         return None, text.strip()
+    # Quotes and a full stop are the model's habit; a title goes into prompts that quote it themselves.
     title = match[1].strip(" \t*_\"'“”.")
     return title or None, (text[: match.start()] + text[match.end() :]).strip()
 

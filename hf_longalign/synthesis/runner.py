@@ -1,4 +1,4 @@
-"""Drives many jobs at once: each asks through the journal, the generator is kept busy, a bar shows how far it is."""
+"""Drives many jobs at once: each asks through the journal, the generator is kept busy, what is hopeless is stopped."""
 
 import asyncio
 import logging
@@ -67,6 +67,7 @@ class Progress:
         self.faults: Counter[str] = Counter()
         self.spend = Spend()
         self._name = name
+        # Off a terminal a bar would fill a log with thousands of lines.
         self._log_every = log_every
         self._logged = time.monotonic()
         # disable=None: tqdm hides the bar where stderr is no terminal, and the log lines take over.
@@ -168,12 +169,15 @@ class Runner:
         reply = self.journal.get(request.key)
         if reply is None:
             task = self._under_way.get(request.key)
+            # Between this look and the entry nothing is awaited, so that no second job can ask the same in between.
             if task is None:
                 task = self._under_way[request.key] = asyncio.create_task(self._fetch(request))
+                # Only while it is under way: afterwards the journal has it, and a fault must not be remembered.
                 task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
             # Shielded: a job that is cancelled must not cancel what another one waits for, or what is paid for.
             reply = await asyncio.shield(task)
         else:
+            # A reply that an earlier run paid for shows too that the endpoint serves this model.
             self.progress.count("journaled")
             self._breaker.replied()
         if reply.finish_reason == CONTENT_FILTER:
@@ -210,6 +214,7 @@ class Runner:
                 results = self._run_beside(jobs)
         if self._stop is not None:
             raise self._stop
+        # Fewer requests than the breaker waits for, and every one refused: no data is better than an empty success.
         if self._refused is not None and not self.journal.totals().replies:
             raise self._breaker.hopeless(self._refused)
         if self._without_reply:
@@ -218,6 +223,7 @@ class Runner:
                 f"{self._without_reply.total()} seeds got no reply ({kinds}). Every other reply is in the journal; "
                 "run again to ask for the rest."
             )
+        # By number, since jobs end in any order.
         return [results[index] for index in sorted(results)]
 
     def _run_beside(self, jobs: Iterable[Job[T]]) -> dict[int, T]:
@@ -246,6 +252,7 @@ class Runner:
         return results
 
     async def _work(self, numbered: Iterator[tuple[int, Job[T]]], results: dict[int, T]) -> None:
+        # One iterator for all workers: each takes the next job when it is free, and jobs are made only then.
         for index, job in numbered:
             if self._stop is not None:
                 return
@@ -266,6 +273,7 @@ class Runner:
         # The generator is checked once, before the first request that the journal cannot answer: a rerun that has all
         # its replies needs no endpoint.
         if self._checked is None:
+            # A task, which all first requests await: the check is made once, and its failure reaches each of them.
             self._checked = asyncio.create_task(self.generator.check())
         await asyncio.shield(self._checked)
         stored = await self._claim(request)
@@ -274,6 +282,7 @@ class Runner:
         try:
             self.progress.count("asked")
             reply = await self.generator.reply(request, partial(self._fault, request))
+        # Raised through the generator by `_fault`: the only way out of its loop of attempts.
         except _AnsweredElsewhereError as other:
             return other.reply
         except GenerationError as error:
@@ -299,6 +308,7 @@ class Runner:
         """Wait for the right to ask; returns the reply where another process got it meanwhile."""
         while True:
             if self._stop is not None:
+                # A claim taken now would be sent after the drain.
                 raise RunStopped("The run is stopping.")
             claim = self.journal.claim(request, self.budget)
             if claim is Claim.MINE:
@@ -361,6 +371,8 @@ class Runner:
         finally:
             for number, before in handled:
                 loop.remove_signal_handler(number)
+                # asyncio sets the default where it removes its handler; a notebook or a trainer may have had its own.
+                # None: set in C.
                 signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
@@ -405,6 +417,7 @@ class Breaker:
 
     def usable(self) -> None:
         """A context, or a pair, went through all checks."""
+        # A usable reply ends the streak, and what was in it now counts towards the share.
         self._seen += self._streak + 1
         self._unusable += self._streak
         self._streak = 0
@@ -418,6 +431,7 @@ class Breaker:
         if not self._streak:
             self._first = f"{reason}, in {' '.join(text.split())[:_SHOWN]!r}"
         self._streak += 1
+        # Laplace's rule of succession: neither 0 nor 1 before anything was seen.
         share = (self._unusable + 1) / (self._seen + 2)
         least = _HOPELESS if self._seen == self._unusable else _LONG
         if self._streak < least or share**self._streak > _CHANCE:

@@ -1,4 +1,4 @@
-"""Seeds: instruction-answer pairs from files, the Hub or memory, each row checked as it is read."""
+"""What is read: seeds (instruction-answer pairs) and documents (texts alone), each row checked as it is read."""
 
 import re
 from collections import Counter
@@ -122,6 +122,7 @@ def read_seeds(
             continue
         if repeated:
             found.skipped["the same row twice"] += 1
+        # Counted after bad and repeated rows are gone: the first so many good ones.
         elif per_task is None or kept[seed.task] < per_task:
             kept[seed.task] += 1
             found.seeds.append(seed)
@@ -145,6 +146,7 @@ def _read_contexts(task: str | None, source: str) -> dict[int, str]:
     for row in read_rows(source):
         if row.fault:
             raise row.fault
+        # By number and not in a list: a blank line is skipped here as it is among the seeds.
         found[row.number] = _text(row, "context", required=True)
     return found
 
@@ -165,6 +167,7 @@ def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]
             raise BadRowError(row, "no context on the same line", remedy)
     own_id = row.values.get("id")
     return Seed(
+        # The id goes into every draw that is made for the row: by content, so that moving rows or files changes none.
         seed_id=digest(name, instruction, answer, context or "") if own_id is None else str(own_id),
         task=name,
         instruction=instruction,
@@ -208,6 +211,7 @@ def _text(row: Row, column: str, required: bool = False) -> Any:
 
 def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, Row]) -> bool:
     """Whether the very same row was read before; another row under the same id is an error."""
+    # By the row it was read from, not by the file: the same pair may stand in two files.
     first = first_seen.setdefault(seed.seed_id, row)
     if first is row:
         return False
@@ -262,6 +266,7 @@ def read_documents(
     found = (document for path in paths for document in _read_texts(path))
     if control is not None:
         found = (_controlled_document(document, control, on_control_tokens) for document in found)
+    # Each text once: patterns overlap, and a document that stands twice would distract from itself.
     return list({document.document_id: document for document in found}.values())
 
 
@@ -282,6 +287,7 @@ def _controlled_document(document: Document, control: ControlTokens, on_control_
 def _read_texts(source: str) -> Iterator[Document]:
     if Path(source).suffix in (".txt", ".md") and Path(source).is_file():
         try:
+            # utf-8-sig: Windows editors put a byte order mark in front, which would be the first token of the text.
             text = clean(Path(source).read_text(encoding="utf-8-sig")).strip()
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8 at byte {error.start + 1}. Save it as UTF-8.") from None
@@ -316,6 +322,7 @@ def draw_chunks(documents: Sequence[Document], words: int, per_document: int, se
     for document in documents:
         starts = [word.start() for word in re.finditer(r"\S+", document.text)]
         for number in range(per_document):
+            # One generator a chunk, by the document's content: adding a document moves no other one's chunks.
             rng = np.random.default_rng(int(digest("chunk", str(seed), document.document_id, str(number)), 16))
             first = int(rng.integers(max(1, len(starts) - words + 1)))
             after = starts[first + words] if first + words < len(starts) else len(document.text)

@@ -36,6 +36,7 @@ def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -
     model = model.to(device).eval()
     rows = [_prompt_and_answer(seed, tokenizer) for seed in seeds]
     losses = np.zeros(len(rows))
+    # By length, so that little of a batch is padding.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]) + len(rows[number][1]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -61,6 +62,7 @@ def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]], device: s
     for number, (prompt, answer) in enumerate(rows):
         whole = torch.tensor(prompt + answer)
         ids[number, : len(whole)], mask[number, : len(whole)] = whole, 1
+        # The answer alone: a long instruction would otherwise drown what is measured.
         labels[number, len(prompt) : len(whole)] = whole[len(prompt) :]
     with torch.inference_mode():
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
@@ -123,6 +125,7 @@ def _choose(ranked: list[int], seeds: Sequence[Seed], use: str, count: int, seed
         stratum = list(zip(draws, ranked, strict=True))[
             part * len(ranked) // _STRATA : (part + 1) * len(ranked) // _STRATA
         ]
+        # Differences of rounded sums, which add up to `count` exactly.
         quota = (part + 1) * count // _STRATA - part * count // _STRATA
         chosen += [number for _, number in sorted(stratum)[:quota]]
     return chosen
@@ -215,6 +218,7 @@ class Duplicates:
             1,
         )
         bands = _PERMUTATIONS // rows
+        # Fixed factors, odd so that no bit of a row is lost in the product modulo 2^64.
         factors = np.random.default_rng(0).integers(1, 2**63, rows, dtype=np.uint64) | np.uint64(1)
         wide = sketches[:, : bands * rows].reshape(len(sketches), bands, rows)
         return [(wide[:, band] * factors).sum(1, dtype=np.uint64) for band in range(bands)]

@@ -76,6 +76,7 @@ class Team:
         The leader goes through the parts of the others from their end, so that it meets them at work as late as can
         be, and helps the slow ones.
         """
+        # A process that took over goes on counting where the lost leader stopped.
         self._steps = max([self._steps, *(int(path.name[:4]) for path in self.folder.glob("*.work"))]) + 1
         for rank in set(range(self.size)) - {self.rank}:
             with whole(self.folder / f"{self._steps:04}-{rank}.work") as unfinished:
@@ -86,6 +87,7 @@ class Team:
     def _meet(self) -> None:
         """Wait until every process is seen in the folder, before anything is paid for."""
         deadline = time.monotonic() + MEET_SECONDS
+        # Before its own mark is written, for which the others wait: there is never a moment without a leader.
         if not self.rank:
             self._lead.acquire()
         missing = set(range(self.size))
@@ -116,12 +118,14 @@ class Team:
         while True:
             for path in sorted(set(self.folder.glob(f"*-{self.rank}.work")) - seen):
                 seen.add(path)
+                # Written by a process of this very run, into a folder of its own.
                 follow(pickle.loads(path.read_bytes()))
             try:
                 self._lead.acquire(timeout=0)
             except Timeout:
                 time.sleep(_POLL_SECONDS)
                 continue
+            # The lock is free because the leader has ended well, and not because it was lost.
             if done.exists():
                 self._lead.release()
                 self._leave()

@@ -1,4 +1,4 @@
-"""What a model is asked for one seed: its context, again with the reason while retries are left; verdicts; answers."""
+"""The requests made for one seed: its context, again with the reason while retries are left; verdicts; answers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -117,7 +117,9 @@ class Dialogue:
         self.count("retried")
 
 
+# Enough to go on from; the whole text before would be paid for again with every section.
 _TAIL_WORDS = 200
+# A model that thinks before a short answer needs some room; more than this is no answer.
 _ANSWER_TOKENS = 512
 _SHORT_WORDS = 3
 
@@ -168,6 +170,7 @@ async def write_context(
     drafted, reason = Draft(), refused.reason if refused else None
     try:
         if refused is not None:
+            # It goes on where the first writing ended, so that `retries` bounds what a seed costs in all.
             dialogue.used = refused.provenance.attempts - 1
             dialogue.keys += refused.provenance.journal_keys
             dialogue.prompt_hash = refused.provenance.prompt_hash
@@ -281,6 +284,7 @@ async def _sections(
         "outline", plan_prompt, lambda text: read_outline(text, number_of), reason
     )
     written: list[str] = []
+    # One after the other, since each is shown how the one before ends.
     for number in range(1, number_of + 1):
         before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
 
@@ -290,12 +294,14 @@ async def _sections(
 
         (_, section), finish = await dialogue.get("section", prompt, read_context, None)
         written.append(section)
+        # One section that was cut off makes the whole text one.
         finish_reason = finish if finish_reason != "length" else finish_reason
     return outline.title or None, "\n\n".join(written), finish_reason
 
 
 async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask: Ask, keys: list[str]) -> list[Check]:
     """Where comparing strings did not find the answer, a model's verdict decides; what fails anyway is not judged."""
+    # A verdict costs a request with the whole context in it: only where it can still change what happens.
     number = next((number for number, check in enumerate(checks) if check.name == "support"), None)
     fails_anyway = any(check.outcome == FAILED for check in checks if check.name != "support")
     if number is None or checks[number].outcome == PASSED or fails_anyway or plan.judge is None:
@@ -309,6 +315,7 @@ async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask:
         keys.append(request.key)
         verdict, why = read_verdict(reply.text)
     except (GenerationError, ReplyError) as error:
+        # No verdict is none against the context: the string check alone has the say.
         return [*checks, Check("judge", OPEN, f"no verdict: {error}")]
     if verdict:
         support = Check("support", PASSED, "judged")
