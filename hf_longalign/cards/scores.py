@@ -37,11 +37,11 @@ def _measured(report: Report) -> Iterator[_Measured]:
     label = report.labels[-1]
     for suite in report.suites:
         for task in suite.tasks:
-            if task.grid is not None and label in task.grid.by_length:
-                for length, score in zip(task.grid.lengths, task.grid.by_length[label], strict=True):
-                    yield _Measured(suite, task, length, score)
-            elif label in task.scores:
-                yield _Measured(suite, task, task.length, task.scores[label])
+            # Each length is a result of its own: the Hub would take two lengths of one task for the same test.
+            by_length: list[tuple[int | None, dict[str, Score]]] = [*task.scores_by_length.items()]
+            for length, scores in by_length or [(None, task.scores)]:
+                if label in scores:
+                    yield _Measured(suite, task, length, scores[label])
 
 
 def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:

@@ -26,8 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_longalign.evaluation.intervals import Z, mean_interval
 from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
-from hf_longalign.evaluation.runner import Examinee
-from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import Difference, Score, SuiteResult, TaskResult
 
 

@@ -3,12 +3,14 @@
 Documents are cut into windows, and each window is read alone, from position 0; one that is shorter than a window is
 read whole. The token at place i of a window is predicted from the i tokens before it, so its loss counts at position
 i. With a stride below the window the same text is scored at several positions, and the curve compares positions, not
-texts. For a comparison of two models, or of an adapter turned on and off, give both the same documents, window and
-stride.
+texts.
 """
 
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,20 @@ import torch
 from numpy.typing import ArrayLike
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.encoding import eval_mode
-from hf_longalign.evaluation.generation import check_range
+from hf_longalign.evaluation.generation import check_range, eval_mode
 from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
+from hf_longalign.evaluation.runner import Examinee, ResultStore
+from hf_longalign.records.report import PerplexityResult
 
 
-# Logits of so many tokens exist at once in the model's precision, of so many in float32.
+logger = logging.getLogger(__name__)
+
+# Enough for a steady curve: 20 documents of 32k tokens are 640k predictions.
+DOCUMENTS = 20
+# Logits of so many tokens exist at once in the model's precision, of so many in float32: with 150,000 words of
+# vocabulary, 256 rows of float32 are 150 MB, and those of a whole window of 32k would be 20 GB.
 _CHUNK, _ROWS = 2048, 256
 
 
@@ -132,7 +140,16 @@ def document_loss(
     """
     array = np.asarray(ids)
     bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
-    _check_request(window, stride, bounds)
+    if window < 2:
+        raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
+    if not 1 <= stride <= window:
+        raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
+    ascending = bounds.ndim == 1 and bounds.size > 1 and (np.diff(bounds) > 0).all()
+    if not ascending or bounds[0] not in (0, 1) or bounds[-1] < window:
+        raise ValueError(
+            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {bounds.tolist()}. Leave them "
+            "out for bins that double."
+        )
     check_range(model.config, window)
     text = window - (bos_token_id is not None)
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
@@ -168,13 +185,88 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
     return torch.cat(losses).double().numpy()
 
 
-def _check_request(window: int, stride: int, edges: np.ndarray) -> None:
-    if window < 2:
-        raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
-    if not 1 <= stride <= window:
-        raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
-    if edges.ndim != 1 or edges.size < 2 or edges[0] not in (0, 1) or edges[-1] < window or (np.diff(edges) < 1).any():
-        raise ValueError(
-            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {edges.tolist()}. Leave them "
-            "out for bins that double."
-        )
+class PerplexitySuite:
+    """Documents, read in windows that overlap by half.
+
+    Args:
+        model: what all examinees share.
+        tokenizer: the model's.
+        texts: of any lengths; short ones are joined, see [`join_texts`].
+        window: tokens of a window.
+        limit: documents to read, the first ones; `None`: all, which ends for finite texts alone.
+
+    Raises:
+        ValueError: no text, or a window beyond the model's range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[str],
+        *,
+        window: int,
+        limit: int | None = DOCUMENTS,
+    ) -> None:
+        check_range(model.config, window, "perplexity_window")  # before other suites take their hours
+        self.model, self.window, self.edges = model, window, position_edges(window)
+        # Llama, Gemma and others were trained with this token before every text, and read badly without it.
+        first = tokenizer("a")["input_ids"][0]
+        self.bos = tokenizer.bos_token_id if first == tokenizer.bos_token_id else None
+        self.documents = list(islice(join_texts(texts, tokenizer, window), limit))
+        if not self.documents:
+            raise ValueError(
+                "`perplexity_documents` must hold texts, got none with a token to predict. Set it to a file or a data "
+                "set with longer ones."
+            )
+        if len(self.documents) == limit:
+            logger.info("Perplexity is read of the first %d documents. Set `perplexity_limit` for more.", limit)
+
+    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
+        """Have each model read this process's share of the documents."""
+        for examinee in examinees:
+            mine = self.documents[rank::processes]
+            with examinee.active():
+                for ids in tqdm(mine, desc=f"{examinee.label}, perplexity", unit="document", disable=rank != 0):
+                    if self._key(examinee, ids) not in store:
+                        half = max(1, self.window // 2)
+                        loss = document_loss(self.model, ids, window=self.window, stride=half, bos_token_id=self.bos)
+                        counts = {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
+                        store.add(self._key(examinee, ids), counts)
+
+    def asked(self) -> list[str]:
+        """Return what tells the documents and how they are read."""
+        return [self._unit(ids) for ids in self.documents]
+
+    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> PerplexityResult:
+        """Return the perplexity per bin by label."""
+        curves = {}
+        for examinee in examinees:
+            keys = [self._key(examinee, ids) for ids in self.documents]
+            store.wait_for(keys)
+            sums, counts = (np.sum([store.get(key)[name] for key in keys], axis=0) for name in ("sums", "counts"))
+            values = PositionLoss(np.array(self.edges), sums, counts).perplexity
+            curves[examinee.label] = [None if np.isnan(value) else float(value) for value in values]
+        return PerplexityResult(list(self.edges), self.window, len(self.documents), curves)
+
+    def _key(self, examinee: Examinee, ids: np.ndarray) -> str:
+        return examinee.key(self._unit(ids))
+
+    def _unit(self, ids: np.ndarray) -> str:
+        return f"perplexity/{self.window}/{self.bos}/{hashlib.sha256(ids.tobytes()).hexdigest()}"
+
+
+def join_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[np.ndarray]:
+    """Yield documents, int64 `(tokens,)` each: texts joined by blank lines until they are as long as a window.
+
+    The last one may be shorter; it then tells of the positions that it reaches.
+    """
+    ids: list[int] = []
+    for text in texts:
+        # Without `verbose`, tokenizers warn of texts beyond a range in which they are not going to be read.
+        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= window:
+            yield np.array(ids, dtype=np.int64)
+            ids = []
+    if len(ids) > 1:
+        yield np.array(ids, dtype=np.int64)

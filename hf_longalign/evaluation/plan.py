@@ -16,8 +16,7 @@ from accelerate import PartialState
 
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.runner import Examinee, spent
-from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.runner import Examinee, ResultStore, spent
 from hf_longalign.records.report import SuiteResult
 
 
@@ -156,9 +155,6 @@ def cells_to_refine(
 ) -> list[Cell]:
     """Return where more samples are worth their time: the shortest lengths first, as many as there is time for.
 
-    A 95 % interval narrows with the root of the samples, so how many bring it within ± 3 points is known. At most four
-    times as many are asked at once, since the width itself is known badly from few.
-
     Args:
         result: of a suite, so far.
         prompts: of that suite.
@@ -166,12 +162,13 @@ def cells_to_refine(
         seconds: that are left.
     """
     cells = []
-    for task, grid in [(task, task.grid) for task in result.tasks if task.grid is not None]:
-        for column, length in enumerate(grid.lengths):
+    for task in result.tasks:
+        for length, scores in task.scores_by_length.items():
             own = [prompt for prompt in prompts if prompt.task == task.task and prompt.length == length]
             present = len({prompt.index for prompt in own})
-            scores = [row[column] for row in grid.by_length.values()]
-            half = max((score.high or 1.0) - (score.low or 0.0) for score in scores) / 2
+            half = max((score.high or 1.0) - (score.low or 0.0) for score in scores.values()) / 2
+            # An interval narrows with the root of the samples. At most four times as many are asked at once, since
+            # the width itself is known badly from few.
             wanted = min(ceil(present * (half / WIDTH) ** 2), 4 * present)
             if half > WIDTH and wanted > present:
                 each = costs[length] * len(own) / present

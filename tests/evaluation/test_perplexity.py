@@ -8,8 +8,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.evaluation import perplexity
-from hf_longalign.evaluation.perplexity import document_loss, perplexity_by_position, position_edges
-from hf_longalign.evaluation.perplexity_suite import PerplexitySuite
+from hf_longalign.evaluation.perplexity import PerplexitySuite, document_loss, perplexity_by_position, position_edges
 
 
 def document(length, seed=0):
