@@ -190,7 +190,8 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
     chat = uses_chat(examined, options)
     lengths = options.lengths or default_lengths(examined.reach)
     check_range(examined.config, max(lengths), "lengths")
-    grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, state)
+    names, is_main = [one.identity for one in examined.who], state.is_main_process
+    grid = plan_grid(examined.model, names, options, lengths, store, is_main_process=is_main)
     texts = as_many_as_needed(load_documents(options.haystack, options))
     count, haystack = token_counter(examined.tokenizer, chat=chat), public_documents(options.haystack)
     planned = {
@@ -205,7 +206,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
             make = make_prompts(name, options, texts, count=count, chat=chat)
             prompts: list[Prompt] = []
             missing: dict[str, str] = {}
-            for task in tqdm(tasks, desc=name, disable=not state.is_main_process):
+            for task in tqdm(tasks, desc=name, disable=not is_main):
                 made, without_room = make(task, grid.lengths, grid.samples)
                 prompts += made
                 missing |= without_room

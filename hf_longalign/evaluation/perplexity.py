@@ -37,28 +37,17 @@ _CHUNK, _ROWS = 2048, 256
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Losses by position; those of several documents add up.
+    """Losses by position.
 
     Attributes:
         edges: int64 `(bins + 1,)`, ascending; bin i holds positions from `edges[i]` to `edges[i + 1] - 1`.
         sums: float64 `(bins,)` sum of the negative log-likelihoods, in nats.
         counts: int64 `(bins,)` tokens predicted.
-
-    Example:
-
-    >>> one = PositionLoss(np.array([0, 2, 4]), np.array([1.0, 2.0]), np.array([1, 2]))
-    >>> (one + one).nll, (one + one).counts
-    (array([1., 1.]), array([2, 4]))
     """
 
     edges: np.ndarray
     sums: np.ndarray
     counts: np.ndarray
-
-    def __add__(self, other: "PositionLoss") -> "PositionLoss":
-        if not np.array_equal(self.edges, other.edges):
-            raise ValueError(f"`edges` must be the same, got {self.edges.tolist()} and {other.edges.tolist()}.")
-        return PositionLoss(self.edges, self.sums + other.sums, self.counts + other.counts)
 
     @property
     def nll(self) -> np.ndarray:
@@ -90,56 +79,27 @@ def perplexity_by_position(
     stride: int,
     edges: Sequence[int] | None = None,
     bos_token_id: int | None = None,
-    progress: bool = True,
 ) -> PositionLoss:
-    """Return the losses of any number of documents by position, see [`document_loss`], which does one of them.
+    """Return the losses of documents by position, computed in float32.
+
+    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole; the only one of a shorter document ends
+    with it.
 
     Args:
         model: a causal language model; an adapter that is turned off stays off.
-        documents: token ids, int `(tokens,)` each, of any lengths.
-        window: tokens of a window.
-        stride: tokens from one window to the next.
-        edges: see [`document_loss`].
-        bos_token_id: see [`document_loss`].
-        progress: show a bar.
-    """
-    if not len(documents):
-        raise ValueError("`documents` must hold at least one, got none. Give token ids of texts.")
-    bar = tqdm(documents, desc="perplexity", unit="document", disable=not progress)
-    losses = [
-        document_loss(model, ids, window=window, stride=stride, edges=edges, bos_token_id=bos_token_id) for ids in bar
-    ]
-    return sum(losses[1:], start=losses[0])
-
-
-def document_loss(
-    model: PreTrainedModel | PeftModel,
-    ids: ArrayLike,
-    *,
-    window: int,
-    stride: int,
-    edges: Sequence[int] | None = None,
-    bos_token_id: int | None = None,
-) -> PositionLoss:
-    """Return the losses of one document by position.
-
-    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole; the only one of a shorter document ends
-    with it. The losses are computed in float32; the logits of a whole window never exist at once, except for models
-    that cannot be read in pieces exactly, see [`reuse_problem`].
-
-    Args:
-        model: a causal language model.
-        ids: int `(tokens,)`; without special tokens where `bos_token_id` is given.
+        documents: token ids, int `(tokens,)` each, of any lengths; without special tokens where `bos_token_id` is
+            given.
         window: tokens of a window, the one `bos_token_id` adds included.
         stride: tokens from one window to the next, at most the window.
         edges: ascending, from 0 or 1 to at least the window; `None`: those of [`position_edges`].
         bos_token_id: token that begins every window, for models that were trained so.
 
     Raises:
-        ValueError: a window beyond the model's range, bad edges or stride.
+        ValueError: no documents, a window beyond the model's range, bad edges or stride.
     """
-    array = np.asarray(ids)
     bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
+    if not len(documents):
+        raise ValueError("`documents` must hold at least one, got none. Give token ids of texts.")
     if window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
     if not 1 <= stride <= window:
@@ -153,15 +113,17 @@ def document_loss(
     check_range(model.config, window)
     text = window - (bos_token_id is not None)
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
+    # Models whose state cannot be kept exactly read a window at once, whose logits then exist all together.
     pieces = _CHUNK if reuse_problem(model) is None else window
     with eval_mode(model):
-        for start in range(0, max(1, array.size - text + 1), stride):
-            content = array[start : start + text]
-            tokens = content if bos_token_id is None else np.append(bos_token_id, content)
-            if tokens.size > 1:  # else there is nothing to predict, or nothing to predict it from
-                bins = np.searchsorted(bounds, np.arange(1, tokens.size), side="right") - 1
-                sums += np.bincount(bins, _losses(model, tokens, pieces), minlength=sums.size)
-                counts += np.bincount(bins, minlength=sums.size)
+        for ids in map(np.asarray, documents):
+            for start in range(0, max(1, ids.size - text + 1), stride):
+                content = ids[start : start + text]
+                tokens = content if bos_token_id is None else np.append(bos_token_id, content)
+                if tokens.size > 1:  # else there is nothing to predict, or nothing to predict it from
+                    bins = np.searchsorted(bounds, np.arange(1, tokens.size), side="right") - 1
+                    sums += np.bincount(bins, _losses(model, tokens, pieces), minlength=sums.size)
+                    counts += np.bincount(bins, minlength=sums.size)
     return PositionLoss(bounds, sums, counts)
 
 
@@ -186,7 +148,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
 
 
 class PerplexitySuite:
-    """Documents, read in windows that overlap by half.
+    """Documents, read in windows that overlap by half: each once per model, shared among processes.
 
     Args:
         model: what all examinees share.
@@ -198,6 +160,8 @@ class PerplexitySuite:
     Raises:
         ValueError: no text, or a window beyond the model's range.
     """
+
+    name = "perplexity"
 
     def __init__(
         self,
@@ -229,8 +193,12 @@ class PerplexitySuite:
             with examinee.active():
                 for ids in tqdm(mine, desc=f"{examinee.label}, perplexity", unit="document", disable=rank != 0):
                     if self._key(examinee, ids) not in store:
-                        half = max(1, self.window // 2)
-                        loss = document_loss(self.model, ids, window=self.window, stride=half, bos_token_id=self.bos)
+                        windows: dict[str, Any] = {
+                            "window": self.window,
+                            "stride": max(1, self.window // 2),
+                            "bos_token_id": self.bos,
+                        }
+                        loss = perplexity_by_position(self.model, [ids], **windows)
                         counts = {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
                         store.add(self._key(examinee, ids), counts)
 
