@@ -32,8 +32,9 @@ class SynthesizeArguments:
     generator: str = field(
         default="documents",
         metadata={
-            "help": "Who writes: an endpoint, a local model, or nobody, where the seeds have their contexts.",
-            "choices": ["openai", "transformers", "documents"],
+            "help": "Who writes: an endpoint, the first endpoint's Batch API at half the price, a local model, or nobody, "
+            "where the seeds have their contexts.",
+            "choices": ["openai", "batch", "transformers", "documents"],
         },
     )
     model: str | None = field(default=None, metadata={"help": "The model that writes."})
@@ -46,6 +47,13 @@ class SynthesizeArguments:
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
     max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
+    batch_command: str | None = field(
+        default=None,
+        metadata={
+            "help": 'With generator "batch", a command in place of a Batch API: '
+            "'vllm run-batch -i {input} -o {output} --model MODEL'."
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
     judge_model: str | None = field(
         default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
@@ -67,6 +75,11 @@ class SynthesizeArguments:
     shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
 
+    @property
+    def price_share(self) -> float:
+        """The share of the prices that is billed."""
+        return 0.5 if self.generator == "batch" and self.batch_command is None else 1.0
+
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
         check_license(seeds_license=self.seeds_license)
@@ -75,6 +88,11 @@ class SynthesizeArguments:
         if self.model is None and self.generator != "documents":
             raise ValueError(
                 f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
+            )
+        if self.batch_command is not None and self.generator != "batch":
+            raise ValueError(
+                f"`batch_command` must come with `generator` 'batch', got {self.generator!r}. Set one or leave out the "
+                "other."
             )
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(

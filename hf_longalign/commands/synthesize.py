@@ -1,16 +1,18 @@
 """Turn short instruction-answer pairs into long-context chat data: what `hf-longalign synthesize` runs."""
 
+import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import PartialState
 
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
 from hf_longalign.commands.synthesis_options import SynthesizeArguments
-from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint import BatchGenerator, CommandBatches, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget
@@ -29,7 +31,17 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
         judge = make_generator(args, args.judge_model, args.judge_endpoints, rank)
     if args.generator == "documents":
         return "documents", judge
+    if args.generator == "batch":
+        return make_batch_generator(args), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
+
+
+def make_batch_generator(args: SynthesizeArguments) -> BatchGenerator:
+    """Return the generator that asks a Batch API, or a command on this machine."""
+    if args.batch_command is None:
+        return BatchGenerator(str(args.model), HostedBatches(args.endpoints[0], api_key_env=args.api_key_env))
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "batches"
+    return BatchGenerator(str(args.model), CommandBatches(shlex.split(args.batch_command), folder))
 
 
 def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
@@ -49,7 +61,7 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> Contex
         generator=generator,
         judge=judge,
         journal=args.journal,
-        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price),
+        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price, args.price_share),
         show_progress=None if state.is_main_process else False,
         cache_dir=args.cache_dir,
         **asdict(options),
@@ -64,7 +76,7 @@ def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, opti
     pipeline.check()
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
-    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    budget = Budget(None, None, args.prompt_price, args.completion_price, args.price_share)
     count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}

@@ -265,7 +265,7 @@ class OpenAIGenerator:
     def _open(self) -> Pool:
         """The pool of this event loop, opened at the first use."""
         if self._pool is None:
-            openai = _import_openai()
+            openai = import_openai()
             lanes = []
             for endpoint in self.endpoints:
                 client = openai.AsyncOpenAI(
@@ -281,7 +281,8 @@ class OpenAIGenerator:
         return self._pool
 
 
-def _import_openai() -> Any:
+def import_openai() -> Any:
+    """Return the module `openai`, or say how to install it."""
     try:
         import openai
     except ImportError as error:
@@ -303,7 +304,7 @@ async def _guarded(call: Awaitable[Any], sent: Collection[str] = ()) -> bytes:
 
     Raises `Refusal` or `AttemptError` for an error status, `ConnectionError` with the name of its cause for none.
     """
-    openai = _import_openai()
+    openai = import_openai()
     try:
         return bytes((await call).content)
     except openai.APIStatusError as error:

@@ -225,6 +225,13 @@ class SwitchGenerator:
             raise ValueError(f"`judge` must have another model than `generator`, got {names}. Leave `judge` out.")
         self.model = generators[0].model
         self.concurrency = sum(generator.concurrency for generator in generators)
+        self.places = frozenset(place for one in generators for place in getattr(one, "places", ()))
+
+    def bind(self, ledger: Any) -> None:
+        """Hand a run's ledger to those that ask in batches."""
+        for generator in self._generators.values():
+            if hasattr(generator, "bind"):
+                generator.bind(ledger)
 
     async def check(self) -> None:
         """Check every generator."""
