@@ -32,8 +32,8 @@ class SynthesizeArguments:
     generator: str = field(
         default="documents",
         metadata={
-            "help": "Who writes: an endpoint, the first endpoint's Batch API at half the price, a local model, or nobody, "
-            "where the seeds have their contexts.",
+            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a local model, or "
+            "nobody, where the seeds have their contexts.",
             "choices": ["openai", "batch", "transformers", "documents"],
         },
     )
@@ -91,8 +91,8 @@ class SynthesizeArguments:
             )
         if self.batch_command is not None and self.generator != "batch":
             raise ValueError(
-                f"`batch_command` must come with `generator` 'batch', got {self.generator!r}. Set one or leave out the "
-                "other."
+                f"`batch_command` must come with `generator` 'batch', got {self.generator!r}. Set it, or leave out "
+                "the command."
             )
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(

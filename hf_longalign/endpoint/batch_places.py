@@ -157,7 +157,7 @@ class CommandBatches:
 
     >>> command = ["vllm", "run-batch", "-i", "{input}", "-o", "{output}", "--model", "Qwen/Qwen2.5-7B-Instruct"]
     >>> CommandBatches(command, "outputs/batches").place
-    'the command vllm, a43b2d2c'
+    'the command vllm, cc73f30d'
     """
 
     def __init__(self, command: Sequence[str], folder: str | Path) -> None:
