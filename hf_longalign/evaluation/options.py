@@ -161,12 +161,12 @@ class SuiteOptions:
         if self.ruler_questions is not None and not Path(self.ruler_questions).is_file():
             raise ValueError(f"`ruler_questions` must be a file, got {self.ruler_questions!r}. Correct the path.")
         source = self.longbench_source
-        if "longbench" in self.suites and source and not Path(source).exists():
-            if not is_hub_id(source) or "/" not in source:
-                raise ValueError(
-                    f"`longbench_source` must be a Hub id, data.zip or a folder, got {source!r}, which is not there. "
-                    "Correct the path."
-                )
+        is_id = source and is_hub_id(source) and "/" in source
+        if "longbench" in self.suites and source and not is_id and not Path(source).exists():
+            raise ValueError(
+                f"`longbench_source` must be a Hub id, data.zip or a folder, got {source!r}, which is not there. "
+                "Correct the path."
+            )
         try:
             # A folder that is full or read-only is told now: the report is written when hours of answers are there.
             Path(self.output_dir).mkdir(parents=True, exist_ok=True)
