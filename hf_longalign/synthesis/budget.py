@@ -120,7 +120,7 @@ def is_alive(owner: str, until: float) -> bool:
     # From the right: a host name may hold the separator, numbers do not.
     host, pid, started, _ = owner.rsplit("|", 3)
     if host != socket.gethostname():
-        return time.time() < until
+        return time.time() < abs(until)
     try:
         process = psutil.Process(int(pid))
         # The start time is computed from the clock at boot, which moves by a second or so.
@@ -137,10 +137,13 @@ def look(connection: sqlite3.Connection, key: str, owner: str) -> Claim | None:
     return Claim.THEIRS if holder and holder[0] != owner and is_alive(*holder) else None
 
 
-def claim(connection: sqlite3.Connection, request: Request, budget: Budget, owner: str) -> Claim:
+def claim(
+    connection: sqlite3.Connection, request: Request, budget: Budget, owner: str, *, waits: bool = False
+) -> Claim:
     """Claim `request`'s key for `owner`, inside the transaction of the caller. Raises `BudgetExceeded`.
 
-    A claim that `owner` has already stays, if there is still room for it.
+    A claim that `owner` has already stays, if there is still room for it. One that `waits` for a batch costs nothing
+    where its process is killed: nothing was sent.
     """
     # Again inside the transaction: between the look without a lock and this one another process may have claimed it.
     found = look(connection, request.key, owner)
@@ -155,7 +158,7 @@ def claim(connection: sqlite3.Connection, request: Request, budget: Budget, owne
         if not _set_aside(connection, request.key).tokens:
             raise BudgetExceeded(_what_is_left(connection, budget, most))
         return Claim.NO_ROOM
-    until = time.time() + LEASE_SECONDS
+    until = (time.time() + LEASE_SECONDS) * (-1 if waits else 1)
     tokens = (request.most_prompt_tokens, request.sampling.token_limit)
     connection.execute(
         "INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -175,11 +178,13 @@ def reap(connection: sqlite3.Connection, owner: str | None = None) -> None:
         "SELECT * FROM claims"
     ).fetchall():
         if holder == owner or (owner is None and not is_alive(holder, until)):
+            release(connection, key, holder)
+            if until < 0:  # it waited, see `claim`
+                continue
             # Unconfirmed: the server may have billed nothing. To count less would let a run that is killed often pass
             # its limit.
             values = (uuid.uuid4().hex, key, "killed", model, purpose, prompt, completion, usd, 0, time.time())
             connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
-            release(connection, key, holder)
 
 
 def _spent(connection: sqlite3.Connection) -> Spend:

@@ -178,8 +178,11 @@ class Journal:
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
 
-    def claim(self, request: Request, budget: Budget) -> Claim:
-        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`."""
+    def claim(self, request: Request, budget: Budget, *, waits: bool = False) -> Claim:
+        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`.
+
+        What `waits` for a batch costs nothing before that is opened.
+        """
         with self._locked() as connection:
             # Without a lock on the file: many wait here for what another process asks.
             found = claims.look(connection, request.key, self.owner)
@@ -188,7 +191,7 @@ class Journal:
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
         with self.transaction() as connection:
-            return claims.claim(connection, request, budget, self.owner)
+            return claims.claim(connection, request, budget, self.owner, waits=waits)
 
     def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""

@@ -326,7 +326,7 @@ class Runner:
             if self._stop is not None:
                 # A claim taken now would be sent after the drain.
                 raise RunStopped("The run is stopping.")
-            claim = self.journal.claim(request, self.budget)
+            claim = self.journal.claim(request, self.budget, waits=isinstance(self.generator, Batched))
             if claim is Claim.MINE:
                 return None
             if claim is Claim.ANSWERED:

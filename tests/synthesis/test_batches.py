@@ -1,14 +1,17 @@
 """Batches: out of order, in part, refused, expired; killed at any moment, and nothing is paid for twice."""
 
+import json
 import multiprocessing
 import random
 import sys
 import time
 
 import pytest
+from datasets import load_dataset
 from fake_batches import FakeBatches
 from fake_endpoint import answer_text
 
+from hf_longalign.cli import main
 from hf_longalign.endpoint import (
     BatchGenerator,
     CommandBatches,
@@ -26,7 +29,7 @@ from hf_longalign.synthesis.ledger import JournalLedger
 from hf_longalign.synthesis.runner import Runner
 
 from .batch_client import run
-from .fakes import FakeGenerator
+from .fakes import FakeGenerator, make_pairs
 
 
 pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
@@ -224,3 +227,28 @@ def test_a_command_answers_files(tmp_path):
         ask_all(tmp_path, BatchGenerator("tiny", missing, linger=0.02), ["four"])
     with pytest.raises(ValueError, match=r"`command` must name where \{output\} goes"):
         CommandBatches(["vllm", "{input}"], tmp_path)
+
+
+WRITER = """
+number = int(re.search(r"village (\\d+)\\?", text)[1])
+text = f"Context: The dam of the village {number} was finished in {1800 + number}."
+"""
+
+
+def test_the_command_line_asks_in_batches(tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(4)))
+    code = WRITER.strip().replace("\n", "; ")
+    script = VLLM.replace("import json", "import json, re").replace(
+        'text = line["body"]["messages"][-1]["content"].upper()',
+        f'text = line["body"]["messages"][-1]["content"]; {code}',
+    )
+    (tmp_path / "vllm.py").write_text(script)
+    options = ["--seeds", str(tmp_path / "pairs.jsonl"), "--model", "tiny", "--cache_dir", str(tmp_path / "cache")]
+    options += ["--checks", "support", "--min_words", "3", "--n_distractors", "1", "--context_words", "10"]
+    options += ["--output_dir", str(tmp_path / "out")]
+    command = f"{sys.executable} {tmp_path / 'vllm.py'} {{input}} {{output}}"
+    assert main(["synthesize", *options, "--generator", "batch", "--batch_command", command]) == 0
+    assert load_dataset(str(tmp_path / "out"), "chat", split="train").num_rows == 4
+    with pytest.raises(SystemExit):
+        main(["synthesize", *options, "--batch_command", command])
+    assert "`batch_command` must come with `generator` 'batch'" in capsys.readouterr().err
