@@ -77,11 +77,6 @@ def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> 
 
     Raises:
         ValueError: names length, range and remedy.
-
-    Example:
-
-    >>> from transformers import LlamaConfig
-    >>> check_range(LlamaConfig(max_position_embeddings=4096), 4096)
     """
     if not getattr(config.get_text_config(), "max_position_embeddings", None):
         return
@@ -123,10 +118,8 @@ class Pools(Generic[T]):
     Example:
 
     >>> pools = Pools(1000)
-    >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100)
-    ([], [], [])
-    >>> pools.add("d", 400)
-    [['a', 'b']]
+    >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100), pools.add("d", 400)
+    ([], [], [], [['a', 'b']])
     >>> pools.empty()
     [['d'], ['c']]
     """
@@ -163,16 +156,14 @@ def _cost(pool: Sequence[tuple[Any, int]]) -> int:
 class LocalGenerator:
     """Answers prompts greedily with a loaded model.
 
-    Sampling settings and penalties in the model's generation config are not used: the answer is the likeliest token
-    each time. Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after
-    another through `generate`, which is logged. On a GPU that runs out of memory the batches are halved; answers that
-    are there already stay.
+    Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after another
+    through `generate`, which is logged.
 
     Args:
         model: on its device or devices; an adapter that is turned off stays off.
         tokenizer: the model's.
-        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens. Beside them the
-            prompt being read is kept.
+        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens, beside the prompt
+            being read.
         prefix_cache: whether a shared beginning is read once.
 
     Attributes:
@@ -182,8 +173,7 @@ class LocalGenerator:
     Example:
 
     ```python
-    generator = LocalGenerator(model, tokenizer)
-    for prompt, completion in generator.generate(prompts):
+    for prompt, completion in LocalGenerator(model, tokenizer).generate(prompts):
         store.add(prompt.key, completion.text)
     ```
     """
@@ -284,10 +274,7 @@ class LocalGenerator:
     def _decode(self, cache: Any, mask: torch.Tensor | None, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
         """Write the answers of a batch; yields the number of each prompt with its tokens as it ends.
 
-        Args:
-            cache: what was read, `(batch, …, tokens, …)`, padded on the left.
-            mask: int64 `(batch, tokens)`, 0 on padding; `None` without padding.
-            batch: the prompts, row by row.
+        `cache` holds `(batch, …, tokens, …)`, padded on the left; `mask` is int64 `(batch, tokens)`, or `None`.
         """
         device = self.model.device
         rows = list(range(len(batch)))  # which prompts the rows of the cache belong to
@@ -306,6 +293,7 @@ class LocalGenerator:
                         yield batch[row].number, answers[row]
             if not open_rows:
                 return
+            # Rows that have ended are computed along until they are half: each removal copies the whole cache.
             if 2 * len(open_rows) <= len(rows):
                 kept = torch.tensor([index for index, row in enumerate(rows) if row in open_rows], device=device)
                 rows = [row for row in rows if row in open_rows]
@@ -313,6 +301,7 @@ class LocalGenerator:
                 mask = None if mask is None else mask[kept]
                 cache.batch_select_indices(kept)
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            # Without positions the model would count the padding on the left as text.
             logits = self.model(
                 input_ids=tokens[:, None],
                 attention_mask=mask,

@@ -88,13 +88,13 @@ def plan_grid(
 
 
 def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
-    """Return the largest grid within the minutes of the options.
+    """Return the largest grid within the minutes of the options; the longest lengths are left out first.
 
     Args:
         cost: seconds per token, per pair of tokens, and per token of an answer, see [`seconds_per_token`].
         models: how many answer.
         options: what is asked.
-        lengths: ascending or not; the longest are left out first.
+        lengths: in tokens.
 
     Example: half a millisecond a token, and two tasks of puzzles.
 

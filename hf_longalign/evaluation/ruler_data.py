@@ -111,7 +111,6 @@ _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
     )
 )
 
-# A thousand questions or so are made of the names; beyond 5,000 they would need more figures than these.
 _ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XV", "XVI", "XVII")
 
 
@@ -125,14 +124,9 @@ class Question:
 
 
 def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
-    """Return questions about invented people and towns, each with its documents and one answer.
+    """Return questions about invented people and towns, at most 5,000, each with its documents and one answer.
 
-    Args:
-        hops: documents that a question takes, 1 or 2.
-        number: of questions, at most 5,000.
-        seed: of names and facts.
-
-    Example:
+    `hops` is the number of documents that a question takes, 1 or 2.
 
     >>> question = invented_questions(2, 1)[0]
     >>> len(question.documents), all(answer in question.documents[1] for answer in question.answers)
@@ -250,12 +244,6 @@ def _of_hotpot(row: Any, where: str) -> Question:
 
 class Pairs(Sequence[str]):
     """All "adjective-noun" words in sorted order, six millions of them, none of which is kept.
-
-    Args:
-        adjectives: any order, with doubles.
-        nouns: the same.
-
-    Example:
 
     >>> list(Pairs(["old", "old-world", "big"], ["yew", "map"]))
     ['big-map', 'big-yew', 'old-map', 'old-world-map', 'old-world-yew', 'old-yew']
