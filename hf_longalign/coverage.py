@@ -96,6 +96,7 @@ class DistanceCoverage:
             self._add_runs(first, last)
         else:
             self._add_spectrum(array - array[0])
+        # The window is what the next log tells of, the run what the record does.
         for spans in (self._run, self._window):
             spans.add(span, skipped=breaks.size > 0)
 

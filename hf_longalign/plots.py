@@ -150,6 +150,7 @@ def spread(heights: Mapping[str, float], *, gap: float, top: float) -> dict[str,
     >>> {name: round(height, 2) for name, height in spread({"a": 0.5, "b": 0.5, "c": 0.1}, gap=0.1, top=1.0).items()}
     {'a': 0.55, 'b': 0.45, 'c': 0.1}
     """
+    # From above: a label that meets the group over it joins it, and the group is centred anew on its members.
     groups: list[tuple[float, list[str]]] = []  # the place of the upper label, and all of the group from above
     for name in sorted(heights, key=lambda name: -heights[name]):
         upper, members = min(heights[name], top), [name]

@@ -71,7 +71,7 @@ def adapter_card(
     >>> "| target length | 32,768 positions |" in card, "library_name: peft" in card
     (True, True)
     """
-    check_license(license=license)
+    check_license(license=license)  # the Hub says so only when everything was uploaded
     config = adapter_config or {}
     base = _base(record, config, base_model)
     data = record.data
@@ -134,6 +134,7 @@ def _method_tags(strategy: str) -> list[str]:
 
 
 def _citations(record: TrainingRecord, report: Report | None) -> list[str]:
+    # Only what was used: a citation is a claim about the method.
     papers = {"skipalign": "wu2024long", "pose": "zhu2023pose"}
     keys = [papers[tag] for tag in _method_tags(record.positions.strategy) if tag in papers]
     keys += ["bai2024longalign"] if record.training.loss_weighting == "sequence" else []

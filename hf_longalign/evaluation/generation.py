@@ -243,16 +243,34 @@ class LocalGenerator:
                     yield left.pop(number), tokens
             except torch.OutOfMemoryError as error:
                 failure = str(error)
-            if failure is not None:  # only now that the exception is gone, so is what its frames held
-                self._ask_for_less(left.values(), failure)
+            if failure is None:
+                continue
+            # Only now that the exception is gone, so is what its frames held.
+            torch.cuda.empty_cache()
+            sizes = [one.tokens for one in left.values()]
+            # First the batches are halved, and once every prompt is alone, the pieces in which it is read.
+            if self.batch_tokens >= 2 * min(sizes):
+                self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
+                logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
+            elif self._chunk > _LEAST_CHUNK:
+                self._chunk //= 2
+                logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
+            else:
+                raise torch.OutOfMemoryError(
+                    f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
+                    f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
+                )
 
     @torch.inference_mode()
     def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
         """Read prompts in the order given and answer them, each as soon as its batch is full."""
+        # Marks are where later prompts go back to; without the cache nothing is shared, and each is read from its
+        # start.
         shared = shared_lengths([one.ids for _, one in numbered]) if self.prefix_cache else [0] * len(numbered)
         memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
         pools: Pools[_Waiting] = Pools(self.batch_tokens)
         for index, (number, one) in enumerate(numbered):
+            # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
             marks = branch_points(shared, index)
             logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
             first = logits.argmax(-1)
@@ -351,26 +369,11 @@ class LocalGenerator:
                 base.generation_config = own
             yield one, output[0, one.ids.size :].tolist()
 
-    def _ask_for_less(self, left: Any, failure: str) -> None:
-        """Halve the batches, and once every prompt is alone, the pieces in which it is read."""
-        torch.cuda.empty_cache()
-        sizes = [one.tokens for one in left]
-        if self.batch_tokens >= 2 * min(sizes):
-            self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
-            logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
-        elif self._chunk > _LEAST_CHUNK:
-            self._chunk //= 2
-            logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
-        else:
-            raise torch.OutOfMemoryError(
-                f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
-                f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
-            )
-
 
 def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end an answer: those of the model's generation config, and the tokenizer's."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Chat models often end a turn with a token that only their generation config names (Llama 3: three of them).
     ids = base.generation_config.eos_token_id if base.generation_config is not None else None
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)

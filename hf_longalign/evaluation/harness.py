@@ -299,6 +299,7 @@ def _counting_lm(
             left_truncate_len: int | None = None,
             truncation: bool = False,
         ) -> Any:
+            # lm-eval would cut here without a word; so it is asked not to, and the same is done after counting.
             token_ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
             if not left_truncate_len:
                 return token_ids, mask

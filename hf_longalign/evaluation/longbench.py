@@ -186,7 +186,13 @@ def read_rows(task: str, source: str | Path | None = None) -> Iterator[Row]:
     metric = find_task(task).metric
     if task == V2:
         path = _fetched(V2_HUB_ID if source is None else source, "data.json")
-        yield from (_v2_row(row, place) for row, place in _json_rows(V2, path, "data.json", "LongBench v2"))
+        names = ("question", "choice_A", "choice_B", "choice_C", "choice_D", "context")
+        for row, place in _json_rows(V2, path, "data.json", "LongBench v2"):
+            question, *choices, context = (_column(row, place, name, "a text", _text).strip() for name in names)
+            listed = "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", choices, strict=True))
+            answer = _column(row, place, "answer", "one of A, B, C, D", lambda value: value in tuple("ABCD"))
+            kinds = tuple(_column(row, place, name, "a word", _text) for name in ("difficulty", "length"))
+            yield Row(context, f"{question}\nChoices:\n{listed}", (answer,), parts=kinds)
         return
     # Its repository offers the data through a loading script, which `datasets` no longer runs: the archive is read.
     path = _fetched(HUB_ID if source is None else source, "data.zip")
@@ -263,15 +269,6 @@ def _json_rows(task: str, source: Path, wanted: str, what: str) -> Iterator[tupl
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a row must be a JSON object, got {line[:80]!r}. Mend or remove the line.")
             yield row, place
-
-
-def _v2_row(row: dict[str, Any], place: str) -> Row:
-    names = ("question", "choice_A", "choice_B", "choice_C", "choice_D", "context")
-    question, *choices, context = (_column(row, place, name, "a text", _text).strip() for name in names)
-    listed = "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", choices, strict=True))
-    answer = _column(row, place, "answer", "one of A, B, C, D", lambda value: value in ("A", "B", "C", "D"))
-    parts = tuple(_column(row, place, name, "a word", _text) for name in ("difficulty", "length"))
-    return Row(context, f"{question}\nChoices:\n{listed}", (answer,), parts=parts)
 
 
 def _column(row: dict[str, Any], place: str, column: str, kind: str, fits: Callable[[Any], Any]) -> Any:

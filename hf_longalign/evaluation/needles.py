@@ -105,6 +105,7 @@ class Wording:
     def __post_init__(self) -> None:
         for name, fields in (("needle", ("key", "value")), ("question", ("keys",)), ("answer", ("keys",))):
             text = getattr(self, name)
+            # A brace too many would fail in the middle of a grid, or silently print a key's name.
             try:
                 found = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
             except ValueError:

@@ -228,6 +228,7 @@ class _Plan:
 
     def _sample(self, task: NeedleTask, length: int, index: int) -> _Sample:
         wording = self.wording or wording_of(task)
+        # By its own task, length and number alone, so that another grid, or more samples, keep the prompts there are.
         rng = seeded_rng("needles", self.seed, task.name, length, index)
         needles = draw_needles(task, wording, self.pools, rng)
         places = tuple(rng.random(len(needles.asked) + len(needles.others) - 1).tolist())

@@ -46,6 +46,7 @@ def shared_lengths(ordered: Sequence[np.ndarray]) -> list[int]:
     >>> shared_lengths([np.array([1, 2]), np.array([7, 8]), np.array([7, 8, 9]), np.array([7, 8, 9])])
     [0, 0, 2, 2]
     """
+    # The last token is always read anew: its logits give the first token of the answer.
     lengths = [0] if len(ordered) else []
     for before, ids in pairwise(ordered):
         most = min(before.size, ids.size - 1)
@@ -187,6 +188,7 @@ class PrefixCache:
 
 def new_cache(config: PretrainedConfig, room: int) -> DynamicCache:
     """Make an empty cache for a model: layers of full attention with room, those with a sliding window as they are."""
+    # Of the config, so that layers with a sliding window come as such; only those of full attention are replaced.
     cache = DynamicCache(config=config)
     cache.layers = [RoomLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
@@ -223,6 +225,7 @@ def _copy(layer: Any) -> Pair:
 def _fill(layer: Any, pair: Pair, length: int) -> None:
     """Give an empty layer what a layer that has seen so many tokens holds."""
     layer.update(*pair)
+    # It was given what is left of many tokens, and would take the next one for the second.
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length
 

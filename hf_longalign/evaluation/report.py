@@ -176,6 +176,7 @@ def draw_pictures(report: Report, folder: str | Path, *, coverage: CoverageRecor
 
 def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list[Path]:
     """The mean of the tasks that were asked at the same lengths and depths as the first one, and each task alone."""
+    # A task at one length has no curve, and one that is as long as it is has no grid.
     grids = {task.task: task.grid for task in suite.tasks if task.grid is not None}
     if not grids:
         return []

@@ -132,6 +132,7 @@ def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
     >>> len(question.documents), all(answer in question.documents[1] for answer in question.answers)
     (2, True)
     """
+    # All names first, in one order, so that fewer questions are the first of more.
     rng = np.random.Generator(np.random.PCG64(seed))
     towns = [f"{place}{end}" for place in _PLACES for end in _ENDS]
     people = [f"{first} {last}" for first in _FIRST for last in _LAST]
@@ -183,7 +184,9 @@ def load_questions(source: str | Path) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"`ruler_questions` must be a file, got {str(source)!r}. Correct the path.")
     text = path.read_text(encoding="utf-8-sig")
+    # Told apart by what they are: SQuAD's JSON is an object, HotpotQA's a list.
     if path.suffix == ".jsonl":
+        # Not `splitlines`, which also cuts at U+2028, as it may stand in a text.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [_of_row(_parsed(line, f"{path.name}:{number}"), f"{path.name}:{number}") for number, line in lines]
     data = _parsed(text, path.name)

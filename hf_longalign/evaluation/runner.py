@@ -72,7 +72,7 @@ class ResultStore:
         """Write a JSON-able value, which is on disk when this returns."""
         self._file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())  # a machine that goes down keeps it too
         self._values[key] = value
 
     def refresh(self) -> None:
