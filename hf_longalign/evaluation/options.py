@@ -136,8 +136,8 @@ class SuiteOptions:
         if self.ruler_questions is not None and not Path(self.ruler_questions).is_file():
             raise ValueError(f"`ruler_questions` must be a file, got {self.ruler_questions!r}. Correct the path.")
         source = self.longbench_source
-        there = not source or Path(source).exists() or ("/" in source and is_hub_id(source))
-        if "longbench" in self.suites and not there:
+        is_id = source and is_hub_id(source) and "/" in source
+        if "longbench" in self.suites and source and not is_id and not Path(source).exists():
             raise ValueError(
                 f"`longbench_source` must be a Hub id, data.zip or a folder, got {source!r}, which is not there. "
                 "Correct the path."
