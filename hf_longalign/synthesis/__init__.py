@@ -6,13 +6,12 @@ from hf_longalign.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
-    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-    from hf_longalign.synthesis.config import ContextSynthesisConfig
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder, ContextSynthesisConfig
     from hf_longalign.synthesis.local import TransformersGenerator
 
 _EXPORTS = {
     "ContextSynthesisBuilder": "builder",
-    "ContextSynthesisConfig": "config",
+    "ContextSynthesisConfig": "builder",
     "TransformersGenerator": "local",
 }
 
