@@ -20,8 +20,8 @@ JOINS = {"__init__", "__main__", "cli", "commands"}
 PURE = {
     *("positions", "blocks", "records"),
     *("synthesis/prompts", "synthesis/compose"),
-    *("evaluation/prompt", "evaluation/noise", "evaluation/placement", "evaluation/intervals"),
-    *("evaluation/longbench/metrics", "evaluation/longbench/tasks"),
+    *("evaluation/prompt", "evaluation/needles", "evaluation/placement", "evaluation/intervals"),
+    *("evaluation/results", "evaluation/longbench_metrics", "evaluation/ruler"),
 }
 PURE_MODULES = set(sys.stdlib_module_names) | {"numpy", "hf_longalign"}
 # Of an extra, imported where Chinese is cut into words.

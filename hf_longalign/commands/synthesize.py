@@ -1,5 +1,6 @@
 """Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
-from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint import BatchGenerator, CommandBatches, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
@@ -59,8 +60,9 @@ class SynthesizeArguments:
     generator: str = field(
         default="documents",
         metadata={
-            "help": "Who writes: an endpoint, a local model, or nobody, where the seeds have their contexts.",
-            "choices": ["openai", "transformers", "documents"],
+            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a local model, or "
+            "nobody, where the seeds have their contexts.",
+            "choices": ["openai", "batch", "transformers", "documents"],
         },
     )
     model: str | None = field(default=None, metadata={"help": "The model that writes."})
@@ -73,6 +75,13 @@ class SynthesizeArguments:
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
     max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
+    batch_command: str | None = field(
+        default=None,
+        metadata={
+            "help": 'With generator "batch", a command in place of a Batch API: '
+            "'vllm run-batch -i {input} -o {output} --model MODEL'."
+        },
+    )
     batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
     judge_model: str | None = field(
         default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
@@ -94,6 +103,11 @@ class SynthesizeArguments:
     shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
 
+    @property
+    def price_share(self) -> float:
+        """The share of the prices that is billed."""
+        return 0.5 if self.generator == "batch" and self.batch_command is None else 1.0
+
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
         check_license(seeds_license=self.seeds_license)
@@ -102,6 +116,11 @@ class SynthesizeArguments:
         if self.model is None and self.generator != "documents":
             raise ValueError(
                 f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
+            )
+        if self.batch_command is not None and self.generator != "batch":
+            raise ValueError(
+                f"`batch_command` must come with `generator` 'batch', got {self.generator!r}. Set it, or leave out "
+                "the command."
             )
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(
@@ -134,7 +153,19 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
     if args.generator == "documents":
         # The seeds have their contexts; a judge may still be asked about them.
         return "documents", judge
+    if args.generator == "batch":
+        return make_batch_generator(args), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
+
+
+def make_batch_generator(args: SynthesizeArguments) -> BatchGenerator:
+    """Return the generator that asks a Batch API, or a command on this machine."""
+    if args.batch_command is None:
+        return BatchGenerator(str(args.model), HostedBatches(args.endpoints[0], api_key_env=args.api_key_env))
+    import datasets
+
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "batches"
+    return BatchGenerator(str(args.model), CommandBatches(shlex.split(args.batch_command), folder))
 
 
 def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
@@ -162,7 +193,7 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> "Conte
         generator=generator,
         judge=judge,
         journal=args.journal,
-        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price),
+        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price, args.price_share),
         show_progress=None if state.is_main_process else False,
         cache_dir=args.cache_dir,
         **asdict(options),
@@ -177,7 +208,7 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     pipeline.check()
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
-    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    budget = Budget(None, None, args.prompt_price, args.completion_price, args.price_share)
     count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}

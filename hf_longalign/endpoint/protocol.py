@@ -227,6 +227,13 @@ class SwitchGenerator:
         self.model = generators[0].model
         # The sum, so that the one that writes is never kept waiting by the one that judges.
         self.concurrency = sum(generator.concurrency for generator in generators)
+        self.places = frozenset(place for one in generators for place in getattr(one, "places", ()))
+
+    def bind(self, ledger: Any) -> None:
+        """Hand a run's ledger to those that ask in batches."""
+        for generator in self._generators.values():
+            if hasattr(generator, "bind"):
+                generator.bind(ledger)
 
     async def check(self) -> None:
         """Check every generator."""

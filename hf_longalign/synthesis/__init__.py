@@ -8,11 +8,14 @@ from hf_longalign.lazy import lazy_exports
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder, ContextSynthesisConfig
     from hf_longalign.synthesis.local import TransformersGenerator
+    from hf_longalign.synthesis.shards import merge_shards, run_shard
 
 _EXPORTS = {
     "ContextSynthesisBuilder": "builder",
     "ContextSynthesisConfig": "builder",
     "TransformersGenerator": "local",
+    "merge_shards": "shards",
+    "run_shard": "shards",
 }
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -169,7 +169,7 @@ class Journal:
             spend.usd if spend else 0.0,
             time.time(),
         )
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             # The first stays: a second reply to one key, from a shard or a race, must not change rows that were made
             # already.
             new = connection.execute(f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 12)})", values).rowcount
@@ -187,12 +187,12 @@ class Journal:
             return found
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return claims.claim(connection, request, budget, self.owner)
 
     def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             claims.release(connection, request.key, self.owner)
 
     def fault(self, request: Request, fault: Fault, spend: Spend) -> None:
@@ -202,7 +202,7 @@ class Journal:
             *(request.key, fault.kind, request.model, request.purpose, fault.prompt_tokens, fault.completion_tokens),
             *(spend.usd, int(fault.confirmed), time.time()),
         )
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
 
     def drop(self, unwanted: Callable[[Entry], bool]) -> int:
@@ -211,7 +211,7 @@ class Journal:
         They are asked for again; what they have cost stays counted, as faults named "dropped".
         """
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             for statement in _DROP:
                 connection.executemany(statement, keys)
         return len(keys)
@@ -288,7 +288,7 @@ class Journal:
         """Flush and close the file. What this journal still claims was cut off under way."""
         self._closing.set()
         self._keeper.join()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             claims.reap(connection, self.owner)
         with suppress(sqlite3.OperationalError):
             # The last to leave takes the log into the file and says so in its header: a file that says "log" and has
@@ -337,7 +337,8 @@ class Journal:
                 raise self._failure(error) from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Do all that is done in the block, or nothing of it."""
         with self._locked() as connection, self._in_one(connection):
             yield connection
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from hf_longalign.endpoint.batch import Batched
 from hf_longalign.endpoint.protocol import (
     CONTENT_FILTER,
     Fault,
@@ -26,6 +27,7 @@ from hf_longalign.endpoint.protocol import (
 )
 from hf_longalign.synthesis.budget import HOPELESS, Breaker, Budget, Claim, Spend
 from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.ledger import JournalLedger
 
 
 T = TypeVar("T")
@@ -270,7 +272,7 @@ class Runner:
         # its replies needs no endpoint.
         if self._checked is None:
             # A task, which all first requests await: the check is made once, and its failure reaches each of them.
-            self._checked = asyncio.create_task(self.generator.check())
+            self._checked = asyncio.create_task(self._check())
         await asyncio.shield(self._checked)
         stored = await self._claim(request)
         if stored is not None:
@@ -299,6 +301,20 @@ class Runner:
         self._breaker.paid(request.key)
         self.progress.add(spend)
         return stored
+
+    async def _check(self) -> None:
+        """Check the generator, and refuse to wait for batches that it will not collect."""
+        ledger, places = JournalLedger(self.journal, self.budget), frozenset[str]()
+        if isinstance(self.generator, Batched):
+            places = self.generator.places
+            self.generator.bind(ledger)
+        left = [batch for batch in ledger.open_batches() if batch.place not in places]
+        if left:
+            raise RunStopped(
+                f"{sum(len(batch.requests) for batch in left):,} requests are under way in batches at "
+                f"{left[0].place}. Run again as that run was, to collect what they bring, and change it then."
+            )
+        await self.generator.check()
 
     async def _claim(self, request: Request) -> Reply | None:
         """Wait for the right to ask; returns the reply where another process got it meanwhile."""
