@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
@@ -17,10 +17,7 @@ from hf_longalign.endpoint import BatchGenerator, CommandBatches, HostedBatches,
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
-from hf_longalign.synthesis.export import check_output
-from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.prompts import (
     Facts,
     Messages,
@@ -34,8 +31,11 @@ from hf_longalign.synthesis.prompts import (
 )
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.team import join_team
-from hf_longalign.synthesis.writer import Plan
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+    from hf_longalign.synthesis.writer import Plan
 
 
 DESCRIPTION = """Turn short instruction-answer pairs into long-context chat data.
@@ -174,14 +174,18 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], 
         return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=args.max_concurrency)
     from accelerate import PartialState
 
+    from hf_longalign.synthesis.local import TransformersGenerator
+
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
     return TransformersGenerator(model, batch_size=args.batch_size, device=device)
 
 
-def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> ContextSynthesisBuilder:
+def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> "ContextSynthesisBuilder":
     """Return the builder of `chat`, from which those of the other configurations come."""
     from accelerate import PartialState
+
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 
     state = PartialState()
     generator, judge = make_generators(args, state.process_index)
@@ -198,7 +202,7 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> Contex
     return builder
 
 
-def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, options: SynthesisOptions) -> None:
+def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, options: SynthesisOptions) -> None:
     """Print what a run would do, and ask nothing."""
     pipeline = builder.pipeline
     pipeline.check()
@@ -232,6 +236,9 @@ def run(
     """Write the data; the exit status is 1 where it stopped and a rerun goes on."""
     import torch
     from accelerate import PartialState
+
+    from hf_longalign.synthesis.export import check_output
+    from hf_longalign.synthesis.team import join_team
 
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -298,7 +305,7 @@ class Estimate:
 
 def estimate(
     seeds: Sequence[Seed],
-    plan: Plan,
+    plan: "Plan",
     options: SynthesisOptions,
     *,
     writes: bool,
@@ -329,7 +336,7 @@ def estimate(
     return found
 
 
-def planned_requests(seed: Seed, plan: Plan, options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
+def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
     """Yield the requests a seed needs if every reply is good at once. A judge's are not known before the replies."""
     task = find_task(seed.task)
     if options.difficulty == "closed_book":
@@ -346,7 +353,7 @@ def planned_requests(seed: Seed, plan: Plan, options: SynthesisOptions, *, write
             yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
 
 
-def _writing(seed: Seed, plan: Plan) -> Iterator[Planned]:
+def _writing(seed: Seed, plan: "Plan") -> Iterator[Planned]:
     task, facts, unknown = find_task(seed.task), None, 0
     if plan.facts_first:
         yield Planned("facts", facts_prompt(seed, task), _FACT_WORDS)

@@ -22,7 +22,7 @@ from typing import Any
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import budget as claims
 from hf_longalign.synthesis.budget import Budget, Claim, Spend
-from hf_longalign.synthesis.disk import mark_in_use, network_file_system, whole
+from hf_longalign.synthesis.disk import lacks_its_log, mark_in_use, network_file_system, whole
 
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class Journal:
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
-        if _lacks_its_log(self.path):
+        if lacks_its_log(self.path, _VERSION):
             logger.warning(
                 "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
                 "another program has opened it after a kill. Every other reply is there.",
@@ -258,7 +258,7 @@ class Journal:
         """
         if not Path(path).is_file():
             raise JournalError(f"The journal `{Path(path).name}` does not exist. Correct the path.")
-        if _lacks_its_log(Path(path)):
+        if lacks_its_log(Path(path), _VERSION):
             name = Path(path).name
             raise JournalError(
                 f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
@@ -411,20 +411,6 @@ _MERGE = (
     INSERT OR IGNORE INTO replies SELECT * FROM other.replies AS theirs
         WHERE NOT EXISTS (SELECT 1 FROM main.faults AS ours WHERE ours.id = theirs.key || '@' || theirs.at)""",
 )
-
-
-def _lacks_its_log(path: Path) -> bool:
-    """Whether the header says that there is a log (bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html)."""
-    for _ in range(10):  # another process may be opening or closing the file just now
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            header = file.read(100)
-        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == _VERSION.to_bytes(4, "big")
-        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:

@@ -243,16 +243,15 @@ def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys):
 def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    arguments = ("--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
-    assert run(monkeypatch, "synthesize", *arguments) == 1
+    where = ("--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
+    assert run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, *where) == 1
     assert "`output_dir` must be absent, empty or an earlier output" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "out" / "chat").mkdir()  # as an earlier output has, which would be replaced
     with FakeEndpoint() as server:
         asks = ("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", given)
         for more, named in (((), "thesis.txt"), (("--journal", tmp_path / "out" / "j.sqlite"), "j.sqlite")):
-            arguments = (*asks, *more, "--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
-            assert run(monkeypatch, "synthesize", *arguments) == 1
+            assert run(monkeypatch, "synthesize", *asks, *more, *where) == 1
             assert re.search(f"`output_dir` must .*`{named}`", capsys.readouterr().err)
         assert not server.log, "refused before anything is asked"
     with pytest.raises(SystemExit):
@@ -321,8 +320,8 @@ def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_pa
         tmp_path / "look",
     )
     assert run(monkeypatch, "synthesize", *arguments) == 1
-    told = r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done"
-    assert re.search(told, capsys.readouterr().err)
+    told = capsys.readouterr().err
+    assert re.search(r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done", told)
     assert run(monkeypatch, "synthesize", *arguments, "--allow", "/home/ann") == 0
     assert (tmp_path / "look" / "README.md").is_file()
 
