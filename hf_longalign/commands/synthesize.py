@@ -103,11 +103,6 @@ class SynthesizeArguments:
     shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
 
-    @property
-    def price_share(self) -> float:
-        """The share of the prices that is billed."""
-        return 0.5 if self.generator == "batch" and self.batch_command is None else 1.0
-
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
         check_license(seeds_license=self.seeds_license)
@@ -193,7 +188,7 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> "Conte
         generator=generator,
         judge=judge,
         journal=args.journal,
-        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price, args.price_share),
+        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price),
         show_progress=None if state.is_main_process else False,
         cache_dir=args.cache_dir,
         **asdict(options),
@@ -208,7 +203,9 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     pipeline.check()
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
-    budget = Budget(None, None, args.prompt_price, args.completion_price, args.price_share)
+    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    if args.generator == "batch" and args.batch_command is None:
+        budget = budget.at(HostedBatches.price_share)
     count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}

@@ -10,7 +10,7 @@ import socket
 import sqlite3
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from hf_longalign.endpoint.protocol import TOO_LONG, EndpointError, GenerationError, Request, RunStopped
@@ -44,7 +44,7 @@ class Budget:
     """Limits over everything the journal holds, earlier runs and other processes included.
 
     Before a request is sent, the most it can cost is set aside, so that a limit is never passed. Prices are in dollars
-    per million tokens, as price lists give them; `price_share` of them is billed, 0.5 by a Batch API.
+    per million tokens, as price lists give them.
 
     >>> budget = Budget(usd=1.0, prompt_price=0.15, completion_price=0.60)
     >>> budget.cost(1_000_000, 500_000)
@@ -57,14 +57,13 @@ class Budget:
     usd: float | None = None
     prompt_price: float = 0.0
     completion_price: float = 0.0
-    price_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "usd"):
             limit = getattr(self, name)
             if limit is not None and limit <= 0:
                 raise ValueError(f"`budget_{name}` must be above 0, got {limit!r}. Set None for no limit.")
-        for name in ("prompt_price", "completion_price", "price_share"):
+        for name in ("prompt_price", "completion_price"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"`{name}` must be at least 0, got {getattr(self, name)!r}. Set it to $ per 1M tokens."
@@ -75,10 +74,14 @@ class Budget:
                 "per million tokens."
             )
 
+    def at(self, share: float) -> "Budget":
+        """The same limits at a share of the prices, such as 0.5 in a Batch API."""
+        return replace(self, prompt_price=share * self.prompt_price, completion_price=share * self.completion_price)
+
     def cost(self, prompt_tokens: int, completion_tokens: int) -> Spend:
         """What these tokens cost."""
         usd = (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
-        return Spend(prompt_tokens + completion_tokens, usd * self.price_share)
+        return Spend(prompt_tokens + completion_tokens, usd)
 
     def most(self, request: Request) -> Spend:
         """The most one attempt at `request` can cost."""

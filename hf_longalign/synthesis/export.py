@@ -267,12 +267,13 @@ def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost
         return None
     with Journal(journal) as held:
         replies = [held.get(key) for key in sorted(keys)]
+        usd = held.usd_of(keys)
     known = [reply for reply in replies if reply is not None]
     if len(known) < len(keys):
         return None
     prompt = sum(reply.prompt_tokens for reply in known)
     completion = sum(reply.completion_tokens for reply in known)
+    if not usd and budget is not None:  # paid for before prices were given
+        usd = budget.cost(prompt, completion).usd
     # Without prices a cost of $0.00 would be a lie.
-    priced = budget is not None and (budget.prompt_price or budget.completion_price)
-    usd = budget.cost(prompt, completion).usd if budget is not None and priced else None
-    return Cost(len(known), prompt, completion, usd)
+    return Cost(len(known), prompt, completion, usd or None)

@@ -295,7 +295,7 @@ class Runner:
             self.journal.release(request)
             raise
         # Before anything else happens to the reply: from here on a kill does not lose it.
-        spend = self.budget.cost(reply.prompt_tokens, reply.completion_tokens)
+        spend = self._terms(request)[0].cost(reply.prompt_tokens, reply.completion_tokens)
         stored = self.journal.put(request, reply, spend)
         self._in_a_row = 0
         self._breaker.paid(request.key)
@@ -316,13 +316,19 @@ class Runner:
             )
         await self.generator.check()
 
+    def _terms(self, request: Request) -> tuple[Budget, bool]:
+        """The budget at the prices of a request, and whether it waits for a batch before it is sent."""
+        share = self.generator.price_share(request) if isinstance(self.generator, Batched) else None
+        return (self.budget, False) if share is None else (self.budget.at(share), True)
+
     async def _claim(self, request: Request) -> Reply | None:
         """Wait for the right to ask; returns the reply where another process got it meanwhile."""
+        budget, waits = self._terms(request)
         while True:
             if self._stop is not None:
                 # A claim taken now would be sent after the drain.
                 raise RunStopped("The run is stopping.")
-            claim = self.journal.claim(request, self.budget, waits=isinstance(self.generator, Batched))
+            claim = self.journal.claim(request, budget, waits=waits)
             if claim is Claim.MINE:
                 return None
             if claim is Claim.ANSWERED:
@@ -334,7 +340,7 @@ class Runner:
         """Count an attempt without a reply; where it cost something, the next one needs room in the budget again."""
         self.progress.faults[fault.kind] += 1
         if fault.prompt_tokens or fault.completion_tokens:
-            spend = self.budget.cost(fault.prompt_tokens, fault.completion_tokens)
+            spend = self._terms(request)[0].cost(fault.prompt_tokens, fault.completion_tokens)
             self.journal.fault(request, fault, spend)
             self.progress.add(spend)
             # Not under way while it waits: two that wait for each other's room would wait forever.

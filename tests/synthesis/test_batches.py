@@ -34,7 +34,7 @@ from .fakes import FakeGenerator, make_pairs
 
 pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
 
-PRICES = Budget(prompt_price=1.0, completion_price=10.0, price_share=0.5)
+PRICES = Budget(prompt_price=1.0, completion_price=10.0)
 
 
 def request(prompt, **sampling):
@@ -93,9 +93,13 @@ def test_what_a_batch_did_not_bring_is_asked_in_the_next(tmp_path, mark):
 
 def test_of_two_lines_for_a_request_the_first_counts(tmp_path):
     with FakeBatches() as server:
-        texts, totals, _ = ask_all(tmp_path, generator_of(server), ["[[double]] x"])
-        assert texts[0] in (text_of("[[double]] x"), "another text")
-        assert totals.replies == 1
+        texts, totals, _ = ask_all(tmp_path, generator_of(server), ["[[double]] x", "[[double]] y"])
+        lines = [json.loads(line) for line in server.files["output_file_id-batch_0"].splitlines()]
+        first = {}
+        for line in lines:
+            first.setdefault(line["custom_id"], line["response"]["body"]["choices"][0]["message"]["content"])
+        assert texts == [first[request(prompt).key] for prompt in ("[[double]] x", "[[double]] y")]
+        assert (len(lines), totals.replies) == (4, 2)
 
 
 def test_a_request_that_is_refused_is_left_out_and_the_content_filter_is_remembered(tmp_path):
@@ -171,6 +175,25 @@ def test_another_generator_does_not_wait_for_batches_that_nobody_collects(tmp_pa
         both = SwitchGenerator([FakeGenerator("judge"), generator_of(server)])
         (reply,) = Runner(both, journal).run([lambda ask: ask(request("plain"))])
         assert reply.text == text_of("plain") and server.asked["plain"] == 1
+
+
+def test_what_is_asked_beside_a_batch_costs_the_whole_price_and_counts_when_it_is_killed(tmp_path):
+    """A judge at an endpoint of its own: its claims were sent, its replies are billed in full."""
+    judge = FakeGenerator("judge")
+    judge.write = lambda request: "supported"
+    asked = Request((("user", "x"),), "judge", Sampling(), "judge")
+    with FakeBatches() as server, Journal(tmp_path / "journal.sqlite") as journal:
+        runner = Runner(SwitchGenerator([generator_of(server), judge]), journal, budget=PRICES)
+        runner.run([lambda ask: ask(asked)])
+        assert journal.totals().spend.usd == pytest.approx((50 * 1.0 + 1 * 10.0) / 1e6)
+        runner.run([lambda ask: ask(request("x"))])
+        assert journal.totals().spend.usd == pytest.approx((50 + 10 + (10 + 160) / 2) / 1e6)
+        assert [runner._terms(one)[1] for one in (asked, request("x"))] == [False, True]
+    for waits, faults in ((False, 1), (True, 0)):
+        with Journal(tmp_path / f"killed-{waits}.sqlite") as journal:
+            journal.claim(asked, PRICES, waits=waits)
+        with Journal(tmp_path / f"killed-{waits}.sqlite") as journal:  # closed with a claim: cut off under way
+            assert journal.totals().faults == faults
 
 
 def test_killed_at_any_moment_a_run_collects_its_batches_and_pays_for_nothing_twice(tmp_path):
