@@ -1,6 +1,5 @@
 """Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
-from hf_longalign.endpoint import BatchGenerator, CommandBatches, HostedBatches, OpenAIGenerator
+from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
@@ -75,13 +74,6 @@ class SynthesizeArguments:
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
     max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
-    batch_command: str | None = field(
-        default=None,
-        metadata={
-            "help": 'With generator "batch", a command in place of a Batch API: '
-            "'vllm run-batch -i {input} -o {output} --model MODEL'."
-        },
-    )
     batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
     judge_model: str | None = field(
         default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
@@ -111,11 +103,6 @@ class SynthesizeArguments:
         if self.model is None and self.generator != "documents":
             raise ValueError(
                 f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
-            )
-        if self.batch_command is not None and self.generator != "batch":
-            raise ValueError(
-                f"`batch_command` must come with `generator` 'batch', got {self.generator!r}. Set it, or leave out "
-                "the command."
             )
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(
@@ -149,18 +136,9 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
         # The seeds have their contexts; a judge may still be asked about them.
         return "documents", judge
     if args.generator == "batch":
-        return make_batch_generator(args), judge
+        batches = HostedBatches(args.endpoints[0], api_key_env=args.api_key_env)
+        return BatchGenerator(str(args.model), batches), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
-
-
-def make_batch_generator(args: SynthesizeArguments) -> BatchGenerator:
-    """Return the generator that asks a Batch API, or a command on this machine."""
-    if args.batch_command is None:
-        return BatchGenerator(str(args.model), HostedBatches(args.endpoints[0], api_key_env=args.api_key_env))
-    import datasets
-
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "batches"
-    return BatchGenerator(str(args.model), CommandBatches(shlex.split(args.batch_command), folder))
 
 
 def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
@@ -204,7 +182,7 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
     budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
-    if args.generator == "batch" and args.batch_command is None:
+    if args.generator == "batch":
         budget = budget.at(HostedBatches.price_share)
     count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import re
 import sys
 import time
 
@@ -29,7 +30,7 @@ from hf_longalign.synthesis.ledger import JournalLedger
 from hf_longalign.synthesis.runner import Runner
 
 from .batch_client import run
-from .fakes import FakeGenerator, make_pairs
+from .fakes import FakeGenerator, make_pairs, make_text
 
 
 pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
@@ -252,26 +253,19 @@ def test_a_command_answers_files(tmp_path):
         CommandBatches(["vllm", "{input}"], tmp_path)
 
 
-WRITER = """
-number = int(re.search(r"village (\\d+)\\?", text)[1])
-text = f"Context: The dam of the village {number} was finished in {1800 + number}."
-"""
-
-
-def test_the_command_line_asks_in_batches(tmp_path, capsys):
+def test_the_command_line_asks_in_batches(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(4)))
-    code = WRITER.strip().replace("\n", "; ")
-    script = VLLM.replace("import json", "import json, re").replace(
-        'text = line["body"]["messages"][-1]["content"].upper()',
-        f'text = line["body"]["messages"][-1]["content"]; {code}',
-    )
-    (tmp_path / "vllm.py").write_text(script)
+
+    def write(body):
+        number = int(re.search(r"village (\d+)\?", body["messages"][-1]["content"])[1])
+        return f"Context: {make_text(number)}"
+
     options = ["--seeds", str(tmp_path / "pairs.jsonl"), "--model", "tiny", "--cache_dir", str(tmp_path / "cache")]
-    options += ["--checks", "support", "--min_words", "3", "--n_distractors", "1", "--context_words", "10"]
-    options += ["--output_dir", str(tmp_path / "out")]
-    command = f"{sys.executable} {tmp_path / 'vllm.py'} {{input}} {{output}}"
-    assert main(["synthesize", *options, "--generator", "batch", "--batch_command", command]) == 0
+    options += ["--checks", "support", "--min_words", "3", "--n_distractors", "1", "--generator", "batch"]
+    with FakeBatches(looks=1, reply=write) as server:
+        options += ["--endpoints", server.url, "--prompt_price", "1000", "--completion_price", "10000"]
+        assert main(["synthesize", *options, "--output_dir", str(tmp_path / "out")]) == 0
+        assert server.calls["create"] == 1
     assert load_dataset(str(tmp_path / "out"), "chat", split="train").num_rows == 4
-    with pytest.raises(SystemExit):
-        main(["synthesize", *options, "--batch_command", command])
-    assert "`batch_command` must come with `generator` 'batch'" in capsys.readouterr().err
+    # Half of 4 times 10 tokens at $1,000 and 16 at $10,000 a million.
+    assert ", $0.34" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
