@@ -3,7 +3,7 @@
 hf-longalign journal list journal.sqlite --purpose context
 hf-longalign journal show journal.sqlite 3f9a
 hf-longalign journal export journal.sqlite replies.jsonl
-hf-longalign journal merge journal.sqlite shard-0.sqlite shard-1.sqlite
+hf-longalign journal merge journal.sqlite shards/
 hf-longalign journal drop journal.sqlite --reason empty
 """
 
@@ -90,9 +90,13 @@ def export(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Take over the replies of other journals, such as those of shards."""
+    """Take over the replies of other journals, or of every shard in a folder."""
+    from hf_longalign.synthesis.shards import finished_shards
+
+    # All of them are looked for before the journal is made.
+    others = [path for name in args.others for path in (finished_shards(name) if Path(name).is_dir() else [name])]
     with Journal(args.journal) as journal:
-        for other in args.others:
+        for other in others:
             print(f"{other}: {journal.merge(other):,} new replies")
 
 
@@ -133,7 +137,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         if name == "list":
             command.add_argument("--purpose", help="only replies asked for this purpose")
         if name == "merge":
-            command.add_argument("others", nargs="+")
+            command.add_argument("others", nargs="+", help="journals, or folders of shards")
         if name == "drop":
             command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
             command.add_argument(

@@ -50,7 +50,10 @@ goes on where it stopped when it is started again. On several GPUs: accelerate l
 class SynthesizeArguments:
     """Who writes, what it may cost, and where everything goes."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the Parquet files and the card."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the Parquet files and the card; of a run in shards, for the journal of each."},
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
     )
@@ -89,7 +92,8 @@ class SynthesizeArguments:
     num_shards: int = field(
         default=1,
         metadata={
-            "help": "Ask for one of so many parts of the seeds, compose nothing; merge the journals afterwards."
+            "help": "Ask for one of so many parts of the seeds, compose nothing; merge the journals afterwards. A budget "
+            "is that of one part."
         },
     )
     shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
@@ -108,6 +112,11 @@ class SynthesizeArguments:
             raise ValueError(
                 f"`shard_index` must be from 0 to below `num_shards`, got {self.shard_index} of {self.num_shards}. "
                 "Count the parts from 0."
+            )
+        if self.num_shards > 1 and self.output_dir is not None and self.journal is not None:
+            raise ValueError(
+                f"`journal` must be unset where shards go into `output_dir`, got {self.journal!r}: each has one of its "
+                "own. Take one of the two away."
             )
 
 
@@ -213,6 +222,7 @@ def run(
     from accelerate import PartialState
 
     from hf_longalign.synthesis.export import check_output
+    from hf_longalign.synthesis.shards import fill_shard
     from hf_longalign.synthesis.team import join_team
 
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
@@ -227,10 +237,11 @@ def run(
     # Before anything is paid for, and in every process: they meet in this folder.
     builder.pipeline.team = join_team(builder.files.folder)
     try:
-        leads = builder.prepare_outcomes()
-        if leads and args.num_shards > 1:
-            print(f"Shard {args.shard_index} of {args.num_shards} is in {builder.pipeline.journal.name}.")
-        elif leads:
+        if args.num_shards > 1:
+            if fill_shard(builder, args.output_dir) if args.output_dir else builder.prepare_outcomes():
+                place = args.output_dir or builder.pipeline.journal.name
+                print(f"Shard {args.shard_index} of {args.num_shards} is in {place}.")
+        elif builder.prepare_outcomes():
             licenses = {"license": card.license, "seeds_license": args.seeds_license}
             folder = builder.export(str(args.output_dir), num_proc=args.num_proc, **licenses)
             print(f"Wrote {folder}.")

@@ -3,13 +3,17 @@
 import logging
 import re
 import shutil
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from hf_longalign.endpoint.protocol import RunStopped
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-from hf_longalign.synthesis.disk import whole
+from hf_longalign.synthesis.disk import part_of, whole
 from hf_longalign.synthesis.journal import Journal
 
 
@@ -21,7 +25,7 @@ _NAME = re.compile(r"shard-(?P<index>\d+)-of-(?P<count>\d+)\.sqlite")
 def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count: int) -> Path:
     """Ask for one part of the seeds and put the journal of its replies into a folder that all machines see.
 
-    The journal is filled on a disk of this machine, closed, copied whole and renamed, for sqlite does not work on
+    The journal is filled on a disk of this machine, then copied whole and renamed, for sqlite does not work on
     every network's disk. A shard that is there already is skipped. One that was interrupted goes on where it stopped:
     from the journal that this machine has of it, else from the one that a machine put down as half done.
 
@@ -52,27 +56,46 @@ def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count:
         raise ValueError(f"`index` must be from 0 to below `count`, got {index} of {count}. Count the parts from 0.")
     if options.get("journal") is not None:
         raise ValueError(f"`journal` must be None in shards, got {options['journal']!r}. Each has one of its own.")
+    finished = Path(folder) / f"shard-{index}-of-{count}.sqlite"
+    if not finished.exists():  # before the seeds are read
+        builder = ContextSynthesisBuilder(**options)
+        builder.pipeline.shard = (index, count)
+        fill_shard(builder, folder)
+    return finished
+
+
+def fill_shard(builder: ContextSynthesisBuilder, folder: str | Path) -> bool:
+    """Do what `run_shard` does, for the part that stands in `builder.pipeline.shard`, alone or with a team.
+
+    Returns:
+        Whether this process has put the shard into the folder: of a team, one does.
+    """
+    index, count = builder.pipeline.shard
     name = f"shard-{index}-of-{count}.sqlite"
     finished, half = Path(folder) / name, Path(folder) / f"{name}.half"
     if finished.exists():
         logger.info("%s is finished.", name)
-        return finished
-    builder = ContextSynthesisBuilder(**options)
+        return True
     local = builder.pipeline.journal = builder.files.folder / "shards" / name
-    if half.exists() and not local.exists():
-        with whole(local) as unfinished:
-            shutil.copy(half, unfinished)
-    builder.pipeline.shard = (index, count)
-    with Journal(local):  # one that nothing needs to be asked for is a journal too
-        pass
+    local.parent.mkdir(parents=True, exist_ok=True)
+    # The processes of a team come here together, and one that copied late would replace what others have open.
+    with FileLock(f"{local}.lock"):
+        if half.exists() and not local.exists():
+            with whole(local) as unfinished:
+                shutil.copy(half, unfinished)
+        with Journal(local):  # one that nothing needs to be asked for is a journal too
+            pass
     try:
-        builder.prepare_outcomes()
-    except RunStopped:
-        _put_down(local, half)
+        leads = builder.prepare_outcomes()
+    # A queue that ends a job (Slurm: SIGTERM, which `Runner` makes a SystemExit) may start it again on another machine.
+    except (RunStopped, KeyboardInterrupt, SystemExit):
+        if not Path(f"{local}-wal").exists():  # no other process of a team has it open: its last one puts it down
+            _put_down(local, half)
         raise
-    _put_down(local, finished)
-    half.unlink(missing_ok=True)
-    return finished
+    if leads:
+        _put_down(local, finished)
+        half.unlink(missing_ok=True)
+    return leads
 
 
 def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
@@ -92,6 +115,20 @@ def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
         ValueError: no shard, or shards are missing; names them.
         JournalError: a shard is not whole.
     """
+    target = Path(journal) if journal is not None else Path(folder) / "journal.sqlite"
+    found = finished_shards(folder)  # before the journal is made
+    with Journal(target) as merged:
+        for path in found:
+            logger.info("%s: %d new replies.", path.name, merged.merge(path))
+    return target
+
+
+def finished_shards(folder: str | Path) -> list[Path]:
+    """Return the shards in a folder, of all counts.
+
+    Raises:
+        ValueError: of every count one is missing; names them.
+    """
     found = {path: match for path in sorted(Path(folder).iterdir()) if (match := _NAME.fullmatch(path.name))}
     missing: dict[int, set[int]] = {}
     for match in found.values():
@@ -102,13 +139,17 @@ def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
         told = ", ".join(f"shard-{index}-of-{count}.sqlite" for index in sorted(missing.get(count, ()))[:10])
         got = f"{len(found)} without {told}" if found else "none"
         raise ValueError(f"`folder` must hold every shard of one count, got {got}. Run what is missing.")
-    target = Path(journal) if journal is not None else Path(folder) / "journal.sqlite"
-    with Journal(target) as merged:
-        for path in found:
-            logger.info("%s: %d new replies.", path.name, merged.merge(path))
-    return target
+    return list(found)
 
 
 def _put_down(local: Path, shared: Path) -> None:
-    with whole(shared) as unfinished:
-        shutil.copy(local, unfinished)
+    snapshot = part_of(local)
+    try:
+        # Not the file itself: the other processes of a team may be closing it just now. On this disk, as sqlite's
+        # locks do not work on every network's.
+        with closing(sqlite3.connect(local)) as connection:
+            connection.execute("VACUUM INTO ?", (str(snapshot),))
+        with whole(shared) as unfinished:
+            shutil.copy(snapshot, unfinished)
+    finally:
+        snapshot.unlink(missing_ok=True)

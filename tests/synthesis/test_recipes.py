@@ -222,22 +222,42 @@ def test_a_lost_endpoint_is_a_message_and_a_status(tmp_path, monkeypatch, capsys
     assert "Stopped: http://127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys):
-    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
+@pytest.mark.parametrize("shared", [True, False], ids=["folder", "journals"])
+def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys, shared):
+    seeds, shards = lines(tmp_path / "pairs.jsonl", make_pairs(12)), tmp_path / "shards"
     with FakeEndpoint() as server:
         common = (
             *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
             *("--checks", "duplicate", "--n_distractors", 3),
         )
         for index in (0, 1):
-            shard = ("--num_shards", 2, "--shard_index", index, "--journal", tmp_path / f"{index}.sqlite")
-            assert run(monkeypatch, "synthesize", *common, *shard, "--cache_dir", tmp_path / "cache") == 0
-        assert len(server.log) == 12
-        run(monkeypatch, "journal", "merge", tmp_path / "all.sqlite", tmp_path / "0.sqlite", tmp_path / "1.sqlite")
-        whole = ("--journal", tmp_path / "all.sqlite", "--cache_dir", tmp_path / "cache", "--output_dir")
+            where = ("--output_dir", shards) if shared else ("--journal", tmp_path / f"{index}.sqlite")
+            shard = ("--num_shards", 2, "--shard_index", index, *where, "--cache_dir", tmp_path / "cache")
+            for _ in range(2):  # one that is finished is skipped
+                assert run(monkeypatch, "synthesize", *common, *shard) == 0
+            assert len(server.log) == 6 * (index + 1)
+            merged = [shards] if shared else [tmp_path / f"{index}.sqlite" for index in (0, 1)]
+            if shared and not index:
+                assert run(monkeypatch, "journal", "merge", tmp_path / "all.sqlite", shards) == 1
+                assert "got 1 without shard-1-of-2.sqlite. Run what is missing" in capsys.readouterr().err
+                assert not (tmp_path / "all.sqlite").exists()
+        run(monkeypatch, "journal", "merge", tmp_path / "all.sqlite", *merged)
+        whole = ("--journal", tmp_path / "all.sqlite", "--cache_dir", tmp_path / "last", "--output_dir")
         assert run(monkeypatch, "synthesize", *common, *whole, tmp_path / "out") == 0
         assert len(server.log) == 12
     assert len(load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf")) == 12
+
+
+def test_a_shard_has_a_journal_of_its_own(tmp_path, monkeypatch, capsys):
+    seeds = lines(tmp_path / "pairs.jsonl", [{**pair, "context": "It was so."} for pair in make_pairs(4)])
+    shard = ("--seeds", seeds, "--checks", "length", "--min_words", 1, "--n_distractors", 1, "--num_shards", 2)
+    places = {"--journal": tmp_path / "j.sqlite", "--output_dir": tmp_path / "shards"}
+    both = [part for place in places.items() for part in place]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "synthesize", *shard, *both, "--cache_dir", tmp_path)
+    assert "`journal` must be unset where shards go into `output_dir`, got" in capsys.readouterr().err
+    for place in places.items():
+        assert run(monkeypatch, "synthesize", *shard, *place, "--cache_dir", tmp_path) == 0
 
 
 def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, capsys):
