@@ -92,8 +92,8 @@ class SynthesizeArguments:
     num_shards: int = field(
         default=1,
         metadata={
-            "help": "Ask for one of so many parts of the seeds, compose nothing; merge the journals afterwards. A budget "
-            "is that of one part."
+            "help": "Ask for one of so many parts of the seeds, with that part of the budget, and compose nothing; "
+            "merge the journals afterwards."
         },
     )
     shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
@@ -136,21 +136,21 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     return args, options, hub, publish, card
 
 
-def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | str, Generator | None]:
+def make_generators(args: SynthesizeArguments) -> tuple[Generator | str, Generator | None]:
     """Return who writes and who judges."""
     judge = None
     if args.judge_model is not None:
-        judge = make_generator(args, args.judge_model, args.judge_endpoints, rank)
+        judge = make_generator(args, args.judge_model, args.judge_endpoints)
     if args.generator == "documents":
         # The seeds have their contexts; a judge may still be asked about them.
         return "documents", judge
     if args.generator == "batch":
         batches = HostedBatches(args.endpoints[0], api_key_env=args.api_key_env)
         return BatchGenerator(str(args.model), batches), judge
-    return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
+    return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else []), judge
 
 
-def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
+def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str]) -> Generator:
     """Return the generator of a model: its endpoints', or a local one on this process's own device."""
     if endpoints:
         return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=args.max_concurrency)
@@ -163,25 +163,21 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], 
     return TransformersGenerator(model, batch_size=args.batch_size, device=device)
 
 
-def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> "ContextSynthesisBuilder":
-    """Return the builder of `chat`, from which those of the other configurations come."""
+def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards: int = 1) -> dict[str, Any]:
+    """Return what the builder, or `run_shard`, takes; each of so many shards may spend its share of the budget."""
     from accelerate import PartialState
 
-    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-
-    state = PartialState()
-    generator, judge = make_generators(args, state.process_index)
-    builder = ContextSynthesisBuilder(
-        generator=generator,
-        judge=judge,
-        journal=args.journal,
-        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price),
-        show_progress=None if state.is_main_process else False,
-        cache_dir=args.cache_dir,
+    generator, judge = make_generators(args)
+    tokens = None if args.budget_tokens is None else args.budget_tokens // shards
+    usd = None if args.budget_usd is None else args.budget_usd / shards
+    return {
+        "generator": generator,
+        "judge": judge,
+        "budget": Budget(tokens, usd, args.prompt_price, args.completion_price),
+        "show_progress": None if PartialState().is_main_process else False,
+        "cache_dir": args.cache_dir,
         **asdict(options),
-    )
-    builder.pipeline.shard = (args.shard_index, args.num_shards)
-    return builder
+    }
 
 
 def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, options: SynthesisOptions) -> None:
@@ -221,13 +217,15 @@ def run(
     import torch
     from accelerate import PartialState
 
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
     from hf_longalign.synthesis.export import check_output
     from hf_longalign.synthesis.shards import fill_shard
     from hf_longalign.synthesis.team import join_team
 
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    builder = make_builder(args, options)
+    builder = ContextSynthesisBuilder(**builder_options(args, options, args.num_shards), journal=args.journal)
+    builder.pipeline.shard = (args.shard_index, args.num_shards)
     if args.dry_run:
         if state.is_main_process:
             print_plan(builder, args, options)

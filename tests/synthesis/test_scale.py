@@ -1,0 +1,119 @@
+"""recipes/scale: shards as tasks of datatrove, on this machine, on Ray, and by Slurm's scripts; killed and resumed."""
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_endpoint import FakeEndpoint
+
+from hf_longalign.synthesis.journal import Journal
+
+from .fakes import make_pairs
+
+
+pytest.importorskip("datatrove", reason="needs hf_longalign[scale]")
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "scale" / "synthesize.py"
+SEEDS, BEFORE = 24, 9
+
+
+class _Gate(FakeEndpoint):
+    """Answers so many requests as it is let; the others wait, and those of a client that was killed are forgotten."""
+
+    left, forgotten = 0, 0.0
+
+    async def _play(self, writer, entry):
+        while not self.left:
+            await asyncio.sleep(0.01)
+        if entry.arrived < self.forgotten:
+            return False
+        self.left -= 1
+        return await super()._play(writer, entry)
+
+
+def _arguments(folder, server, *more):
+    seeds = folder / "pairs.jsonl"
+    seeds.write_text("\n".join(map(json.dumps, make_pairs(SEEDS))))
+    return [
+        *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--max_concurrency", "4"),
+        *("--seeds", seeds, "--checks", "duplicate", "--n_distractors", "3", "--cache_dir", folder / "cache", *more),
+    ]
+
+
+def _rows(folder):
+    return {path.name: path.read_bytes() for path in sorted((folder / "chat").iterdir())}
+
+
+def _launch(folder, server, kind, *more):
+    ours = ("--executor", kind, "--tasks", "3", "--workers", "2", "--shards", folder / "shards")
+    command = [sys.executable, RECIPE, *ours, *_arguments(folder, server, "--output_dir", folder / kind, *more)]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process):
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+def _kill(process):
+    # Ray's and datatrove's processes are no group.
+    for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def _journaled(folder):
+    """How many replies the journals of the shards hold."""
+    found = 0
+    for path in folder.glob("cache/context_synthesis/shards/*.sqlite"):
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            found += connection.execute("SELECT replies FROM totals").fetchone()[0]
+    return found
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
+    """The rows of a run in one process."""
+    from hf_longalign.cli import main
+
+    folder = tmp_path_factory.mktemp("one")
+    with FakeEndpoint() as server:
+        arguments = _arguments(folder, server, "--output_dir", folder / "out")
+        assert main(["synthesize", *map(str, arguments)]) == 0
+        assert len(server.log) == SEEDS
+    return _rows(folder / "out")
+
+
+@pytest.mark.parametrize("kind", ["local", "ray"])
+def test_shards_that_are_killed_go_on_and_compose_the_rows_of_one_run(tmp_path, one_run, kind):
+    if kind == "ray":
+        pytest.importorskip("ray", reason="needs hf_longalign[scale]")
+    with _Gate() as server:
+        server.left = BEFORE
+        process, deadline = _launch(tmp_path, server, kind), time.monotonic() + 120
+        while _journaled(tmp_path) < BEFORE or len(server.log) < BEFORE + 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        _kill(process)
+        server.forgotten, paid = time.monotonic(), {entry.prompt for entry in server.log if entry.answered}
+        assert len(paid) == BEFORE and not (tmp_path / kind).exists()
+        server.left = 10**6
+        _finish(_launch(tmp_path, server, kind))
+        assert all(server.asked()[prompt] == 1 for prompt in paid)
+        assert sum(entry.answered is not None for entry in server.log) == SEEDS
+        assert _rows(tmp_path / kind) == one_run
+        if kind == "local":  # once more, composed otherwise, of the same replies
+            _finish(_launch(tmp_path, server, kind, "--n_distractors", "2"))
+            assert _rows(tmp_path / kind) != one_run
+            assert sum(entry.answered is not None for entry in server.log) == SEEDS
