@@ -149,6 +149,8 @@ class Runner:
         self.journal = journal
         self.budget = budget or Budget()
         self.generator = generator
+        # Asked once: to look a protocol up costs more than to claim a request.
+        self._batched = generator if isinstance(generator, Batched) else None
         self.progress = progress or Progress(show=False)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
         self._checked: asyncio.Task[None] | None = None
@@ -305,9 +307,9 @@ class Runner:
     async def _check(self) -> None:
         """Check the generator, and refuse to wait for batches that it will not collect."""
         ledger, places = JournalLedger(self.journal, self.budget), frozenset[str]()
-        if isinstance(self.generator, Batched):
-            places = self.generator.places
-            self.generator.bind(ledger)
+        if self._batched is not None:
+            places = self._batched.places
+            self._batched.bind(ledger)
         left = [batch for batch in ledger.open_batches() if batch.place not in places]
         if left:
             raise RunStopped(
@@ -318,7 +320,7 @@ class Runner:
 
     def _terms(self, request: Request) -> tuple[Budget, bool]:
         """The budget at the prices of a request, and whether it waits for a batch before it is sent."""
-        share = self.generator.price_share(request) if isinstance(self.generator, Batched) else None
+        share = None if self._batched is None else self._batched.price_share(request)
         return (self.budget, False) if share is None else (self.budget.at(share), True)
 
     async def _claim(self, request: Request) -> Reply | None:
