@@ -159,18 +159,17 @@ def by_datasets(files: Files, rows: list[int], folder: Path) -> list[dict[str, A
 
 def by_datatrove(files: Files, rows: list[int], folder: Path) -> list[dict[str, Any]]:
     """Compose with two ranks of datatrove."""
-    from datatrove.data import Document
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.writers import JsonlWriter
 
-    def step(data: Any, rank: int, world_size: int) -> Iterator[Document]:
-        for number, row in zip(rows[rank::world_size], generate(files, rows[rank::world_size]), strict=True):
-            yield Document(row["messages"][0]["content"], str(number), metadata=row)
+    def step(data: Any, rank: int, world_size: int) -> None:
+        with (folder / f"rank-{rank}.jsonl").open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in generate(files, rows[rank::world_size]))
 
-    out, logs = folder / "by-datatrove", folder / "datatrove-logs"
-    LocalPipelineExecutor([step, JsonlWriter(str(out), compression=None)], tasks=2, logging_dir=str(logs)).run()
-    lines = (json.loads(line) for path in out.iterdir() for line in path.read_text("utf-8").splitlines())
-    return [line["metadata"] for line in sorted(lines, key=lambda line: int(line["id"]))]
+    LocalPipelineExecutor([step], tasks=2, logging_dir=str(folder / "datatrove")).run()
+    found: list[Any] = [None] * len(rows)
+    for rank in range(2):
+        found[rank::2] = map(json.loads, (folder / f"rank-{rank}.jsonl").read_text().splitlines())
+    return found
 
 
 def by_ray(files: Files, rows: list[int], folder: Path) -> list[dict[str, Any]]:
@@ -255,7 +254,9 @@ def main() -> None:
         print(json.dumps(measure(args.one[0], Path(args.one[1]), args.rows[0], **more)))
         return
     machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "python": platform.python_version()}
-    results: dict[str, Any] = {"machine": machine}
+    # Sizes and stages that are not measured now stay as they are.
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    results["machine"] = machine
     for rows in args.rows:
         with tempfile.TemporaryDirectory() as name:
             write_seeds(Path(name) / "seeds.jsonl", rows)
