@@ -359,6 +359,7 @@ if __name__ == "__main__":
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--latency", type=float, nargs=2, default=(0.5, 2.0))
     parser.add_argument("--queue", action="store_true")
+    parser.add_argument("--port", type=int, default=0)
     options = parser.parse_args()
-    endpoint = FakeEndpoint(slots=options.slots, latency=tuple(options.latency), queue=options.queue)
+    endpoint = FakeEndpoint(options.slots, tuple(options.latency), port=options.port, queue=options.queue)
     asyncio.run(endpoint.serve(lambda: print(endpoint.url, flush=True)))  # noqa: T201

@@ -115,8 +115,8 @@ class SynthesizeArguments:
             )
         if self.num_shards > 1 and self.output_dir is not None and self.journal is not None:
             raise ValueError(
-                f"`journal` must be unset where shards go into `output_dir`, got {self.journal!r}: each has one of its "
-                "own. Take one of the two away."
+                f"`journal` must be unset where shards go into `output_dir`, got {self.journal!r}: each has one of "
+                "its own. Take one of the two away."
             )
 
 

@@ -87,7 +87,7 @@ def fill_shard(builder: ContextSynthesisBuilder, folder: str | Path) -> bool:
             pass
     try:
         leads = builder.prepare_outcomes()
-    # A queue that ends a job (Slurm: SIGTERM, which `Runner` makes a SystemExit) may start it again on another machine.
+    # A queue that ends a job (Slurm: SIGTERM, of which `Runner` makes SystemExit) may start it again elsewhere.
     except (RunStopped, KeyboardInterrupt, SystemExit):
         if not Path(f"{local}-wal").exists():  # no other process of a team has it open: its last one puts it down
             _put_down(local, half)

@@ -17,8 +17,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from urllib.request import urlopen
 
+import dill
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
@@ -27,6 +29,11 @@ from hf_longalign import ContextSynthesisBuilder, merge_shards, run_shard
 from hf_longalign.commands.publishing import CardOptions
 from hf_longalign.commands.synthesize import SynthesizeArguments, builder_options, read
 from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.synthesis.export import check_output
+
+
+# Slurm's jobs load the steps from a file, without this module: with them goes what they call.
+dill.settings["recurse"] = True
 
 
 @contextmanager
@@ -95,7 +102,7 @@ def executor(ours: argparse.Namespace, step: PipelineStep, tasks: int, **more: o
     common["workers"] = min(tasks, ours.workers)
     if ours.executor == "local":
         return LocalPipelineExecutor(**common)
-    resources = {"gpus_per_task": ours.gpus, "cpus_per_task": ours.cpus}
+    resources = {name: getattr(ours, name) for name in ("cpus_per_task", "gpus_per_task", "mem_per_cpu_gb")}
     if ours.executor == "ray":
         return RayPipelineExecutor(**common, **resources)
     name = f"{step.name}-contexts"
@@ -111,13 +118,20 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, required=True, help="into how many shards the seeds are split")
     parser.add_argument("--workers", type=int, required=True, help="how many of them are asked for at once")
     parser.add_argument("--shards", required=True, help="a folder of this run alone that every machine sees")
-    parser.add_argument("--serve", help="what starts a task's own endpoint, with {port} for its port; unset: --endpoints")
-    parser.add_argument("--gpus", type=int, default=0, help="GPUs of a task, by Slurm or Ray")
-    parser.add_argument("--cpus", type=int, default=1, help="CPUs of a task, by Slurm or Ray")
-    parser.add_argument("--partition", default="gpu", help="Slurm's partition")
-    parser.add_argument("--time", default="24:00:00", help="Slurm's time limit of a task")
+    parser.add_argument(
+        "--serve", help="what starts a task's own endpoint, with {port} for its port; unset: --endpoints"
+    )
+    parser.add_argument("--cpus_per_task", type=int, default=1, help="for Slurm and Ray")
+    parser.add_argument("--gpus_per_task", type=int, default=0, help="for Slurm and Ray")
+    parser.add_argument("--mem_per_cpu_gb", type=int, default=2, help="for Slurm and Ray")
+    parser.add_argument("--partition", default="gpu", help="for Slurm")
+    parser.add_argument("--time", default="24:00:00", help="for Slurm: the most that a task may take")
     ours, theirs = parser.parse_known_args()
-    args, options, _, _, card = read(theirs)
+    args, options, hub, _, card = read(theirs)
+    alone = {"dry_run": args.dry_run, "num_shards": args.num_shards > 1, "push_to_hub": hub.push_to_hub}
+    if wrong := [name for name in alone if alone[name]]:
+        parser.error(f"`{wrong[0]}` must be unset here. It is for `hf-longalign synthesize`, before or after this.")
+    check_output(Path(str(args.output_dir)), Path(ours.shards))  # before anything is paid for
     if ours.executor == "ray":
         import ray
 

@@ -15,8 +15,6 @@ import psutil
 import pytest
 from fake_endpoint import FakeEndpoint
 
-from hf_longalign.synthesis.journal import Journal
-
 from .fakes import make_pairs
 
 
@@ -117,3 +115,53 @@ def test_shards_that_are_killed_go_on_and_compose_the_rows_of_one_run(tmp_path, 
             _finish(_launch(tmp_path, server, kind, "--n_distractors", "2"))
             assert _rows(tmp_path / kind) != one_run
             assert sum(entry.answered is not None for entry in server.log) == SEEDS
+
+
+# Runs the tasks of a job in turn, at once; the jobs that only add up statistics are left out.
+SBATCH = """
+script="${!#}"
+echo "$@" >> sbatch.log
+if ! grep -q merge_stats "$script"; then
+    last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+    for task in $(seq 0 "$last"); do
+        SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=node1 bash "$script" >> slurm.log 2>&1 || exit 1
+    done
+fi
+echo Submitted batch job 7
+"""
+
+
+def test_slurm_runs_what_its_scripts_say_each_task_with_its_own_endpoint(tmp_path, one_run, monkeypatch):
+    for name, text in (("sbatch", SBATCH), ("srun", 'shift 3\nexec "$@"'), ("scontrol", "echo node1")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    serve = f"{sys.executable} {RECIPE.parents[2] / 'tests' / 'fake_endpoint.py'} --latency 0 0 --port {{port}}"
+    slurm = ("--tasks", "2", "--serve", serve, "--gpus_per_task", "4", "--partition", "night", "--time", "02:00:00")
+    with FakeEndpoint() as unused:
+        _finish(_launch(tmp_path, unused, "slurm", *slurm))
+        assert not unused.log
+    assert _rows(tmp_path / "slurm") == one_run
+    scripts = [tmp_path / "shards" / "logs" / name / "launch_script.slurm" for name in ("shard-of-2", "compose-of-1")]
+    for script, array in zip(scripts, ("0-1%2", "0-0%1"), strict=True):
+        lines = script.read_text().splitlines()
+        asked = {"array": array, "gpus": 4, "partition": "night", "time": "02:00:00", "nodes": 1}
+        assert {f"#SBATCH --{name}={value}" for name, value in asked.items()} <= set(lines)
+        assert lines[-1] == f"srun  -l -n 1 launch_pickled_pipeline {script.with_name('executor.pik')}"
+    calls = (tmp_path / "sbatch.log").read_text().splitlines()
+    assert ["--dependency=afterok:7" in call for call in calls] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("option", ["--dry_run", "--num_shards", "--push_to_hub"])
+def test_what_belongs_to_the_command_line_is_refused(tmp_path, option, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    more = [option, *{"--num_shards": ["2"], "--push_to_hub": ["--hub_model_id", "me/contexts"]}.get(option, [])]
+    output, _ = (process := _launch(tmp_path, FakeEndpoint(), "local", *more)).communicate(timeout=100)
+    assert process.returncode == 2 and f"`{option[2:]}` must be unset here" in output
+
+
+def test_an_endpoint_that_does_not_start_is_an_error_that_names_it(tmp_path):
+    process = _launch(tmp_path, FakeEndpoint(), "local", "--serve", "false", "--tasks", "1", "--workers", "1")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode and "`--serve` must start an endpoint, got status 1 of 'false'" in output
