@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import dill
@@ -49,9 +50,13 @@ def serving(command: str | None, args: SynthesizeArguments) -> Iterator[Synthesi
     server = subprocess.Popen(shlex.split(command.replace("{port}", str(port))), start_new_session=True)
     try:
         while server.poll() is None:
-            with suppress(OSError), urlopen(f"http://localhost:{port}/v1/models"):
+            try:
+                urlopen(f"http://localhost:{port}/v1/models").close()
                 break
-            time.sleep(1)
+            except HTTPError:  # it answers, if only to ask for a key
+                break
+            except OSError:
+                time.sleep(1)
         else:
             raise RuntimeError(f"`--serve` must start an endpoint, got status {server.returncode} of {command!r}.")
         yield replace(args, endpoints=[f"http://localhost:{port}/v1"])

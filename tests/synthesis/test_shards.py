@@ -1,11 +1,16 @@
 """Shards: skipped when finished, gone on with when half done, merged to the rows and the spend of one run."""
 
+import os
+import signal
+import threading
+
 import pytest
 
-from hf_longalign.endpoint.protocol import RunStopped
+from hf_longalign.endpoint.protocol import RunStopped, ignore
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.shards import merge_shards, run_shard
+from hf_longalign.synthesis.shards import fill_shard, merge_shards, run_shard
+from hf_longalign.synthesis.team import Team
 
 from .fakes import FakeGenerator, make_pairs
 
@@ -72,6 +77,54 @@ def test_a_finished_shard_is_skipped_and_a_half_one_goes_on_here_and_elsewhere(t
         again = FakeGenerator(stop_after=0)
         run_shard(options_of(tmp_path / "third", again), other, 0, 2)
         assert again.asked == []
+
+
+class Terminated(FakeGenerator):
+    """Its process is told to end, as by a queue whose time is up, while it writes its third reply."""
+
+    async def reply(self, request, notify=ignore):
+        if len(self.asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return await super().reply(request, notify)
+
+
+def test_a_shard_that_is_told_to_end_is_put_down_for_another_machine(tmp_path):
+    told, generator = Terminated(), FakeGenerator()
+    with pytest.raises(SystemExit):
+        run_shard(options_of(tmp_path / "here", told), tmp_path / "shared", 0, 2)
+    run_shard(options_of(tmp_path / "elsewhere", generator), tmp_path / "shared", 0, 2)
+    assert 3 <= len(told.asked) < 7
+    asked = [request.key for request in told.asked + generator.asked]
+    assert len(asked) == len(set(asked)) == 7
+
+
+def test_a_team_fills_a_shard_together_and_goes_on_where_it_stopped(tmp_path):
+    shared, disk, totals = tmp_path / "shared", tmp_path / "disk", 0
+    for stop_after in (2, None):
+        team, found = Team.found(disk / "context_synthesis"), {}
+        generators = [FakeGenerator(stop_after=stop_after) for _ in range(2)]
+
+        def member(rank, team=team, found=found, generators=generators):
+            builder = ContextSynthesisBuilder(**options_of(disk, generators[rank]))
+            builder.pipeline.shard, builder.pipeline.team = (1, 2), Team(team, rank, 2)
+            try:
+                found[rank] = fill_shard(builder, shared)
+            except RunStopped as stop:
+                found[rank] = stop
+
+        threads = [threading.Thread(target=member, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        totals += sum(len(generator.asked) for generator in generators)
+        if stop_after:
+            assert isinstance(found[0], RunStopped) and totals < 6
+        else:
+            assert found == {0: True, 1: False} and totals == 6
+    assert [path.name for path in shared.iterdir()] == ["shard-1-of-2.sqlite"]
+    with Journal(shared / "shard-1-of-2.sqlite") as journal:
+        assert journal.totals().replies == 6
 
 
 def test_what_makes_no_sense_is_refused_by_name(tmp_path):
