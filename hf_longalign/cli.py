@@ -20,6 +20,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("train on short data with skipped positions", "sft_options", "sft"),
     "synthesize": Command("turn short pairs into long-context chat data", "synthesis_options", "synthesize"),
+    "reach": Command("how far does a model reach on your data, without training?", "reach", "reach"),
     "evaluate": Command("ask base and adapter the same questions", "evaluation_options", "evaluate"),
     "coherence": Command("does a data set need its contexts?", "coherence", "coherence"),
     "journal": Command("look into the replies that a synthesis has paid for", "journal", "journal"),

@@ -63,16 +63,15 @@ class PublishingSFTTrainer(SFTTrainer):
 
     def _write_card(self, folder: str, tags: Sequence[str] = ()) -> None:
         from hf_longalign.cards import write_adapter_card
-        from hf_longalign.plots import plot_coverage
+        from hf_longalign.plots import draw_training
 
         record, config = self.training_record(), None
         if is_peft_model(self.model):
             config = json.loads(json.dumps(self.model.active_peft_config.to_dict(), default=_as_json))
-        if record.coverage is not None and record.coverage.documents:
-            try:
-                plot_coverage(record.coverage, Path(folder) / "assets" / "coverage.png")
-            except ImportError as error:
-                logger.warning("The card has no picture: %s", error)
+        try:
+            draw_training(record, Path(folder) / "assets")
+        except ImportError as error:
+            logger.warning("The card has no picture: %s", error)
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             write_adapter_card(

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hf_longalign.cards.markdown import code, listed
+from hf_longalign.cards.markdown import code, listed, table
 from hf_longalign.cards.page import REPOSITORY, check_license, render
 from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
 from hf_longalign.records.names import suite_of
@@ -31,6 +31,7 @@ PICTURES = {
     "needle_heatmap": "Accuracy by depth and length",
     "perplexity": "Perplexity by position",
     "coverage": "Relative distances met in training",
+    "distances": "Loss by distance",
 }
 
 
@@ -106,6 +107,7 @@ def adapter_card(
         "how": STRATEGIES.get(strategy, "Positions are drawn by a function of the author's own."),
         "adapter": _adapter(config),
         "duration": duration,
+        "distances": _distances(record),
         "pictures": {name: (title, path) for name, title in PICTURES.items() if (path := _path(images, name))},
         "citations": _citations(record, report),
         **{helper.__name__: helper for helper in (headline, reaches, scores_note, scores_table, suite_of)},
@@ -169,6 +171,17 @@ def _adapter(config: Mapping[str, Any]) -> str:
         f"on {listed([code(name) for name in names])}{modules}" if names else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _distances(record: TrainingRecord) -> str:
+    """Loss by distance as a table; empty where it was not watched."""
+    found = record.distances
+    if found is None:
+        return ""
+    curves = (("before training", found.before), ("after training", found.after))
+    rows = [[name, *(f"{loss:.3f}" for loss in losses)] for name, losses in curves if losses is not None]
+    columns = range(1, len(found.lengths) + 1)
+    return table(["distance", *(f"{length:,}" for length in found.lengths)], rows, right=columns)
 
 
 def duration(seconds: float) -> str:
