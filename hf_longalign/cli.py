@@ -25,6 +25,7 @@ COMMANDS = {
     "coherence": Command("does a data set need its contexts?", "coherence", "coherence"),
     "journal": Command("look into the replies that a synthesis has paid for", "journal", "journal"),
     "merge": Command("write base and adapter as one model", "merge", "merge"),
+    "serve-command": Command("how to serve an adapter with its RoPE", "serve_command", "serve_command"),
     "push": Command("publish a data set or an adapter", "push", "push"),
 }
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "--version":
         sys.stdout.write(f"hf_longalign {__version__}\n")
         return 0
-    commands = "\n".join(f"    {known:<12} {command.help}" for known, command in COMMANDS.items())
+    commands = "\n".join(f"    {known:<13} {command.help}" for known, command in COMMANDS.items())
     if name in ("--help", "-h"):
         sys.stdout.write(HELP.format(commands=commands))
         return 0

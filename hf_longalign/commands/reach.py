@@ -1,4 +1,4 @@
-"""Draw how far a model reaches on your own data: the loss of short rows, moved apart to longer and longer distances."""
+"""Draw how far a model reaches on your own data: the loss of short rows, moved apart to longer distances."""
 
 import argparse
 from collections.abc import Sequence

@@ -50,6 +50,7 @@ from hf_longalign.evaluation.ruler_tasks import score_ruler
 from hf_longalign.evaluation.runner import Examinee, spent
 from hf_longalign.evaluation.store import ResultStore
 from hf_longalign.evaluation.suites import Maker, PromptSuite
+from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import EvaluatedModel, Report
 from hf_longalign.rope import model_range
 from hf_longalign.run_record import loaded_commit
@@ -324,9 +325,29 @@ def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultSto
             if key not in store:
                 count = token_counter(examined.tokenizer, chat=prompts[0].chat)
                 store.add(key, asdict(examinee.generator.look(prompts, count)))
-            settings = ServerFacts(**store.get(key)).settings()
+            settings = {**ServerFacts(**store.get(key)).settings(), **check_served(examined, examinee, store)}
             told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
+
+
+def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> dict[str, Any]:
+    """Compare fixed answers of a served model with those of the one that was trained, unless an earlier run did."""
+    options = examined.options
+    adapter = options.adapter if examinee.label == ADAPTER else None
+    name, revision = adapter or options.model, options.adapter_revision if adapter else options.model_revision
+    record, key = record_of(name, revision), examinee.key("served")
+    if options.check_served == "off" or record is None:
+        return {}
+    if key not in store:
+        expected = record.answers
+        if expected is None and options.check_served == "local":
+            model = load_model(options.model, adapter=adapter, revision=options.model_revision,
+                               adapter_revision=options.adapter_revision, dtype=options.dtype)  # fmt: skip
+            expected = known_answers(model, examined.tokenizer, record.rope)
+        if not expected or not expected.answers:
+            return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
+        store.add(key, {"told": examinee.generator.check_answers(expected, name)})
+    return {"answers as trained": store.get(key)["told"]}
 
 
 def default_lengths(reach: int) -> list[int]:

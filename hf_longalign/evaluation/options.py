@@ -41,6 +41,14 @@ class ModelOptions:
         default=None,
         metadata={"help": "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."},
     )
+    check_served: str = field(
+        default="stored",
+        metadata={
+            "help": "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its "
+            "answers were kept, as `merge` does), local (else the model is loaded here and asked) or off.",
+            "choices": ["stored", "local", "off"],
+        },
+    )
     api_key_env: str = field(
         default="OPENAI_API_KEY",
         metadata={"help": "The environment variable that holds the key; the key itself never."},
@@ -50,6 +58,8 @@ class ModelOptions:
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later."""
+        if self.check_served not in ("stored", "local", "off"):
+            raise ValueError(f"`check_served` must be stored, local or off, got {self.check_served!r}. Set stored.")
         for name in ("max_concurrency", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. Set a larger number.")
