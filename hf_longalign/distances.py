@@ -7,7 +7,7 @@ length alone: not on the strategy, the seed, the batch or the process, so that a
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,7 @@ def stretched_positions(block_lengths: ArrayLike, length: int, rng: np.random.Ge
     return np.arange(total) + np.repeat(np.concatenate(([0], shifts, [room])), lengths)
 
 
-def first_documents(dataset: Iterable[dict[str, Any]], count: int) -> list[dict[str, np.ndarray]]:
+def first_documents(dataset: Any, count: int) -> list[dict[str, np.ndarray]]:
     """Return the first documents that have a target: `input_ids`, `labels` and, where the rows tell them, `blocks`.
 
     Args:
@@ -265,7 +265,7 @@ class WatchingSFTTrainer(PublishingSFTTrainer):
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict, and add the losses at `eval_distances` to what an evaluation logs."""
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
         if self.distances is not None and description == "Evaluation":
             prefix = kwargs.get("metric_key_prefix", "eval")
             rows = self._distance_rows.get(prefix.removeprefix("eval_")) or self._distance_rows.get("eval")

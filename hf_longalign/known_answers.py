@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
 from hf_longalign.records.training import AnswersRecord, RopeRecord
 
@@ -50,11 +50,11 @@ def base_range(rope: RopeRecord) -> int:
 
 
 @torch.no_grad()
-def known_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rope: RopeRecord) -> AnswersRecord:
+def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord:
     """Ask a model the fixed prompts and return the beginnings of its answers.
 
     Args:
-        model: with or without an adapter, in eval mode.
+        model: a `PreTrainedModel` with or without an adapter, in eval mode.
         tokenizer: its own; with a chat template, prompts go through it.
         rope: the RoPE and range it was trained with.
     """

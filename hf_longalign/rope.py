@@ -301,7 +301,7 @@ def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     >>> legacy["rope_theta"], legacy["rope_scaling"]["factor"], "rope_theta" in legacy["rope_scaling"]
     (1000000.0, 4.0, False)
     """
-    added = {key: legacy_rope(value) for key, value in config.items() if key == "text_config"}
+    added: dict[str, Any] = {key: legacy_rope(value) for key, value in config.items() if key == "text_config"}
     rope = config.get("rope_parameters")
     if rope and not any(isinstance(value, dict) for value in rope.values()):
         apart = ("rope_theta", "partial_rotary_factor")

@@ -167,9 +167,7 @@ def command_of(
             f"`{name}` must have a range to be served in, got a model without `max_position_embeddings`. Serve it as "
             "its base is served: it has no RoPE that could be lost."
         )
-    lines = [
-        f"# {'Run in the tests; options' if known.run else 'Read'} in {known.source}{', not run' * (not known.run)}."
-    ]
+    lines = [f"# {'Run in the tests, read' if known.run else 'Read, not run'}: {known.source}"]
     if adapter_config is None:
         return "\n".join([*lines, known.whole(quote(name), reach)])
     base = base_model or adapter_config.get("base_model_name_or_path")

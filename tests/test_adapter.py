@@ -25,10 +25,10 @@ def logits(model):
     return model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=FAR).logits.detach()
 
 
-def train(base, adapter, peft_config=None, new_tokens=0, **load):
+def train(base, adapter, peft_config=None, new_tokens=0, length=256, **load):
     """An adapter trained on a base model of range 64 at range 256, as saved, and the trained model's logits."""
     loader = load.pop("loader", AutoModelForCausalLM)
-    model = loader.from_pretrained(base, config=scale_rope(AutoConfig.from_pretrained(base), 256), **load)
+    model = loader.from_pretrained(base, config=scale_rope(AutoConfig.from_pretrained(base), length), **load)
     if new_tokens:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + new_tokens)
     model = get_peft_model(

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         train_dataset=dataset,
         eval_dataset=dataset,
     )
-    watch, rows = trainer.distances, trainer.distances.rows["eval"]
+    watch: Any = trainer.distances
+    rows = watch.rows["eval"]
     trainer.model.eval()
     ordinary = watch.loss(rows, None)
     losses = [watch.loss(rows, distance) for distance in watch.distances]

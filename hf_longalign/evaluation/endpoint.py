@@ -240,7 +240,7 @@ class EndpointGenerator:
                     f"{answer!r} to a fixed prompt of {tokens:,} tokens: other weights, RoPE or chat template. Serve "
                     f"it as `hf-longalign serve-command {name}` says, or set `check_served` to 'off'."
                 )
-        return f"{len(answers)} fixed prompts of up to {max(expected.tokens):,} tokens, answered the same"
+        return f"{len(answers)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
 
     async def _ask(self, prompt: Prompt) -> Reply:
         extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}

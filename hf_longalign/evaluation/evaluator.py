@@ -346,7 +346,8 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
             expected = known_answers(model, examined.tokenizer, record.rope)
         if not expected or not expected.answers:
             return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
-        store.add(key, {"told": examinee.generator.check_answers(expected, name)})
+        server: Any = examinee.generator
+        store.add(key, {"told": server.check_answers(expected, name)})
     return {"answers as trained": store.get(key)["told"]}
 
 
