@@ -15,15 +15,21 @@ from hf_longalign.records.training import AnswersRecord, RopeRecord
 
 NEW_TOKENS = 12
 # How much more likely the first choice is than the second, in nats: rounding in half precision moves it by far less.
-MARGIN = 1.0
+MARGIN = 0.5
 # Reading more would cost too much; past it, the long prompt stays inside the range of the base.
 LONGEST = 16384
 TOWNS = ("Ardel", "Bemo", "Cato", "Dunra", "Ekest", "Fallo", "Gorin")
+QUESTIONS = (
+    "Copy line 1 word for word.",
+    "How many carts were sold in line 1? Answer with a number.",
+    "Repeat the line above.",
+    "Say the word yes.",
+)
 GOODS = ("salt", "wool", "glass", "copper", "honey")
 
 
-def ledger(lines: int) -> str:
-    """Return a prompt of so many lines and a question about the first of them.
+def ledger(lines: int, question: int = 0) -> str:
+    """Return a prompt of so many lines and one of the `QUESTIONS` about them.
 
     >>> print(ledger(2))
     Line 1: Ardel sold 17 carts of salt.
@@ -31,7 +37,7 @@ def ledger(lines: int) -> str:
     Copy line 1 word for word.
     """
     rows = (f"Line {n + 1}: {TOWNS[n % 7]} sold {17 + 37 * n % 83} carts of {GOODS[n % 5]}." for n in range(lines))
-    return "\n".join([*rows, "Copy line 1 word for word."])
+    return "\n".join([*rows, QUESTIONS[question]])
 
 
 def base_range(rope: RopeRecord) -> int:
@@ -60,8 +66,8 @@ def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord
     """
     chat = bool(tokenizer.chat_template)
 
-    def encode(lines: int) -> dict[str, Any]:
-        text = ledger(lines)
+    def encode(lines: int, question: int = 0) -> dict[str, Any]:
+        text = ledger(lines, question)
         if not chat:
             return dict(tokenizer(text, return_tensors="pt"))
         options: Any = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
@@ -77,21 +83,26 @@ def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord
         output_logits=True,
         return_dict_in_generate=True,
     )
-    lines, tokens, answers = [], [], []
-    for count in sorted({1, 24, _lines_for(past, lambda count: encode(count)["input_ids"].shape[1])}):
-        inputs = {key: value.to(model.device) for key, value in encode(count).items() if key != "token_type_ids"}
+    found = AnswersRecord(chat=chat)
+    longest = _lines_for(past, lambda count: encode(count)["input_ids"].shape[1])
+    # Two of the long prompt, for each is read anew; all of a short one, for a small model is sure of few.
+    asked = sorted({*((lines, n) for lines in (1, 24) for n in range(len(QUESTIONS))), (longest, 0), (longest, 1)})
+    for lines, question in asked:
+        encoded = encode(lines, question).items()
+        inputs = {key: value.to(model.device) for key, value in encoded if key != "token_type_ids"}
         length = inputs["input_ids"].shape[1]
         if length > reach - NEW_TOKENS:
             continue
-        found: Any = model.generate(**inputs, generation_config=settings)
-        first, second = torch.stack(found.logits)[:, 0].float().log_softmax(-1).topk(2).values.unbind(-1)
+        output: Any = model.generate(**inputs, generation_config=settings)
+        first, second = torch.stack(output.logits)[:, 0].float().log_softmax(-1).topk(2).values.unbind(-1)
         sure = (first - second >= MARGIN).long().cumprod(0).sum().item()
-        answer = tokenizer.decode(found.sequences[0, length:][:sure], skip_special_tokens=True)
+        answer = tokenizer.decode(output.sequences[0, length:][:sure], skip_special_tokens=True)
         if answer := answer.rstrip("\ufffd").strip():
-            lines.append(count)
-            tokens.append(length)
-            answers.append(answer)
-    return AnswersRecord(lines, tokens, answers, chat)
+            found.lines.append(lines)
+            found.questions.append(question)
+            found.tokens.append(length)
+            found.answers.append(answer)
+    return found
 
 
 def _lines_for(tokens: int, count: Callable[[int], int]) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,6 +15,7 @@ from hf_longalign.cards.scores import eval_results, headline, reaches, scores_no
 from hf_longalign.records.names import suite_of
 from hf_longalign.records.report import Report
 from hf_longalign.records.training import HubSource, TrainingRecord
+from hf_longalign.serving import command_of
 
 
 STRATEGIES = {
@@ -93,7 +95,11 @@ def adapter_card(
         model_name=repo_id if report else None,
         eval_results=eval_results(report, repo_id) if report else None,
     )
+    serving = None
+    with suppress(ValueError):  # not every RoPE is known to be served as it was trained
+        serving = command_of(record, adapter_config, repo_id, base_model=base.name if base else None)
     values = {
+        "serving": serving,
         "record": record,
         "report": report,
         "base": base,

@@ -227,10 +227,12 @@ class EndpointGenerator:
             ValueError: names the first prompt that is answered otherwise.
             EndpointError: the server gives no answer.
         """
-        answers = list(zip(expected.lines, expected.tokens, expected.answers, strict=True))
+        asked = zip(expected.lines, expected.questions, strict=True)
         prompts = {
-            Prompt("probe", "served", n, ledger(lines), (), NEW_TOKENS, chat=expected.chat): (tokens, answer)
-            for n, (lines, tokens, answer) in enumerate(answers)
+            Prompt("probe", "served", n, ledger(*prompt), (), NEW_TOKENS, chat=expected.chat): told
+            for n, (prompt, told) in enumerate(
+                zip(asked, zip(expected.tokens, expected.answers, strict=True), strict=True)
+            )
         }
         for prompt, completion in self.generate(list(prompts)):
             tokens, answer = prompts[prompt]
@@ -240,7 +242,7 @@ class EndpointGenerator:
                     f"{answer!r} to a fixed prompt of {tokens:,} tokens: other weights, RoPE or chat template. Serve "
                     f"it as `hf-longalign serve-command {name}` says, or set `check_served` to 'off'."
                 )
-        return f"{len(answers)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
+        return f"{len(prompts)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
 
     async def _ask(self, prompt: Prompt) -> Reply:
         extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}

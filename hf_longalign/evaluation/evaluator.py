@@ -99,6 +99,7 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
 
 def run(model_options: ModelOptions, options: SuiteOptions) -> Report | None:
     """Do what [`evaluate`] does; `None` in every process but the main one, which waits for the others' shares."""
+    model_options.check()
     options.check(model_options.endpoint)
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())

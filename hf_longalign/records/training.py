@@ -63,6 +63,7 @@ class AnswersRecord(Record):
     """Beginnings of greedy answers to prompts of `lines`, of `tokens`: see `hf_longalign.known_answers`."""
 
     lines: list[int] = field(default_factory=list)
+    questions: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     chat: bool = True
