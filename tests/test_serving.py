@@ -127,7 +127,7 @@ def test_what_an_engine_computes_otherwise_is_refused(tmp_path, capsys, rope, wh
     with pytest.raises(ValueError, match="`engine` must be one of vllm"):
         command_of(record, None, "user/long", "ollama")
     save_record(tmp_path, record)
-    assert main(["serve-command", str(tmp_path)]) == 2
+    assert main(["serve-command", str(tmp_path)]) == 1
     assert what in capsys.readouterr().err
     with pytest.raises(ValueError, match="must have a range"):
         command_of(TrainingRecord(RopeRecord("bloom")), None, "user/long")

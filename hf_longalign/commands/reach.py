@@ -33,8 +33,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoConfig
 
-    from hf_longalign.commands.sft import check_columns, read_dataset
-    from hf_longalign.commands.sft_options import DataOptions
+    from hf_longalign.commands.sft import DataOptions, check_columns, read_dataset
     from hf_longalign.config import LongAlignSFTConfig
     from hf_longalign.rope import model_range
     from hf_longalign.trainer import LongAlignSFTTrainer
