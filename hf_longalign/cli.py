@@ -11,23 +11,22 @@ from hf_longalign.version import __version__
 
 
 class Command(NamedTuple):
-    """A command: the module that reads its options, which imports no torch, and the one that runs it."""
+    """A command and its module of `hf_longalign.commands`: `read` its options, then `run` it."""
 
     help: str
-    options: str
     module: str
 
 
 COMMANDS = {
-    "sft": Command("train on short data with skipped positions", "sft", "sft"),
-    "synthesize": Command("turn short pairs into long-context chat data", "synthesize", "synthesize"),
-    "reach": Command("how far does a model reach on your data, without training?", "reach", "reach"),
-    "evaluate": Command("ask base and adapter the same questions", "evaluate", "evaluate"),
-    "coherence": Command("does a data set need its contexts?", "coherence", "coherence"),
-    "journal": Command("look into the replies that a synthesis has paid for", "journal", "journal"),
-    "merge": Command("write base and adapter as one model", "merge", "merge"),
-    "serve-command": Command("how to serve an adapter with its RoPE", "serve_command", "serve_command"),
-    "push": Command("publish a data set or an adapter", "publishing", "publishing"),
+    "sft": Command("train on short data with skipped positions", "sft"),
+    "synthesize": Command("turn short pairs into long-context chat data", "synthesize"),
+    "reach": Command("how far does a model reach on your data, without training?", "reach"),
+    "evaluate": Command("ask base and adapter the same questions", "evaluate"),
+    "coherence": Command("does a data set need its contexts?", "coherence"),
+    "journal": Command("look into the replies that a synthesis has paid for", "journal"),
+    "merge": Command("write base and adapter as one model", "merge"),
+    "serve-command": Command("how to serve an adapter with its RoPE", "serve_command"),
+    "push": Command("publish a data set or an adapter", "publishing"),
 }
 
 HELP = """usage: hf-longalign COMMAND …
@@ -67,11 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"hf-longalign: error: unknown command {name!r}, known are {', '.join(COMMANDS)}\n")
         return 2
     command = COMMANDS[name]
-    # Two modules: the options are read, and refused, before the one that needs torch is imported.
-    options = import_module(f"hf_longalign.commands.{command.options}").read(rest)
+    # `read` imports no torch, so that a wrong option is refused at once; what `run` needs it imports itself.
+    module = import_module(f"hf_longalign.commands.{command.module}")
+    options = module.read(rest)
     start_logging()
     try:
-        return import_module(f"hf_longalign.commands.{command.module}").run(*options)
+        return int(module.run(*options))
     except (ValueError, RuntimeError, ImportError) as error:
         if not is_refusal(error):
             raise

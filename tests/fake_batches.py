@@ -26,6 +26,7 @@ class FakeBatches:
     """The server, in threads of its own while the `with` block lasts."""
 
     model: str = "tiny"
+    reply: object = answer_text
     key: str | None = None
     looks: int = 2  # how often a batch is looked at before it is done
     lose_creates: int = 0  # so many answers to the creation of a batch are lost on their way
@@ -166,7 +167,7 @@ class FakeBatches:
         if kind in ("400", "429", "500"):
             told = {"400": "This model's maximum context length is 8192 tokens"}.get(kind, "oops")
             return [], [_line(key, int(kind), {"error": {"message": told}})]
-        text = answer_text(body)
+        text = self.reply(body)
         answer = {
             "object": "chat.completion",
             "model": self.model,

@@ -111,7 +111,7 @@ def test_only_hub_writes_to_the_hub(path):
 def test_the_options_of_every_command_are_read_without_torch():
     from hf_longalign.cli import COMMANDS
 
-    modules = ", ".join(f"hf_longalign.commands.{command.options}" for command in COMMANDS.values())
+    modules = ", ".join(f"hf_longalign.commands.{command.module}" for command in COMMANDS.values())
     code = f"import sys, hf_longalign.cli, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -86,7 +86,7 @@ def hub_results(report: Report, repo_id: str) -> dict[str, bytes]:
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     for found in _measured(report):
-        if "/" not in found.dataset:
+        if "/" not in found.dataset:  # the Hub joins results by data set, and a suite made here has none
             continue
         notes = {metric_of(found.task.metric or "score").title: "in percent", **found.conditions}
         entry = EvalResultEntry(
@@ -109,14 +109,28 @@ def headline(report: Report) -> str:
     """Return one line per suite: its average of all models, and how many tasks changed beyond chance."""
     labels, rows = report.labels, []
     for suite in report.suites if len(report.labels) > 1 else []:
-        means = _means(suite, labels)
-        if means:
-            rows.append([suite_of(suite.suite).title, *(percent(mean) for mean in means), _verdict(suite, labels)])
-    return table(
-        ["average in percent", *labels, f"tasks, {labels[-1]} against {labels[0]}"],
-        rows,
-        right=range(1, len(labels) + 1),
-    )
+        # The suite's own average, where it has one, else the mean of the tasks that all models have scores for.
+        own = [group.scores for group in suite.groups if group.group in ("average", "overall")]
+        own = [scores for scores in own if set(labels) <= set(scores)][:1]
+        own = own or [
+            {label: score.value for label, score in task.scores.items()}
+            for task in suite.tasks
+            if set(labels) <= set(task.scores)
+        ]
+        if not own:
+            continue
+        means = (percent(sum(scores[label] for scores in own) / len(own)) for label in labels)
+        found = [_difference(task, labels) for task in suite.tasks]
+        # Words follow the numbers: a change within its interval is none, however large.
+        words = Counter(
+            "no clear change" if not change.significant else "better" if change.value > 0 else "worse"
+            for change in found
+            if change is not None and change.low is not None
+        )
+        told = ", ".join(f"{words[word]} {word}" for word in ("better", "worse", "no clear change") if words[word])
+        rows.append([suite_of(suite.suite).title, *means, told])
+    head = ["average in percent", *labels, f"tasks, {labels[-1]} against {labels[0]}"]
+    return table(head, rows, right=range(1, len(labels) + 1))
 
 
 def reaches(report: Report) -> str:
@@ -135,25 +149,6 @@ def reaches(report: Report) -> str:
         return ""
     note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
     return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
-
-
-def _means(suite: SuiteResult, labels: list[str]) -> list[float]:
-    """The suite's own average, where it has one, else the mean of the tasks that all models have scores for."""
-    for group in suite.groups:
-        if group.group in ("average", "overall") and all(label in group.scores for label in labels):
-            return [group.scores[label] for label in labels]
-    values = [
-        [task.scores[label].value for label in labels] for task in suite.tasks if set(labels) <= set(task.scores)
-    ]
-    return [sum(column) / len(values) for column in zip(*values, strict=True)] if values else []
-
-
-def _verdict(suite: SuiteResult, labels: list[str]) -> str:
-    """Words that follow the numbers: a change within its interval is none."""
-    found = [_difference(task, labels) for task in suite.tasks]
-    changes = [change for change in found if change is not None and change.low is not None]
-    counts = Counter("no clear change" if not c.significant else "better" if c.value > 0 else "worse" for c in changes)
-    return ", ".join(f"{counts[word]} {word}" for word in ("better", "worse", "no clear change") if counts[word])
 
 
 def scores_table(report: Report, suite: SuiteResult) -> str:
@@ -228,5 +223,6 @@ def _change(task: TaskResult, labels: list[str]) -> str:
 
 def _signed(value: float) -> str:
     """A difference in percent points, with a real minus; what rounds to nothing has no sign."""
+    # Rounded first, for -0.04 would be shown as a loss of nothing.
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text[1:] == "0.0" else text

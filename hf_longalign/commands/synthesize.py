@@ -1,6 +1,5 @@
 """Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,19 +7,16 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
-from hf_longalign.endpoint import BatchGenerator, CommandBatches, HostedBatches, OpenAIGenerator
+from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.config import SynthesisOptions
-from hf_longalign.synthesis.export import check_output
-from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.prompts import (
     Facts,
     Messages,
@@ -34,8 +30,11 @@ from hf_longalign.synthesis.prompts import (
 )
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.synthesis.team import join_team
-from hf_longalign.synthesis.writer import Plan
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+    from hf_longalign.synthesis.writer import Plan
 
 
 DESCRIPTION = """Turn short instruction-answer pairs into long-context chat data.
@@ -75,13 +74,6 @@ class SynthesizeArguments:
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
     max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
-    batch_command: str | None = field(
-        default=None,
-        metadata={
-            "help": 'With generator "batch", a command in place of a Batch API: '
-            "'vllm run-batch -i {input} -o {output} --model MODEL'."
-        },
-    )
     batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
     judge_model: str | None = field(
         default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
@@ -103,11 +95,6 @@ class SynthesizeArguments:
     shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
     dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
 
-    @property
-    def price_share(self) -> float:
-        """The share of the prices that is billed."""
-        return 0.5 if self.generator == "batch" and self.batch_command is None else 1.0
-
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
         check_license(seeds_license=self.seeds_license)
@@ -116,11 +103,6 @@ class SynthesizeArguments:
         if self.model is None and self.generator != "documents":
             raise ValueError(
                 f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
-            )
-        if self.batch_command is not None and self.generator != "batch":
-            raise ValueError(
-                f"`batch_command` must come with `generator` 'batch', got {self.generator!r}. Set it, or leave out "
-                "the command."
             )
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(
@@ -154,18 +136,9 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
         # The seeds have their contexts; a judge may still be asked about them.
         return "documents", judge
     if args.generator == "batch":
-        return make_batch_generator(args), judge
+        batches = HostedBatches(args.endpoints[0], api_key_env=args.api_key_env)
+        return BatchGenerator(str(args.model), batches), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
-
-
-def make_batch_generator(args: SynthesizeArguments) -> BatchGenerator:
-    """Return the generator that asks a Batch API, or a command on this machine."""
-    if args.batch_command is None:
-        return BatchGenerator(str(args.model), HostedBatches(args.endpoints[0], api_key_env=args.api_key_env))
-    import datasets
-
-    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "batches"
-    return BatchGenerator(str(args.model), CommandBatches(shlex.split(args.batch_command), folder))
 
 
 def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], rank: int) -> Generator:
@@ -174,14 +147,18 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], 
         return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=args.max_concurrency)
     from accelerate import PartialState
 
+    from hf_longalign.synthesis.local import TransformersGenerator
+
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
     return TransformersGenerator(model, batch_size=args.batch_size, device=device)
 
 
-def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> ContextSynthesisBuilder:
+def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> "ContextSynthesisBuilder":
     """Return the builder of `chat`, from which those of the other configurations come."""
     from accelerate import PartialState
+
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 
     state = PartialState()
     generator, judge = make_generators(args, state.process_index)
@@ -189,7 +166,7 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> Contex
         generator=generator,
         judge=judge,
         journal=args.journal,
-        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price, args.price_share),
+        budget=Budget(args.budget_tokens, args.budget_usd, args.prompt_price, args.completion_price),
         show_progress=None if state.is_main_process else False,
         cache_dir=args.cache_dir,
         **asdict(options),
@@ -198,13 +175,15 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> Contex
     return builder
 
 
-def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, options: SynthesisOptions) -> None:
+def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, options: SynthesisOptions) -> None:
     """Print what a run would do, and ask nothing."""
     pipeline = builder.pipeline
     pipeline.check()
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
-    budget = Budget(None, None, args.prompt_price, args.completion_price, args.price_share)
+    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    if args.generator == "batch":
+        budget = budget.at(HostedBatches.price_share)
     count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
@@ -232,6 +211,9 @@ def run(
     """Write the data; the exit status is 1 where it stopped and a rerun goes on."""
     import torch
     from accelerate import PartialState
+
+    from hf_longalign.synthesis.export import check_output
+    from hf_longalign.synthesis.team import join_team
 
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -298,7 +280,7 @@ class Estimate:
 
 def estimate(
     seeds: Sequence[Seed],
-    plan: Plan,
+    plan: "Plan",
     options: SynthesisOptions,
     *,
     writes: bool,
@@ -329,7 +311,7 @@ def estimate(
     return found
 
 
-def planned_requests(seed: Seed, plan: Plan, options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
+def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
     """Yield the requests a seed needs if every reply is good at once. A judge's are not known before the replies."""
     task = find_task(seed.task)
     if options.difficulty == "closed_book":
@@ -346,7 +328,7 @@ def planned_requests(seed: Seed, plan: Plan, options: SynthesisOptions, *, write
             yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
 
 
-def _writing(seed: Seed, plan: Plan) -> Iterator[Planned]:
+def _writing(seed: Seed, plan: "Plan") -> Iterator[Planned]:
     task, facts, unknown = find_task(seed.task), None, 0
     if plan.facts_first:
         yield Planned("facts", facts_prompt(seed, task), _FACT_WORDS)

@@ -62,8 +62,8 @@ class Ledger(Protocol):
     def leave_batch(self, tag: str) -> None:
         """This process no longer follows it: whoever comes next may."""
 
-    def store(self, request: Request, reply: Reply) -> Reply:
-        """Put a reply on disk; the first one to a request stays and is returned."""
+    def store(self, request: Request, reply: Reply, price_share: float) -> Reply:
+        """Put a reply on disk at this share of the price; the first one to a request stays and is returned."""
 
     def close_batch(self, tag: str, again: Sequence[Request] = ()) -> None:
         """Forget it. The claims of what is asked `again` pass back to the process, the others end."""
@@ -74,6 +74,9 @@ class Batched(Protocol):
     """A generator that keeps a ledger. `places` are those whose open batches it collects in `check`."""
 
     places: frozenset[str]
+
+    def price_share(self, request: Request) -> float | None:
+        """Return the share of the price at which it is asked in a batch; `None` where it is asked by itself."""
 
     def bind(self, ledger: Ledger) -> None:
         """Use this ledger from now on."""
@@ -93,9 +96,14 @@ class BatchRefusedError(EndpointError):
 
 
 class Batches(Protocol):
-    """Where batches are sent. `place` tells it from others in the ledger; it holds no key and no local path."""
+    """Where batches are sent.
+
+    `place` tells it from others in the ledger; it holds no key and no local path. `price_share` of the list prices is
+    billed.
+    """
 
     place: str
+    price_share: float
 
     async def check(self) -> None:
         """Raise `EndpointError` where no batch could be sent; costs nothing."""
@@ -213,6 +221,10 @@ class BatchGenerator:
         """Where its batches are."""
         return frozenset([self.batches.place])
 
+    def price_share(self, request: Request) -> float:
+        """Return the share of the list prices that is billed."""
+        return self.batches.price_share
+
     @property
     def _its_ledger(self) -> Ledger:
         if self._ledger is None:
@@ -309,7 +321,7 @@ class BatchGenerator:
         for request in requests:
             try:
                 reply = self._read(request, results.get(request.key))
-                outcomes[request.key] = self._its_ledger.store(request, reply)
+                outcomes[request.key] = self._its_ledger.store(request, reply, self.batches.price_share)
             except (AttemptError, Refusal) as error:
                 outcomes[request.key] = error
         faults = Counter(str(one) for one in outcomes.values() if isinstance(one, AttemptError | Refusal))

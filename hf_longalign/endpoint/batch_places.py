@@ -41,6 +41,8 @@ class HostedBatches:
     'https://api.example.com/v1'
     """
 
+    price_share = 0.5
+
     def __init__(
         self,
         endpoint: str | Endpoint,
@@ -65,9 +67,13 @@ class HostedBatches:
         file = await self._call(lambda client: client.files.create(file=(f"{tag}.jsonl", lines), purpose="batch"))
         first = json.loads(lines.split(b"\n", 1)[0])
 
+        tried = False
+
         async def create(client: Any) -> Any:
+            nonlocal tried
             # An answer that was lost on its way leaves a batch behind: look before another one is paid for.
-            name = await self._look(client, tag)
+            name = await self._look(client, tag) if tried else None
+            tried = True
             if name is None:
                 options = {"completion_window": self.window, "metadata": {_TAG: tag}}
                 name = (await client.batches.create(input_file_id=file.id, endpoint=first["url"], **options)).id
@@ -159,6 +165,8 @@ class CommandBatches:
     >>> CommandBatches(command, "outputs/batches").place
     'the command vllm, cc73f30d'
     """
+
+    price_share = 1.0
 
     def __init__(self, command: Sequence[str], folder: str | Path) -> None:
         for part in ("{input}", "{output}"):

@@ -235,6 +235,12 @@ class SwitchGenerator:
             if hasattr(generator, "bind"):
                 generator.bind(ledger)
 
+    def price_share(self, request: Request) -> float | None:
+        """Return at which share of the price a request is asked in a batch; `None` where it is asked by itself."""
+        generator = self._generators[request.model]
+        share: float | None = generator.price_share(request) if hasattr(generator, "price_share") else None
+        return share
+
     async def check(self) -> None:
         """Check every generator."""
         await asyncio.gather(*(generator.check() for generator in self._generators.values()))

@@ -191,7 +191,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
     """Make what was asked for, in the order it was asked for."""
     chat = uses_chat(examined, options)
     lengths = options.lengths or default_lengths(examined.reach)
-    check_range(examined.config, max(lengths), "lengths")
+    check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
     names, is_main = [one.identity for one in examined.who], state.is_main_process
     grid = plan_grid(examined.model, names, options, lengths, store, is_main_process=is_main)
     texts = as_many_as_needed(load_documents(options.haystack, options))
@@ -250,6 +250,8 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
 
     Every process decides by the same results, and so decides the same.
     """
+    # Numbers of samples that were asked for are kept; and a server's answers may cost money, which time does not
+    # bound.
     if options.samples is not None or examined.model is None:
         return
     state = PartialState()
@@ -289,6 +291,7 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
                 limit=options.limit,
                 chat=chat,
             )
+        # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
             logger.warning("%s is left out: %s", task, error)

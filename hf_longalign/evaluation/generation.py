@@ -77,11 +77,6 @@ def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> 
 
     Raises:
         ValueError: names length, range and remedy.
-
-    Example:
-
-    >>> from transformers import LlamaConfig
-    >>> check_range(LlamaConfig(max_position_embeddings=4096), 4096)
     """
     if not getattr(config.get_text_config(), "max_position_embeddings", None):
         return
@@ -123,10 +118,8 @@ class Pools(Generic[T]):
     Example:
 
     >>> pools = Pools(1000)
-    >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100)
-    ([], [], [])
-    >>> pools.add("d", 400)
-    [['a', 'b']]
+    >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100), pools.add("d", 400)
+    ([], [], [], [['a', 'b']])
     >>> pools.empty()
     [['d'], ['c']]
     """
@@ -163,16 +156,14 @@ def _cost(pool: Sequence[tuple[Any, int]]) -> int:
 class LocalGenerator:
     """Answers prompts greedily with a loaded model.
 
-    Sampling settings and penalties in the model's generation config are not used: the answer is the likeliest token
-    each time. Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after
-    another through `generate`, which is logged. On a GPU that runs out of memory the batches are halved; answers that
-    are there already stay.
+    Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after another
+    through `generate`, which is logged.
 
     Args:
         model: on its device or devices; an adapter that is turned off stays off.
         tokenizer: the model's.
-        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens. Beside them the
-            prompt being read is kept.
+        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens, beside the prompt
+            being read.
         prefix_cache: whether a shared beginning is read once.
 
     Attributes:
@@ -182,8 +173,7 @@ class LocalGenerator:
     Example:
 
     ```python
-    generator = LocalGenerator(model, tokenizer)
-    for prompt, completion in generator.generate(prompts):
+    for prompt, completion in LocalGenerator(model, tokenizer).generate(prompts):
         store.add(prompt.key, completion.text)
     ```
     """
@@ -253,16 +243,34 @@ class LocalGenerator:
                     yield left.pop(number), tokens
             except torch.OutOfMemoryError as error:
                 failure = str(error)
-            if failure is not None:  # only now that the exception is gone, so is what its frames held
-                self._ask_for_less(left.values(), failure)
+            if failure is None:
+                continue
+            # Only now that the exception is gone, so is what its frames held.
+            torch.cuda.empty_cache()
+            sizes = [one.tokens for one in left.values()]
+            # First the batches are halved, and once every prompt is alone, the pieces in which it is read.
+            if self.batch_tokens >= 2 * min(sizes):
+                self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
+                logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
+            elif self._chunk > _LEAST_CHUNK:
+                self._chunk //= 2
+                logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
+            else:
+                raise torch.OutOfMemoryError(
+                    f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
+                    f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
+                )
 
     @torch.inference_mode()
     def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
         """Read prompts in the order given and answer them, each as soon as its batch is full."""
+        # Marks are where later prompts go back to; without the cache nothing is shared, and each is read from its
+        # start.
         shared = shared_lengths([one.ids for _, one in numbered]) if self.prefix_cache else [0] * len(numbered)
         memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
         pools: Pools[_Waiting] = Pools(self.batch_tokens)
         for index, (number, one) in enumerate(numbered):
+            # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
             marks = branch_points(shared, index)
             logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
             first = logits.argmax(-1)
@@ -284,10 +292,7 @@ class LocalGenerator:
     def _decode(self, cache: Any, mask: torch.Tensor | None, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
         """Write the answers of a batch; yields the number of each prompt with its tokens as it ends.
 
-        Args:
-            cache: what was read, `(batch, …, tokens, …)`, padded on the left.
-            mask: int64 `(batch, tokens)`, 0 on padding; `None` without padding.
-            batch: the prompts, row by row.
+        `cache` holds `(batch, …, tokens, …)`, padded on the left; `mask` is int64 `(batch, tokens)`, or `None`.
         """
         device = self.model.device
         rows = list(range(len(batch)))  # which prompts the rows of the cache belong to
@@ -306,6 +311,7 @@ class LocalGenerator:
                         yield batch[row].number, answers[row]
             if not open_rows:
                 return
+            # Rows that have ended are computed along until they are half: each removal copies the whole cache.
             if 2 * len(open_rows) <= len(rows):
                 kept = torch.tensor([index for index, row in enumerate(rows) if row in open_rows], device=device)
                 rows = [row for row in rows if row in open_rows]
@@ -313,6 +319,7 @@ class LocalGenerator:
                 mask = None if mask is None else mask[kept]
                 cache.batch_select_indices(kept)
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            # Without positions the model would count the padding on the left as text.
             logits = self.model(
                 input_ids=tokens[:, None],
                 attention_mask=mask,
@@ -362,26 +369,11 @@ class LocalGenerator:
                 base.generation_config = own
             yield one, output[0, one.ids.size :].tolist()
 
-    def _ask_for_less(self, left: Any, failure: str) -> None:
-        """Halve the batches, and once every prompt is alone, the pieces in which it is read."""
-        torch.cuda.empty_cache()
-        sizes = [one.tokens for one in left]
-        if self.batch_tokens >= 2 * min(sizes):
-            self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
-            logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
-        elif self._chunk > _LEAST_CHUNK:
-            self._chunk //= 2
-            logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
-        else:
-            raise torch.OutOfMemoryError(
-                f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
-                f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
-            )
-
 
 def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end an answer: those of the model's generation config, and the tokenizer's."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Chat models often end a turn with a token that only their generation config names (Llama 3: three of them).
     ids = base.generation_config.eos_token_id if base.generation_config is not None else None
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)

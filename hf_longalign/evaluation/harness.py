@@ -75,11 +75,8 @@ def run_harness(
 ) -> Iterator[HarnessResult]:
     """Check the arguments, then yield the result of each task as soon as it is there.
 
-    An adapter is in force unless the caller has turned it off (`model.disable_adapter()`). lm-eval seeds Python's,
-    NumPy's and torch's global generators anew for each task, so equal arguments give equal questions.
-
     Args:
-        model: loaded, with or without an adapter; it is set to evaluation mode.
+        model: loaded; an adapter is in force unless the caller has turned it off. It is set to evaluation mode.
         tokenizer: the model's.
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
@@ -172,8 +169,6 @@ def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[H
 
 class HarnessSuite:
     """Short-context tasks of lm-eval, each once per model; those that failed in an earlier run are tried again.
-
-    Every process must make it before any of them works: they agree on what an earlier run has left.
 
     Args:
         tasks: lm-eval's names.
@@ -304,6 +299,7 @@ def _counting_lm(
             left_truncate_len: int | None = None,
             truncation: bool = False,
         ) -> Any:
+            # lm-eval would cut here without a word; so it is asked not to, and the same is done after counting.
             token_ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
             if not left_truncate_len:
                 return token_ids, mask

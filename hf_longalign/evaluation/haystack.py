@@ -79,14 +79,7 @@ _FORMS = (
 def noise(*, paragraphs: int = 2500, seed: int = 0) -> list[str]:
     """Return paragraphs of four to nine sentences, about 100 tokens each; the first ones are the same for any number.
 
-    Args:
-        paragraphs: how many; by default about 250,000 tokens, after which a longer haystack begins again.
-        seed: other sentences for another seed.
-
-    Example:
-
-    >>> noise(paragraphs=1) == noise(paragraphs=2)[:1]
-    True
+    By default they are about 250,000 tokens, after which a longer haystack begins again.
     """
     rng = np.random.default_rng(seed)
 
@@ -145,10 +138,7 @@ def load_texts(source: str) -> Iterable[str]:
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Return the text of a file, or of every `.txt` file of a folder, sorted by name.
-
-    Args:
-        path: file or folder; the files are UTF-8.
+    """Return the text of a UTF-8 file, or of every `.txt` file of a folder, sorted by name.
 
     Raises:
         ValueError: no such file, no `.txt` file in the folder, or a file that is empty or not UTF-8, by its name.
@@ -197,13 +187,8 @@ def as_many_as_needed(texts: Iterable[str]) -> list[str]:
 def sentences_of(texts: Iterable[str]) -> list[str]:
     """Return the sentences of texts, in order, each with the blank or the empty line that stands before it.
 
-    Args:
-        texts: see [`as_many_as_needed`].
-
     Raises:
-        ValueError: there is no sentence in them.
-
-    Example:
+        ValueError: there is no sentence in them, or see [`as_many_as_needed`].
 
     >>> sentences_of(["Mr. Fox came in. He sat down.\\n\\nIt rained."])
     ['\\n\\nMr. Fox came in.', ' He sat down.', '\\n\\nIt rained.']
@@ -219,8 +204,6 @@ def split_sentences(text: str) -> list[str]:
 
     Line breaks and runs of blanks become one blank, empty lines stay; a sentence of more than 600 characters is cut at
     a blank.
-
-    Example:
 
     >>> split_sentences("It was 5 p.m. and late.  Who\\ncame? 他来了。然后走了。")
     ['\\n\\nIt was 5 p.m. and late.', ' Who came?', ' 他来了。', '然后走了。']
@@ -241,8 +224,6 @@ def split_sentences(text: str) -> list[str]:
 
 def split_units(sentence: str) -> list[str]:
     """Return the smallest parts a sentence may be cut into: words, single characters of scripts without blanks.
-
-    Example:
 
     >>> split_units(" Who came? 他来")
     [' Who', ' came?', ' 他', '来']

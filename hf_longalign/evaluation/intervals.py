@@ -33,8 +33,6 @@ def cluster_means(scores: ArrayLike, clusters: Sequence[Hashable]) -> np.ndarray
     Raises:
         ValueError: no scores, or one that is not from 0 to 1.
 
-    Example:
-
     >>> cluster_means([1, 0, 1, 1], ["a", "a", "b", "b"])
     array([0.5, 1. ])
     """
@@ -47,19 +45,12 @@ def cluster_means(scores: ArrayLike, clusters: Sequence[Hashable]) -> np.ndarray
 
 
 def mean_interval(means: ArrayLike) -> tuple[float, float]:
-    """Return a 95 % interval of the mean over samples: Wilson's, with as many answers as the samples are worth.
+    """Return a 95 % interval of the mean over samples, float `(samples,)`: Wilson's, for what the samples are worth.
 
     Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
 
-    Args:
-        means: float `(samples,)`, see [`cluster_means`].
-
-    Example:
-
     >>> [round(end, 3) for end in mean_interval([1, 1, 1, 1, 1, 1, 1, 1, 1, 0])]
     [0.577, 0.983]
-    >>> [round(end, 3) for end in mean_interval([1.0] * 10)]
-    [0.722, 1.0]
     """
     values = np.asarray(means, dtype=np.float64)
     number, mean = values.size, float(values.mean())
@@ -79,14 +70,9 @@ def with_interval(means: np.ndarray) -> Score:
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
-    """Return by how much the second model is better on the same samples, and the 95 % interval of that.
+    """Return by how much the second model is better on the same samples, with the lower and upper end of that at 95 %.
 
-    Args:
-        first: float `(samples,)`, the first model's mean score of each sample.
-        second: float `(samples,)`, the second model's on the same ones.
-
-    Returns:
-        The mean difference, the lower and the upper end; -1 to 1 with a single sample, of which nothing is known.
+    Both are float `(samples,)`, each model's mean score of each sample; of a single one nothing is known: -1 to 1.
 
     Raises:
         ValueError: another number of samples for each model.
@@ -126,13 +112,6 @@ def student_quantile(freedom: int) -> float:
 def effective_length(lengths: Sequence[int], scores: ArrayLike, threshold: float) -> int:
     """Return the longest length up to which all scores are at or above a threshold; 0 where the first is not.
 
-    Args:
-        lengths: ascending, in tokens.
-        scores: mean score at each, 0 to 1.
-        threshold: score to keep.
-
-    Example:
-
     >>> effective_length([1024, 2048, 4096, 8192], [0.9, 0.88, 0.5, 0.9], 0.85)
     2048
     """
@@ -153,8 +132,7 @@ def reaches(
 
     Args:
         scores: by label of the model and length, float `(samples,)`: the score of each sample, 0 to 1.
-        threshold: score to keep, such as `RULER_THRESHOLD`; `None`: `share` of the model's own score at the shortest
-            length.
+        threshold: score to keep; `None`: `share` of the model's own score at the shortest length.
         share: see `threshold`.
         draws: of the bootstrap.
         seed: of the draws.
@@ -162,11 +140,8 @@ def reaches(
     Raises:
         ValueError: models that were not asked the same number of samples at the same lengths.
 
-    Example:
-
-    >>> scores = {"base": {1024: np.ones(20), 2048: np.zeros(20)}, "adapter": {1024: np.ones(20), 2048: np.ones(20)}}
-    >>> reaches(scores)
-    {'base': Reach(length=1024, low=1024, high=1024), 'adapter': Reach(length=2048, low=2048, high=2048)}
+    >>> reaches({"base": {1024: np.ones(20), 2048: np.zeros(20)}})
+    {'base': Reach(length=1024, low=1024, high=1024)}
     """
     shapes = {label: {length: len(values) for length, values in sorted(by.items())} for label, by in scores.items()}
     first = next(iter(shapes.values()))

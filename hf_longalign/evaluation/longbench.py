@@ -34,11 +34,9 @@ V2_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Task:
-    """One task of LongBench.
+    """One task: its name in the data, the same for LongBench-E, its metric, and how it is asked.
 
     Attributes:
-        name: as in the data set; the same for its LongBench-E variant.
-        metric: name of the metric, see [`~hf_longalign.evaluation.longbench_metrics.METRICS`].
         max_new_tokens: room for the answer, in tokens.
         chat: whether chat models are asked through their chat template.
         stop: texts at which generation ends.
@@ -119,11 +117,6 @@ def find_task(name: str) -> Task:
 
     Raises:
         ValueError: no such task; the message names close ones.
-
-    Example:
-
-    >>> find_task("hotpotqa_e") is find_task("hotpotqa")
-    True
     """
     if name == V2:
         return Task(V2, "choice", 128)
@@ -143,8 +136,6 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 
     Raises:
         ValueError: no such task or set, or none at all.
-
-    Example:
 
     >>> expand_tasks(["context_synthesis", "trec", "qasper"])[-2:]
     ['multi_news', 'trec']
@@ -182,7 +173,7 @@ def read_rows(task: str, source: str | Path | None = None) -> Iterator[Row]:
     """Yield the rows of a task in the data's order.
 
     Args:
-        task: LongBench's name of the task, such as "hotpotqa", "hotpotqa_e" or "longbench_v2".
+        task: such as "hotpotqa", "hotpotqa_e" or "longbench_v2".
         source: a folder with `<task>.jsonl` (or `data/<task>.jsonl`), one such file, LongBench's `data.zip`, or the id
             of a data set on the Hub that holds `data.zip`. For v2 a folder with `data.json`, that file, or the id of a
             data set that holds it. `None`: LongBench's own on the Hub.
@@ -195,7 +186,13 @@ def read_rows(task: str, source: str | Path | None = None) -> Iterator[Row]:
     metric = find_task(task).metric
     if task == V2:
         path = _fetched(V2_HUB_ID if source is None else source, "data.json")
-        yield from (_v2_row(row, place) for row, place in _json_rows(V2, path, "data.json", "LongBench v2"))
+        names = ("question", "choice_A", "choice_B", "choice_C", "choice_D", "context")
+        for row, place in _json_rows(V2, path, "data.json", "LongBench v2"):
+            question, *choices, context = (_column(row, place, name, "a text", _text).strip() for name in names)
+            listed = "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", choices, strict=True))
+            answer = _column(row, place, "answer", "one of A, B, C, D", lambda value: value in tuple("ABCD"))
+            kinds = tuple(_column(row, place, name, "a word", _text) for name in ("difficulty", "length"))
+            yield Row(context, f"{question}\nChoices:\n{listed}", (answer,), parts=kinds)
         return
     # Its repository offers the data through a loading script, which `datasets` no longer runs: the archive is read.
     path = _fetched(HUB_ID if source is None else source, "data.zip")
@@ -274,15 +271,6 @@ def _json_rows(task: str, source: Path, wanted: str, what: str) -> Iterator[tupl
             yield row, place
 
 
-def _v2_row(row: dict[str, Any], place: str) -> Row:
-    names = ("question", "choice_A", "choice_B", "choice_C", "choice_D", "context")
-    question, *choices, context = (_column(row, place, name, "a text", _text).strip() for name in names)
-    listed = "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", choices, strict=True))
-    answer = _column(row, place, "answer", "one of A, B, C, D", lambda value: value in ("A", "B", "C", "D"))
-    parts = tuple(_column(row, place, name, "a word", _text) for name in ("difficulty", "length"))
-    return Row(context, f"{question}\nChoices:\n{listed}", (answer,), parts=parts)
-
-
 def _column(row: dict[str, Any], place: str, column: str, kind: str, fits: Callable[[Any], Any]) -> Any:
     if column not in row or not fits(row[column]):
         got = repr(row[column])[:80] if column in row else "no such column"
@@ -310,13 +298,8 @@ def longbench_prompts(
 ) -> Iterator[Prompt]:
     """Yield the prompts of LongBench's tasks, each short enough to be read with its answer.
 
-    Scores compare with published ones where prompts were cut to the same length, `longbench_length`: the tables of
-    LongBench v1 have 3,500 tokens for models of 4k, 7,500 for 8k, 15,500 for 16k and 31,500 for 32k, those of v2
-    120,000 for 128k. v2's script draws its answers at a temperature of 0.1; here all are greedy.
-
     Args:
-        tasks: names of tasks, "hotpotqa_e" for a LongBench-E variant, or of sets: "all", "context_synthesis", "even",
-            "v2".
+        tasks: see [`expand_tasks`].
         tokenizer: the model's.
         max_length: tokens a model reads and writes together.
         longbench_length: tokens that a longer prompt is cut to, as LongBench's scripts cut it: counted without the
@@ -332,6 +315,9 @@ def longbench_prompts(
         ConnectionError: the Hub could not be asked.
         ImportError: a task whose answers are scored word by word in Chinese, without jieba.
     """
+    # Scores compare with published ones where prompts were cut to the same length: the tables of v1 have 3,500 tokens
+    # for models of 4k, 7,500 for 8k, 15,500 for 16k and 31,500 for 32k, those of v2 120,000 for 128k. v2's script
+    # draws its answers at a temperature of 0.1; here all are greedy.
     if longbench_length is not None and not 2 <= longbench_length <= max_length:
         raise ValueError(
             f"`longbench_length` must be from 2 to the model's range of {max_length:,} tokens, got "
@@ -388,14 +374,7 @@ def cut_middle(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, *, jo
 def cut_to_fit(
     text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, chat: bool, joined: bool = False
 ) -> str:
-    """Return the text cut as by [`cut_middle`] to the most tokens with which all fit, template included.
-
-    Args:
-        text: what the user says.
-        tokenizer: the model's.
-        max_tokens: what the model may be given.
-        chat: whether the text goes through the chat template.
-        joined: see [`cut_middle`].
+    """Return the text cut as by [`cut_middle`] until all fits into `max_tokens`, the chat template included.
 
     Raises:
         ValueError: `max_tokens` leaves no room for the text, or `chat` without a chat template.
@@ -434,15 +413,9 @@ def _ends(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, tokens:
 def score_longbench(prompt: Prompt, text: str) -> dict[str, float]:
     """Return the score of an answer from 0 to 1 under the name of its task's metric.
 
-    Args:
-        prompt: of the suite "longbench", with its references and classes.
-        text: what the model answered.
-
     Raises:
         ValueError: no such task, or a reference its metric cannot read.
         ImportError: a Chinese task without jieba.
-
-    Example:
 
     >>> prompt = Prompt("longbench", "trec", 0, "Question: Who?\\nType:", ("Person",), 64, classes=("Person", "Date"))
     >>> score_longbench(prompt, "\\nPerson\\nQuestion: When?\\nType: Date")

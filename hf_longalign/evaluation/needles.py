@@ -48,11 +48,6 @@ class NeedleTask:
         queries: keys asked for.
         values: values of each key, a needle each.
         distractors: needles of other keys, not asked for.
-
-    Example:
-
-    >>> NeedleTask("multi_key", distractors=15).expected
-    1
     """
 
     name: str
@@ -110,6 +105,7 @@ class Wording:
     def __post_init__(self) -> None:
         for name, fields in (("needle", ("key", "value")), ("question", ("keys",)), ("answer", ("keys",))):
             text = getattr(self, name)
+            # A brace too many would fail in the middle of a grid, or silently print a key's name.
             try:
                 found = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
             except ValueError:
@@ -119,11 +115,7 @@ class Wording:
                 raise ValueError(f"`{name}` must hold {wanted} and nothing else in braces, got {text!r}. Correct it.")
 
     def join(self, keys: Sequence[str]) -> str:
-        """Return the keys as the question lists them.
-
-        >>> ONE.join(["a", "b", "c"])
-        'a, b, and c'
-        """
+        """Return the keys as the question lists them: "a, b, and c"."""
         return ", ".join(keys[:-1]) + self.conjunction + keys[-1] if len(keys) > 1 else keys[0]
 
 
@@ -150,9 +142,7 @@ class Pools:
 
     Attributes:
         keys: at least as many as a task has keys.
-        values: at least as many as a task has needles. None may be part of another one: an answer that names the
-            longer would name both. An answer that lists wrong numbers besides the right ones is no exact match; of
-            values that are no numbers that cannot be told.
+        values: at least as many as a task has needles, none part of another one.
 
     Example:
 
@@ -197,11 +187,7 @@ class Needles:
 
 
 def seeded_rng(*parts: str | int) -> np.random.Generator:
-    """Return a random generator that depends on the parts alone.
-
-    >>> int(seeded_rng(0, "single").integers(99)), int(seeded_rng(1, "single").integers(99))
-    (13, 84)
-    """
+    """Return a random generator that depends on the parts alone, the same on every machine."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
@@ -216,8 +202,6 @@ def draw_needles(task: NeedleTask, wording: Wording, pools: Pools, rng: np.rando
 
     Raises:
         ValueError: too few keys or values to draw from.
-
-    Example:
 
     >>> draw_needles(TASKS["single"], ONE, Pools(keys=["tiny-oboe"]), seeded_rng(0)).asked
     ('One of the special magic numbers for tiny-oboe is: 8601218.',)
@@ -252,15 +236,7 @@ def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
     """Return the scores of an answer, 0 to 1.
 
     `recall` is the share of the expected values that the answer names, as whole words or numbers. `exact_match` is 1
-    where it names all of them and, if they are numbers, no other number with as many digits: listing every number
-    of the text is no answer. Whether it names wrong values that are no numbers cannot be told. Case does not count,
-    nor does how a character is composed or in which script digits are; 1,234,567 and 1 234 567 are 1234567.
-
-    Args:
-        prompt: `answers` are the values.
-        answer: what the model said.
-
-    Example:
+    where it names all of them and, if they are numbers, no other number with as many digits.
 
     >>> prompt = Prompt("needle", "multi_value", 0, "Which codes?", ("1234567", "7654321"), 8)
     >>> score_needle(prompt, "They are 7654321 and 1,234,567.")
@@ -268,6 +244,7 @@ def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
     >>> score_needle(prompt, "1234567, 7777777")
     {'exact_match': 0.0, 'recall': 0.5}
     """
+    # Case does not count, nor how a character is composed or in which script digits are.
     expected = {_fold(value) for value in prompt.answers}
     numbers = {value for value in expected if value.isascii() and value.isdigit()}
     lengths = {len(value) for value in numbers}
@@ -279,6 +256,7 @@ def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
 
     text = _GROUPED.sub(ungrouped, _fold(answer))
     found = {value for value in expected if _names(text, value)}
+    # Listing every number of the text is no answer. Of values that are no numbers a wrong one cannot be told.
     wrong = {number for number in _DIGITS.findall(text) if len(number) in lengths} - numbers
     return {"exact_match": float(found == expected and not wrong), "recall": len(found) / len(expected)}
 

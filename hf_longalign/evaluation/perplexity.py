@@ -132,6 +132,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
     """Negative log-likelihood of every token but the first, float64 `(tokens - 1,)`, read in pieces of so many."""
     tokens = torch.as_tensor(ids, dtype=torch.long, device=model.device)
     losses: list[torch.Tensor] = []
+    # In eval mode "dynamic" RoPE would read this window by the angles of a longer one before it.
     forget_longer_texts(model)
     cache = new_cache(model.config, tokens.numel()) if pieces < tokens.numel() else None
     for start in range(0, tokens.numel(), pieces):
@@ -141,6 +142,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
             places = torch.arange(start, start + piece.numel(), device=model.device)
             known = {"position_ids": places[None], "past_key_values": cache}
         logits = model(input_ids=piece[None], use_cache=cache is not None, **known).logits[0]
+        # The last token of a piece is judged by the first of the next, which is not read yet.
         targets = tokens[start + 1 : start + 1 + piece.numel()].to(logits.device)
         for some, wanted in zip(logits[: targets.numel()].split(_ROWS), targets.split(_ROWS), strict=True):
             losses.append(torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none").cpu())

@@ -66,6 +66,7 @@ def plan_grid(
     """
     if options.samples is not None or model is None or not GRIDS & set(options.suites):
         return Grid(list(lengths), options.samples or 10, 0.0)
+    # A moved folder is the same evaluation; any other option makes another plan.
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
     key = f"plan/{json.dumps([asked, list(lengths), list(names)], sort_keys=True)}"
     if is_main_process and key not in store:
@@ -88,13 +89,13 @@ def plan_grid(
 
 
 def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
-    """Return the largest grid within the minutes of the options.
+    """Return the largest grid within the minutes of the options; the longest lengths are left out first.
 
     Args:
         cost: seconds per token, per pair of tokens, and per token of an answer, see [`seconds_per_token`].
         models: how many answer.
         options: what is asked.
-        lengths: ascending or not; the longest are left out first.
+        lengths: in tokens.
 
     Example: half a millisecond a token, and two tasks of puzzles.
 
@@ -127,6 +128,7 @@ def seconds_per_token(model: Any) -> tuple[float, float, float]:
         if ids.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    # A token costs a fixed part and one that grows with the tokens before it: two lengths tell both.
     _, at_short, at_long, written = times
     short, long = PROBES
     pair = max(0.0, (at_long / long - at_short / short) / (long - short))

@@ -30,12 +30,7 @@ State = list[Pair]
 
 
 def reading_order(prompts: Sequence[np.ndarray]) -> list[int]:
-    """Return the order in which each prompt follows the one it shares its longest beginning with.
-
-    Args:
-        prompts: int `(tokens,)` each.
-
-    Example:
+    """Return the order in which each prompt, int `(tokens,)`, follows the one it shares its longest beginning with.
 
     >>> reading_order([np.array([7, 8, 9]), np.array([1, 2]), np.array([7, 8, 300]), np.array([7, 8])])
     [1, 3, 0, 2]
@@ -48,11 +43,10 @@ def reading_order(prompts: Sequence[np.ndarray]) -> list[int]:
 def shared_lengths(ordered: Sequence[np.ndarray]) -> list[int]:
     """Return how many tokens each prompt shares with the one before it, at most all but its last token.
 
-    The last one is always read, because its logits give the first token of the answer.
-
     >>> shared_lengths([np.array([1, 2]), np.array([7, 8]), np.array([7, 8, 9]), np.array([7, 8, 9])])
     [0, 0, 2, 2]
     """
+    # The last token is always read anew: its logits give the first token of the answer.
     lengths = [0] if len(ordered) else []
     for before, ids in pairwise(ordered):
         most = min(before.size, ids.size - 1)
@@ -63,10 +57,6 @@ def shared_lengths(ordered: Sequence[np.ndarray]) -> list[int]:
 
 def branch_points(shared: Sequence[int], index: int) -> set[int]:
     """Return the lengths at which prompts after `index` leave what it has in common with them.
-
-    Args:
-        shared: see [`shared_lengths`].
-        index: number of the prompt that is being read.
 
     >>> sorted(branch_points([0, 6, 8, 3, 5, 0, 9], 0))
     [3, 6]
@@ -82,14 +72,7 @@ def branch_points(shared: Sequence[int], index: int) -> set[int]:
 
 
 class RoomLayer(DynamicLayer):
-    """Keys and values of a layer of full attention in a buffer with room to grow.
-
-    A `DynamicLayer` copies all of them for every new token; this one writes the new token alone, and going back to an
-    earlier length costs nothing.
-
-    Args:
-        room: tokens there is room for.
-    """
+    """Keys and values of a layer of full attention in a buffer with room for `room` tokens."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -97,7 +80,8 @@ class RoomLayer(DynamicLayer):
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the buffers; zero for the reason given in [`join_rows`]."""
+        """Make the buffers."""
+        # Zeros for the reason given in `join_rows`.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.buffers = tuple(
             states.new_zeros(*states.shape[:2], self.room, states.shape[-1]) for states in (key_states, value_states)
@@ -110,6 +94,8 @@ class RoomLayer(DynamicLayer):
         """Write new tokens `(batch, heads, tokens, width)` and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # `DynamicLayer` copies all of them for every new token; here the new one alone is written, and going back to
+        # an earlier length costs nothing.
         end = self.length + key_states.shape[-2]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
@@ -141,9 +127,6 @@ class Row(NamedTuple):
 class PrefixCache:
     """What was read last, of which the next prompt keeps the beginning they share.
 
-    Layers with a sliding window forget what has left the window, so their state is put aside at the lengths to which
-    later prompts go back.
-
     Args:
         config: the model's.
         room: tokens of the longest prompt with its answer.
@@ -151,6 +134,7 @@ class PrefixCache:
 
     def __init__(self, config: PretrainedConfig, room: int) -> None:
         self.cache = new_cache(config, room)
+        # These layers forget what has left the window, so their state is put aside at the lengths to go back to.
         self._windows = {
             index: layer.sliding_window
             for index, layer in enumerate(self.cache.layers)
@@ -204,18 +188,14 @@ class PrefixCache:
 
 def new_cache(config: PretrainedConfig, room: int) -> DynamicCache:
     """Make an empty cache for a model: layers of full attention with room, those with a sliding window as they are."""
+    # Of the config, so that layers with a sliding window come as such; only those of full attention are replaced.
     cache = DynamicCache(config=config)
     cache.layers = [RoomLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def join_rows(config: PretrainedConfig, rows: Sequence[Row], room: int) -> tuple[DynamicCache, torch.Tensor | None]:
-    """Join prompts that were read into one batch, padded on the left; the rows' states are used up.
-
-    Args:
-        config: the model's.
-        rows: what was read.
-        room: tokens there is to be room for, padding included.
+    """Join prompts that were read into one batch, padded on the left to `room` tokens; the rows' states are used up.
 
     Returns:
         The cache, and the mask, int64 `(rows, tokens)` with 0 on padding, `None` where nothing is padded.
@@ -245,12 +225,14 @@ def _copy(layer: Any) -> Pair:
 def _fill(layer: Any, pair: Pair, length: int) -> None:
     """Give an empty layer what a layer that has seen so many tokens holds."""
     layer.update(*pair)
+    # It was given what is left of many tokens, and would take the next one for the second.
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length
 
 
 def forget_longer_texts(model: PreTrainedModel | PeftModel) -> None:
-    """Make "dynamic" RoPE, which keeps the angles of the longest text so far, forget them, by reading a short one."""
+    """Make "dynamic" RoPE forget the longest text so far."""
+    # It keeps the angles of the longest text so far; a short one sets them back.
     if any(rope.get("rope_type") == "dynamic" for rope in _ropes(model.config)):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
@@ -258,18 +240,14 @@ def forget_longer_texts(model: PreTrainedModel | PeftModel) -> None:
 def reuse_problem(model: PreTrainedModel | PeftModel) -> str | None:
     """Say why what a model has read cannot be kept for another prompt or joined into a batch; `None` where it can.
 
-    Only what is known to be exact: rotary positions whose angles do not depend on the length of the text, attention
-    over everything or over a window, transformers' own model code, adapters that look at one token at a time.
-
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> tiny = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     >>> dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    >>> ordinary = LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1))
-    >>> reuse_problem(ordinary) is None
-    True
     >>> reuse_problem(LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1, rope_parameters=dynamic)))
     'the angles of its RoPE ("dynamic") depend on the length of the text'
     """
+    # Only what is known to be exact: adapters that look at one token at a time, transformers' own model code,
+    # attention over everything or over a window, rotary positions whose angles do not depend on the text's length.
     if isinstance(model, PeftModel):
         for name in model.active_adapters:
             adapter = model.peft_config[name]

@@ -78,13 +78,13 @@ class Completion:
 
 @dataclass
 class GenerationStats:
-    """Counts and seconds, added up over all calls of a generator.
+    """Counts and seconds, added up over all calls of a generator; of several processes the sum.
 
     Attributes:
         prompt_tokens: tokens of the prompts answered.
         cached_tokens: those of them that were not computed, because an earlier prompt had them too.
         generated_tokens: tokens of the answers.
-        seconds: time spent reading and answering; of several processes the sum.
+        seconds: time spent reading and answering.
     """
 
     prompt_tokens: int = 0
@@ -94,11 +94,7 @@ class GenerationStats:
 
 
 def fingerprint(keys: Iterable[str]) -> str:
-    """Return the SHA-256 of all that was asked, 64 hexadecimal digits: runs are comparable where it is the same.
-
-    Args:
-        keys: one per question, such as [`Prompt.key`].
-    """
+    """Return the SHA-256 of the keys of all that was asked: runs are comparable where it is the same."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 

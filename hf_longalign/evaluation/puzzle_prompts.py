@@ -91,6 +91,7 @@ class PuzzleSuite(PromptSuite):
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> SuiteResult:
         """Return the scores over the long texts, and the diagnosis of each task."""
         found = {examinee.label: answers(examinee, self.prompts, store) for examinee in examinees}
+        # The shorter ways to ask are no results of their own: they have no length, and would be rows of every table.
         full = [number for number, prompt in enumerate(self.prompts) if prompt.length is not None]
         over_texts = {label: [texts[number] for number in full] for label, texts in found.items()}
         prompts = [self.prompts[number] for number in full]
@@ -114,6 +115,8 @@ def diagnoses(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> M
     >>> diagnoses(prompts, [Completion(text, 1) for text in texts])["latest"]
     Diagnosis(right=0.0, cannot_find=0.5, cannot_use=0.5, closed_book=0.0)
     """
+    # At the longest length, where most answers are wrong. Right means every name and no other: the reasons must add
+    # up.
     longest = max((prompt.length for prompt in prompts if prompt.length is not None), default=None)
     right: dict[str, dict[int, bool]] = {}
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -2,16 +2,19 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from hf_longalign.cards.markdown import table
 from hf_longalign.cards.scores import headline, percent, reaches, scores_note, scores_table
-from hf_longalign.plots import draw_pictures
+from hf_longalign.plots import plot_accuracy_by_length, plot_coverage, plot_heatmap, plot_perplexity
 from hf_longalign.records.base import dumps
 from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Report, SuiteResult
+from hf_longalign.records.report import Grid, Report, SuiteResult
 from hf_longalign.records.training import CoverageRecord
 
 
@@ -146,3 +149,74 @@ def _suite(report: Report, suite: SuiteResult) -> list[str]:
 
 def _pictures(report: Report, *stems: str) -> list[str]:
     return [f"![{IMAGES.get(stem, stem)}]({stem}.png)" for stem in stems if f"{stem}.png" in report.images]
+
+
+def draw_pictures(report: Report, folder: str | Path, *, coverage: CoverageRecord | None = None) -> list[str]:
+    """Draw what a report has numbers for, and return the names of the PNGs, all in `folder`.
+
+    `<suite>_accuracy.png` shows the mean of a suite's tasks by length, `<suite>_heatmap.png` by depth and length, and
+    `<suite>_<task>.png` each task; `perplexity.png` shows the perplexity by position, `coverage.png` the distances
+    that training covered, with all the lengths that the report holds.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    folder = Path(folder)
+    drawn = [path for suite in report.suites for path in _draw_suite(suite, report.labels, folder)]
+    lengths = {length for suite in report.suites for task in suite.tasks for length in task.scores_by_length}
+    if report.perplexity is not None:
+        found = report.perplexity
+        lengths.add(found.window)
+        title = f"Perplexity by position, {found.documents:,} document{'s' * (found.documents != 1)}"
+        drawn.append(plot_perplexity(found.values, found.edges, folder / "perplexity.png", title=title))
+    if coverage is not None and coverage.histogram.pairs:
+        drawn.append(plot_coverage(coverage, folder / "coverage.png", evaluated_lengths=sorted(lengths)))
+    return [path.name for path in drawn]
+
+
+def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list[Path]:
+    """The mean of the tasks that were asked at the same lengths and depths as the first one, and each task alone."""
+    # A task at one length has no curve, and one that is as long as it is has no grid.
+    grids = {task.task: task.grid for task in suite.tasks if task.grid is not None}
+    if not grids:
+        return []
+    first, name = next(iter(grids.values())), suite_of(suite.suite).title
+    # Tasks that are too large for the shortest length lack it.
+    same = (first.lengths, first.depths)
+    alike = {task: grid for task, grid in grids.items() if (grid.lengths, grid.depths) == same}
+    labels = [label for label in labels if all(label in grid.cells for grid in alike.values())]
+    what = f"mean of {len(alike)} tasks" if len(alike) > 1 else next(iter(alike)).replace("_", "-")
+    metrics = {metric_of(task.metric).title for task in suite.tasks if task.task in alike and task.metric is not None}
+    curves = {label: _mean_by_length(list(alike.values()), label) for label in labels}
+    paths = [
+        plot_accuracy_by_length(
+            {label: mean for label, (mean, _) in curves.items()},
+            first.lengths,
+            folder / f"{suite.suite}_accuracy.png",
+            title=f"{name}, {what}",
+            highlight=labels,
+            intervals={label: band for label, (_, band) in curves.items()},
+            what=f"accuracy, {metrics.pop()}" if len(metrics) == 1 else "score",
+        )
+    ]
+    if len(first.depths) > 1:
+        reach = {label: found.length for label, found in suite.reaches[0].reach.items()} if suite.reaches else {}
+        means = {label: np.mean([grid.cells[label] for grid in alike.values()], axis=0) for label in labels}
+        path = folder / f"{suite.suite}_heatmap.png"
+        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}", reach=reach))
+        for task, grid in grids.items() if len(grids) > 1 else ():
+            path, title = folder / f"{suite.suite}_{task}.png", f"{name}, {task.replace('_', '-')}"
+            paths.append(plot_heatmap(grid.cells, grid.lengths, grid.depths, path, title=title))
+    return paths
+
+
+def _mean_by_length(grids: Sequence[Grid], label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over tasks `(lengths,)` and its 95 % interval `(lengths, 2)`: that of independent means."""
+    cells = [grid.by_length[label] for grid in grids]
+    value = np.array([[cell.value for cell in row] for row in cells])
+    # A score without an interval adds nothing to that of the mean.
+    low = np.array([[cell.value if cell.low is None else cell.low for cell in row] for row in cells])
+    high = np.array([[cell.value if cell.high is None else cell.high for cell in row] for row in cells])
+    below, above = (np.sqrt((gap**2).sum(0)) / len(grids) for gap in (value - low, high - value))
+    mean = value.mean(0)
+    return mean, np.clip(np.stack([mean - below, mean + above], axis=-1), 0, 1)

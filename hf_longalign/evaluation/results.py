@@ -88,6 +88,7 @@ def _task_result(
     cut: Mapping[str, int],
     haystack: str | None,
 ) -> TaskResult:
+    # Dicts keep their order: the first metric of a scorer is the one that is reported.
     first, *others = next(iter(scores.values()))[0]
 
     def mean(label: str, metric: str, part: str | None = None) -> float:
@@ -153,6 +154,7 @@ def _reaches(
     if len(lengths) < 2 or any(prompt.length is None for prompt in prompts):
         return []
     by_length: dict[str, dict[int, np.ndarray]] = {label: {} for label in scores}
+    # Over all tasks: a task alone has too few samples at one length to tell where it gives way.
     for length in lengths:
         chosen = [number for number, prompt in enumerate(prompts) if prompt.length == length]
         samples = [prompts[number].sample for number in chosen]

@@ -111,7 +111,6 @@ _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
     )
 )
 
-# A thousand questions or so are made of the names; beyond 5,000 they would need more figures than these.
 _ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XV", "XVI", "XVII")
 
 
@@ -125,19 +124,15 @@ class Question:
 
 
 def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
-    """Return questions about invented people and towns, each with its documents and one answer.
+    """Return questions about invented people and towns, at most 5,000, each with its documents and one answer.
 
-    Args:
-        hops: documents that a question takes, 1 or 2.
-        number: of questions, at most 5,000.
-        seed: of names and facts.
-
-    Example:
+    `hops` is the number of documents that a question takes, 1 or 2.
 
     >>> question = invented_questions(2, 1)[0]
     >>> len(question.documents), all(answer in question.documents[1] for answer in question.answers)
     (2, True)
     """
+    # All names first, in one order, so that fewer questions are the first of more.
     rng = np.random.Generator(np.random.PCG64(seed))
     towns = [f"{place}{end}" for place in _PLACES for end in _ENDS]
     people = [f"{first} {last}" for first in _FIRST for last in _LAST]
@@ -189,7 +184,9 @@ def load_questions(source: str | Path) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"`ruler_questions` must be a file, got {str(source)!r}. Correct the path.")
     text = path.read_text(encoding="utf-8-sig")
+    # Told apart by what they are: SQuAD's JSON is an object, HotpotQA's a list.
     if path.suffix == ".jsonl":
+        # Not `splitlines`, which also cuts at U+2028, as it may stand in a text.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [_of_row(_parsed(line, f"{path.name}:{number}"), f"{path.name}:{number}") for number, line in lines]
     data = _parsed(text, path.name)
@@ -250,12 +247,6 @@ def _of_hotpot(row: Any, where: str) -> Question:
 
 class Pairs(Sequence[str]):
     """All "adjective-noun" words in sorted order, six millions of them, none of which is kept.
-
-    Args:
-        adjectives: any order, with doubles.
-        nouns: the same.
-
-    Example:
 
     >>> list(Pairs(["old", "old-world", "big"], ["yew", "map"]))
     ['big-map', 'big-yew', 'old-map', 'old-world-map', 'old-world-yew', 'old-yew']

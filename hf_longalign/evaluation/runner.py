@@ -72,7 +72,7 @@ class ResultStore:
         """Write a JSON-able value, which is on disk when this returns."""
         self._file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())  # a machine that goes down keeps it too
         self._values[key] = value
 
     def refresh(self) -> None:
@@ -88,13 +88,7 @@ class ResultStore:
             self._read[path] = self._read.get(path, 0) + whole
 
     def wait_for(self, keys: Iterable[str], *, every: float = 0.5, tell_every: float = 60.0) -> None:
-        """Wait until other processes have added all keys.
-
-        Args:
-            keys: what must be there.
-            every: seconds between two looks.
-            tell_every: seconds between two log lines with how many are missing.
-        """
+        """Wait until other processes have added all keys, and say every `tell_every` seconds how many are missing."""
         # Files, and no barrier of torch: that one ends the run after its time-out, and shares differ by hours.
         missing, told = set(keys), -tell_every
         while True:
@@ -169,14 +163,8 @@ def ask(
 ) -> None:
     """Have a model answer its share of the prompts that the store does not hold yet, task by task.
 
-    Args:
-        examinee: the model.
-        prompts: all prompts, the same in every process.
-        store: gets `{"text": …, "tokens": …, "cut": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what
-            it took, see [`GenerationStats`].
-        rank: number of this process.
-        processes: number of processes.
-        progress: show a bar per task, with the length and depth of the latest answer.
+    The store gets `{"text": …, "tokens": …, "cut": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what
+    it took, see [`GenerationStats`]. `progress` shows a bar per task.
     """
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         mine = share([prompt for prompt in prompts if prompt.task == task], rank, processes)
@@ -219,8 +207,8 @@ class PromptSuite:
     """Prompts that are answered and scored.
 
     Every suite does one process's share of the work (`work`), tells what it asks (`asked`) and, once all shares are
-    done, what came out (`results`). The others are lm-eval's tasks ([`~hf_longalign.evaluation.harness.HarnessSuite`])
-    and perplexity ([`~hf_longalign.evaluation.perplexity.PerplexitySuite`]).
+    done, what came out (`results`); see also [`~hf_longalign.evaluation.harness.HarnessSuite`] and
+    [`~hf_longalign.evaluation.perplexity.PerplexitySuite`].
 
     Args:
         name: a key of `hf_longalign.records.names.SUITES`.

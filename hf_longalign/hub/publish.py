@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hf_longalign.cards.files import read_report, render_card
+from hf_longalign.cards.adapter import read_report, render_card
 from hf_longalign.cards.page import CARD, REPOSITORY, is_ours, is_template
 from hf_longalign.cards.scores import hub_results
 from hf_longalign.hub.push import MAX_FILES, Destination, push, write_dry_run

@@ -111,6 +111,7 @@ def lengthen(
     start = int(rng.integers(len(filler))) if filler else 0
     made: list[str] = []
     coins: list[bool] = []
+    # Places are drawn once: while the length is looked for, the evidence must not wander.
     places = rng.random(len(puzzle.lines))
     if not puzzle.shuffled:
         places.sort()
@@ -165,6 +166,7 @@ def named_in(answer: str) -> set[str]:
     >>> sorted(named_in("It is BRELMOK, not 1,234."))
     ['1234', 'BRELMOK']
     """
+    # Names are invented capitals, so whatever a model says around them is passed over.
     found = _ITEM.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
     return {item.lower() if item.lower() == UNANSWERABLE else item for item in found}
 

@@ -155,3 +155,20 @@ def mark_in_use(mark: Path, seconds: float) -> str | None:
             return user
     mark.write_text(socket.gethostname(), encoding="utf-8")
     return None
+
+
+def lacks_its_log(path: Path, version: int) -> bool:
+    """Return whether a sqlite file of that user version was copied without its log, which its header says it has.
+
+    Bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html.
+    """
+    for _ in range(10):  # another process may be opening or closing the file just now
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            header = file.read(100)
+        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == version.to_bytes(4, "big")
+        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
+            return False
+        time.sleep(0.05)
+    return True

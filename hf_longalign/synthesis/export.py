@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,12 +17,15 @@ from hf_longalign.plots import plot_lengths
 from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
-from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import whole
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import CONFIGS
 from hf_longalign.text import digest, word_count
 from hf_longalign.version import __version__
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisConfig
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ def check_output(folder: Path, *kept: Path) -> None:
 def export(
     folder: str | Path,
     data: Mapping[str, Mapping[str, Dataset]],
-    config: ContextSynthesisConfig,
+    config: "ContextSynthesisConfig",
     *,
     journal: str | Path | None = None,
     budget: Budget | None = None,
@@ -144,7 +147,7 @@ _SETTINGS = (
 
 def dataset_facts(
     data: Data,
-    config: ContextSynthesisConfig,
+    config: "ContextSynthesisConfig",
     *,
     journal: str | Path | None = None,
     budget: Budget | None = None,
@@ -205,7 +208,7 @@ def dataset_facts(
     )
 
 
-def _used(config: ContextSynthesisConfig, names: tuple[str, ...]) -> dict[str, Any]:
+def _used(config: "ContextSynthesisConfig", names: tuple[str, ...]) -> dict[str, Any]:
     """The settings that shaped the rows: not those of a step that was not taken."""
     unused = {
         *(() if config.hard_share else ("hard_share", "hard_by")),
@@ -236,7 +239,7 @@ def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
     return [sum(word_count(message["content"]) for message in row) for row in messages], "words"
 
 
-def _sources(data: Data, config: ContextSynthesisConfig) -> list[DataSource]:
+def _sources(data: Data, config: "ContextSynthesisConfig") -> list[DataSource]:
     """The files and Hub data sets of the seeds with the rows read from each; no folder of this machine."""
     named = config.seeds if config.method == "context" else config.documents
     if not isinstance(named, list) or not all(isinstance(source, str) for source in named):
@@ -264,12 +267,13 @@ def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost
         return None
     with Journal(journal) as held:
         replies = [held.get(key) for key in sorted(keys)]
+        usd = held.usd_of(keys)
     known = [reply for reply in replies if reply is not None]
     if len(known) < len(keys):
         return None
     prompt = sum(reply.prompt_tokens for reply in known)
     completion = sum(reply.completion_tokens for reply in known)
+    if not usd and budget is not None:  # paid for before prices were given
+        usd = budget.cost(prompt, completion).usd
     # Without prices a cost of $0.00 would be a lie.
-    priced = budget is not None and (budget.prompt_price or budget.completion_price)
-    usd = budget.cost(prompt, completion).usd if budget is not None and priced else None
-    return Cost(len(known), prompt, completion, usd)
+    return Cost(len(known), prompt, completion, usd or None)

@@ -9,14 +9,13 @@ from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
-from hf_longalign.synthesis.config import ContextSynthesisConfig
 from hf_longalign.synthesis.disk import read_array, read_table, table_row, write_array, write_table
 from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
@@ -25,6 +24,10 @@ from hf_longalign.synthesis.seeds import Document, read_documents
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.text import digest
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisConfig
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ class Files:
         folder: where the files lie.
     """
 
-    config: ContextSynthesisConfig
+    config: "ContextSynthesisConfig"
     folder: Path
 
     def __getstate__(self) -> dict[str, Any]:

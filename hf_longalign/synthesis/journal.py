@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,51 +22,12 @@ from typing import Any
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import budget as claims
 from hf_longalign.synthesis.budget import Budget, Claim, Spend
-from hf_longalign.synthesis.disk import mark_in_use, network_file_system, whole
+from hf_longalign.synthesis.disk import lacks_its_log, mark_in_use, network_file_system, whole
+from hf_longalign.synthesis.tables import DROP, MERGE, VERSION, prepare
 
 
 logger = logging.getLogger(__name__)
 
-# "LAsj" in the file's header, and the version of the tables. Version 1 was not closed as `close` does it now.
-_APPLICATION = 0x4C41736A
-_VERSION = 2
-_SCHEMA = (
-    """
-    CREATE TABLE replies (
-        key TEXT PRIMARY KEY, model TEXT NOT NULL, purpose TEXT NOT NULL, messages TEXT NOT NULL,
-        sampling TEXT NOT NULL, text TEXT NOT NULL, finish_reason TEXT, prompt_tokens INTEGER NOT NULL,
-        completion_tokens INTEGER NOT NULL, reply_model TEXT NOT NULL, usd REAL NOT NULL, at REAL NOT NULL
-    )""",
-    """
-    CREATE TABLE faults (
-        id TEXT PRIMARY KEY, key TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, purpose TEXT NOT NULL,
-        prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL,
-        confirmed INTEGER NOT NULL, at REAL NOT NULL
-    )""",
-    claims.CLAIMS_TABLE,
-    """
-    CREATE TABLE totals (
-        replies INTEGER, faults INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER, usd REAL,
-        unconfirmed_tokens INTEGER, unconfirmed_usd REAL
-    )""",
-    "INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0)",
-    # Sums kept by the database itself: a budget asks for them before each request, and a scan would take seconds.
-    """
-    CREATE TRIGGER count_reply AFTER INSERT ON replies BEGIN
-        UPDATE totals SET replies = replies + 1, prompt_tokens = prompt_tokens + NEW.prompt_tokens,
-            completion_tokens = completion_tokens + NEW.completion_tokens, usd = usd + NEW.usd;
-    END""",
-    """
-    CREATE TRIGGER count_fault AFTER INSERT ON faults BEGIN
-        UPDATE totals SET faults = faults + 1, prompt_tokens = prompt_tokens + NEW.prompt_tokens,
-            completion_tokens = completion_tokens + NEW.completion_tokens, usd = usd + NEW.usd,
-            unconfirmed_tokens = unconfirmed_tokens
-                + (1 - NEW.confirmed) * (NEW.prompt_tokens + NEW.completion_tokens),
-            unconfirmed_usd = unconfirmed_usd + (1 - NEW.confirmed) * NEW.usd;
-    END""",
-    f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {_VERSION}",
-)
 _REPLY = "text, finish_reason, prompt_tokens, completion_tokens, reply_model"
 # A full disk must stop the run before the next request is paid for, with room left for the replies under way.
 _DISK_RESERVE = 64 * 2**20
@@ -140,7 +101,7 @@ class Journal:
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
-        if _lacks_its_log(self.path):
+        if lacks_its_log(self.path, VERSION):
             logger.warning(
                 "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
                 "another program has opened it after a kill. Every other reply is there.",
@@ -178,8 +139,11 @@ class Journal:
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
 
-    def claim(self, request: Request, budget: Budget) -> Claim:
-        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`."""
+    def claim(self, request: Request, budget: Budget, *, waits: bool = False) -> Claim:
+        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`.
+
+        What `waits` for a batch costs nothing before that is opened.
+        """
         with self._locked() as connection:
             # Without a lock on the file: many wait here for what another process asks.
             found = claims.look(connection, request.key, self.owner)
@@ -188,7 +152,7 @@ class Journal:
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
         with self.transaction() as connection:
-            return claims.claim(connection, request, budget, self.owner)
+            return claims.claim(connection, request, budget, self.owner, waits=waits)
 
     def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""
@@ -212,9 +176,15 @@ class Journal:
         """
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
         with self.transaction() as connection:
-            for statement in _DROP:
+            for statement in DROP:
                 connection.executemany(statement, keys)
         return len(keys)
+
+    def usd_of(self, keys: Iterable[str]) -> float:
+        """What the replies to these keys cost in dollars, at the prices of the runs that paid for them."""
+        with self._locked() as connection:
+            found = (connection.execute("SELECT usd FROM replies WHERE key = ?", (key,)).fetchone() for key in keys)
+            return sum(row[0] for row in found if row)
 
     def totals(self) -> Totals:
         """What the journal holds, in numbers."""
@@ -255,7 +225,7 @@ class Journal:
         """
         if not Path(path).is_file():
             raise JournalError(f"The journal `{Path(path).name}` does not exist. Correct the path.")
-        if _lacks_its_log(Path(path)):
+        if lacks_its_log(Path(path), VERSION):
             name = Path(path).name
             raise JournalError(
                 f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
@@ -278,9 +248,9 @@ class Journal:
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
                     with self._in_one(connection):
-                        for statement in _MERGE[:-1]:
+                        for statement in MERGE[:-1]:
                             connection.execute(statement)
-                        return connection.execute(_MERGE[-1]).rowcount
+                        return connection.execute(MERGE[-1]).rowcount
                 finally:
                     connection.execute("DETACH other")
 
@@ -308,7 +278,7 @@ class Journal:
         connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             # The tables come before the log is turned on, so that the file itself is a journal from the first moment.
-            _prepare(connection)
+            prepare(connection)
             mode = "delete" if self._network else "wal"
             answer = _set_mode(connection, mode)
             if answer != mode:
@@ -384,46 +354,6 @@ class Journal:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")
 
 
-_DROP = (
-    """
-    UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (
-        SELECT totals.replies - 1, totals.prompt_tokens - r.prompt_tokens,
-            totals.completion_tokens - r.completion_tokens, totals.usd - r.usd FROM replies AS r WHERE r.key = ?)""",
-    """
-    INSERT INTO faults SELECT key || '@' || at, key, 'dropped', model, purpose, prompt_tokens, completion_tokens, usd,
-        1, at FROM replies WHERE key = ?""",
-    "DELETE FROM replies WHERE key = ?",
-)
-# A payment is known by its key and time: in `replies` where its reply is kept, in `faults` where it is not.
-_MERGE = (
-    """
-    INSERT OR IGNORE INTO faults SELECT * FROM other.faults AS theirs WHERE kind NOT IN ('paid_twice', 'dropped')
-        OR NOT EXISTS (SELECT 1 FROM main.replies AS ours WHERE ours.key = theirs.key AND ours.at = theirs.at)""",
-    """
-    INSERT OR IGNORE INTO faults
-        SELECT theirs.key || '@' || theirs.at, theirs.key, 'paid_twice', theirs.model, theirs.purpose,
-            theirs.prompt_tokens, theirs.completion_tokens, theirs.usd, 1, theirs.at
-        FROM other.replies AS theirs JOIN main.replies AS ours ON ours.key = theirs.key WHERE ours.at != theirs.at""",
-    """
-    INSERT OR IGNORE INTO replies SELECT * FROM other.replies AS theirs
-        WHERE NOT EXISTS (SELECT 1 FROM main.faults AS ours WHERE ours.id = theirs.key || '@' || theirs.at)""",
-)
-
-
-def _lacks_its_log(path: Path) -> bool:
-    """Whether the header says that there is a log (bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html)."""
-    for _ in range(10):  # another process may be opening or closing the file just now
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            header = file.read(100)
-        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == _VERSION.to_bytes(4, "big")
-        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:
     row = connection.execute(f"SELECT {_REPLY} FROM replies WHERE key = ?", (key,)).fetchone()
     return Reply(*row) if row else None
@@ -440,23 +370,3 @@ def _set_mode(connection: sqlite3.Connection, mode: str) -> str:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables of a new file; refuse a file that is something else."""
-    connection.execute("BEGIN IMMEDIATE")
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if not tables:
-        # In the transaction of `BEGIN IMMEDIATE`: of two processes that start at once, one makes the tables.
-        for statement in _SCHEMA:
-            connection.execute(statement)
-    # The application id tells a journal from any other sqlite file, such as a browser's or a tracker's.
-    elif application != _APPLICATION:
-        raise sqlite3.DatabaseError("it is another kind of database. Name another file")
-    elif version > _VERSION:
-        raise sqlite3.DatabaseError(f"it has version {version}, not {_VERSION}. Upgrade hf_longalign")
-    elif version < _VERSION:  # the same tables
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
-    connection.execute("COMMIT")

@@ -68,9 +68,10 @@ class JournalLedger:
                 found.append(OpenBatch(tag, name, place, tuple(_from_json(line) for (line,) in lines)))
         return found
 
-    def store(self, request: Request, reply: Reply) -> Reply:
+    def store(self, request: Request, reply: Reply, price_share: float) -> Reply:
         """Put a reply into the journal with what it has cost."""
-        return self.journal.put(request, reply, self.budget.cost(reply.prompt_tokens, reply.completion_tokens))
+        spend = self.budget.at(price_share).cost(reply.prompt_tokens, reply.completion_tokens)
+        return self.journal.put(request, reply, spend)
 
     def close_batch(self, tag: str, again: Sequence[Request] = ()) -> None:
         """Forget a batch; see `Ledger.close_batch`."""

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.chat import to_messages
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
-from hf_longalign.synthesis.config import ContextSynthesisConfig, SynthesisOptions
+from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
@@ -38,6 +38,10 @@ from hf_longalign.synthesis.writer import (
     write_context,
     write_pair,
 )
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisConfig
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +75,7 @@ class Pipeline:
         shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
     """
 
-    config: ContextSynthesisConfig
+    config: "ContextSynthesisConfig"
     files: Files
     generator: Generator | None
     journal: Path

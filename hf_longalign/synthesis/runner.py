@@ -17,8 +17,6 @@ from tqdm.auto import tqdm
 from hf_longalign.endpoint.batch import Batched
 from hf_longalign.endpoint.protocol import (
     CONTENT_FILTER,
-    TOO_LONG,
-    EndpointError,
     Fault,
     GenerationError,
     Generator,
@@ -27,7 +25,7 @@ from hf_longalign.endpoint.protocol import (
     Request,
     RunStopped,
 )
-from hf_longalign.synthesis.budget import Budget, Claim, Spend
+from hf_longalign.synthesis.budget import HOPELESS, Breaker, Budget, Claim, Spend
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.ledger import JournalLedger
 
@@ -38,8 +36,6 @@ Job = Callable[[Ask], Awaitable[T]]
 
 logger = logging.getLogger(__name__)
 
-# So many requests in a row without a reply, and the rest would fare no better.
-_HOPELESS = 20
 _POLL_SECONDS = 0.25
 
 
@@ -263,8 +259,8 @@ class Runner:
             except NoReplyError as error:
                 self._without_reply[error.kind] += 1
                 self._in_a_row += 1
-                if self._in_a_row >= _HOPELESS:
-                    self._halt(RunStopped(f"{_HOPELESS} requests in a row got no reply. The last: {error}"))
+                if self._in_a_row >= HOPELESS:
+                    self._halt(RunStopped(f"{HOPELESS} requests in a row got no reply. The last: {error}"))
             except Exception as error:  # noqa: BLE001 - raised by `run` once the replies on their way have arrived
                 self._halt(error)
             else:
@@ -299,7 +295,7 @@ class Runner:
             self.journal.release(request)
             raise
         # Before anything else happens to the reply: from here on a kill does not lose it.
-        spend = self.budget.cost(reply.prompt_tokens, reply.completion_tokens)
+        spend = self._terms(request)[0].cost(reply.prompt_tokens, reply.completion_tokens)
         stored = self.journal.put(request, reply, spend)
         self._in_a_row = 0
         self._breaker.paid(request.key)
@@ -320,13 +316,19 @@ class Runner:
             )
         await self.generator.check()
 
+    def _terms(self, request: Request) -> tuple[Budget, bool]:
+        """The budget at the prices of a request, and whether it waits for a batch before it is sent."""
+        share = self.generator.price_share(request) if isinstance(self.generator, Batched) else None
+        return (self.budget, False) if share is None else (self.budget.at(share), True)
+
     async def _claim(self, request: Request) -> Reply | None:
         """Wait for the right to ask; returns the reply where another process got it meanwhile."""
+        budget, waits = self._terms(request)
         while True:
             if self._stop is not None:
                 # A claim taken now would be sent after the drain.
                 raise RunStopped("The run is stopping.")
-            claim = self.journal.claim(request, self.budget)
+            claim = self.journal.claim(request, budget, waits=waits)
             if claim is Claim.MINE:
                 return None
             if claim is Claim.ANSWERED:
@@ -338,7 +340,7 @@ class Runner:
         """Count an attempt without a reply; where it cost something, the next one needs room in the budget again."""
         self.progress.faults[fault.kind] += 1
         if fault.prompt_tokens or fault.completion_tokens:
-            spend = self.budget.cost(fault.prompt_tokens, fault.completion_tokens)
+            spend = self._terms(request)[0].cost(fault.prompt_tokens, fault.completion_tokens)
             self.journal.fault(request, fault, spend)
             self.progress.add(spend)
             # Not under way while it waits: two that wait for each other's room would wait forever.
@@ -390,84 +392,3 @@ class Runner:
                 # asyncio sets the default where it removes its handler; a notebook or a trainer may have had its own.
                 # None: set in C.
                 signal.signal(number, signal.SIG_DFL if before is None else before)
-
-
-# A streak is no chance where it would be rarer than this at the rate seen before it.
-_CHANCE = 1e-6
-# Seeds of one task stand together, and one task may fail as a whole where the others do well.
-_LONG = 200
-_SHOWN = 300
-
-
-class Breaker:
-    """Notes what became of a run's requests and says when to stop.
-
-    Replies that cannot be read or fail a check are unusable. A run whose replies are all unusable stops after 20 of
-    them; one that had better ones stops after a streak of at least 200 that has a chance of less than one in a million
-    at the share of unusable ones before it. What an earlier run paid for counts towards that share and in no streak,
-    so that a rerun goes on past the same replies.
-
-    >>> breaker = Breaker()
-    >>> for number in range(20):
-    ...     breaker.paid(f"key {number}")
-    ...     stop = breaker.unusable("parse: no context", f"key {number}", "As you wish.")
-    >>> str(stop)[:68]
-    'None of the last 20 replies can be used. The first: parse: no contex'
-    """
-
-    def __init__(self) -> None:
-        self._paid: set[str] = set()
-        self._seen = self._unusable = self._streak = self._refused = 0
-        self._first = ""
-        self._any_reply = False
-
-    def paid(self, key: str) -> None:
-        """A reply came from the generator, not from the journal."""
-        self._paid.add(key)
-        self.replied()
-
-    def replied(self) -> None:
-        """There is a reply, so not every request is refused."""
-        self._any_reply = True
-        self._refused = 0
-
-    def usable(self) -> None:
-        """A context, or a pair, went through all checks."""
-        # A usable reply ends the streak, and what was in it now counts towards the share.
-        self._seen += self._streak + 1
-        self._unusable += self._streak
-        self._streak = 0
-
-    def unusable(self, reason: str, key: str, text: str) -> RunStopped | None:
-        """The reply `text` to the request `key` cannot be used; returns why the run must stop, if it must."""
-        if key not in self._paid:
-            self._seen += 1
-            self._unusable += 1
-            return None
-        if not self._streak:
-            self._first = f"{reason}, in {' '.join(text.split())[:_SHOWN]!r}"
-        self._streak += 1
-        # Laplace's rule of succession: neither 0 nor 1 before anything was seen.
-        share = (self._unusable + 1) / (self._seen + 2)
-        least = _HOPELESS if self._seen == self._unusable else _LONG
-        if self._streak < least or share**self._streak > _CHANCE:
-            return None
-        return RunStopped(
-            f"None of the last {self._streak} replies can be used. The first: {self._first}. Check the model, its "
-            "chat template, `max_tokens` and the checks. The replies are in the journal; run again to go on all the "
-            "same."
-        )
-
-    def refused(self, error: GenerationError) -> RunStopped | None:
-        """The endpoint will not serve a request; returns why the run must stop, if it must.
-
-        Texts that are too long may well stand together: they stop a run only where nothing else is served.
-        """
-        if self._any_reply and error.kind == TOO_LONG:
-            return None
-        self._refused += 1
-        return self.hopeless(error) if self._refused >= _HOPELESS else None
-
-    def hopeless(self, error: GenerationError) -> EndpointError:
-        """Why to stop where every request is refused."""
-        return EndpointError(f"Every request is refused. The last: {error} Mend that and run again.")

@@ -100,10 +100,8 @@ def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
     if not any(not left for left in missing.values()):
         count = min(missing, key=lambda count: len(missing[count]), default=0)
         told = ", ".join(f"shard-{index}-of-{count}.sqlite" for index in sorted(missing.get(count, ()))[:10])
-        raise ValueError(
-            f"`folder` must hold every shard of one count, got {len(found)} without {told or 'any'}. Run what is "
-            "missing."
-        )
+        got = f"{len(found)} without {told}" if found else "none"
+        raise ValueError(f"`folder` must hold every shard of one count, got {got}. Run what is missing.")
     target = Path(journal) if journal is not None else Path(folder) / "journal.sqlite"
     with Journal(target) as merged:
         for path in found:

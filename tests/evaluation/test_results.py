@@ -183,7 +183,7 @@ def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monke
     found = PerplexityResult([0, 1024], 1024, 1, {"base": [2.0], "adapter": [2.0]})
     drawn = {}
     monkeypatch.setattr(
-        "hf_longalign.plots.plot_coverage", lambda coverage, path, **options: drawn.update(options) or path
+        "hf_longalign.evaluation.report.plot_coverage", lambda coverage, path, **options: drawn.update(options) or path
     )
     everything = report(perplexity=found, suites=[suite(), ruler])
     write_report(

@@ -1,14 +1,18 @@
 """Batches: out of order, in part, refused, expired; killed at any moment, and nothing is paid for twice."""
 
+import json
 import multiprocessing
 import random
+import re
 import sys
 import time
 
 import pytest
+from datasets import load_dataset
 from fake_batches import FakeBatches
 from fake_endpoint import answer_text
 
+from hf_longalign.cli import main
 from hf_longalign.endpoint import (
     BatchGenerator,
     CommandBatches,
@@ -26,12 +30,12 @@ from hf_longalign.synthesis.ledger import JournalLedger
 from hf_longalign.synthesis.runner import Runner
 
 from .batch_client import run
-from .fakes import FakeGenerator
+from .fakes import FakeGenerator, make_pairs, make_text
 
 
 pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
 
-PRICES = Budget(prompt_price=1.0, completion_price=10.0, price_share=0.5)
+PRICES = Budget(prompt_price=1.0, completion_price=10.0)
 
 
 def request(prompt, **sampling):
@@ -90,9 +94,13 @@ def test_what_a_batch_did_not_bring_is_asked_in_the_next(tmp_path, mark):
 
 def test_of_two_lines_for_a_request_the_first_counts(tmp_path):
     with FakeBatches() as server:
-        texts, totals, _ = ask_all(tmp_path, generator_of(server), ["[[double]] x"])
-        assert texts[0] in (text_of("[[double]] x"), "another text")
-        assert totals.replies == 1
+        texts, totals, _ = ask_all(tmp_path, generator_of(server), ["[[double]] x", "[[double]] y"])
+        lines = [json.loads(line) for line in server.files["output_file_id-batch_0"].splitlines()]
+        first = {}
+        for line in lines:
+            first.setdefault(line["custom_id"], line["response"]["body"]["choices"][0]["message"]["content"])
+        assert texts == [first[request(prompt).key] for prompt in ("[[double]] x", "[[double]] y")]
+        assert (len(lines), totals.replies) == (4, 2)
 
 
 def test_a_request_that_is_refused_is_left_out_and_the_content_filter_is_remembered(tmp_path):
@@ -170,6 +178,25 @@ def test_another_generator_does_not_wait_for_batches_that_nobody_collects(tmp_pa
         assert reply.text == text_of("plain") and server.asked["plain"] == 1
 
 
+def test_what_is_asked_beside_a_batch_costs_the_whole_price_and_counts_when_it_is_killed(tmp_path):
+    """A judge at an endpoint of its own: its claims were sent, its replies are billed in full."""
+    judge = FakeGenerator("judge")
+    judge.write = lambda request: "supported"
+    asked = Request((("user", "x"),), "judge", Sampling(), "judge")
+    with FakeBatches() as server, Journal(tmp_path / "journal.sqlite") as journal:
+        runner = Runner(SwitchGenerator([generator_of(server), judge]), journal, budget=PRICES)
+        runner.run([lambda ask: ask(asked)])
+        assert journal.totals().spend.usd == pytest.approx((50 * 1.0 + 1 * 10.0) / 1e6)
+        runner.run([lambda ask: ask(request("x"))])
+        assert journal.totals().spend.usd == pytest.approx((50 + 10 + (10 + 160) / 2) / 1e6)
+        assert [runner._terms(one)[1] for one in (asked, request("x"))] == [False, True]
+    for waits, faults in ((False, 1), (True, 0)):
+        with Journal(tmp_path / f"killed-{waits}.sqlite") as journal:
+            journal.claim(asked, PRICES, waits=waits)
+        with Journal(tmp_path / f"killed-{waits}.sqlite") as journal:  # closed with a claim: cut off under way
+            assert journal.totals().faults == faults
+
+
 def test_killed_at_any_moment_a_run_collects_its_batches_and_pays_for_nothing_twice(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["openai", run.__module__])
@@ -224,3 +251,21 @@ def test_a_command_answers_files(tmp_path):
         ask_all(tmp_path, BatchGenerator("tiny", missing, linger=0.02), ["four"])
     with pytest.raises(ValueError, match=r"`command` must name where \{output\} goes"):
         CommandBatches(["vllm", "{input}"], tmp_path)
+
+
+def test_the_command_line_asks_in_batches(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(4)))
+
+    def write(body):
+        number = int(re.search(r"village (\d+)\?", body["messages"][-1]["content"])[1])
+        return f"Context: {make_text(number)}"
+
+    options = ["--seeds", str(tmp_path / "pairs.jsonl"), "--model", "tiny", "--cache_dir", str(tmp_path / "cache")]
+    options += ["--checks", "support", "--min_words", "3", "--n_distractors", "1", "--generator", "batch"]
+    with FakeBatches(looks=1, reply=write) as server:
+        options += ["--endpoints", server.url, "--prompt_price", "1000", "--completion_price", "10000"]
+        assert main(["synthesize", *options, "--output_dir", str(tmp_path / "out")]) == 0
+        assert server.calls["create"] == 1
+    assert load_dataset(str(tmp_path / "out"), "chat", split="train").num_rows == 4
+    # Half of 4 times 10 tokens at $1,000 and 16 at $10,000 a million.
+    assert ", $0.34" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -58,7 +58,7 @@ def test_a_finished_shard_is_skipped_and_a_half_one_goes_on_here_and_elsewhere(t
     with pytest.raises(RunStopped):
         run_shard(options_of(tmp_path / "here", FakeGenerator(stop_after=3)), shared, 0, 2)
     assert [path.name for path in shared.iterdir()] == ["shard-0-of-2.sqlite.half"]
-    with pytest.raises(ValueError, match=r"without shard-0-of-2\.sqlite|without any"):
+    with pytest.raises(ValueError, match="must hold every shard of one count, got none"):
         merge_shards(shared)
     # The same machine knows what it has; another one takes over what was put down.
     for machine in ("here", "elsewhere"):
