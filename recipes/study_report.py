@@ -1,0 +1,1 @@
+def write_study(*a,**k): raise SystemExit
