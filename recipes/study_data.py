@@ -35,8 +35,6 @@ ASK = (  # what LongBench's prompt, which the rows of training have, says behind
 # One needle per so many tokens, at most so many, in groups that are asked for together.
 NEEDLE_EVERY, MOST_NEEDLES, GROUP = 128, 16, 4
 ROOM = {"multi_key": 12, "multi_query": 48, "passages": 24}
-# Room for the longest question and the beginning of its answer.
-QUESTION_TOKENS = 110
 # How likely the next passage is a gold one, while there are any.
 GOLD_SHARE = 0.5
 
@@ -183,7 +181,10 @@ def questions(
     order = [pairs[index] for index in np.roll(np.random.default_rng(seed).permutation(len(pairs)), -text * most_golds)]
     others = list(dict.fromkeys(passage for pair in order for passage in pair.others))
     others = [others[index] for index in rng.permutation(len(others))]
-    budget = length - max(ROOM.values()) - count(HEAD + ASK) - QUESTION_TOKENS
+    keys = SEVERAL.join(sorted((key for key, _ in needles), key=len)[-GROUP:])
+    tails = [ASK.format(question=max((pair.question for pair in pairs), key=len))]
+    tails.append(SEVERAL.question.format(keys=keys) + SEVERAL.answer.format(keys=keys))
+    budget = length - max(ROOM.values()) - max(count(HEAD + tail) for tail in tails)
     budget -= sum(count(f" {_sentence(*needle)}") - count("") for needle in needles)
     golds: list[Pair] = []
     passages: list[tuple[str, Pair | None]] = []
