@@ -56,10 +56,10 @@ ARMS = {
     "plain": Arm("plain model", scaled=False),
     "scaled": Arm("RoPE scaled, not trained"),
     "ordinary": Arm("ordinary positions", strategy="none"),
-    "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
-    "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
     "pose": Arm("pose", strategy="pose"),
     "cream": Arm("cream", strategy="cream"),
+    "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
+    "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
 }
 
 
@@ -75,7 +75,10 @@ class StudyOptions:
     training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
     rows: int = field(default=128, metadata={"help": "Rows to train on."})
     row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
-    gold_tokens: int = field(default=300, metadata={"help": "The most tokens of gold passages in a row; twice that in a text that is asked about."})
+    gold_tokens: int = field(
+        default=300,
+        metadata={"help": "The most tokens of gold passages in a row; twice that in a text that is asked about."},
+    )
     epochs: float = field(default=1.0, metadata={"help": "Times each row is trained on."})
     batch_size: int = field(default=8, metadata={"help": "Rows of a step."})
     micro_batch_size: int = field(default=8, metadata={"help": "Rows of a forward."})
@@ -206,7 +209,9 @@ class Study:
             ),
             train_dataset=rows if what.parts else rows.remove_columns("parts"),
             processing_class=self.tokenizer,
-            peft_config=LoraConfig(r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules=options.lora_target_modules),
+            peft_config=LoraConfig(
+                r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules=options.lora_target_modules
+            ),
         )
         start = time.perf_counter()
         trainer.train()
@@ -331,8 +336,12 @@ def main() -> None:
     study = Study(options)
     complete = work(list(study.units()), options.minutes)
     told = {name: value for name, value in asdict(options).items() if name not in ("output_dir", "minutes")}
-    told |= {name: Path(told[name]).name for name in ("model", "seeds", "perplexity_texts") if told[name] and Path(told[name]).exists()}
-    titles = {arm: ARMS[arm].title for arm in options.arms}
+    told |= {
+        name: Path(told[name]).name
+        for name in ("model", "seeds", "perplexity_texts")
+        if told[name] and Path(told[name]).exists()
+    }
+    titles = {arm: what.title for arm, what in ARMS.items() if arm in options.arms}
     path = write_study(study.folder, titles, options.split, told, complete=complete)
     print(f"Wrote {path}.")
 

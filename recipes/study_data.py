@@ -178,7 +178,9 @@ def questions(
     rng = np.random.default_rng([seed, length, text])
     needles = _needles(max(GROUP, min(MOST_NEEDLES, length // NEEDLE_EVERY)), rng)
     # Texts of one length begin with other pairs, so that each asks its own as long as there are any.
-    order = [pairs[index] for index in np.roll(np.random.default_rng(seed).permutation(len(pairs)), -text * most_golds)]
+    order = [
+        pairs[index] for index in np.roll(np.random.default_rng(seed).permutation(len(pairs)), -text * most_golds)
+    ]
     others = list(dict.fromkeys(passage for pair in order for passage in pair.others))
     others = [others[index] for index in rng.permutation(len(others))]
     keys = SEVERAL.join(sorted((key for key, _ in needles), key=len)[-GROUP:])
@@ -244,7 +246,9 @@ def _ask(
 
     def prompt(task: str, index: int, question: str, answers: Sequence[str], sample: str, **more: Any) -> Prompt:
         room = ROOM[task]
-        return Prompt("study", task, index, body + question, tuple(answers), room, length=length, parts=(sample,), **more)
+        return Prompt(
+            "study", task, index, body + question, tuple(answers), room, length=length, parts=(sample,), **more
+        )
 
     asked = []
     for number, group in enumerate(groups):

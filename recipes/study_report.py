@@ -189,7 +189,9 @@ def as_json(
 
 
 def _rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in rows]
+    return [
+        {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()} for row in rows
+    ]
 
 
 def render(
@@ -211,7 +213,15 @@ def render(
     if found.losses:
         parts += ["## Perplexity below 2,048 tokens", _perplexity(found, titles)]
     rows = [
-        (titles[one["arm"]], one["seed"], one["steps"], one["tokens"], f"{one['seconds']:,.0f}", one["loss_first"], one["loss_last"])
+        (
+            titles[one["arm"]],
+            one["seed"],
+            one["steps"],
+            one["tokens"],
+            f"{one['seconds']:,.0f}",
+            one["loss_first"],
+            one["loss_last"],
+        )
         for one in found.training
     ]
     head = ("arm", "seed", "steps", "tokens", "seconds", "loss, first 3 steps", "loss, last 3")
@@ -270,13 +280,14 @@ def _means(found: Found, group: str, titles: Mapping[str, str]) -> str:
         means = [found.mean(arm, group, length) for length in (*found.lengths, ALL)]
         told = [f"{100 * m.value:.1f} ({100 * m.low:.0f}–{100 * m.high:.0f})" if m else "" for m in means]
         rows.append((titles[arm], *told))
-    samples = [max((m.samples for arm in found.scores if (m := found.mean(arm, group, n))), default=0) for n in (*found.lengths, ALL)]
+    samples = [
+        max((m.samples for arm in found.scores if (m := found.mean(arm, group, n))), default=0)
+        for n in (*found.lengths, ALL)
+    ]
     return table(("arm", *_columns(found.lengths)), [*rows, ("samples", *samples)])
 
 
-def _differences(
-    compared: Sequence[Comparison], group: str, lengths: Sequence[int], titles: Mapping[str, str]
-) -> str:
+def _differences(compared: Sequence[Comparison], group: str, lengths: Sequence[int], titles: Mapping[str, str]) -> str:
     own = {(one.arm, one.reference, one.length): one for one in compared if one.group == group}
     pairs = dict.fromkeys((arm, reference) for arm, reference, _ in own)
     rows = []
