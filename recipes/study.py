@@ -96,6 +96,8 @@ class StudyOptions:
         default_factory=lambda: ["512:4", "2048:4", "4096:3", "8192:2", "16384:2"],
         metadata={"help": "length:texts, in the order in which they are asked."},
     )
+    needles: int = field(default=16, metadata={"help": "Needles in a text, a multiple of `keys_at_once`."})
+    keys_at_once: int = field(default=4, metadata={"help": "Keys of a question for several."})
     most_golds: int = field(default=24, metadata={"help": "The most questions about passages per text."})
     perplexity_texts: str | None = field(
         default=None, metadata={"help": "Folder of .txt files; unset: the passages of the questions."}
@@ -254,6 +256,8 @@ class Study:
             length=length,
             text=text,
             seed=QUESTION_SEEDS[options.split],
+            needles=options.needles,
+            keys_at_once=options.keys_at_once,
             most_golds=options.most_golds,
         )
         generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(65_536, 4 * length))

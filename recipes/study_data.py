@@ -32,8 +32,8 @@ ASK = (  # what LongBench's prompt, which the rows of training have, says behind
     "\n\nAnswer the question based on the given passages. Only give me the answer and do not output any other words."
     "\n\nQuestion: {question}\nAnswer:"
 )
-# One needle per so many tokens, at most so many, in groups that are asked for together.
-NEEDLE_EVERY, MOST_NEEDLES, GROUP = 128, 16, 4
+# The shorter texts hold fewer needles: one per so many tokens.
+NEEDLE_EVERY = 128
 ROOM = {"multi_key": 12, "multi_query": 48, "passages": 24}
 # How likely the next passage is a gold one, while there are any.
 GOLD_SHARE = 0.5
@@ -159,7 +159,15 @@ def training_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens
 
 
 def questions(
-    pairs: Sequence[Pair], count: Callable[[str], int], *, length: int, text: int, seed: int, most_golds: int = 24
+    pairs: Sequence[Pair],
+    count: Callable[[str], int],
+    *,
+    length: int,
+    text: int,
+    seed: int,
+    needles: int = 16,
+    keys_at_once: int = 4,
+    most_golds: int = 24,
 ) -> list[Prompt]:
     """Return all questions about one text; the same for the same arguments on every machine.
 
@@ -169,6 +177,8 @@ def questions(
         length: of the longest prompt with its answer, in tokens.
         text: number of the text.
         seed: of everything that is drawn.
+        needles: in the text; a multiple of `keys_at_once`.
+        keys_at_once: keys of a multi_query question.
         most_golds: the most gold passages, and so questions about passages.
 
     Returns:
@@ -176,18 +186,19 @@ def questions(
         what their scores go together with: needles that are asked for together, or the pair.
     """
     rng = np.random.default_rng([seed, length, text])
-    needles = _needles(max(GROUP, min(MOST_NEEDLES, length // NEEDLE_EVERY)), rng)
+    number = min(needles, length // NEEDLE_EVERY) // keys_at_once * keys_at_once
+    hidden = _needles(max(keys_at_once, number), rng)
     # Texts of one length begin with other pairs, so that each asks its own as long as there are any.
     order = [
         pairs[index] for index in np.roll(np.random.default_rng(seed).permutation(len(pairs)), -text * most_golds)
     ]
     others = list(dict.fromkeys(passage for pair in order for passage in pair.others))
     others = [others[index] for index in rng.permutation(len(others))]
-    keys = SEVERAL.join(sorted((key for key, _ in needles), key=len)[-GROUP:])
+    keys = SEVERAL.join(sorted((key for key, _ in hidden), key=len)[-keys_at_once:])
     tails = [ASK.format(question=max((pair.question for pair in pairs), key=len))]
     tails.append(SEVERAL.question.format(keys=keys) + SEVERAL.answer.format(keys=keys))
     budget = length - max(ROOM.values()) - max(count(HEAD + tail) for tail in tails)
-    budget -= sum(count(f" {_sentence(*needle)}") - count("") for needle in needles)
+    budget -= sum(count(f" {_sentence(*needle)}") - count("") for needle in hidden)
     golds: list[Pair] = []
     passages: list[tuple[str, Pair | None]] = []
     waiting, fillers = iter(order), iter(others)
@@ -206,7 +217,7 @@ def questions(
         raise ValueError(f"`cells` must have room for needles and the passages of a pair, got {length}. Set more.")
     passages = [passages[index] for index in rng.permutation(len(passages))]
     while True:
-        asked = _ask(passages, golds, needles, length, text)
+        asked = _ask(passages, golds, hidden, keys_at_once, length, text)
         longest = max(asked, key=lambda prompt: len(prompt.text) + len(prompt.prefix) + 4 * prompt.max_new_tokens)
         if count(longest.text + longest.prefix) + longest.max_new_tokens <= length:
             return asked
@@ -229,6 +240,7 @@ def _ask(
     passages: Sequence[tuple[str, Pair | None]],
     golds: Sequence[Pair],
     needles: Sequence[tuple[str, str]],
+    keys_at_once: int,
     length: int,
     text: int,
 ) -> list[Prompt]:
@@ -241,7 +253,7 @@ def _ask(
         for number, (passage, _) in enumerate(passages)
     ]
     body = HEAD + "\n\n".join(pieces)
-    stride = len(needles) // GROUP
+    stride = len(needles) // keys_at_once
     groups = [range(first, len(needles), stride) for first in range(stride)]
 
     def prompt(task: str, index: int, question: str, answers: Sequence[str], sample: str, **more: Any) -> Prompt:
