@@ -1,4 +1,4 @@
-"""Train arms that differ in one thing from a real model, ask all of them the same questions, and compare them in pairs.
+"""Train arms that differ in one thing from a real model, ask all the same questions, and compare them in pairs.
 
     accelerate launch recipes/study.py --config recipes/smollm2-135m/study_cpu.yaml
 
@@ -25,22 +25,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter, scale_rope
-from hf_longalign.evaluation.encoding import token_counter
+from hf_longalign.evaluation.evaluator import score_needle
 from hf_longalign.evaluation.generation import LocalGenerator
-from hf_longalign.evaluation.longbench.metrics import qa_f1
-from hf_longalign.evaluation.needle_scoring import score_needle
-from hf_longalign.evaluation.perplexity import document_loss
-from hf_longalign.evaluation.perplexity_suite import join_texts
+from hf_longalign.evaluation.perplexity import perplexity_by_position
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.runner import Examinee, answers, ask
-from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask
 from hf_longalign.rope import model_range
+from hf_longalign.text import normalise, token_f1
 
 
 logger = logging.getLogger("study")
 
 # Seeds of what is asked: choices are made by the answers to one set, and reported are those to another.
 QUESTION_SEEDS = {"development": 1, "report": 2}
+# Tokens of a text that is short to every model: where a regression would be seen.
+SHORT = 2048
 
 
 class Arm(NamedTuple):
@@ -134,13 +133,19 @@ class Study:
         self.options, self.folder = options, Path(options.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        self.count = token_counter(self.tokenizer, chat=True)
         self.config = AutoConfig.from_pretrained(options.model)
         self.reach = model_range(self.config)
         pairs = read_pairs(options.seeds, most=options.most_pairs)
         self.pairs = split_pairs(pairs, self.count, rows=options.rows, gold_tokens=options.gold_tokens)
         sizes = ", ".join(f"{len(own)} {name}" for name, own in self.pairs.items())
         logger.info("%d usable pairs: %s.", len(pairs), sizes)
+
+    def count(self, text: str) -> int:
+        """Return the tokens a model is given for a text, chat template included."""
+        messages = [{"role": "user", "content": text}]
+        return len(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
 
     @property
     def asked(self) -> list[Pair]:
@@ -272,19 +277,20 @@ class Study:
         """Return the sum of the losses and the number of tokens of each document, read in windows below 2,048."""
         options = self.options
         texts = read_documents(options.perplexity_texts) if options.perplexity_texts else documents(self.asked)
-        window = min(2048, options.target_length)
+        ids = self.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        window = min(SHORT, self.reach)
+        starts = range(0, len(ids) - window + 1, window)[: options.perplexity_documents]
         found = []
-        for number, ids in enumerate(join_texts(texts, self.tokenizer, window)):
-            if number < options.perplexity_documents and len(ids) >= window:
-                loss = document_loss(model, ids[:window], window=window, stride=window)
-                found.append([float(loss.sums.sum()), int(loss.counts.sum())])
+        for start in starts:
+            loss = perplexity_by_position(model, [ids[start : start + window]], window=window, stride=window)
+            found.append([float(loss.sums.sum()), int(loss.counts.sum())])
         return found
 
 
 def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
     """Return a scored answer."""
     if prompt.task == "passages":
-        score = max(qa_f1(answer, wanted) for wanted in prompt.answers)
+        score = max(token_f1(normalise(answer).split(), normalise(wanted).split()) for wanted in prompt.answers)
     else:
         score = score_needle(prompt, answer)["exact_match" if prompt.task == "multi_key" else "recall"]
     sample = prompt.parts[0]

@@ -109,7 +109,7 @@ def _read_lines(folder: Path, task: str) -> Iterator[Pair]:
 def split_pairs(
     pairs: Sequence[Pair], count: Callable[[str], int], *, rows: int, gold_tokens: int, seed: int = 0
 ) -> dict[str, list[Pair]]:
-    """Deal pairs out to `train`, `development` (a quarter of the rest) and `report`; no gold passage is in two of them.
+    """Deal pairs out to `train`, `development` (a quarter of the rest) and `report`; none share a gold passage.
 
     Args:
         pairs: of all tasks.
