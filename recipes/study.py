@@ -19,7 +19,17 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from study_data import HUB_DATA, Pair, documents, questions, read_documents, read_pairs, split_pairs, training_rows
+from study_data import (
+    HUB_DATA,
+    Pair,
+    compose_rows,
+    composed_rows,
+    documents,
+    questions,
+    read_documents,
+    read_pairs,
+    split_pairs,
+)
 from study_report import write_study
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
@@ -31,6 +41,7 @@ from hf_longalign.evaluation.perplexity import perplexity_by_position
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask
 from hf_longalign.rope import model_range
+from hf_longalign.run_record import versions
 from hf_longalign.text import normalise, token_f1
 
 
@@ -67,6 +78,9 @@ class StudyOptions:
     """What is trained, on what, and what is asked."""
 
     model: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or folder."})
+    base_name: str | None = field(
+        default=None, metadata={"help": "What report and cards call a model that is a folder: its Hub id."}
+    )
     seeds: str = field(default=HUB_DATA, metadata={"help": "Hub id with HotpotQA's columns, or a folder of seeds."})
     most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
     output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
@@ -155,11 +169,13 @@ class Study:
     def units(self) -> Iterator[Unit]:
         """Yield all work in order: seed by seed the training, then text by text all arms."""
         options = self.options
+        composed = self.folder / "data" / "composed.json"
+        yield Unit(composed, None, self.compose)
         for seed in options.training_seeds:
             arms = [arm for arm in options.arms if ARMS[arm].strategy or seed == options.training_seeds[0]]
             for arm in arms:
                 if ARMS[arm].strategy:
-                    yield Unit(self.trained(arm, seed), None, lambda a=arm, s=seed: self.train(a, s))
+                    yield Unit(self.trained(arm, seed), composed, lambda a=arm, s=seed: self.train(a, s))
             for cell in [*options.grid[:1], None, *options.grid[1:]]:
                 for arm in arms:
                     if cell and not ARMS[arm].scaled and cell[0] > self.reach:
@@ -177,12 +193,16 @@ class Study:
         """The file that says that an arm is trained."""
         return self.arm_folder(arm, seed) / "training.json"
 
+    def compose(self) -> dict[str, Any]:
+        """Make the rows that all arms are trained on."""
+        options, pairs = self.options, self.pairs["train"]
+        compose_rows(pairs, self.folder / "data", tokenizer=options.model, tokens=options.row_tokens)
+        return {"pairs": len(pairs)}
+
     def train(self, arm: str, seed: int) -> dict[str, Any]:
         """Train an arm from the model and save its adapter."""
         options, what = self.options, ARMS[arm]
-        rows = training_rows(
-            self.pairs["train"], self.folder / "data", tokenizer=options.model, tokens=options.row_tokens
-        )
+        rows = composed_rows(self.folder / "data")
         gpu = torch.cuda.is_available()
         trainer = LongAlignSFTTrainer(
             options.model,
@@ -206,7 +226,7 @@ class Study:
                 use_cpu=not gpu,
                 gradient_checkpointing=False,
                 seed=seed,
-                base_name=public_name(options.model),
+                base_name=options.base_name,
                 license="apache-2.0",
                 save_strategy="no",
                 logging_steps=1,
@@ -297,9 +317,18 @@ def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
     return {"task": prompt.task, "length": prompt.length, "sample": sample, "depth": prompt.depth, "score": score}
 
 
-def public_name(model: str) -> str:
-    """Return a Hub id as it is, of a folder the Hub id that its recipe is made for."""
-    return StudyOptions.model if Path(model).exists() else model
+def settings(options: StudyOptions) -> dict[str, Any]:
+    """Return what a reader must know to do the same again; of folders only the last part of their path."""
+    told = {name: value for name, value in asdict(options).items() if value is not None}
+    for name in ("output_dir", "minutes", "base_name"):
+        told.pop(name, None)
+    for name in ("model", "seeds", "perplexity_texts"):
+        if Path(told.get(name, "")).is_dir() and name in told:
+            told[name] = Path(told[name]).resolve().name
+    told["model"] = options.base_name or told["model"]
+    cpu = f"{os.cpu_count()} CPU cores, threads used: {torch.get_num_threads()}"
+    told["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return told | versions()
 
 
 @contextmanager
@@ -332,7 +361,7 @@ def work(units: list[Unit], minutes: float | None = None) -> bool:
                     part = unit.result.with_suffix(".part")
                     part.write_text(json.dumps(unit.run()), encoding="utf-8")
                     os.replace(part, unit.result)
-                    logger.info("%s", unit.result.relative_to(unit.result.parents[2]))
+                    logger.info("%s", "/".join(unit.result.parts[-3:]))
                     break
         else:
             time.sleep(1)
@@ -345,14 +374,8 @@ def main() -> None:
     (options,) = TrlParser([StudyOptions], description=__doc__).parse_args_and_config()
     study = Study(options)
     complete = work(list(study.units()), options.minutes)
-    told = {name: value for name, value in asdict(options).items() if name not in ("output_dir", "minutes")}
-    told |= {
-        name: Path(told[name]).name
-        for name in ("model", "seeds", "perplexity_texts")
-        if told[name] and Path(told[name]).exists()
-    }
     titles = {arm: what.title for arm, what in ARMS.items() if arm in options.arms}
-    path = write_study(study.folder, titles, options.split, told, complete=complete)
+    path = write_study(study.folder, titles, options.split, settings(options), complete=complete)
     print(f"Wrote {path}.")
 
 

@@ -135,8 +135,11 @@ def split_pairs(
     return {"train": train, "development": rest[: len(rest) // 4], "report": rest[len(rest) // 4 :]}
 
 
-def training_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens: int) -> Dataset:
-    """Compose pairs to rows of at most so many tokens, gold among distractors, `parts` recorded; no LLM is asked."""
+def compose_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens: int) -> None:
+    """Compose pairs to rows of at most so many tokens, gold among distractors, `parts` recorded; no LLM is asked.
+
+    The data set, with its card, goes into `folder / "dataset"`, from which it can be pushed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     documents = folder / "distractors.jsonl"
     lines = dict.fromkeys(passage for pair in pairs for passage in pair.others)
@@ -154,8 +157,14 @@ def training_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens
         checks=["support"],
         show_progress=False,
     )
-    builder.download_and_prepare()
-    return builder.as_dataset(split="train").select_columns(["messages", "parts"])
+    builder.export(folder / "dataset")
+
+
+def composed_rows(folder: Path) -> Dataset:
+    """Return what [`compose_rows`] has composed."""
+    files = str(folder / "dataset" / "chat" / "train-*.parquet")
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    return rows.select_columns(["messages", "parts"])
 
 
 def questions(

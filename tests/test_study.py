@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import hotpot_rows, tiny_llama, tiny_tokenizer
 
 from hf_longalign.evaluation.intervals import student_quantile
 
@@ -32,22 +32,6 @@ def recipes():
     finally:
         sys.path.remove(str(ROOT / "recipes"))
     return study_data, study_report
-
-
-def hotpot_rows(number):
-    """Rows with the columns of hotpotqa/hotpot_qa, "distractor"."""
-    for n in range(number):
-        titles = [f"Town {n}", f"Mill {n}", f"Road {n}", f"Lake {n}"]
-        facts = [f"Town {n} sold ware {n}.", f"Mill {n} is in town {n}.", f"Road {n} is long.", f"Lake {n} is deep."]
-        yield {
-            "id": str(n),
-            "question": f"What did the town of mill {n} sell?",
-            "answer": f"ware {n}",
-            "type": "bridge",
-            "level": "easy",
-            "supporting_facts": {"title": titles[:2], "sent_id": [0, 0]},
-            "context": {"title": titles, "sentences": [[fact, " It was so."] for fact in facts]},
-        }
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +112,8 @@ def test_rows_to_train_on_tell_their_parts(recipes, seeds, tmp_path):
     data, _ = recipes
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     pairs = data.read_pairs(str(seeds))[:12]
-    rows = data.training_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
+    data.compose_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
+    rows = data.composed_rows(tmp_path / "data")
     assert len(rows) == 12
     for row in rows:
         content = row["messages"][0]["content"]
