@@ -1,7 +1,6 @@
 """The card of a trained adapter or whole model: what it is, how to load it, how good it is, and how it was made."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,7 +10,7 @@ from huggingface_hub import ModelCardData
 from hf_longalign.cards.markdown import code, listed
 from hf_longalign.cards.page import REPOSITORY, check_license, render
 from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
-from hf_longalign.records.names import suite_of
+from hf_longalign.records.names import is_hub_id, suite_of
 from hf_longalign.records.report import Report
 from hf_longalign.records.training import HubSource, TrainingRecord
 
@@ -111,15 +110,6 @@ def adapter_card(
         **{helper.__name__: helper for helper in (headline, reaches, scores_note, scores_table, suite_of)},
     }
     return render("adapter.md.jinja", metadata, values)
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Return whether a name can be that of a repository of the Hub; a path of this machine is none of a reader's.
-
-    >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("/home/me/model"), is_hub_id("outputs/run/last"), is_hub_id(None)
-    (True, False, False, False)
-    """
-    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
 
 
 def _base(record: TrainingRecord, config: Mapping[str, Any], given: str | None) -> HubSource | None:

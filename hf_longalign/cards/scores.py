@@ -37,11 +37,11 @@ def _measured(report: Report) -> Iterator[_Measured]:
     label = report.labels[-1]
     for suite in report.suites:
         for task in suite.tasks:
-            if task.grid is not None and label in task.grid.by_length:
-                for length, score in zip(task.grid.lengths, task.grid.by_length[label], strict=True):
-                    yield _Measured(suite, task, length, score)
-            elif label in task.scores:
-                yield _Measured(suite, task, task.length, task.scores[label])
+            # Each length is a result of its own: the Hub would take two lengths of one task for the same test.
+            by_length: list[tuple[int | None, dict[str, Score]]] = [*task.scores_by_length.items()]
+            for length, scores in by_length or [(None, task.scores)]:
+                if label in scores:
+                    yield _Measured(suite, task, length, scores[label])
 
 
 def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
@@ -111,9 +111,7 @@ def headline(report: Report) -> str:
     for suite in report.suites if len(report.labels) > 1 else []:
         means = _means(suite, labels)
         if means:
-            rows.append(
-                [suite_of(suite.suite).title, *(f"{100 * mean:.1f}" for mean in means), _verdict(suite, labels)]
-            )
+            rows.append([suite_of(suite.suite).title, *(percent(mean) for mean in means), _verdict(suite, labels)])
     return table(
         ["average in percent", *labels, f"tasks, {labels[-1]} against {labels[0]}"],
         rows,
@@ -123,8 +121,13 @@ def headline(report: Report) -> str:
 
 def reaches(report: Report) -> str:
     """Return how far each model reaches, a row per suite and rule; empty where no length was measured."""
+
+    def shown(found: Reach) -> str:
+        length, low, high = f"{found.length:,}" if found.length else "none", found.low, found.high
+        return length if found.length == low == high else f"{length} ({low:,}–{high:,})"
+
     rows = [
-        (suite_of(suite.suite).title, found.rule, *(_reach(found.reach[label]) for label in report.labels))
+        (suite_of(suite.suite).title, found.rule, *(shown(found.reach[label]) for label in report.labels))
         for suite in report.suites
         for found in suite.reaches
     ]
@@ -132,12 +135,6 @@ def reaches(report: Report) -> str:
         return ""
     note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
     return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
-
-
-def _reach(found: Reach) -> str:
-    length, low, high = found.length, found.low, found.high
-    shown = "none" if not length else f"{length:,}"
-    return shown if low == length == high else f"{shown} ({low:,}–{high:,})"
 
 
 def _means(suite: SuiteResult, labels: list[str]) -> list[float]:
@@ -171,7 +168,7 @@ def scores_table(report: Report, suite: SuiteResult) -> str:
             cells = [_score(task.scores.get(label)) for label in labels]
             rows.append([code(task.task), *metric, task.samples, *cells, *([_change(task, labels)] if change else [])])
     for group in suite.groups:
-        cells = [f"{100 * group.scores[label]:.1f}" if label in group.scores else "" for label in labels]
+        cells = [percent(group.scores[label]) if label in group.scores else "" for label in labels]
         rows.append(
             [f"*{plain(group.group)}*", *([""] if len(metrics) > 1 else []), "", *cells, *([""] if change else [])]
         )
@@ -199,11 +196,19 @@ def _metrics(suite: SuiteResult) -> list[str]:
     return list(dict.fromkeys(metric_of(task.metric or "score").title for task in suite.tasks if task.scores))
 
 
+def percent(value: float) -> str:
+    """Return a score from 0 to 1 as a table shows it.
+
+    >>> percent(0.4567)
+    '45.7'
+    """
+    return f"{100 * value:.1f}"
+
+
 def _score(score: Score | None) -> str:
-    if score is None:
-        return ""
-    interval = "" if score.low is None or score.high is None else f" ({100 * score.low:.1f}–{100 * score.high:.1f})"
-    return f"{100 * score.value:.1f}{interval}"
+    if score is None or score.low is None or score.high is None:
+        return "" if score is None else percent(score.value)
+    return f"{percent(score.value)} ({percent(score.low)}–{percent(score.high)})"
 
 
 def _difference(task: TaskResult, labels: list[str]) -> Any:

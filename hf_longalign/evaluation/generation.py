@@ -6,23 +6,35 @@ was read waits for others of its length and is answered with them.
 """
 
 import logging
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.batching import Pools, branch_points, reading_order, shared_lengths
-from hf_longalign.evaluation.encoding import decode_answer, encode_text, eval_mode
-from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, forget_longer_texts, join_rows, reuse_problem
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
+from hf_longalign.evaluation.prefix_cache import (
+    PrefixCache,
+    Row,
+    branch_points,
+    forget_longer_texts,
+    join_rows,
+    reading_order,
+    reuse_problem,
+    shared_lengths,
+)
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
 from hf_longalign.rope import model_range
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Tokens of one forward while reading. After a beginning that is held, attention needs a mask, and under a mask a
 # kernel computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12
@@ -82,6 +94,72 @@ def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> 
         )
 
 
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
+
+    >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    >>> with eval_mode(model):
+    ...     model[0].training
+    False
+    >>> model[0].training, model[1].training
+    (True, False)
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Pools(Generic[T]):
+    """Prompts that were read and wait to be answered together with others of about their length.
+
+    Args:
+        batch_tokens: what all that wait may take in tokens, padding included.
+
+    Example:
+
+    >>> pools = Pools(1000)
+    >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100)
+    ([], [], [])
+    >>> pools.add("d", 400)
+    [['a', 'b']]
+    >>> pools.empty()
+    [['d'], ['c']]
+    """
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self._pools: dict[int, list[tuple[T, int]]] = defaultdict(list)
+
+    def add(self, item: T, tokens: int) -> list[list[T]]:
+        """Let an item of so many tokens wait, and return the batches that must be answered first to make room."""
+        name = round(4 * math.log2(tokens))  # lengths of one pool differ by at most a fifth: little of it is padding
+        leaving = []
+        while self._pools:
+            others = sum(_cost(pool) for other, pool in self._pools.items() if other != name)
+            if others + _cost([*self._pools.get(name, []), (None, tokens)]) <= self.batch_tokens:
+                break
+            leaving.append(self._pop())
+        self._pools[name].append((item, tokens))
+        return leaving
+
+    def empty(self) -> list[list[T]]:
+        """Return all batches that wait, the largest first."""
+        return [self._pop() for _ in range(len(self._pools))]
+
+    def _pop(self) -> list[T]:
+        largest = max(self._pools, key=lambda name: _cost(self._pools[name]))
+        return [item for item, _ in self._pools.pop(largest)]
+
+
+def _cost(pool: Sequence[tuple[Any, int]]) -> int:
+    return len(pool) * max(tokens for _, tokens in pool)
+
+
 class LocalGenerator:
     """Answers prompts greedily with a loaded model.
 
@@ -137,7 +215,15 @@ class LocalGenerator:
             ValueError: a prompt beyond the model's range or without a token, before anything is generated.
             torch.OutOfMemoryError: a single prompt does not fit.
         """
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = []
+        for prompt in prompts:
+            ids = np.array(encode_text(self.tokenizer, prompt.text, chat=prompt.chat, prefix=prompt.prefix), np.int32)
+            if not ids.size or prompt.max_new_tokens < 1:
+                raise ValueError(
+                    f"A prompt must have a token and room for an answer, got {ids.size} tokens and `max_new_tokens` "
+                    f"{prompt.max_new_tokens!r} for {prompt.text[:50]!r}. Leave it out or set its room."
+                )
+            encoded.append(_Encoded(prompt, ids))
         if not encoded:
             return
         check_range(self.model.config, max(one.tokens for one in encoded))
@@ -150,19 +236,11 @@ class LocalGenerator:
                 self.stats.prompt_tokens += one.ids.size
                 self.stats.generated_tokens += len(tokens)
                 self.stats.seconds += time.perf_counter() - start
-                yield one.prompt, self._completion(one.prompt, tokens)
+                ended = tokens[-1] in self._end_ids
+                text = self._decoded(tokens[:-1] if ended else tokens)
+                cut = not ended and not any(stop in text for stop in one.prompt.stop)
+                yield one.prompt, Completion(cut_at(text, one.prompt.stop), len(tokens), cut)
                 start = time.perf_counter()
-
-    def _encode(self, prompt: Prompt) -> _Encoded:
-        ids = np.array(
-            encode_text(self.tokenizer, prompt.text, chat=prompt.chat, prefix=prompt.prefix), dtype=np.int32
-        )
-        if not ids.size or prompt.max_new_tokens < 1:
-            raise ValueError(
-                f"A prompt must have a token and room for an answer, got {ids.size} tokens and `max_new_tokens` "
-                f"{prompt.max_new_tokens!r} for {prompt.text[:50]!r}. Leave it out or set its room."
-            )
-        return _Encoded(prompt, ids)
 
     def _together(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:
         """Answer all, in rounds: one that runs out of memory is followed by one that asks for less."""
@@ -248,17 +326,11 @@ class LocalGenerator:
     def _ended(self, prompt: Prompt, tokens: list[int]) -> bool:
         if tokens[-1] in self._end_ids or len(tokens) >= prompt.max_new_tokens:
             return True
-        if not prompt.stop:
-            return False
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return any(stop in text for stop in prompt.stop)
+        # The whole text each time: a stop text may begin inside a token, and tokens join into other characters.
+        return bool(prompt.stop) and cut_at(text := self._decoded(tokens), prompt.stop) != text
 
-    def _completion(self, prompt: Prompt, tokens: list[int]) -> Completion:
-        ended = tokens[-1] in self._end_ids
-        whole = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        cut = not ended and not any(stop in whole for stop in prompt.stop)
-        words = tokens[:-1] if ended else tokens
-        return Completion(decode_answer(self.tokenizer, words, prompt.stop), len(tokens), cut)
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @torch.inference_mode()
     def _one_by_one(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:

@@ -1,23 +1,18 @@
 """What an evaluation asks, of whom, and how: the options of `evaluate` and of the command line. Imports no torch."""
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from hf_longalign.evaluation.needles import TASKS as NEEDLES
+from hf_longalign.evaluation.ruler_data import TASKS as RULER
+from hf_longalign.puzzles import TASKS as PUZZLES
+from hf_longalign.records.names import is_hub_id
 
 
 SUITES = ("needle", "puzzles", "ruler", "longbench", "short", "perplexity")
 # What only the model itself can give, and no server.
 LOCAL_SUITES = ("short", "perplexity")
-NEEDLE_TASKS = ("single", "multi_key", "multi_value", "multi_query")
-PUZZLES = (
-    *("graph_walk", "graph_parents", "repeated_request", "key_chain", "count", "latest", "association"),
-    "unanswerable",
-)
-RULER = (
-    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
-    *("niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot"),
-)
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
@@ -82,7 +77,7 @@ class SuiteOptions:
     )
     minutes: float = field(default=15.0, metadata={"help": "Time for reading, where `samples` is unset."})
     needle_tasks: list[str] = field(
-        default_factory=lambda: list(NEEDLE_TASKS), metadata={"help": f"Any of {', '.join(NEEDLE_TASKS)}."}
+        default_factory=lambda: list(NEEDLES), metadata={"help": f"Any of {', '.join(NEEDLES)}."}
     )
     puzzles: list[str] = field(
         default_factory=lambda: list(PUZZLES), metadata={"help": f"Any of {', '.join(PUZZLES)}."}
@@ -138,25 +133,21 @@ class SuiteOptions:
         """
         for name, allowed in (
             ("suites", SUITES),
-            ("needle_tasks", NEEDLE_TASKS),
+            ("needle_tasks", NEEDLES),
             ("puzzles", PUZZLES),
             ("ruler_tasks", RULER),
         ):
-            _check_words(name, getattr(self, name), allowed)
+            for word in getattr(self, name) or [""]:
+                if word not in allowed:
+                    raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Set some of them.")
         local = [suite for suite in self.suites if suite in LOCAL_SUITES]
         if endpoint is not None and local:
             raise ValueError(
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        for name in (
-            "samples",
-            "max_new_tokens",
-            "limit",
-            "longbench_length",
-            "perplexity_window",
-            "perplexity_limit",
-        ):
+        numbers = ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window", "perplexity_limit")
+        for name in numbers:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Set a larger number, or leave it out.")
@@ -169,28 +160,19 @@ class SuiteOptions:
             raise ValueError(f"`minutes` must be above 0, got {self.minutes}. Set more, or `samples`.")
         if self.ruler_questions is not None and not Path(self.ruler_questions).is_file():
             raise ValueError(f"`ruler_questions` must be a file, got {self.ruler_questions!r}. Correct the path.")
-        source = Path(self.longbench_source or ".")
-        if "longbench" in self.suites and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
+        source = self.longbench_source
+        is_id = source and is_hub_id(source) and "/" in source
+        if "longbench" in self.suites and source and not is_id and not Path(source).exists():
             raise ValueError(
-                f"`longbench_source` must be a Hub id, data.zip or a folder, got {str(source)!r}, which is not there. "
+                f"`longbench_source` must be a Hub id, data.zip or a folder, got {source!r}, which is not there. "
                 "Correct the path."
             )
-        _check_folder(self.output_dir)
-
-
-def _check_words(name: str, words: Sequence[str], allowed: Sequence[str]) -> None:
-    for word in words or [""]:
-        if word not in allowed:
-            raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Set some of them.")
-
-
-def _check_folder(folder: str) -> None:
-    """Refuse a folder that cannot be written to, before models are loaded."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir` must be a folder to write to, got {folder!r} ({error}). Set another."
-        ) from None
+        try:
+            # A folder that is full or read-only is told now: the report is written when hours of answers are there.
+            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output_dir):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` must be a folder to write to, got {self.output_dir!r} ({error}). Set another."
+            ) from None

@@ -9,15 +9,12 @@ from hf_longalign.evaluation.haystack import sentences_of
 from hf_longalign.evaluation.needles import seeded_rng
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.results import suite_result
-from hf_longalign.evaluation.runner import Examinee, answers
-from hf_longalign.evaluation.store import ResultStore
-from hf_longalign.evaluation.suites import PromptSuite
+from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore, answers
 from hf_longalign.puzzles import draw_puzzle, set_f1
 from hf_longalign.puzzles.puzzle import lengthen
 from hf_longalign.records.report import Diagnosis, SuiteResult
 
 
-SUITE = "puzzles"
 # The ways in which a puzzle can be asked; all but the first do not depend on the length.
 FULL, EVIDENCE, CLOSED_BOOK = "", ", evidence alone", ", closed book"
 
@@ -62,7 +59,7 @@ def puzzle_prompts(
                     texts |= {EVIDENCE: puzzle.open_evidence(), CLOSED_BOOK: puzzle.closed_book()}
                 prompts += [
                     Prompt(
-                        SUITE,
+                        "puzzles",
                         task + way,
                         index,
                         text,

@@ -7,11 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from hf_longalign.cards.markdown import table
-from hf_longalign.cards.scores import headline, reaches, scores_note, scores_table
+from hf_longalign.cards.scores import headline, percent, reaches, scores_note, scores_table
 from hf_longalign.plots import draw_pictures
 from hf_longalign.records.base import dumps
 from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Grid, PerplexityResult, Report, Speed, SuiteResult
+from hf_longalign.records.report import Report, SuiteResult
 from hf_longalign.records.training import CoverageRecord
 
 
@@ -72,42 +72,67 @@ def render_report(report: Report) -> str:
     for suite in report.suites:
         parts += _suite(report, suite)
     if report.perplexity:
-        parts += ["## Perplexity by position", _perplexity(report.perplexity, report.labels)]
+        found = report.perplexity
+        head = ("position", *(f"{low:,}–{high - 1:,}" for low, high in pairwise(found.edges)))
+        rows = [
+            (label, *("" if value is None else f"{value:.2f}" for value in found.values[label]))
+            for label in report.labels
+        ]
+        documents = "1 document" if found.documents == 1 else f"{found.documents:,} documents"
+        parts += ["## Perplexity by position", f"{documents}, windows of {found.window:,} tokens.", table(head, rows)]
     parts += _pictures(report, "perplexity")
     if "coverage.png" in report.images:
         parts += ["## Positions covered in training", *_pictures(report, "coverage")]
     if report.speed:
-        parts += ["## Speed", _speed(report.speed)]
-    settings = [(name, value) for name, value in report.settings.items()]
-    parts += ["## Settings", table(("setting", "value"), settings), _comparable(report)]
+        note = "All answered prompts, runs and processes: seconds are summed over processes, tokens/s are of one."
+        head = ("", "prompt tokens", "of them from the cache", "generated", "seconds", "prompt tokens/s")
+        spent_rows = []
+        for label, spent in report.speed.items():
+            rate = f"{spent.prompt_tokens / max(spent.seconds, 1e-9):,.0f}"
+            counts = (spent.prompt_tokens, spent.cached_tokens, spent.generated_tokens)
+            spent_rows.append((label, *counts, f"{spent.seconds:,.1f}", rate))
+        parts += ["## Speed", note, table(head, spent_rows)]
+    comparable = (
+        "Scores are percentages with 95 % intervals over samples: the answers to one sample at several depths count "
+        "as one. A difference in bold is larger than chance at that level. Reports compare where the fingerprint of "
+        f"all that was asked is the same: `{report.prompts}`."
+    )
+    parts += ["## Settings", table(("setting", "value"), report.settings.items()), comparable]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _suite(report: Report, suite: SuiteResult) -> list[str]:
-    parts = [f"## {suite_of(suite.suite).title}", scores_table(report, suite), scores_note(suite)]
+    labels, parts = report.labels, [scores_table(report, suite), scores_note(suite)]
     further = [
-        (task.task, metric_of(metric).title, *(f"{100 * values[label]:.1f}" for label in report.labels))
+        (task.task, metric_of(metric).title, *(percent(values[label]) for label in labels))
         for task in suite.tasks
         for metric, values in task.others.items()
     ]
-    if further:
-        parts.append(table(("task", "further metric", *report.labels), further))
-    parts += [_by_length(task.task, task.grid, report.labels) for task in suite.tasks if task.grid]
+    parts.append(table(("task", "further metric", *labels), further))
+    within = [
+        (task.task, part, *(percent(values[label]) for label in labels))
+        for task in suite.tasks
+        for part, values in task.parts.items()
+    ]
+    parts.append(table(("task", "of its prompts", *labels), within))
+    for task in suite.tasks:
+        if task.grid:
+            rows = [(label, *(percent(cell.value) for cell in task.grid.by_length[label])) for label in labels]
+            parts.append(table((f"{task.task}, by length", *(f"{length:,}" for length in task.grid.lengths)), rows))
     counted = [
-        (task.task, *(task.cut_answers.get(label, 0) for label in report.labels), task.cut_prompts, task.left_out)
+        (task.task, *(task.cut_answers.get(label, 0) for label in labels), task.cut_prompts, task.left_out)
         for task in suite.tasks
         if task.cut_answers or task.cut_prompts or task.left_out
     ]
-    if counted:
-        head = ("task", *(f"answers cut, {label}" for label in report.labels), "prompts shortened", "left out")
-        parts.append(table(head, counted))
+    parts.append(
+        table(("task", *(f"answers cut, {label}" for label in labels), "prompts shortened", "left out"), counted)
+    )
     reasons = [
         (task.task, label, *(f"{100 * getattr(why, name):.0f}" for name in WHY))
         for task in suite.tasks
         for label, why in task.diagnosis.items()
     ]
-    if reasons:
-        parts.append(table(("why, in percent", "model", *WHY.values()), reasons))
+    parts.append(table(("why, in percent", "model", *WHY.values()), reasons))
     for title, told in (
         ("Not run:", [(task.task, task.error) for task in suite.tasks if task.error]),
         ("Notes:", [(task.task, task.note) for task in suite.tasks if task.note]),
@@ -115,45 +140,9 @@ def _suite(report: Report, suite: SuiteResult) -> list[str]:
         parts += [f"{title}\n\n" + "\n".join(f"- {task}: {text}" for task, text in told)] if told else []
     parts += _pictures(report, f"{suite.suite}_accuracy", f"{suite.suite}_heatmap")
     folded = _pictures(report, *(f"{suite.suite}_{task.task}" for task in suite.tasks))
-    return [*parts, *(["<details><summary>Each task by length</summary>", *folded, "</details>"] if folded else [])]
-
-
-def _by_length(task: str, grid: Grid, labels: list[str]) -> str:
-    rows = [(label, *(f"{100 * cell.value:.1f}" for cell in grid.by_length[label])) for label in labels]
-    return table((f"{task}, by length", *(f"{length:,}" for length in grid.lengths)), rows)
-
-
-def _perplexity(found: PerplexityResult, labels: list[str]) -> str:
-    head = ("position", *(f"{low:,}–{high - 1:,}" for low, high in pairwise(found.edges)))
-    rows = [(label, *("" if value is None else f"{value:.2f}" for value in found.values[label])) for label in labels]
-    documents = "1 document" if found.documents == 1 else f"{found.documents:,} documents"
-    return f"{documents}, windows of {found.window:,} tokens.\n\n{table(head, rows)}"
-
-
-def _speed(speed: dict[str, Speed]) -> str:
-    rows = [
-        (
-            label,
-            f"{spent.prompt_tokens:,}",
-            f"{spent.cached_tokens:,}",
-            f"{spent.generated_tokens:,}",
-            f"{spent.seconds:,.1f}",
-            f"{spent.prompt_tokens / max(spent.seconds, 1e-9):,.0f}",
-        )
-        for label, spent in speed.items()
-    ]
-    head = ("", "prompt tokens", "of them from the cache", "generated", "seconds", "prompt tokens/s")
-    note = "All answered prompts, runs and processes: seconds are summed over processes, tokens/s are of one."
-    return f"{note}\n\n{table(head, rows)}"
+    parts += ["<details><summary>Each task by length</summary>", *folded, "</details>"] if folded else []
+    return [f"## {suite_of(suite.suite).title}", *parts]
 
 
 def _pictures(report: Report, *stems: str) -> list[str]:
     return [f"![{IMAGES.get(stem, stem)}]({stem}.png)" for stem in stems if f"{stem}.png" in report.images]
-
-
-def _comparable(report: Report) -> str:
-    return (
-        "Scores are percentages with 95 % intervals over samples: the answers to one sample at several depths count "
-        "as one. A difference in bold is larger than chance at that level. Reports compare where the fingerprint of "
-        f"all that was asked is the same: `{report.prompts}`."
-    )

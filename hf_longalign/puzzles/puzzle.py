@@ -122,7 +122,19 @@ def lengthen(
         return made[:number]
 
     def lay_out(number: int) -> LongPuzzle:
-        return _lay_out(puzzle, added(number), places)
+        extra, lines, last = added(number), [], 0
+        for i in np.argsort(places, kind="stable"):
+            # Places are shares of the whole, so a line keeps its depth whatever the length.
+            cut = int(places[i] * (number + 1))
+            lines += [*extra[last:cut], puzzle.lines[i].text]
+            last = cut
+        lines += extra[last:]
+        spans, at = [], len(puzzle.header) + 2
+        for line in lines:
+            spans.append((at, at + len(line)))
+            at += len(line) + 1
+        text = "\n\n".join([puzzle.header, "\n".join(lines), puzzle.question])
+        return LongPuzzle(puzzle, text, tuple(spans), (len(text) - len(puzzle.question), len(text)))
 
     least = count(lay_out(0).text)
     if least > length:
@@ -145,23 +157,6 @@ def lengthen(
         else:
             guess = low + 1 + int((length - below) * low / (below - least))
     return lay_out(low)
-
-
-def _lay_out(puzzle: Puzzle, added: list[str], places: np.ndarray) -> LongPuzzle:
-    """The added lines in order, with the puzzle's own between them at their places, shares of the whole."""
-    order = np.argsort(places, kind="stable")
-    cuts = [int(places[i] * (len(added) + 1)) for i in order]
-    lines, last = [], 0
-    for cut, i in zip(cuts, order, strict=True):
-        lines += [*added[last:cut], puzzle.lines[i].text]
-        last = cut
-    lines += added[last:]
-    spans, at = [], len(puzzle.header) + 2
-    for line in lines:
-        spans.append((at, at + len(line)))
-        at += len(line) + 1
-    text = "\n\n".join([puzzle.header, "\n".join(lines), puzzle.question])
-    return LongPuzzle(puzzle, text, tuple(spans), (len(text) - len(puzzle.question), len(text)))
 
 
 def named_in(answer: str) -> set[str]:

@@ -16,12 +16,13 @@ Every task is a function of a random generator and of the part its words come fr
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle
+from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle, lengthen
 from hf_longalign.puzzles.words import ASSOCIATIONS, FORMS, GOODS, PARTS, TOPICS, namer, words_of
 
 
@@ -232,3 +233,41 @@ TASKS: dict[str, Callable[[np.random.Generator, str], Puzzle]] = {
         unanswerable,
     )
 }
+
+
+def training_rows(
+    tasks: Sequence[str] = tuple(TASKS),
+    *,
+    number: int,
+    length: int,
+    count: Callable[[str], int],
+    filler: Sequence[str] = (),
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return rows in TRL's chat format with the `parts` at which positions may be skipped.
+
+    Their names, goods, topics and facts are those of the part "training", which evaluation shares none with.
+
+    Args:
+        tasks: names of `TASKS`, in turn.
+        number: of rows.
+        length: tokens of a question at most.
+        count: tokens of a text.
+        filler: sentences between the lines of a puzzle; without any, lines that look alike.
+        seed: of all that is drawn.
+
+    Raises:
+        ValueError: an unknown task, or a length without room for it.
+
+    Example:
+
+    >>> row = training_rows(["latest"], number=1, length=120, count=lambda text: len(text.split()))[0]
+    >>> [message["role"] for message in row["messages"]], sorted(row["parts"][0])
+    (['user', 'assistant'], ['end', 'message', 'start'])
+    """
+    rows = []
+    for index in range(number):
+        puzzle = draw_puzzle(tasks[index % len(tasks)], seed, index, "training")
+        rng = np.random.Generator(np.random.PCG64([seed, index]))
+        rows.append(lengthen(puzzle, length, count, filler, rng).row())
+    return rows

@@ -18,6 +18,8 @@ from hf_longalign.endpoint.protocol import Request, RunStopped
 
 # A process on another host (a container on the same disk) cannot be looked up: its claims end by the clock.
 LEASE_SECONDS = 1800.0
+# What the owner of a claim begins with where a batch holds it, followed by the batch's tag.
+BATCH = "batch|"
 
 CLAIMS_TABLE = """
     CREATE TABLE claims (
@@ -42,7 +44,7 @@ class Budget:
     """Limits over everything the journal holds, earlier runs and other processes included.
 
     Before a request is sent, the most it can cost is set aside, so that a limit is never passed. Prices are in dollars
-    per million tokens, as price lists give them.
+    per million tokens, as price lists give them; `price_share` of them is billed, 0.5 by a Batch API.
 
     >>> budget = Budget(usd=1.0, prompt_price=0.15, completion_price=0.60)
     >>> budget.cost(1_000_000, 500_000)
@@ -55,13 +57,14 @@ class Budget:
     usd: float | None = None
     prompt_price: float = 0.0
     completion_price: float = 0.0
+    price_share: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "usd"):
             limit = getattr(self, name)
             if limit is not None and limit <= 0:
                 raise ValueError(f"`budget_{name}` must be above 0, got {limit!r}. Set None for no limit.")
-        for name in ("prompt_price", "completion_price"):
+        for name in ("prompt_price", "completion_price", "price_share"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"`{name}` must be at least 0, got {getattr(self, name)!r}. Set it to $ per 1M tokens."
@@ -75,7 +78,7 @@ class Budget:
     def cost(self, prompt_tokens: int, completion_tokens: int) -> Spend:
         """What these tokens cost."""
         usd = (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
-        return Spend(prompt_tokens + completion_tokens, usd)
+        return Spend(prompt_tokens + completion_tokens, usd * self.price_share)
 
     def most(self, request: Request) -> Spend:
         """The most one attempt at `request` can cost."""
@@ -91,6 +94,7 @@ class BudgetExceeded(RunStopped):
     """What is left of the budget is less than the next request may cost."""
 
 
+# Kept in the journal's file and not in memory, since several processes share one budget.
 class Claim(Enum):
     """What came of asking for a claim."""
 
@@ -111,6 +115,9 @@ def is_alive(owner: str, until: float) -> bool:
     """Whether the process named by `owner` still runs; on another host, whether its lease does."""
     import psutil
 
+    if owner.startswith(BATCH):  # until its batch is closed
+        return True
+    # From the right: a host name may hold the separator, numbers do not.
     host, pid, started, _ = owner.rsplit("|", 3)
     if host != socket.gethostname():
         return time.time() < until
@@ -135,6 +142,7 @@ def claim(connection: sqlite3.Connection, request: Request, budget: Budget, owne
 
     A claim that `owner` has already stays, if there is still room for it.
     """
+    # Again inside the transaction: between the look without a lock and this one another process may have claimed it.
     found = look(connection, request.key, owner)
     if found is not None:
         return found
@@ -143,6 +151,7 @@ def claim(connection: sqlite3.Connection, request: Request, budget: Budget, owne
     most = budget.most(request)
     if not budget.allows(_spent(connection) + _set_aside(connection, request.key), most):
         reap(connection)
+        # Nothing is under way any more that could end below its limit and leave room.
         if not _set_aside(connection, request.key).tokens:
             raise BudgetExceeded(_what_is_left(connection, budget, most))
         return Claim.NO_ROOM
@@ -166,6 +175,8 @@ def reap(connection: sqlite3.Connection, owner: str | None = None) -> None:
         "SELECT * FROM claims"
     ).fetchall():
         if holder == owner or (owner is None and not is_alive(holder, until)):
+            # Unconfirmed: the server may have billed nothing. To count less would let a run that is killed often pass
+            # its limit.
             values = (uuid.uuid4().hex, key, "killed", model, purpose, prompt, completion, usd, 0, time.time())
             connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
             release(connection, key, holder)

@@ -125,6 +125,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         >>> rejected.config.name, rejected.pipeline is chat.pipeline
         ('rejected', True)
         """
+        # Made anew, since `datasets` fixes folder and features in the constructor; then it shares what was read.
         builder = type(self)(config_name=config_name, **self._arguments)
         builder.pipeline, builder.files = self.pipeline, self.files
         return builder
@@ -134,10 +135,6 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
         Returns:
             Whether this process goes on to compose the rows: of several that ask together, one does.
-
-        Raises:
-            ValueError: something is wrong with the configuration or the seeds; nothing was spent.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
         """
         return self.pipeline.run()
 
@@ -149,18 +146,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         license: str | None = None,
         seeds_license: str | None = None,
     ) -> Path:
-        """Prepare all configurations and write them to a folder with their card. See `synthesis.export.export`.
-
-        Args:
-            folder: where to; it must be absent, empty, or an earlier output.
-            num_proc: processes that compose.
-            license: licence of the data set, as the Hub names it.
-            seeds_license: licence of the seeds, as the Hub names it.
-
-        Raises:
-            ValueError: what `prepare_outcomes` raises, or the folder holds something else.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
-        """
+        """Prepare all configurations and write them to a folder with their card. See `synthesis.export.export`."""
         check_output(Path(folder), self.pipeline.journal, self.files.folder)
         data = {}
         for name in CONFIGS:

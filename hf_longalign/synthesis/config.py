@@ -5,6 +5,7 @@ No field holds a key, an address or anything else of an endpoint: those belong t
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from glob import glob
@@ -14,13 +15,14 @@ from typing import Any
 import datasets
 
 from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
-from hf_longalign.synthesis.difficulty import USES
-from hf_longalign.synthesis.distractors import SOURCES
+from hf_longalign.synthesis.pool import SOURCES
+from hf_longalign.synthesis.selection import USES
 from hf_longalign.text import digest
 
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.
 VERSION = "1.1.0"
+# Ten contexts a sample, as in https://arxiv.org/abs/2502.15592.
 PUBLISHED_DISTRACTORS = 9
 
 
@@ -194,7 +196,24 @@ class SynthesisOptions:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
         self.extra_fields()
+        # Last, as it reads fields whose own values must be right first.
         self._validate_together()
+
+    @property
+    def distractor_limit(self) -> int | None:
+        """How many distractors a row gets at most; `None` for as many as the budget holds."""
+        if self.n_distractors is None and self.target_tokens is None:
+            return PUBLISHED_DISTRACTORS
+        return self.n_distractors
+
+    def available_distractors(self, tasks: Mapping[str, int], documents: int) -> dict[str, int]:
+        """Return how many distractors a row of each task can have, given the number of contexts per task."""
+        total = sum(tasks.values())
+        found = {}
+        for task, count in sorted(tasks.items()):
+            by_source = {"same_task": count - 1, "other_tasks": total - count, "documents": documents}
+            found[task] = sum(by_source[source] for source in self.distractor_sources)
+        return found
 
     def extra_fields(self) -> dict[str, Any]:
         """Return `extra_body` as a dictionary.
@@ -322,23 +341,27 @@ def _content(value: Any) -> str:
             state.update(digest(_content(part)).encode())
         return f"{len(value)} {state.hexdigest()}"
     if isinstance(value, datasets.Dataset):
+        # datasets' own digest of how it was made; hashing the rows would read them all.
         return str(value._fingerprint)
     if hasattr(value, "to_dict") and hasattr(value, "isna"):
         # The text of a DataFrame shows a few of its rows.
         return digest(value.to_json(orient="split"))
     if hasattr(value, "backend_tokenizer"):
+        # The text of a tokenizer object shows its path, and two versions may lie at one.
         return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
     if isinstance(value, str):
         task, _, name = value.rpartition("=")
         if any(char in name for char in "*?["):
             return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
         path = Path(name)
+        # A folder that is named is mostly a tokenizer's, whose weights and logs change no count.
         path = path / "tokenizer.json" if path.is_dir() else path
         if path.is_file():
             return digest(task, path.name, _file_digest(path, path.stat().st_mtime_ns))
     return repr(value)
 
 
+# By the time of change: three configurations digest the same gigabytes.
 @cache
 def _file_digest(path: Path, modified: int) -> str:
     state = hashlib.blake2b()

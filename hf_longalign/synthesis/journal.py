@@ -50,6 +50,7 @@ _SCHEMA = (
         unconfirmed_tokens INTEGER, unconfirmed_usd REAL
     )""",
     "INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0)",
+    # Sums kept by the database itself: a budget asks for them before each request, and a scan would take seconds.
     """
     CREATE TRIGGER count_reply AFTER INSERT ON replies BEGIN
         UPDATE totals SET replies = replies + 1, prompt_tokens = prompt_tokens + NEW.prompt_tokens,
@@ -128,6 +129,8 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # sqlite's locks do not survive a fork: a child that wrote through the parent's connection would break the
+        # file.
         self._pid = os.getpid()
         self.owner = claims.new_owner()
         self._lock = threading.Lock()
@@ -145,6 +148,7 @@ class Journal:
             )
         self._connection = self._connect()
         self._closing = threading.Event()
+        # A daemon: a process that ends in an error must not be kept alive by it.
         self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
         self._keeper.start()
 
@@ -165,8 +169,11 @@ class Journal:
             spend.usd if spend else 0.0,
             time.time(),
         )
-        with self._transaction() as connection:
+        with self.transaction() as connection:
+            # The first stays: a second reply to one key, from a shard or a race, must not change rows that were made
+            # already.
             new = connection.execute(f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 12)})", values).rowcount
+            # Whoever holds it: the reply is there, so nobody needs to ask.
             connection.execute("DELETE FROM claims WHERE key = ?", (request.key,))
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
@@ -180,12 +187,12 @@ class Journal:
             return found
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return claims.claim(connection, request, budget, self.owner)
 
     def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             claims.release(connection, request.key, self.owner)
 
     def fault(self, request: Request, fault: Fault, spend: Spend) -> None:
@@ -195,7 +202,7 @@ class Journal:
             *(request.key, fault.kind, request.model, request.purpose, fault.prompt_tokens, fault.completion_tokens),
             *(spend.usd, int(fault.confirmed), time.time()),
         )
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
 
     def drop(self, unwanted: Callable[[Entry], bool]) -> int:
@@ -204,7 +211,7 @@ class Journal:
         They are asked for again; what they have cost stays counted, as faults named "dropped".
         """
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             for statement in _DROP:
                 connection.executemany(statement, keys)
         return len(keys)
@@ -217,6 +224,7 @@ class Journal:
 
     def entries(self) -> Iterator[Entry]:
         """Every reply with its request, ordered by key."""
+        # A connection of its own: the caller may take minutes over the entries, and others must be able to write.
         with closing(self._connect()) as connection:
             for key, model, purpose, messages, sampling, *reply in connection.execute(
                 "SELECT * FROM replies ORDER BY key"
@@ -230,6 +238,7 @@ class Journal:
         with whole(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for entry in self.entries():
                 fields = asdict(entry)
+                # When it was asked differs between machines that hold the same replies.
                 del fields["at"]
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 number += 1
@@ -254,8 +263,18 @@ class Journal:
                 f"is no copy, open it once (`hf-longalign journal list {name}`) and merge it then."
             )
         with Journal(path) as other:
-            other._check_all_pages()
+            with other._locked() as connection:
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
+                (total,) = connection.execute("SELECT replies FROM totals").fetchone()
+            if found != "ok" or counted != total:  # cut or torn by copying
+                raise JournalError(
+                    f"The journal `{other.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy "
+                    "it again once its run has ended."
+                )
             with self._locked() as connection:
+                # Attached, so that sqlite copies the rows itself, in one transaction: a kill leaves all of them here
+                # or none.
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
                     with self._in_one(connection):
@@ -269,7 +288,7 @@ class Journal:
         """Flush and close the file. What this journal still claims was cut off under way."""
         self._closing.set()
         self._keeper.join()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             claims.reap(connection, self.owner)
         with suppress(sqlite3.OperationalError):
             # The last to leave takes the log into the file and says so in its header: a file that says "log" and has
@@ -285,6 +304,7 @@ class Journal:
         self.close()
 
     def _connect(self) -> sqlite3.Connection:
+        # isolation_level=None: transactions are begun here, by hand; Python's own would begin one before every write.
         connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             # The tables come before the log is turned on, so that the file itself is a journal from the first moment.
@@ -308,6 +328,7 @@ class Journal:
         if os.getpid() != self._pid:
             raise RuntimeError("`Journal` must be opened in the process that uses it. Open it after the fork.")
         if self._lost is not None:
+            # On a network's disk another machine has taken the file over: whatever is written now could break it.
             raise self._lost
         with self._lock:
             try:
@@ -316,7 +337,8 @@ class Journal:
                 raise self._failure(error) from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Do all that is done in the block, or nothing of it."""
         with self._locked() as connection, self._in_one(connection):
             yield connection
 
@@ -339,6 +361,7 @@ class Journal:
                     self._mark_host()
                 else:  # moves the log into the file, which flushes both
                     connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            # Raised at the next use of the journal, where somebody can hear it; a thread's own error goes nowhere.
             except JournalError as error:
                 self._lost = error
             except (sqlite3.Error, OSError) as error:
@@ -355,18 +378,6 @@ class Journal:
                 f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
                 f"machine {other}. Ask for a part of the seeds on each machine, with `--num_shards`, `--shard_index` "
                 f"and a `--journal` of its own, then merge them. If nothing runs there, delete `{mark.name}`."
-            )
-
-    def _check_all_pages(self) -> None:
-        """Raise `JournalError` where the file was cut or torn by copying."""
-        with self._locked() as connection:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
-            (total,) = connection.execute("SELECT replies FROM totals").fetchone()
-        if found != "ok" or counted != total:
-            raise JournalError(
-                f"The journal `{self.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy it "
-                "again once its run has ended."
             )
 
     def _failure(self, error: Exception) -> JournalError:
@@ -438,8 +449,10 @@ def _prepare(connection: sqlite3.Connection) -> None:
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if not tables:
+        # In the transaction of `BEGIN IMMEDIATE`: of two processes that start at once, one makes the tables.
         for statement in _SCHEMA:
             connection.execute(statement)
+    # The application id tells a journal from any other sqlite file, such as a browser's or a tracker's.
     elif application != _APPLICATION:
         raise sqlite3.DatabaseError("it is another kind of database. Name another file")
     elif version > _VERSION:

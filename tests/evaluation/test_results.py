@@ -8,9 +8,7 @@ import pytest
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.report import render_report, write_report
 from hf_longalign.evaluation.results import suite_result
-from hf_longalign.evaluation.runner import Examinee
-from hf_longalign.evaluation.store import ResultStore
-from hf_longalign.evaluation.suites import PromptSuite
+from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
 from hf_longalign.records.report import (
     Difference,
     EvaluatedModel,

@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from datasets import load_dataset
 from fake_endpoint import FakeEndpoint
 
 from hf_longalign.cli import main
-from hf_longalign.synthesis.coherence import compare, without_contexts
+from hf_longalign.commands.coherence import compare, without_contexts
 from hf_longalign.synthesis.journal import Journal
 
 from .fakes import make_pairs, make_text
@@ -142,10 +141,8 @@ def test_a_poisoned_journal_is_saved(tmp_path, monkeypatch, capsys):
         assert len(server.log) == 5 + 3
         capsys.readouterr()
         run(monkeypatch, "journal", "drop", journal, "--reason", "empty")
-        assert capsys.readouterr().out.startswith("3 replies dropped")
-        for folder in journal.parent.iterdir():
-            if folder.is_dir():
-                shutil.rmtree(folder)
+        told = capsys.readouterr().out
+        assert told.startswith("3 replies dropped") and told.count("Removed ") == 5
         assert run(monkeypatch, "synthesize", *arguments, tmp_path / "rich") == 0
         assert len(load_dataset(str(tmp_path / "rich"), "chat", split="train", cache_dir=tmp_path / "hf")) == 6
         assert len(server.log) == 5 + 3 + 2

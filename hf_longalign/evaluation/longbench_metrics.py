@@ -10,8 +10,6 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from hf_longalign.evaluation.longbench.tasks import find_task
-from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.text import token_f1
 
 
@@ -244,27 +242,3 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
     "code_similarity": lambda answer, reference, classes: code_similarity(answer, reference),
     "choice": lambda answer, reference, classes: choice(answer, reference),
 }
-
-
-def score_longbench(prompt: Prompt, text: str) -> dict[str, float]:
-    """Return the score of an answer from 0 to 1 under the name of its task's metric.
-
-    Args:
-        prompt: of the suite "longbench", with its references and classes.
-        text: what the model answered.
-
-    Raises:
-        ValueError: no such task, or a reference its metric cannot read.
-        ImportError: a Chinese task without jieba.
-
-    Example:
-
-    >>> prompt = Prompt("longbench", "trec", 0, "Question: Who?\\nType:", ("Person",), 64, classes=("Person", "Date"))
-    >>> score_longbench(prompt, "\\nPerson\\nQuestion: When?\\nType: Date")
-    {'classification': 1.0}
-    """
-    task = find_task(prompt.task)
-    if task.first_line_only:
-        text = text.lstrip("\n").split("\n")[0]
-    metric = METRICS[task.metric]
-    return {task.metric: max(metric(text, reference, prompt.classes) for reference in prompt.answers)}
