@@ -35,8 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter, scale_rope
-from hf_longalign.evaluation.evaluator import score_needle
 from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.perplexity import perplexity_by_position
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask
