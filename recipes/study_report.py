@@ -233,11 +233,11 @@ def render(
 
 
 NOTE = (
-    "Scores are percentages with 95 % intervals. A sample is what is asked together: four needles of a text, or a "
-    "pair at all lengths; intervals are over samples, seeds averaged before, and so hold for these texts and seeds. "
-    "Differences are paired: the same questions of both arms, in the last column over the lengths that both were asked. "
-    "Where all samples agree (+0 to +0) there are too few to know. Of twenty comparisons of equal arms one leaves out 0 "
-    "by chance."
+    "Scores are percentages with 95 % intervals. A sample is what is asked together: the needles of one question for "
+    "several, or a pair at all lengths; intervals are over samples, seeds averaged before, and so hold for these texts "
+    "and seeds. Differences are paired: the same questions of both arms, in the last column over the lengths that both "
+    "were asked. Where all samples agree (+0 to +0) there are too few to know. Of twenty comparisons of equal arms one "
+    "leaves out 0 by chance."
 )
 
 
