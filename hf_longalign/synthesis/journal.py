@@ -347,7 +347,7 @@ class Journal:
             raise JournalError(
                 f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
                 f"machine {other}. Ask for a part of the seeds on each machine, with `--num_shards`, `--shard_index` "
-                f"and a `--journal` of its own, then merge them. If nothing runs there, delete `{mark.name}`."
+                f"and one `--output_dir`, then merge what is in there. If nothing runs there, delete `{mark.name}`."
             )
 
     def _failure(self, error: Exception) -> JournalError:
