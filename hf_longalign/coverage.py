@@ -200,10 +200,12 @@ class CoverageCallback(TrainerCallback):
 
     Args:
         target_length: number of positions the run spreads its samples over.
+        copies: how many processes see the same batches, as those do that share one model by tensor parallelism.
     """
 
-    def __init__(self, target_length: int) -> None:
+    def __init__(self, target_length: int, copies: int = 1) -> None:
         self.coverage = DistanceCoverage(target_length)
+        self.copies = copies
         self._local = DistanceCoverage(target_length)
         self._pending: list[dict[str, torch.Tensor]] = []
 
@@ -231,7 +233,7 @@ class CoverageCallback(TrainerCallback):
         """Add up what all processes have counted since the last call; every process must call it."""
         self._read()
         counts = torch.from_numpy(self._local.counts()).to(PartialState().device)
-        self.coverage.add_counts(reduce(counts, "sum").cpu().numpy())
+        self.coverage.add_counts(reduce(counts, "sum").cpu().numpy() // self.copies)
         self._local = DistanceCoverage(self.coverage.target_length)
 
     def metrics(self) -> dict[str, float]:

@@ -205,7 +205,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             ignore_padding_of_packed_rows(base.base_model, collator.pad_token_id, collator.pad_to_multiple_of)
         if collator.strategy != "none":
             self._check_lengths(collator.target_length)
-            self.coverage = CoverageCallback(collator.target_length)
+            self.coverage = CoverageCallback(collator.target_length, copies=self.get_tp_size())
             self.add_callback(self.coverage)
         self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight, log_probs=_fused_log_probs))
 
@@ -374,7 +374,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
                 max_length=self.args.max_length,
                 attention=base.config.get_text_config()._attn_implementation,
             ),
-            run=run_facts(self.args, self.state, resumed=self._resumed),
+            run=run_facts(self.args, self.state, resumed=self._resumed, copies=self.get_tp_size()),
             seed=self.args.seed,
             base=base_source(base.config, options.get("revision") if isinstance(options, dict) else None),
             architecture=type(base).__name__,
