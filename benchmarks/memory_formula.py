@@ -87,6 +87,26 @@ def longest_row(shape: Shape, gigabytes: float, bits: int = 16) -> int:
     return max(0, int(free / bytes_per_token(shape)) // 1000 * 1000)
 
 
+def device_bytes(shape: Shape, tokens: int, *, full: bool = False, gpus: int = 1) -> float:
+    """Bytes of each GPU for packed rows of `tokens`; with several GPUs, weights and what AdamW keeps are sharded."""
+    weights = parameters(shape) * (16 if full else 2) + (0 if full else lora_parameters(shape) * 16)
+    # Gathered: the layer that works and the one that is fetched meanwhile, in bf16.
+    gathered = 2 * 2 * linear_parameters(shape) / shape.layers if gpus > 1 else 0
+    loss = LOSS_CHUNK * shape.vocabulary * 4 * 3
+    return weights / gpus + gathered + loss + tokens * bytes_per_token(shape)
+
+
+def sharding_table(tokens: int = 8192) -> str:
+    """Return the launchers' table in Markdown: GB of each GPU."""
+    columns = {"LoRA, any number": (False, 1), "LoRA, 4 sharded": (False, 4), "LoRA, 8 sharded": (False, 8)}
+    columns |= {"full, 8 sharded": (True, 8), "full, 16 sharded": (True, 16)}
+    lines = ["| model | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for shape in SHAPES:
+        sizes = (device_bytes(shape, tokens, full=full, gpus=gpus) + RESERVE for full, gpus in columns.values())
+        lines.append(f"| {shape.name} | " + " | ".join(f"{size / 2**30:.0f}" for size in sizes) + " |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     """Return the page's table in Markdown."""
     lines = ["| model, weights | " + " | ".join(CARDS) + " |", "| --- |" + " ---: |" * len(CARDS)]
@@ -99,4 +119,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), sharding_table(), sep="\n\n")

@@ -377,7 +377,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             run=run_facts(self.args, self.state, resumed=self._resumed, copies=self.get_tp_size()),
             seed=self.args.seed,
             base=base_source(base.config, options.get("revision") if isinstance(options, dict) else None),
-            architecture=type(base).__name__,
+            architecture=type(base).__name__.removeprefix("FSDP"),  # FSDP2 renames the class while it trains
             data=self._data_source,
             coverage=coverage,
             base_weights=self._base_weights,

@@ -36,6 +36,7 @@ RUN = [
         "recipes/synthesis/README.md",
         "recipes/evaluation/README.md",
         "recipes/README.md",
+        "recipes/accelerate/README.md",
         "recipes/how_it_works.md",
         "recipes/publishing.md",
     )

@@ -1,6 +1,7 @@
 """One process of a run: trains settings of engines one after the other and leaves what it logged and saved.
 
     RANK=0 WORLD_SIZE=2 ... python worker.py jobs.json
+    accelerate launch ... worker.py sft ...      # the command line, on CPUs
 
 The process that a test compares with calls `train` itself.
 """
@@ -8,6 +9,7 @@ The process that a test compares with calls `train` itself.
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from zlib import crc32
 
@@ -19,6 +21,9 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import BitsAndBytesConfig
 
+import hf_longalign.callback
+import hf_longalign.cli
+import hf_longalign.trainer
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 
 
@@ -38,6 +43,7 @@ SETTINGS = {
     # Its adapter is trained in bfloat16, whose rounding a second step would show.
     "qlora-packed-sequence": {"packing": True, "loss_weighting": "sequence", "accumulate": 2, "max_steps": 1},
     "full-streamed": {"packing": True, "loss_weighting": "sequence", "streamed": True},
+    "full-unguarded": {"skip_strategy": "none", "preflight": False, "pad_to_multiple_of": 2},
     "lora-resumed": RESUMABLE,
     "full-resumed": RESUMABLE,
 }
@@ -60,8 +66,21 @@ def zero(stage):
     }
 
 
+def cut_rows(kind):
+    return {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", f"PARALLELISM_CONFIG_{kind}_SIZE": "2"}
+
+
 # What `accelerate launch` sets for each of them.
-ENVIRONMENTS = {"one": {}, "ddp": {}, "tensor": {}, "fsdp2": FSDP2, "zero2": zero(2), "zero3": zero(3)}
+ENVIRONMENTS = {
+    "one": {},
+    "ddp": {},
+    "tensor": {},
+    "fsdp2": FSDP2,
+    "zero2": zero(2),
+    "zero3": zero(3),
+    "context": FSDP2 | cut_rows("CP"),
+    "ulysses": zero(2) | cut_rows("SP"),
+}
 
 
 def allow_sharding_on_cpus():
@@ -80,10 +99,16 @@ def allow_sharding_on_cpus():
 
 def fill(name, weight):
     """Give a weight of an adapter numbers that do not depend on how it is cut."""
-    if "lora_" in name:
-        numbers = torch.randn(weight.shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) / 10
-        if isinstance(weight, DTensor):
-            numbers = distribute_tensor(numbers, weight.device_mesh, weight.placements)
+    shape = getattr(weight, "ds_shape", weight.shape)
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) / 10
+    if isinstance(weight, DTensor):
+        numbers = distribute_tensor(numbers, weight.device_mesh, weight.placements)
+    whole = nullcontext()
+    if hasattr(weight, "ds_shape"):
+        from deepspeed.zero import GatheredParameters
+
+        whole = GatheredParameters([weight], modifier_rank=0)
+    with whole:
         weight.data.copy_(numbers)
 
 
@@ -107,8 +132,11 @@ def train(base, engine, name, *, processes=1, batch=2, checkpoint=None, output=N
     lora = LoraConfig(
         task_type="CAUSAL_LM", target_modules=options.pop("targets", "all-linear"), init_lora_weights=False
     )
+    # DeepSpeed finds the CPU by its own variable, and accelerate would leave it out.
+    by_deepspeed = "ACCELERATE_USE_DEEPSPEED" in ENVIRONMENTS[engine]
     args = LongAlignSFTConfig(**{
-        "output_dir": str(folder), "bf16": False, "use_cpu": not engine.startswith("zero"), "report_to": "none", "disable_tqdm": True,
+        "output_dir": str(folder), "bf16": False, "report_to": "none", "disable_tqdm": True,
+        "use_cpu": not by_deepspeed, "ddp_backend": "gloo" if by_deepspeed else None,
         "gradient_checkpointing": False, "max_length": 256, "skip_target_length": 1024, "skip_probability": 0.75,
         "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 1e6,
         "max_steps": STEPS, "logging_steps": 1, "save_steps": 2, "save_strategy": "no", "eval_packing": False,
@@ -128,7 +156,7 @@ def train(base, engine, name, *, processes=1, batch=2, checkpoint=None, output=N
         quantization_config=quantisation if kind == "qlora" else None,
     )
     for weight_name, weight in trainer.model.named_parameters():
-        if kind == "lora":
+        if kind == "lora" and "lora_" in weight_name:
             fill(weight_name, weight)
     trainer.train(resume_from_checkpoint=checkpoint and str(Path(base) / checkpoint))
     trainer.save_model()
@@ -143,7 +171,12 @@ def main(path):
     before = dict(os.environ)
     for job in json.loads(Path(path).read_text()):
         os.environ |= ENVIRONMENTS[job["engine"]]
-        train(**job)
+        if job["name"] == "full-unguarded":
+            hf_longalign.trainer.check_parallelism = hf_longalign.callback.check_parallelism = lambda **kinds: None
+        try:
+            train(**job)
+        except ValueError as refusal:
+            (Path(job["base"]) / f"{job['engine']}-{job['name']}.txt").write_text(str(refusal))
         AcceleratorState._reset_state()
         GradientState._reset_state()
         for name in os.environ.keys() - before.keys():
@@ -151,4 +184,11 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1].endswith(".json"):
+        main(sys.argv[1])
+    else:
+        allow_sharding_on_cpus()
+        status = hf_longalign.cli.main(sys.argv[1:])
+        state = AcceleratorState()
+        sys.stdout.write(f"ran on {state.distributed_type} {state.num_processes}\n")
+        sys.exit(status)
