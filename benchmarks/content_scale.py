@@ -28,11 +28,10 @@ import numpy as np
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.checks import DEFAULT_CHECKS, Rules
 from hf_longalign.synthesis.disk import read_table, write_table
-from hf_longalign.synthesis.distractors import by_bm25, nearest
 from hf_longalign.synthesis.outcome import features, outcome_row
-from hf_longalign.synthesis.overlap import Duplicates
-from hf_longalign.synthesis.pool import Pool
+from hf_longalign.synthesis.pool import Pool, by_bm25, nearest
 from hf_longalign.synthesis.seeds import read_seeds
+from hf_longalign.synthesis.selection import Duplicates
 from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.synthesis.writer import Plan, check_given
 

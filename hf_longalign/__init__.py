@@ -22,17 +22,24 @@ if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table belo
     from hf_longalign.callback import SkipPositionCallback
     from hf_longalign.collator import SkipPositionDataCollator
     from hf_longalign.config import LongAlignSFTConfig
-    from hf_longalign.endpoint import OpenAIGenerator
+    from hf_longalign.endpoint import BatchGenerator, OpenAIGenerator
     from hf_longalign.evaluation import evaluate
     from hf_longalign.hub import publish_adapter, publish_dataset
     from hf_longalign.positions import sample_positions
     from hf_longalign.preflight import run_preflight
     from hf_longalign.records import Report
     from hf_longalign.rope import scale_rope
-    from hf_longalign.synthesis import ContextSynthesisBuilder, ContextSynthesisConfig, TransformersGenerator
+    from hf_longalign.synthesis import (
+        ContextSynthesisBuilder,
+        ContextSynthesisConfig,
+        TransformersGenerator,
+        merge_shards,
+        run_shard,
+    )
     from hf_longalign.trainer import LongAlignSFTTrainer
 
 _EXPORTS = {
+    "BatchGenerator": "endpoint",
     "ContextSynthesisBuilder": "synthesis",
     "ContextSynthesisConfig": "synthesis",
     "LongAlignSFTConfig": "config",
@@ -45,10 +52,12 @@ _EXPORTS = {
     "evaluate": "evaluation",
     "load_adapter": "adapter",
     "merge_adapter": "adapter",
+    "merge_shards": "synthesis",
     "publish_adapter": "hub",
     "publish_dataset": "hub",
     "register_attention": "attention",
     "run_preflight": "preflight",
+    "run_shard": "synthesis",
     "sample_positions": "positions",
     "scale_rope": "rope",
 }

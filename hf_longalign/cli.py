@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from dis import opmap
 from importlib import import_module
 from typing import NamedTuple
 
@@ -10,21 +11,20 @@ from hf_longalign.version import __version__
 
 
 class Command(NamedTuple):
-    """A command: the module that reads its options, which imports no torch, and the one that runs it."""
+    """A command and its module of `hf_longalign.commands`: `read` its options, then `run` it."""
 
     help: str
-    options: str
     module: str
 
 
 COMMANDS = {
-    "sft": Command("train on short data with skipped positions", "sft_options", "sft"),
-    "synthesize": Command("turn short pairs into long-context chat data", "synthesis_options", "synthesize"),
-    "evaluate": Command("ask base and adapter the same questions", "evaluation_options", "evaluate"),
-    "coherence": Command("does a data set need its contexts?", "coherence", "coherence"),
-    "journal": Command("look into the replies that a synthesis has paid for", "journal", "journal"),
-    "merge": Command("write base and adapter as one model", "merge", "merge"),
-    "push": Command("publish a data set or an adapter", "push", "push"),
+    "sft": Command("train on short data with skipped positions", "sft"),
+    "synthesize": Command("turn short pairs into long-context chat data", "synthesize"),
+    "evaluate": Command("ask base and adapter the same questions", "evaluate"),
+    "coherence": Command("does a data set need its contexts?", "coherence"),
+    "journal": Command("look into the replies that a synthesis has paid for", "journal"),
+    "merge": Command("write base and adapter as one model", "merge"),
+    "push": Command("publish a data set or an adapter", "publishing"),
 }
 
 HELP = """usage: hf-longalign COMMAND …
@@ -64,17 +64,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"hf-longalign: error: unknown command {name!r}, known are {', '.join(COMMANDS)}\n")
         return 2
     command = COMMANDS[name]
-    # Two modules: the options are read, and refused, before the one that needs torch is imported.
-    options = import_module(f"hf_longalign.commands.{command.options}").read(rest)
+    # `read` imports no torch, so that a wrong option is refused at once; what `run` needs it imports itself.
+    module = import_module(f"hf_longalign.commands.{command.module}")
+    options = module.read(rest)
     start_logging()
-    run = import_module(f"hf_longalign.commands.{command.module}").run
-    from hf_longalign.hub.retry import PublishError
-
     try:
-        return run(*options)
-    except PublishError as error:  # its message says how to go on
-        sys.stderr.write(f"{error}\n")
+        return int(module.run(*options))
+    except (ValueError, RuntimeError, ImportError) as error:
+        if not is_refusal(error):
+            raise
+        sys.stderr.write(f"hf-longalign {name}: {error}\n")
         return 1
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the package itself raised the error: its message says all that is needed, and its place would be noise.
+
+    >>> from hf_longalign.synthesis.seeds import read_seeds
+    >>> try:
+    ...     read_seeds([{"instruction": "Who?"}])
+    ... except ValueError as error:
+    ...     print(is_refusal(error))
+    True
+    """
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or not place.tb_frame.f_globals.get("__name__", "").startswith("hf_longalign."):
+        return False
+    # Only what a `raise` wrote: `int(text)` fails in a frame of this package too, and is a fault whose place matters.
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def start_logging() -> None:

@@ -54,17 +54,7 @@ class _Spans:
 
 
 class DistanceCoverage:
-    """Counts the pairs of tokens of a document at each relative distance, and the documents that are skipped.
-
-    The counts are exact. A document of m runs of contiguous positions costs O(m^2) where m is at most 64: two runs
-    give a trapezoid over the distances, kept as its four corners (30 µs for 12 runs). Where m is larger, as in RandPos
-    where nearly every token is a run, it costs one FFT over the target length (4 ms for 131,072); the power spectra of
-    such documents add up and are turned into counts when they are asked for.
-
-    Args:
-        target_length: distances 0, …, target_length - 1 are counted.
-
-    Example:
+    """Counts the pairs of tokens of a document at each relative distance below `target_length`, exactly.
 
     >>> coverage = DistanceCoverage(8)
     >>> coverage.add([0, 1, 6])
@@ -86,10 +76,7 @@ class DistanceCoverage:
         self._window = _Spans()
 
     def add(self, positions: ArrayLike) -> None:
-        """Count one document.
-
-        Args:
-            positions: int `(n,)`, strictly increasing, n at least 1.
+        """Count one document by its positions, int `(n,)`, strictly increasing, n at least 1.
 
         Raises:
             ValueError: positions that are not.
@@ -102,10 +89,14 @@ class DistanceCoverage:
         first = array[np.concatenate(([0], breaks + 1))]
         last = array[np.append(breaks, array.size - 1)]
         span = int(array[-1] - array[0]) + 1
+        # m runs cost O(m^2): two runs give a trapezoid over the distances, kept as its four corners (30 µs for 12
+        # runs). In RandPos nearly every token is a run; there one FFT over the target length (4 ms for 131,072) costs
+        # less.
         if first.size <= MAX_RUNS or span > self.target_length:
             self._add_runs(first, last)
         else:
             self._add_spectrum(array - array[0])
+        # The window is what the next log tells of, the run what the record does.
         for spans in (self._run, self._window):
             spans.add(span, skipped=breaks.size > 0)
 
@@ -123,6 +114,7 @@ class DistanceCoverage:
     def _add_spectrum(self, positions: np.ndarray) -> None:
         occupied = np.zeros(self.target_length)
         occupied[positions] = 1
+        # Power spectra add up, so the way back is taken once, when the counts are asked for.
         spectrum = np.fft.rfft(occupied, self._fft_size)
         power = spectrum.real**2 + spectrum.imag**2
         self._power = power if self._power is None else self._power + power
@@ -194,7 +186,7 @@ class DistanceCoverage:
 
 
 class CoverageCallback(TrainerCallback):
-    """Counts the relative distances of the documents that a run trains on.
+    """Counts the relative distances of the documents that a run trains on, which spreads them over `target_length`.
 
     Processes count for themselves and add up their counts wherever the trainer is about to log or to save.
 
@@ -232,6 +224,7 @@ class CoverageCallback(TrainerCallback):
     def gather(self) -> None:
         """Add up what all processes have counted since the last call; every process must call it."""
         self._read()
+        # A sum over processes on the device: NCCL has no other place for it.
         counts = torch.from_numpy(self._local.counts()).to(PartialState().device)
         self.coverage.add_counts(reduce(counts, "sum").cpu().numpy() // self.copies)
         self._local = DistanceCoverage(self.coverage.target_length)

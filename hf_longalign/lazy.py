@@ -1,4 +1,4 @@
-"""Names of a package that are loaded when they are first used."""
+"""What is imported only when it is used: names of a package, and packages of an extra."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -35,3 +35,16 @@ def lazy_exports(
         return sorted({*vars(sys.modules[package]), *exports})
 
     return list(exports), load, names
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an extra, where it is used.
+
+    Raises:
+        ImportError: it is not installed; the message holds the exact command.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ImportError(f'`{package}` is not installed. Run: pip install "hf_longalign[{extra}]"') from error

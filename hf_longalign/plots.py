@@ -12,8 +12,6 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Grid, Report, SuiteResult
 from hf_longalign.records.training import CoverageRecord
 
 
@@ -29,6 +27,9 @@ STYLE = {
     "axes.spines.right": False,
     "xtick.color": INK,
     "ytick.color": INK,
+    "grid.color": QUIET,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
     "figure.dpi": 160,
 }
 
@@ -42,6 +43,7 @@ def _canvas(path: str | Path, size: tuple[float, float], title: str | None = Non
     except ImportError as error:
         raise ImportError('Plots need matplotlib. Run: pip install "hf_longalign[plot]"') from error
     path, settings = Path(path), cast(Any, {**STYLE, **style})
+    # A figure of its own and no pyplot: that one keeps figures alive and chooses a display at import.
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
@@ -50,77 +52,6 @@ def _canvas(path: str | Path, size: tuple[float, float], title: str | None = Non
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without this, matplotlib writes its version into the file, and equal pictures differ.
         figure.savefig(path, metadata={"Software": None})
-
-
-def draw_pictures(report: Report, folder: str | Path, *, coverage: CoverageRecord | None = None) -> list[str]:
-    """Draw what a report has numbers for, and return the names of the PNGs, all in `folder`.
-
-    `<suite>_accuracy.png` shows the mean of a suite's tasks by length, `<suite>_heatmap.png` by depth and length, and
-    `<suite>_<task>.png` each task; `perplexity.png` shows the perplexity by position, `coverage.png` the distances
-    that training covered, with all the lengths that the report holds.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    folder = Path(folder)
-    drawn = [path for suite in report.suites for path in _draw_suite(suite, report.labels, folder)]
-    lengths = {task.length for suite in report.suites for task in suite.tasks if task.length is not None}
-    lengths.update(n for suite in report.suites for task in suite.tasks if task.grid for n in task.grid.lengths)
-    if report.perplexity is not None:
-        found = report.perplexity
-        lengths.add(found.window)
-        title = f"Perplexity by position, {found.documents:,} document{'s' * (found.documents != 1)}"
-        drawn.append(plot_perplexity(found.values, found.edges, folder / "perplexity.png", title=title))
-    if coverage is not None and coverage.histogram.pairs:
-        drawn.append(plot_coverage(coverage, folder / "coverage.png", evaluated_lengths=sorted(lengths)))
-    return [path.name for path in drawn]
-
-
-def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list[Path]:
-    """The mean of the tasks that were asked at the same lengths and depths as the first one, and each task alone."""
-    grids = {task.task: task.grid for task in suite.tasks if task.grid is not None}
-    if not grids:
-        return []
-    first, name = next(iter(grids.values())), suite_of(suite.suite).title
-    # Tasks that are too large for the shortest length lack it.
-    same = (first.lengths, first.depths)
-    alike = {task: grid for task, grid in grids.items() if (grid.lengths, grid.depths) == same}
-    labels = [label for label in labels if all(label in grid.cells for grid in alike.values())]
-    what = f"mean of {len(alike)} tasks" if len(alike) > 1 else next(iter(alike)).replace("_", "-")
-    metrics = {metric_of(task.metric).title for task in suite.tasks if task.task in alike and task.metric is not None}
-    curves = {label: _mean_by_length(list(alike.values()), label) for label in labels}
-    paths = [
-        plot_accuracy_by_length(
-            {label: mean for label, (mean, _) in curves.items()},
-            first.lengths,
-            folder / f"{suite.suite}_accuracy.png",
-            title=f"{name}, {what}",
-            highlight=labels,
-            intervals={label: band for label, (_, band) in curves.items()},
-            what=f"accuracy, {metrics.pop()}" if len(metrics) == 1 else "score",
-        )
-    ]
-    if len(first.depths) > 1:
-        reach = {label: found.length for label, found in suite.reaches[0].reach.items()} if suite.reaches else {}
-        means = {label: np.mean([grid.cells[label] for grid in alike.values()], axis=0) for label in labels}
-        path = folder / f"{suite.suite}_heatmap.png"
-        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}", reach=reach))
-        for task, grid in grids.items() if len(grids) > 1 else ():
-            path, title = folder / f"{suite.suite}_{task}.png", f"{name}, {task.replace('_', '-')}"
-            paths.append(plot_heatmap(grid.cells, grid.lengths, grid.depths, path, title=title))
-    return paths
-
-
-def _mean_by_length(grids: Sequence[Grid], label: str) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over tasks `(lengths,)` and its 95 % interval `(lengths, 2)`: that of independent means."""
-    cells = [grid.by_length[label] for grid in grids]
-    value = np.array([[cell.value for cell in row] for row in cells])
-    # A score without an interval adds nothing to that of the mean.
-    low = np.array([[cell.value if cell.low is None else cell.low for cell in row] for row in cells])
-    high = np.array([[cell.value if cell.high is None else cell.high for cell in row] for row in cells])
-    below, above = (np.sqrt((gap**2).sum(0)) / len(grids) for gap in (value - low, high - value))
-    mean = value.mean(0)
-    return mean, np.clip(np.stack([mean - below, mean + above], axis=-1), 0, 1)
 
 
 def plot_accuracy_by_length(
@@ -173,15 +104,20 @@ def plot_accuracy_by_length(
         for name, band in bands.items():
             axes.fill_between(lengths, band[:, 0], band[:, 1], color=colours[name], alpha=0.15, linewidth=0)
         _label_ends(axes, {name: float(accuracy[-1]) for name, accuracy in lines.items()}, colours, highlight)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, tick_labels(lengths))
-        axes.minorticks_off()
+        _log_axis(axes, lengths)
         axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (1 if len(lengths) > 1 else 1.15))
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("context length in tokens")
         axes.set_ylabel(what)
-        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        axes.grid(axis="y")
     return Path(path)
+
+
+def _log_axis(axes: Any, ticks: Sequence[int]) -> None:
+    """A horizontal axis of lengths in which each doubling is as wide as the one before."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, tick_labels(ticks))
+    axes.minorticks_off()
 
 
 def _line_colours(names: Sequence[str], highlight: Sequence[str]) -> dict[str, str]:
@@ -211,13 +147,10 @@ def _label_ends(axes: Any, ends: dict[str, float], colours: dict[str, str], high
 def spread(heights: Mapping[str, float], *, gap: float, top: float) -> dict[str, float]:
     """Move labels apart so that neighbours are at least `gap` apart and none is above `top`, in the order of heights.
 
-    Labels that crowd share their surplus up and down. Many labels may reach below 0.
-
     >>> {name: round(height, 2) for name, height in spread({"a": 0.5, "b": 0.5, "c": 0.1}, gap=0.1, top=1.0).items()}
     {'a': 0.55, 'b': 0.45, 'c': 0.1}
-    >>> {name: round(height, 2) for name, height in spread({"a": 1.0, "b": 1.0}, gap=0.1, top=1.0).items()}
-    {'a': 1.0, 'b': 0.9}
     """
+    # From above: a label that meets the group over it joins it, and the group is centred anew on its members.
     groups: list[tuple[float, list[str]]] = []  # the place of the upper label, and all of the group from above
     for name in sorted(heights, key=lambda name: -heights[name]):
         upper, members = min(heights[name], top), [name]
@@ -250,7 +183,6 @@ def plot_heatmap(
 
     Raises:
         ValueError: a panel that is not one accuracy per depth and length.
-        ImportError: matplotlib is missing.
     """
     size, no_frame = (4.2 * len(panels) + 0.9, 3.6), {"axes.spines.left": False, "axes.spines.bottom": False}
     with _canvas(path, size, title, **no_frame) as figure:
@@ -289,7 +221,6 @@ def plot_perplexity(
 
     Raises:
         ValueError: a curve that is not one value per bin.
-        ImportError: matplotlib is missing.
     """
     colours = _line_colours(list(curves), list(curves))
     with _canvas(path, (8.4, 3.8), title) as figure:
@@ -302,16 +233,14 @@ def plot_perplexity(
                 raise ValueError(f"`{name}` must hold {len(edges) - 1} values, got {values!r}. Give one per bin.")
             axes.stairs(heights, edges, baseline=None, color=colours[name], linewidth=2, label=name)
         ticks = [edge for edge in edges if edge > 0]
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", subs=[])
+        axes.set_yscale("log", subs=[])  # matplotlib's own marks of a log axis are powers of ten: here, mostly none
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
+        _log_axis(axes, ticks)
         axes.set_xlim(edges[0] or ticks[0] / 2, edges[-1])
-        axes.set_xticks(ticks, tick_labels(ticks))
-        axes.minorticks_off()
         axes.set_xlabel("tokens before the predicted one")
         axes.set_ylabel("perplexity, lower is better")
-        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        axes.grid(axis="y")
         axes.legend(frameon=False)
     return Path(path)
 
@@ -345,19 +274,14 @@ def plot_coverage(
 ) -> Path:
     """Draw how often training met each distance between two tokens, and which distances it met at all.
 
-    Above, the pairs of tokens at a distance, the mean of each bin; below, the share of the bin's distances that were
-    met at least once. A model that is evaluated at a length needs all distances below it: lengths are drawn as lines,
-    those beyond the target length, which no distance of the training reaches, in another colour.
-
     Args:
         coverage: what a run covered, as `longalign_config.json` holds it.
         path: where the PNG goes; its folder is made.
-        evaluated_lengths: context lengths in tokens.
+        evaluated_lengths: context lengths in tokens, drawn as lines.
         title: what the reader should see.
 
     Raises:
         ValueError: a coverage without a histogram.
-        ImportError: matplotlib is missing.
     """
     histogram, target = coverage.histogram, coverage.target_length
     if not histogram.pairs:
@@ -365,13 +289,13 @@ def plot_coverage(
     edges, pairs = np.asarray(histogram.edges), np.asarray(histogram.pairs, dtype=float)
     with _canvas(path, (8.4, 4.6), title) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-        heights = pairs / np.diff(edges)
+        heights = pairs / np.diff(edges)  # bins at the end may be narrower: a mean per distance compares
         # Bins without a pair lie below a logarithmic axis.
         upper.stairs(heights, edges, baseline=0.5, fill=True, color=COLOURS[0], alpha=0.75)
         upper.set_yscale("log")
         upper.set_ylim(0.5, 2 * max(1, heights.max()))
         upper.set_ylabel("pairs of tokens\nper distance")
-        upper.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        upper.grid(axis="y")
         lower.stairs(histogram.covered, edges, fill=True, color=COLOURS[3], alpha=0.8)
         lower.set_ylim(0, 1)
         lower.set_yticks([0, 1], ["0 %", "100 %"])
@@ -417,16 +341,9 @@ def _mark_lengths(panels: Sequence[Any], lengths: Sequence[int], target: int) ->
 
 
 def plot_lengths(lengths: Sequence[int], depths: Sequence[float], path: str | Path, *, unit: str = "tokens") -> Path:
-    """Draw the lengths of the rows, and beside them the depths of the gold contexts where there are any.
+    """Draw the lengths of the rows in `unit`, and beside them the depths of the gold contexts where there are any.
 
-    Args:
-        lengths: the length of every row.
-        depths: the share of the distractors before the gold context, from 0 to 1; rows without distractors have none.
-        path: where the PNG goes; its folder is made.
-        unit: what lengths are counted in.
-
-    Raises:
-        ImportError: matplotlib is missing.
+    A depth is the share of the distractors before the gold context, 0 to 1; rows without distractors have none.
     """
     with _canvas(path, (8.4 if depths else 4.6, 2.9)) as figure:
         from matplotlib.ticker import MaxNLocator
@@ -445,6 +362,6 @@ def plot_lengths(lengths: Sequence[int], depths: Sequence[float], path: str | Pa
         for axes in panels:
             axes.yaxis.set_major_formatter("{x:,.0f}")
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-            axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+            axes.grid(axis="y")
             axes.set_axisbelow(True)
     return Path(path)

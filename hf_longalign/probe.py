@@ -134,6 +134,7 @@ class Probe:
         for document, length in enumerate(self.lengths):
             changed = list(self.ids)
             changed[document] = self.ids[document].clone()
+            # The first token stays: a model may lean on it as a sink, and its movement tells what noise there is.
             changed[document][1 : length // 2] = self.others[document][1 : length // 2]
             moved.append(movements(self.logits(changed, positions), base))
         return Changes(base, moved)
@@ -162,6 +163,7 @@ class Probe:
         targets = batch["labels"][:, 1:].cpu()
         logits = self._own_logits(batch)[:, :-1]
         own = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        # What went through half precision comes back unchanged from it.
         halves = (logits.to(dtype).float() for dtype in (torch.bfloat16, torch.float16))
         return own[targets != -100], any(torch.equal(half, logits) for half in halves)
 
@@ -205,6 +207,7 @@ def token_ids(text_config: PretrainedConfig, lengths: list[int]) -> tuple[list[t
     """Token ids of the documents, and another one for each: the same in every process, special tokens left out."""
     size = text_config.vocab_size
     special = {value for key, value in text_config.to_dict().items() if key.endswith("_token_id")}
+    # From the middle of the vocabulary: the first quarter holds bytes and control tokens, the last often padding rows.
     usual = np.array([token for token in range(size // 4, size - size // 4) if token not in special])
     rng = np.random.default_rng(0)
     ids, others = [], []
@@ -217,6 +220,7 @@ def token_ids(text_config: PretrainedConfig, lengths: list[int]) -> tuple[list[t
 
 def movements(logits: list[torch.Tensor], base: list[torch.Tensor]) -> list[torch.Tensor]:
     """Root mean square of the change of each token's logits; entries masked with -inf do not move."""
+    # Masked entries are -inf on both sides, and -inf less -inf is nan.
     return [
         torch.nan_to_num(one - other, 0.0, 0.0, 0.0).square().mean(-1).sqrt()
         for one, other in zip(logits, base, strict=True)

@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 from hf_longalign.evaluation.generation import LocalGenerator
-from hf_longalign.evaluation.needle_scoring import score_needle
+from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.evaluation.results import suite_result
 

@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig
 from hf_longalign.cli import COMMANDS, main
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import HubOptions, PublishOptions
-from hf_longalign.commands.sft_options import _trainer_fields
+from hf_longalign.commands.sft import _trainer_fields
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.training_options import TrainingOptions
 
@@ -116,6 +116,20 @@ def test_hub_options_are_called_as_in_transformers():
     theirs = {field.name for field in fields(LongAlignSFTConfig)}
     assert {field.name for field in fields(HubOptions)} <= theirs
     assert not {field.name for field in fields(PublishOptions)} & (theirs | {f.name for f in fields(ModelConfig)})
+
+
+def test_a_refusal_is_a_message_and_a_fault_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    assert main(["coherence", "compare", "gone", "gone"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("hf-longalign coherence: gone must be a folder with report.json") and "Trace" not in told
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(json.JSONDecodeError):
+        main(["coherence", "compare", str(tmp_path / "broken.json"), "gone"])
+    for code, module in (("int('x')", "hf_longalign.example"), ("raise ValueError('x')", "example")):
+        exec(f"def run(args): {code}", space := {"__name__": module})
+        monkeypatch.setattr("hf_longalign.commands.merge.run", space["run"])
+        with pytest.raises(ValueError, match="x"):
+            main(["merge", "adapter", "out"])
 
 
 @dataclass

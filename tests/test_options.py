@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
 from hf_longalign.commands import sft
-from hf_longalign.commands.sft_options import DataOptions
+from hf_longalign.commands.sft import DataOptions
 from hf_longalign.evaluation import evaluate, evaluator
 from hf_longalign.evaluation.options import ModelOptions
 
@@ -40,7 +40,7 @@ def pairs(count):
 def test_a_data_set_is_read_at_its_revision(monkeypatch):
     asked = {}
     rows = DatasetDict(train=Dataset.from_list([{"text": "a"}]))
-    monkeypatch.setattr(sft, "load_dataset", lambda *args, **options: asked.update(options, args=args) or rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: asked.update(options, args=args) or rows)
     sft.read_dataset(DataOptions(dataset_name="org/rows", dataset_config="chat", dataset_revision="v2"))
     assert asked == {"args": ("org/rows", "chat"), "revision": "v2", "streaming": False}
 

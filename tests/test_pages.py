@@ -18,8 +18,8 @@ from trl import ScriptArguments
 import hf_longalign
 from hf_longalign.cli import main
 from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions
-from hf_longalign.commands.sft_options import DataOptions
-from hf_longalign.commands.synthesis_options import SynthesizeArguments
+from hf_longalign.commands.sft import DataOptions
+from hf_longalign.commands.synthesize import SynthesizeArguments
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.training_options import TrainingOptions

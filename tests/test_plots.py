@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hf_longalign.coverage import DistanceCoverage
+from hf_longalign.evaluation.report import draw_pictures
 from hf_longalign.plots import (
-    draw_pictures,
     plot_accuracy_by_length,
     plot_coverage,
     plot_heatmap,

@@ -20,7 +20,7 @@ from tiny import chats, tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_longalign.adapter import load_adapter
-from hf_longalign.commands import sft, sft_options
+from hf_longalign.commands import sft
 from hf_longalign.rope import scale_rope
 
 
@@ -85,7 +85,7 @@ def record(output):
 
 
 def parse(*arguments):
-    return sft_options.read([str(argument) for argument in arguments])
+    return sft.read([str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

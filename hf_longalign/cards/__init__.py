@@ -1,8 +1,7 @@
 """Cards of data sets and adapters: pages made from records, and what people wrote into them."""
 
-from hf_longalign.cards.adapter import adapter_card
+from hf_longalign.cards.adapter import adapter_card, write_adapter_card
 from hf_longalign.cards.dataset import dataset_card
-from hf_longalign.cards.files import write_adapter_card
 from hf_longalign.cards.page import merge_card
 
 

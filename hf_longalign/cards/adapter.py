@@ -1,19 +1,19 @@
 """The card of a trained adapter or whole model: what it is, how to load it, how good it is, and how it was made."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from hf_longalign.cards.markdown import code, listed
-from hf_longalign.cards.page import REPOSITORY, check_license, render
+from hf_longalign.cards.page import CARD, REPOSITORY, check_license, merge_card, render
 from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
-from hf_longalign.records.names import suite_of
+from hf_longalign.records.names import is_hub_id, suite_of
 from hf_longalign.records.report import Report
 from hf_longalign.records.training import HubSource, TrainingRecord
+from hf_longalign.run_record import load_record
 
 
 STRATEGIES = {
@@ -26,6 +26,7 @@ STRATEGIES = {
     "randpos": "Positions are a random increasing subset of the target length (RandPos).",
     "cream": "Head and tail of a sample lie at the two ends of the target length, its middle between them (CREAM).",
 }
+REPORT = "report.json"
 PICTURES = {
     "needle_accuracy": "Accuracy by context length",
     "needle_heatmap": "Accuracy by depth and length",
@@ -70,7 +71,7 @@ def adapter_card(
     >>> "| target length | 32,768 positions |" in card, "library_name: peft" in card
     (True, True)
     """
-    check_license(license=license)
+    check_license(license=license)  # the Hub says so only when everything was uploaded
     config = adapter_config or {}
     base = _base(record, config, base_model)
     data = record.data
@@ -113,15 +114,6 @@ def adapter_card(
     return render("adapter.md.jinja", metadata, values)
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Return whether a name can be that of a repository of the Hub; a path of this machine is none of a reader's.
-
-    >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("/home/me/model"), is_hub_id("outputs/run/last"), is_hub_id(None)
-    (True, False, False, False)
-    """
-    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
-
-
 def _base(record: TrainingRecord, config: Mapping[str, Any], given: str | None) -> HubSource | None:
     named, known = config.get("base_model_name_or_path"), record.base
     name = next((name for name in (given, named, known.name if known else None) if is_hub_id(name)), None)
@@ -142,6 +134,7 @@ def _method_tags(strategy: str) -> list[str]:
 
 
 def _citations(record: TrainingRecord, report: Report | None) -> list[str]:
+    # Only what was used: a citation is a claim about the method.
     papers = {"skipalign": "wu2024long", "pose": "zhu2023pose"}
     keys = [papers[tag] for tag in _method_tags(record.positions.strategy) if tag in papers]
     keys += ["bai2024longalign"] if record.training.loss_weighting == "sequence" else []
@@ -190,3 +183,54 @@ def _python(value: Any, indent: str = "") -> str:
     inner = indent + "    "
     lines = "".join(f"{inner}{json.dumps(key)}: {_python(item, inner)},\n" for key, item in value.items())
     return f"{{\n{lines}{indent}}}"
+
+
+def write_adapter_card(folder: str | Path, **facts: Any) -> Path:
+    """Write the README.md of an adapter, or of a whole model, and return its path; see [`render_card`]."""
+    path = Path(folder) / CARD
+    path.write_text(render_card(folder, **facts), encoding="utf-8")
+    return path
+
+
+def render_card(
+    folder: str | Path,
+    *,
+    record: TrainingRecord | None = None,
+    adapter_config: Mapping[str, Any] | None = None,
+    **facts: Any,
+) -> str:
+    """Return the README.md of an adapter, or of a whole model, with what people wrote into the one that is there.
+
+    The pictures in the folder and in its `assets` are shown, and `report.json` if it is there.
+
+    Args:
+        folder: where the card goes.
+        record: of the training; `None`: `longalign_config.json` of the folder.
+        adapter_config: of PEFT; `None`: `adapter_config.json` of the folder, without which it is a whole model.
+        **facts: the other arguments of [`adapter_card`].
+
+    Raises:
+        ValueError: no record, a file that cannot be read, or a card whose front matter or marks cannot.
+    """
+    folder = Path(folder)
+    record = record or load_record(folder)
+    path = folder / "adapter_config.json"
+    if adapter_config is None and path.is_file():
+        adapter_config = json.loads(path.read_text(encoding="utf-8"))
+    if adapter_config is not None and Path(adapter_config.get("base_model_name_or_path") or "").exists():
+        adapter_config = {**adapter_config, "base_model_name_or_path": None}  # a relative folder looks like a Hub id
+    images = [image for place in (".", "assets") for image in sorted((folder / place).glob("*.png"))]
+    names = [image.relative_to(folder).as_posix() for image in images]
+    card = adapter_card(record, adapter_config, read_report(folder), images=names, **facts)
+    old = folder / CARD
+    return merge_card(card, old.read_text(encoding="utf-8") if old.is_file() else None)
+
+
+def read_report(folder: str | Path) -> Report | None:
+    """Return the report of the evaluation in a folder; `None` where there is none.
+
+    Raises:
+        ValueError: a file that is no report of this package.
+    """
+    path = Path(folder) / REPORT
+    return Report.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -67,6 +67,8 @@ def dataset_card(
             for config, splits in record.splits.items()
         ],
     )
+    ordered = sorted(record.lengths)
+    mean, most_have = (sum(ordered) // len(ordered), ordered[round(0.9 * (len(ordered) - 1))]) if ordered else (0, 0)
     values = {
         "title": TITLE,
         "record": record,
@@ -74,7 +76,7 @@ def dataset_card(
         "training": _training(record),
         "sampling": ", ".join(f"{name} {value}" for name, value in record.sampling.items()),
         "seeds_license": seeds_license,
-        "lengths": _quantiles(record.lengths),
+        "lengths": ordered and [ordered[0], mean, most_have, ordered[-1]],
         "picture": picture,
         "sample": _sample(sample) if sample else None,
         "citations": [
@@ -122,34 +124,21 @@ def _training(record: DataRecord) -> dict[str, Any] | None:
     return {"target": found[0], "model": found[1], "max_length": max(1024, 1 << (longest - 1).bit_length())}
 
 
-def _quantiles(lengths: list[int]) -> list[int]:
-    """Least, mean, 90 % quantile and most."""
-    ordered = sorted(lengths)
-    return ordered and [
-        ordered[0],
-        sum(ordered) // len(ordered),
-        ordered[round(0.9 * (len(ordered) - 1))],
-        ordered[-1],
-    ]
-
-
 def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row as a person sees its shape at a glance: its messages as text, its other columns as JSON."""
-    messages = [
-        (message["role"].capitalize(), len(message["content"]), _wrapped(shorten(message["content"])))
-        for message in row.get("messages") or []
-    ]
+    messages = []
+    for message in row.get("messages") or []:
+        text = shorten(message["content"])
+        # Cards show code blocks unwrapped: a paragraph would be one line of a mile.
+        lines = (textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+        wrapped = "\n".join("\n".join(line) for line in lines)
+        messages.append((message["role"].capitalize(), len(message["content"]), wrapped))
     columns = (
         f"  {json.dumps(name)}: {json.dumps(_short(value), ensure_ascii=False)}"
         for name, value in row.items()
         if name != "messages" and value not in (None, [])
     )
     return {"messages": messages, "columns": "{\n" + ",\n".join(columns) + "\n}"}
-
-
-def _wrapped(text: str) -> str:
-    lines = (textwrap.wrap(line, 100, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
-    return "\n".join("\n".join(line) for line in lines)
 
 
 def _short(value: Any) -> Any:

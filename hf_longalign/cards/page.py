@@ -105,7 +105,7 @@ def merge_card(new: str, old: str | None) -> str:
     """
     if old is None or not old.strip() or not is_ours(new):
         return new
-    old = old.replace("\r\n", "\n")
+    old = old.replace("\r\n", "\n")  # written on Windows
     (ours, body), (theirs, old_body) = _split(new), _split(old)
     if is_template(old):
         return new
@@ -116,7 +116,10 @@ def merge_card(new: str, old: str | None) -> str:
         old_before, old_after = old_body.strip(), ""
     # What stands beside the new page and not in the old card was written since.
     before, after = ("" if text in old_body else text for text in (before, after))
-    return _joined(_merge_data(ours, theirs), [before, old_before, page, old_after, after])
+    data = _merge_data(ours, theirs)
+    # Keys keep their order, or authors would see changes in lines that nobody changed.
+    front = f"---\n{CardData(**data).to_yaml(original_order=list(data))}\n---\n\n" if data else ""
+    return front + "\n\n".join(filter(None, [before, old_before, page, old_after, after])) + "\n"
 
 
 def is_ours(card: str) -> bool:
@@ -215,8 +218,3 @@ def _merge_data(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         if (result.get("source") or {}).get("name") != SOURCE and result not in results:
             results = [*results, result]
     return {**merged, "model-index": [{**index, "results": results}]} if results else merged
-
-
-def _joined(data: dict[str, Any], texts: Iterable[str]) -> str:
-    front = f"---\n{CardData(**data).to_yaml(original_order=list(data))}\n---\n\n" if data else ""
-    return front + "\n\n".join(text for text in texts if text) + "\n"

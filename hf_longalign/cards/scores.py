@@ -37,11 +37,11 @@ def _measured(report: Report) -> Iterator[_Measured]:
     label = report.labels[-1]
     for suite in report.suites:
         for task in suite.tasks:
-            if task.grid is not None and label in task.grid.by_length:
-                for length, score in zip(task.grid.lengths, task.grid.by_length[label], strict=True):
-                    yield _Measured(suite, task, length, score)
-            elif label in task.scores:
-                yield _Measured(suite, task, task.length, task.scores[label])
+            # Each length is a result of its own: the Hub would take two lengths of one task for the same test.
+            by_length: list[tuple[int | None, dict[str, Score]]] = [*task.scores_by_length.items()]
+            for length, scores in by_length or [(None, task.scores)]:
+                if label in scores:
+                    yield _Measured(suite, task, length, scores[label])
 
 
 def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
@@ -86,7 +86,7 @@ def hub_results(report: Report, repo_id: str) -> dict[str, bytes]:
     """
     entries: dict[str, list[EvalResultEntry]] = {}
     for found in _measured(report):
-        if "/" not in found.dataset:
+        if "/" not in found.dataset:  # the Hub joins results by data set, and a suite made here has none
             continue
         notes = {metric_of(found.task.metric or "score").title: "in percent", **found.conditions}
         entry = EvalResultEntry(
@@ -109,22 +109,39 @@ def headline(report: Report) -> str:
     """Return one line per suite: its average of all models, and how many tasks changed beyond chance."""
     labels, rows = report.labels, []
     for suite in report.suites if len(report.labels) > 1 else []:
-        means = _means(suite, labels)
-        if means:
-            rows.append(
-                [suite_of(suite.suite).title, *(f"{100 * mean:.1f}" for mean in means), _verdict(suite, labels)]
-            )
-    return table(
-        ["average in percent", *labels, f"tasks, {labels[-1]} against {labels[0]}"],
-        rows,
-        right=range(1, len(labels) + 1),
-    )
+        # The suite's own average, where it has one, else the mean of the tasks that all models have scores for.
+        own = [group.scores for group in suite.groups if group.group in ("average", "overall")]
+        own = [scores for scores in own if set(labels) <= set(scores)][:1]
+        own = own or [
+            {label: score.value for label, score in task.scores.items()}
+            for task in suite.tasks
+            if set(labels) <= set(task.scores)
+        ]
+        if not own:
+            continue
+        means = (percent(sum(scores[label] for scores in own) / len(own)) for label in labels)
+        found = [_difference(task, labels) for task in suite.tasks]
+        # Words follow the numbers: a change within its interval is none, however large.
+        words = Counter(
+            "no clear change" if not change.significant else "better" if change.value > 0 else "worse"
+            for change in found
+            if change is not None and change.low is not None
+        )
+        told = ", ".join(f"{words[word]} {word}" for word in ("better", "worse", "no clear change") if words[word])
+        rows.append([suite_of(suite.suite).title, *means, told])
+    head = ["average in percent", *labels, f"tasks, {labels[-1]} against {labels[0]}"]
+    return table(head, rows, right=range(1, len(labels) + 1))
 
 
 def reaches(report: Report) -> str:
     """Return how far each model reaches, a row per suite and rule; empty where no length was measured."""
+
+    def shown(found: Reach) -> str:
+        length, low, high = f"{found.length:,}" if found.length else "none", found.low, found.high
+        return length if found.length == low == high else f"{length} ({low:,}–{high:,})"
+
     rows = [
-        (suite_of(suite.suite).title, found.rule, *(_reach(found.reach[label]) for label in report.labels))
+        (suite_of(suite.suite).title, found.rule, *(shown(found.reach[label]) for label in report.labels))
         for suite in report.suites
         for found in suite.reaches
     ]
@@ -132,31 +149,6 @@ def reaches(report: Report) -> str:
         return ""
     note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
     return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
-
-
-def _reach(found: Reach) -> str:
-    length, low, high = found.length, found.low, found.high
-    shown = "none" if not length else f"{length:,}"
-    return shown if low == length == high else f"{shown} ({low:,}–{high:,})"
-
-
-def _means(suite: SuiteResult, labels: list[str]) -> list[float]:
-    """The suite's own average, where it has one, else the mean of the tasks that all models have scores for."""
-    for group in suite.groups:
-        if group.group in ("average", "overall") and all(label in group.scores for label in labels):
-            return [group.scores[label] for label in labels]
-    values = [
-        [task.scores[label].value for label in labels] for task in suite.tasks if set(labels) <= set(task.scores)
-    ]
-    return [sum(column) / len(values) for column in zip(*values, strict=True)] if values else []
-
-
-def _verdict(suite: SuiteResult, labels: list[str]) -> str:
-    """Words that follow the numbers: a change within its interval is none."""
-    found = [_difference(task, labels) for task in suite.tasks]
-    changes = [change for change in found if change is not None and change.low is not None]
-    counts = Counter("no clear change" if not c.significant else "better" if c.value > 0 else "worse" for c in changes)
-    return ", ".join(f"{counts[word]} {word}" for word in ("better", "worse", "no clear change") if counts[word])
 
 
 def scores_table(report: Report, suite: SuiteResult) -> str:
@@ -171,7 +163,7 @@ def scores_table(report: Report, suite: SuiteResult) -> str:
             cells = [_score(task.scores.get(label)) for label in labels]
             rows.append([code(task.task), *metric, task.samples, *cells, *([_change(task, labels)] if change else [])])
     for group in suite.groups:
-        cells = [f"{100 * group.scores[label]:.1f}" if label in group.scores else "" for label in labels]
+        cells = [percent(group.scores[label]) if label in group.scores else "" for label in labels]
         rows.append(
             [f"*{plain(group.group)}*", *([""] if len(metrics) > 1 else []), "", *cells, *([""] if change else [])]
         )
@@ -199,11 +191,19 @@ def _metrics(suite: SuiteResult) -> list[str]:
     return list(dict.fromkeys(metric_of(task.metric or "score").title for task in suite.tasks if task.scores))
 
 
+def percent(value: float) -> str:
+    """Return a score from 0 to 1 as a table shows it.
+
+    >>> percent(0.4567)
+    '45.7'
+    """
+    return f"{100 * value:.1f}"
+
+
 def _score(score: Score | None) -> str:
-    if score is None:
-        return ""
-    interval = "" if score.low is None or score.high is None else f" ({100 * score.low:.1f}–{100 * score.high:.1f})"
-    return f"{100 * score.value:.1f}{interval}"
+    if score is None or score.low is None or score.high is None:
+        return "" if score is None else percent(score.value)
+    return f"{percent(score.value)} ({percent(score.low)}–{percent(score.high)})"
 
 
 def _difference(task: TaskResult, labels: list[str]) -> Any:
@@ -223,5 +223,6 @@ def _change(task: TaskResult, labels: list[str]) -> str:
 
 def _signed(value: float) -> str:
     """A difference in percent points, with a real minus; what rounds to nothing has no sign."""
+    # Rounded first, for -0.04 would be shown as a loss of nothing.
     text = f"{100 * value:+.1f}".replace("-", "−")
     return "0.0" if text[1:] == "0.0" else text

@@ -8,22 +8,26 @@ hf-longalign coherence compare outputs/report-with outputs/report-without --outp
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.records import Report
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def split(args: argparse.Namespace) -> None:
     """Write the two aligned data sets."""
     from datasets import load_dataset
 
-    from hf_longalign.synthesis.coherence import without_contexts
-
     for split_name, chat in load_dataset(args.data, "chat").items():
         for kind, data in (("with", chat), ("without", without_contexts(chat))):
             folder = Path(args.output) / kind
+            # A folder each, which `sft --dataset_name` takes as a data set of its own.
             folder.mkdir(parents=True, exist_ok=True)
             data.to_parquet(folder / f"{split_name}.parquet")
             print(f"{folder / f'{split_name}.parquet'}: {len(data):,} rows")
@@ -31,8 +35,6 @@ def split(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Print, and write where asked, the comparison of two evaluations."""
-    from hf_longalign.synthesis.coherence import compare
-
     text = compare(read_scores(args.with_contexts), read_scores(args.without)).to_markdown()
     print(text)
     if args.output:
@@ -81,3 +83,78 @@ def run(args: argparse.Namespace) -> int:
     """Do it."""
     args.act(args)
     return 0
+
+
+def without_contexts(chat: "Dataset") -> "Dataset":
+    """Return `chat` with every context taken out: the instruction alone, then the answer; rows stay aligned.
+
+    Rows of general data, which have no context, stay as they are.
+    """
+
+    def strip(row: dict[str, Any]) -> dict[str, Any]:
+        if not row["n_contexts"]:
+            return row
+        question = {"role": "user", "content": row["instruction"]}
+        part = {"message": 0, "start": 0, "end": len(row["instruction"]), "kind": "question"}
+        empty: dict[str, Any] = dict.fromkeys(
+            ("gold_index", "gold_depth", "context_tokens", "total_tokens", "reference")
+        )
+        bare = {"messages": [question, row["messages"][-1]], "parts": [part], "n_contexts": 0, "context_ids": []}
+        return {**row, **empty, **bare}
+
+    return chat.map(strip, features=chat.features)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of the same evaluations for the two models, and the gap, in the unit of the scores."""
+
+    rows: dict[str, tuple[float, float]]
+
+    @property
+    def gap(self) -> float:
+        """The mean of the scores with contexts minus the mean of those without."""
+        return sum(score - other for score, other in self.rows.values()) / len(self.rows)
+
+    def to_markdown(self) -> str:
+        """Return the report."""
+        lines = [f"| {name} | {a:.2f} | {b:.2f} | {a - b:+.2f} |" for name, (a, b) in self.rows.items()]
+        means = [sum(pair[side] for pair in self.rows.values()) / len(self.rows) for side in (0, 1)]
+        return "\n".join(
+            [
+                "| evaluation | with contexts | without | gap |",
+                "| --- | --- | --- | --- |",
+                *lines,
+                f"| mean | {means[0]:.2f} | {means[1]:.2f} | {self.gap:+.2f} |",
+                "",
+                "A gap near zero means that the instructions did not need their contexts.",
+            ]
+        )
+
+
+def compare(with_contexts: Mapping[str, Any], without: Mapping[str, Any]) -> Comparison:
+    """Compare two evaluation results, each a mapping of names to scores, nested or not.
+
+    Raises:
+        ValueError: the results do not name the same evaluations, or none.
+
+    Example:
+
+    >>> compare({"qasper": 30.0, "niah": {"single": 90}}, {"qasper": 20.0, "niah": {"single": 70}}).gap
+    15.0
+    """
+    first, second = _flat(with_contexts), _flat(without)
+    if not first or set(first) != set(second):
+        only = sorted(set(first) ^ set(second))
+        raise ValueError(f"The two results must name the same evaluations, got differences in {only or 'both: none'}.")
+    return Comparison({name: (first[name], second[name]) for name in sorted(first)})
+
+
+def _flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = float(value)
+    return found

@@ -3,24 +3,60 @@
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from hf_longalign.cards import write_adapter_card
+from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, destination, same_command
-from hf_longalign.evaluation.evaluator import run as run_evaluation
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
-from hf_longalign.hub import publish_adapter
+from hf_longalign.hub import check_base_name, publish_adapter
 from hf_longalign.records import Report
-from hf_longalign.run_record import loaded_commit
+
+
+DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions, and write a report of what changed.
+
+    hf-longalign evaluate Qwen/Qwen2.5-0.5B-Instruct
+    hf-longalign evaluate Qwen/Qwen2.5-0.5B-Instruct --adapter outputs/qwen2.5-0.5b \\
+        --suites needle puzzles ruler --output_dir outputs/report
+
+Every answer is on disk as soon as it is there: the same command goes on where a killed one stopped. Several processes
+(accelerate launch -m hf_longalign evaluate …) share the questions."""
+
+
+def read(arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Return the options of the models, the suites, the Hub, publishing and the card."""
+    classes = (ModelOptions, SuiteOptions, HubOptions, PublishOptions, AdapterCardOptions)
+    parser = OptionParser("evaluate", classes, DESCRIPTION)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    model, suites, hub, publish, card = parser.read(arguments)
+    try:
+        suites.check(model.endpoint)
+        publish.check_idle(push_to_hub=hub.push_to_hub)
+        if hub.push_to_hub:
+            if model.adapter is None:
+                raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
+            if Path(model.adapter).is_dir():
+                check_base_name(card.base_name, model.model)
+            else:
+                hub.hub_model_id = hub.hub_model_id or model.adapter  # where it came from
+            publish.check_push(hub, model.adapter)
+    except ValueError as error:
+        parser.error(str(error))
+    return model, suites, hub, publish, card
 
 
 def run(
     model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions
 ) -> int:
     """Ask, score, report, publish; the exit status is 1 where nothing was measured."""
+    from hf_longalign.evaluation.evaluator import run as run_evaluation
+
     report = run_evaluation(model, suites)
     if report is None:  # another process writes it
         return 0
@@ -43,6 +79,8 @@ def publish_report(
     report: Report,
 ) -> str:
     """Publish the adapter with its report and a card that shows it, and return what to tell the user."""
+    from hf_longalign.run_record import loaded_commit
+
     source = str(model.adapter)
     to = destination(hub, source)
     if not Path(source).is_dir():
@@ -50,6 +88,7 @@ def publish_report(
         commit = loaded_commit(source, "adapter_config.json", model.adapter_revision)
         source = snapshot_download(source, revision=commit or model.adapter_revision)
     with tempfile.TemporaryDirectory() as folder:
+        # A copy, so that a push leaves no report in the folder of a training; optimiser state stays behind.
         staged = Path(folder) / "adapter"
         shutil.copytree(source, staged, ignore=shutil.ignore_patterns("checkpoint-*", "*.pt", "*.bin"))
         for name in ("report.json", "report.md", *report.images):

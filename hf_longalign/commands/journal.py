@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hf_longalign.synthesis.journal import Entry, Journal
-from hf_longalign.synthesis.replies import ReplyError, read_context, read_facts, read_pair, read_verdict
+from hf_longalign.synthesis.prompts import ReplyError, read_context, read_facts, read_pair, read_verdict
 
 
 READERS = {
@@ -40,6 +40,7 @@ REASONS = {
     "error": lambda entry: entry.finish_reason == "error",
     "filtered": lambda entry: entry.finish_reason == "content_filter",
     "cut": lambda entry: entry.finish_reason == "length",
+    # A proxy or a login page that answered in the server's place with status 200.
     "page": lambda entry: entry.text.lstrip()[:9].lower().startswith(("<html", "<!doctype")),
     "unreadable": is_unreadable,
 }
@@ -47,6 +48,7 @@ REASONS = {
 
 def open_journal(path: str) -> Journal:
     """Open a journal that is there; to look must not make one."""
+    # `Journal` makes the file where it is not there, and an empty one would answer for the right one.
     if not Path(path).is_file():
         raise SystemExit(f"{path}: no such journal.")
     return Journal(path)
@@ -96,11 +98,19 @@ def merge(args: argparse.Namespace) -> None:
 
 def drop(args: argparse.Namespace) -> None:
     """Forget the replies that are unwanted for a reason, so that the next run asks for them again."""
+    from datasets import config
+
+    from hf_longalign.synthesis.files import forget_outcomes
+
     with open_journal(args.journal) as journal:
+        keys = {entry.key for entry in journal.entries()}
         number = journal.drop(REASONS[args.reason])
     print(f"{number:,} replies dropped; what they have cost stays counted.")
-    if number:
-        print("If rows were made from them, remove the folders `outcomes-*` and the prepared data beside the journal.")
+    # A finished run would otherwise find its outcomes and rows on disk and ask for nothing.
+    data = Path(args.cache_dir or config.HF_DATASETS_CACHE) / "context_synthesis"
+    for folder in {Path(args.journal).resolve().parent, data.resolve()} if number else ():
+        for name in forget_outcomes(folder, keys):
+            print(f"Removed {folder / name}: the next run makes it anew.")
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
@@ -126,6 +136,9 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
             command.add_argument("others", nargs="+")
         if name == "drop":
             command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
+            command.add_argument(
+                "--cache_dir", help="that of the run, if the journal lies elsewhere; unset: the default"
+            )
         command.set_defaults(act=act)
     return (parser.parse_args(arguments),)
 

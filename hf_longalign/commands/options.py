@@ -35,6 +35,7 @@ class OptionParser(TrlParser):
             description=description,
             epilog="Options may also stand in a YAML: --config FILE. Those of the command line win.",
             formatter_class=RawDescriptionHelpFormatter,
+            # An abbreviation could mean an option that the second parser has.
             allow_abbrev=not foreign,
             add_help=not foreign,
         )
@@ -66,19 +67,17 @@ class OptionParser(TrlParser):
     def _refuse_unknown(self, rest: Sequence[str]) -> None:
         known = {*self._option_string_actions, *(f"--{name}" for name in self.foreign)}
         for word in rest:
+            # argparse takes `--skip-strategy` for `--skip_strategy` of dataclasses.
             name = word.split("=")[0].replace("-", "_").replace("__", "--", 1)
             may_be_read_later = self.foreign and any(
                 option.startswith((name, name.replace("--no_", "--"))) for option in known
             )
             if word.startswith("--") and not may_be_read_later:
-                raise ValueError(f"unknown option {word.split('=')[0]}{_close(name, known)}")
+                near = get_close_matches(name, known, n=1)
+                meant = f"; did you mean {near[0]}?" if near else ""
+                raise ValueError(f"unknown option {word.split('=')[0]}{meant}")
         if rest and not self.foreign:
             raise ValueError(f"{rest[0]!r} belongs to no option. Take it away, or quote what holds spaces.")
-
-
-def _close(name: str, known: Collection[str]) -> str:
-    found = get_close_matches(name, known, n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _check_values(options: Any) -> None:

@@ -1,29 +1,120 @@
 """Instruction-tune a causal language model on short data with skipped positions: what `hf-longalign sft` runs."""
 
+import ast
 import json
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from transformers import AutoTokenizer
-from transformers.trainer_utils import HubStrategy
-from trl import ModelConfig, get_peft_config, get_quantization_config
-from trl.data_utils import get_dataset_column_names
+from trl import ModelConfig, ScriptArguments
 
-from hf_longalign.commands.publishing import PublishOptions, destination
-from hf_longalign.commands.sft_options import DataOptions
-from hf_longalign.config import LongAlignSFTConfig
-from hf_longalign.hub import publish_command
-from hf_longalign.trainer import LongAlignSFTTrainer
+from hf_longalign.commands.options import OptionParser
+from hf_longalign.commands.publishing import HubOptions, PublishOptions, destination
+from hf_longalign.hub import check_base_name, publish_command
+from hf_longalign.training_options import TrainingOptions
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    from hf_longalign.config import LongAlignSFTConfig
+    from hf_longalign.trainer import LongAlignSFTTrainer
+
+DESCRIPTION = """Instruction-tune a causal language model on short data with skipped positions.
+
+    hf-longalign sft --config recipes/qwen2.5-0.5b/sft_skipalign.yaml --output_dir outputs/qwen
+    accelerate launch --config_file recipes/accelerate/ddp.yaml -m hf_longalign sft …      # on several processes
+
+Every option of TRL's ScriptArguments, SFTConfig and ModelConfig is there. --resume_from_checkpoint auto goes on from
+the newest whole checkpoint."""
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class DataOptions(ScriptArguments):
+    """The data set: a Hub id, a folder, or a JSONL or Parquet file (`dataset_name`), in any TRL format."""
+
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Revision of a Hub data set: branch, tag or commit."}
+    )
+    test_size: float = field(
+        default=0.0,
+        metadata={"help": "Share of the training split to hold out for evaluation where there is no test split."},
+    )
+
+    @property
+    def file_format(self) -> str | None:
+        """How `datasets` calls the format of a file; `None` for a folder or a Hub id."""
+        return FILE_FORMATS.get(Path(self.dataset_name or "").suffix)
+
+    def check(self) -> None:
+        """Refuse a data set that is not there, as far as this machine can tell."""
+        if self.dataset_name is None:
+            raise ValueError("`dataset_name` must be a Hub id, a folder or a file, got None. Set it to one.")
+        if self.file_format and not Path(self.dataset_name).is_file():
+            raise ValueError(
+                f"`dataset_name` must be a file that exists, got {self.dataset_name!r}. Set it to its path."
+            )
+        if not 0 <= self.test_size < 1:
+            raise ValueError(f"`test_size` must be from 0 to below 1, got {self.test_size}. Set 0.1 for a tenth.")
+        if self.test_size and self.dataset_streaming:
+            raise ValueError(
+                "`test_size` cannot cut a streamed data set. Set `dataset_test_split` to one of its splits."
+            )
+
+
+def read(arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Return data, training, model and publishing options."""
+    # Most mistakes are found without TRL's SFTConfig, which takes torch, transformers and six seconds to import.
+    early = OptionParser(
+        "sft",
+        (DataOptions, ModelConfig, TrainingOptions, HubOptions, PublishOptions),
+        foreign=_trainer_fields(),
+    )
+    if not {"-h", "--help"} & set(arguments):
+        _, model, training, hub, publish = early.read(arguments)
+        try:
+            check(model, training, hub, publish)
+        except ValueError as error:
+            early.error(str(error))
+    from hf_longalign.config import LongAlignSFTConfig
+
+    classes = (DataOptions, LongAlignSFTConfig, ModelConfig, PublishOptions)
+    return OptionParser("sft", classes, DESCRIPTION).read(arguments)
+
+
+def check(model: ModelConfig, training: TrainingOptions, hub: HubOptions, publish: PublishOptions) -> None:
+    """Refuse what is wrong with several of the options together."""
+    if model.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` must be a Hub id or a folder, got None. Set it to one.")
+    publish.check_idle(push_to_hub=bool(hub.push_to_hub))
+    if hub.push_to_hub:
+        publish.check_push(hub, "output")
+        check_base_name(training.base_name, model.model_name_or_path)
+
+
+def _trainer_fields() -> set[str]:
+    """Names of the fields of `trl.SFTConfig` and of the classes below it, read in their source."""
+    names = set()
+    for package, pattern in (("trl", "trainer/*_config.py"), ("transformers", "training_args.py")):
+        spec = find_spec(package)
+        for file in Path(str(spec and spec.origin)).parent.glob(pattern):
+            classes = [node for node in ast.parse(file.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+            lines = [line for node in classes for line in node.body if isinstance(line, ast.AnnAssign)]
+            names |= {line.target.id for line in lines if isinstance(line.target, ast.Name)}
+    return names
 
 
 logger = logging.getLogger(__name__)
 
 
-def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
+def read_dataset(args: DataOptions) -> "DatasetDict | IterableDatasetDict":
     """Load the data set and hold out a test split if one is asked for and none is there."""
+    from datasets import load_dataset
+
     name, config, revision = str(args.dataset_name), args.dataset_config, args.dataset_revision
     dataset = (
         load_dataset(args.file_format, data_files=name, streaming=args.dataset_streaming)
@@ -36,13 +127,16 @@ def read_dataset(args: DataOptions) -> DatasetDict | IterableDatasetDict:
             "Set one of them."
         )
     if args.test_size and args.dataset_test_split not in dataset:
+        # A fixed seed: a run that is resumed must hold out the same rows.
         halves = dataset[args.dataset_train_split].train_test_split(test_size=args.test_size, seed=0)
         dataset[args.dataset_train_split], dataset[args.dataset_test_split] = halves["train"], halves["test"]
     return dataset
 
 
-def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
+def check_columns(dataset: "Dataset | IterableDataset", text_field: str) -> None:
     """Refuse a data set that is in none of TRL's formats."""
+    from trl.data_utils import get_dataset_column_names
+
     columns = get_dataset_column_names(dataset)
     formats = ({text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
     if not any(needed <= set(columns) for needed in formats):
@@ -55,6 +149,7 @@ def check_columns(dataset: Dataset | IterableDataset, text_field: str) -> None:
 
 def last_checkpoint(output_dir: str) -> str | None:
     """Return the newest checkpoint that was written whole; a run killed while saving leaves another."""
+    # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet.
     found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
     for path in found:
         try:
@@ -72,6 +167,8 @@ def agreed_checkpoint(output_dir: str) -> str | None:
     Raises:
         ValueError: machines see different folders.
     """
+    from accelerate.utils import gather_object
+
     path = last_checkpoint(output_dir)
     found = gather_object([path and Path(path).name])
     if len(set(found)) > 1:
@@ -82,7 +179,7 @@ def agreed_checkpoint(output_dir: str) -> str | None:
     return path
 
 
-def publish(trainer: LongAlignSFTTrainer, args: PublishOptions) -> str:
+def publish(trainer: "LongAlignSFTTrainer", args: PublishOptions) -> str:
     """Save the model and publish it, and return what to tell the user."""
     folder = str(trainer.args.output_dir)
     to = destination(trainer.args, folder)
@@ -92,11 +189,17 @@ def publish(trainer: LongAlignSFTTrainer, args: PublishOptions) -> str:
 
 def run(
     data_args: DataOptions,
-    training_args: LongAlignSFTConfig,
+    training_args: "LongAlignSFTConfig",
     model_args: ModelConfig,
     publish_args: PublishOptions,
 ) -> int:
     """Train, evaluate, save, publish."""
+    from transformers import AutoTokenizer
+    from transformers.trainer_utils import HubStrategy
+    from trl import get_peft_config, get_quantization_config
+
+    from hf_longalign.trainer import LongAlignSFTTrainer
+
     output_dir = str(training_args.output_dir)
     if training_args.push_to_hub:
         publish_args.check_push(training_args, output_dir, training_args.hub_token)

@@ -1,25 +1,130 @@
-"""Turn short instruction-answer pairs into long-context chat data: what `hf-longalign synthesize` runs."""
+"""Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
 import sys
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate import PartialState
-
+from hf_longalign.cards.page import check_license
+from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
-from hf_longalign.commands.synthesis_options import SynthesizeArguments
-from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
-from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.config import SynthesisOptions
-from hf_longalign.synthesis.estimate import estimate, planned_requests
-from hf_longalign.synthesis.export import check_output
-from hf_longalign.synthesis.local import TransformersGenerator
-from hf_longalign.synthesis.team import join_team
+from hf_longalign.synthesis.prompts import (
+    Facts,
+    Messages,
+    Outline,
+    answer_prompt,
+    context_prompt,
+    facts_prompt,
+    outline_prompt,
+    pair_prompt,
+    section_prompt,
+)
+from hf_longalign.synthesis.seeds import Seed
+from hf_longalign.synthesis.tasks import find_task
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+    from hf_longalign.synthesis.writer import Plan
+
+
+DESCRIPTION = """Turn short instruction-answer pairs into long-context chat data.
+
+    hf-longalign synthesize --config recipes/synthesis/openai.yaml --seeds hotpotqa=pairs.jsonl \\
+        --output_dir outputs/contexts
+
+--dry_run prints the plan, three prompts and what the run would cost. A run that was interrupted, for whatever reason,
+goes on where it stopped when it is started again. On several GPUs: accelerate launch -m hf_longalign synthesize …"""
+
+
+@dataclass
+class SynthesizeArguments:
+    """Who writes, what it may cost, and where everything goes."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the Parquet files and the card."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
+    )
+    journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
+    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, as the Hub names it."})
+    generator: str = field(
+        default="documents",
+        metadata={
+            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a local model, or "
+            "nobody, where the seeds have their contexts.",
+            "choices": ["openai", "batch", "transformers", "documents"],
+        },
+    )
+    model: str | None = field(default=None, metadata={"help": "The model that writes."})
+    endpoints: list[str] = field(
+        default_factory=lambda: ["http://localhost:8000/v1"],
+        metadata={"help": "Base URLs of OpenAI-compatible endpoints that serve the model."},
+    )
+    api_key_env: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "The environment variable that holds the key; the key itself never."},
+    )
+    max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
+    batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
+    judge_model: str | None = field(
+        default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
+    )
+    judge_endpoints: list[str] = field(
+        default_factory=list, metadata={"help": "Base URLs of its endpoints; unset: a local model."}
+    )
+    prompt_price: float = field(default=0.0, metadata={"help": "Dollars per million prompt tokens."})
+    completion_price: float = field(default=0.0, metadata={"help": "Dollars per million completion tokens."})
+    budget_tokens: int | None = field(default=None, metadata={"help": "Stop before more tokens are spent."})
+    budget_usd: float | None = field(default=None, metadata={"help": "Stop before more dollars are spent."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that compose rows."})
+    num_shards: int = field(
+        default=1,
+        metadata={
+            "help": "Ask for one of so many parts of the seeds, compose nothing; merge the journals afterwards."
+        },
+    )
+    shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
+    dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
+
+    def check(self) -> None:
+        """Refuse what is missing or makes no sense."""
+        check_license(seeds_license=self.seeds_license)
+        if self.output_dir is None and not self.dry_run and self.num_shards == 1:
+            raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
+        if self.model is None and self.generator != "documents":
+            raise ValueError(
+                f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
+            )
+        if not 0 <= self.shard_index < self.num_shards:
+            raise ValueError(
+                f"`shard_index` must be from 0 to below `num_shards`, got {self.shard_index} of {self.num_shards}. "
+                "Count the parts from 0."
+            )
+
+
+def read(arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Return the options of the run, of the data, of the Hub, of publishing and of the card."""
+    parser = OptionParser(
+        "synthesize", (SynthesizeArguments, SynthesisOptions, HubOptions, PublishOptions, CardOptions), DESCRIPTION
+    )
+    args, options, hub, publish, card = parser.read(arguments)
+    try:
+        options.validate()
+        publish.check_idle(push_to_hub=hub.push_to_hub)
+        if hub.push_to_hub and not args.dry_run and args.output_dir is not None:
+            publish.check_push(hub, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    return args, options, hub, publish, card
 
 
 def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | str, Generator | None]:
@@ -28,7 +133,11 @@ def make_generators(args: SynthesizeArguments, rank: int) -> tuple[Generator | s
     if args.judge_model is not None:
         judge = make_generator(args, args.judge_model, args.judge_endpoints, rank)
     if args.generator == "documents":
+        # The seeds have their contexts; a judge may still be asked about them.
         return "documents", judge
+    if args.generator == "batch":
+        batches = HostedBatches(args.endpoints[0], api_key_env=args.api_key_env)
+        return BatchGenerator(str(args.model), batches), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else [], rank), judge
 
 
@@ -36,13 +145,21 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str], 
     """Return the generator of a model: its endpoints', or a local one on this process's own device."""
     if endpoints:
         return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=args.max_concurrency)
+    from accelerate import PartialState
+
+    from hf_longalign.synthesis.local import TransformersGenerator
+
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
     return TransformersGenerator(model, batch_size=args.batch_size, device=device)
 
 
-def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> ContextSynthesisBuilder:
+def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> "ContextSynthesisBuilder":
     """Return the builder of `chat`, from which those of the other configurations come."""
+    from accelerate import PartialState
+
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+
     state = PartialState()
     generator, judge = make_generators(args, state.process_index)
     builder = ContextSynthesisBuilder(
@@ -58,13 +175,15 @@ def make_builder(args: SynthesizeArguments, options: SynthesisOptions) -> Contex
     return builder
 
 
-def print_plan(builder: ContextSynthesisBuilder, args: SynthesizeArguments, options: SynthesisOptions) -> None:
+def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, options: SynthesisOptions) -> None:
     """Print what a run would do, and ask nothing."""
     pipeline = builder.pipeline
     pipeline.check()
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
     budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    if args.generator == "batch":
+        budget = budget.at(HostedBatches.price_share)
     count = counter.count if counter else None
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
@@ -90,6 +209,12 @@ def run(
     args: SynthesizeArguments, options: SynthesisOptions, hub: HubOptions, publish: PublishOptions, card: CardOptions
 ) -> int:
     """Write the data; the exit status is 1 where it stopped and a rerun goes on."""
+    import torch
+    from accelerate import PartialState
+
+    from hf_longalign.synthesis.export import check_output
+    from hf_longalign.synthesis.team import join_team
+
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
     builder = make_builder(args, options)
@@ -99,6 +224,7 @@ def run(
         return 0
     if args.num_shards == 1:  # before anything is paid for
         check_output(Path(str(args.output_dir)), builder.pipeline.journal, builder.files.folder)
+    # Before anything is paid for, and in every process: they meet in this folder.
     builder.pipeline.team = join_team(builder.files.folder)
     try:
         leads = builder.prepare_outcomes()
@@ -116,3 +242,108 @@ def run(
         print(f"Stopped: {str(stop) or 'interrupted'} Run the same command again to go on.", file=sys.stderr)
         return 1
     return 0
+
+
+# English under the tokenizers in use; only for text that is not written yet.
+_TOKENS_PER_WORD = 4 / 3
+_FACT_WORDS, _OUTLINE_WORDS, _PAIR_WORDS, _SPOKEN_WORDS = 150, 40, 40, 30
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One request that will be made: what for, its prompt, words of it that are not known yet, words of its reply."""
+
+    purpose: str
+    messages: Messages
+    reply_words: int
+    unknown_words: int = 0
+
+
+@dataclass
+class Estimate:
+    """What a run will ask if no reply has to be asked for twice.
+
+    Attributes:
+        requests: number of requests by purpose.
+        prompt_tokens: tokens of the prompts.
+        completion_tokens: tokens of the replies, if they are as long as asked for.
+        spend: tokens and dollars of both.
+        most: the same if every reply runs to its limit and every retry is used.
+    """
+
+    requests: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    spend: Spend = field(default_factory=Spend)
+    most: Spend = field(default_factory=Spend)
+
+
+def estimate(
+    seeds: Sequence[Seed],
+    plan: "Plan",
+    options: SynthesisOptions,
+    *,
+    writes: bool,
+    budget: Budget | None = None,
+    count: Callable[[str], int] | None = None,
+) -> Estimate:
+    """Estimate what a run over `seeds` costs."""
+    # About four bytes of UTF-8 are a token, in English and, with longer characters, in most scripts.
+    count = count or (lambda text: ceil(len(text.encode()) / 4))
+    prices, found, most = budget or Budget(), Estimate(), Spend()
+    kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
+    prompt_tokens = completion_tokens = 0.0
+    for seed in seeds:
+        for planned in planned_requests(seed, plan, options, writes=writes):
+            share = 1.0 if planned.purpose == "closed_book" else kept
+            found.requests[planned.purpose] += 1
+            prompt = sum(count(text) for _, text in planned.messages) + planned.unknown_words * _TOKENS_PER_WORD
+            prompt_tokens += share * prompt
+            completion_tokens += share * min(planned.reply_words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
+            most += prices.cost(ceil(prompt), plan.sampling.max_tokens)
+    for purpose in found.requests:
+        # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
+        if purpose != "closed_book":
+            found.requests[purpose] = ceil(kept * found.requests[purpose])
+    found.prompt_tokens, found.completion_tokens = ceil(prompt_tokens), ceil(completion_tokens)
+    found.spend = prices.cost(found.prompt_tokens, found.completion_tokens)
+    found.most = Spend(most.tokens * (1 + plan.retries), most.usd * (1 + plan.retries))
+    return found
+
+
+def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
+    """Yield the requests a seed needs if every reply is good at once. A judge's are not known before the replies."""
+    task = find_task(seed.task)
+    if options.difficulty == "closed_book":
+        for _ in range(options.difficulty_samples):
+            yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
+    if options.method == "instruction":
+        yield Planned("pair", pair_prompt(seed.context or ""), _PAIR_WORDS)
+    elif writes:
+        yield from _writing(seed, plan)
+    if options.answerability:
+        words = plan.words if seed.context is None else 0
+        yield Planned("open_book", answer_prompt(seed, task, seed.context or ""), _SPOKEN_WORDS, words)
+        if options.difficulty != "closed_book":
+            yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
+
+
+def _writing(seed: Seed, plan: "Plan") -> Iterator[Planned]:
+    task, facts, unknown = find_task(seed.task), None, 0
+    if plan.facts_first:
+        yield Planned("facts", facts_prompt(seed, task), _FACT_WORDS)
+        facts, unknown = Facts("", ("…",), ("…",)), _FACT_WORDS
+    if plan.sections == 1:
+        prompt = context_prompt(seed, task, plan.words, facts=facts, template=plan.template)
+        yield Planned("context", prompt, plan.words, unknown)
+        return
+    sections = plan.sections
+    outline = Outline("", ("…",) * sections)
+    yield Planned(
+        "outline", outline_prompt(seed, task, plan.words, sections, facts=facts), _OUTLINE_WORDS * sections, unknown
+    )
+    for number in range(1, sections + 1):
+        words = ceil(plan.words / sections)
+        # A section's prompt holds the plan, which is not written yet, and the last words of the section before.
+        shown = _OUTLINE_WORDS * sections + (200 if number > 1 else 0)
+        yield Planned("section", section_prompt(seed, task, words, outline, number, ""), words, shown)

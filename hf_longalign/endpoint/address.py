@@ -23,6 +23,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     >>> redact("no /home/me/models/tiny at http://me:pw@host/v1/models with Bearer abc", ["pw"])
     'no tiny at http://host/v1/models with Bearer ***'
     """
+    # The longest first: a password may be part of a login.
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")
     text = _LOGIN.sub("", text)
@@ -50,6 +51,7 @@ def recorded_name(model: str) -> str:
     """
     if not is_local_path(model):
         return model
+    # The hash tells apart two models in folders of one name; the path itself would be in every published row.
     return f"{PurePath(model).name}-{hashlib.blake2b(model.encode(), digest_size=4).hexdigest()}"
 
 
@@ -77,6 +79,7 @@ class Endpoint:
             )
         if self.api_key and parts.username:
             raise ValueError("`endpoint` must hold a login or come with a key, got both. Set one of them.")
+        # Not `parts.hostname`, which drops the port and the brackets of an IPv6 address.
         host = parts.netloc.rpartition("@")[2]
         name = urlunsplit((parts.scheme, host, parts.path.rstrip("/") or "/v1", "", ""))
         object.__setattr__(self, "name", name)

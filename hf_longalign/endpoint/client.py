@@ -30,6 +30,7 @@ from hf_longalign.endpoint.wire import (
     read_reply,
     read_status,
 )
+from hf_longalign.lazy import require
 
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,7 @@ class OpenAIGenerator:
         self._key_variable = api_key_env
         self._accepted = (model, self.model, *accept_models)
         self._secrets = [secret for endpoint in self.endpoints for secret in endpoint.secrets]
+        # Kept when connections are closed: what an endpoint refused once, it would refuse again.
         self._habits: dict[str, set[str]] = {endpoint.name: set() for endpoint in self.endpoints}
         self._told: set[str] = set()
         self._pool: Pool | None = None
@@ -151,6 +153,7 @@ class OpenAIGenerator:
             kind = error.fault.kind
             failures += 1
             attempts += kind not in _NOT_ITS_FAULT
+            # An empty reply, paid for and the best there is: better than asking for it in every later run.
             if attempts >= self.max_attempts and error.reply is not None:
                 return error.reply
             await notify(error.fault)
@@ -166,6 +169,7 @@ class OpenAIGenerator:
                 raise NoReplyError(kind, message)
             # The endpoint waits for what it asked for as a whole; a little spread keeps the rest from one burst.
             wait = self._rng.uniform(0, 0.1 * error.wait) if error.wait else backoff(failures, self._rng)
+            # Where the endpoint is away its lane waits already; another lane may be free.
             if kind not in AWAY:
                 await self._open().sleep(wait)
 
@@ -188,11 +192,14 @@ class OpenAIGenerator:
         while True:
             body = body_of(request, self.served_model, lane.habits)
             try:
+                # Over the whole attempt: the client's own time-out begins anew with every byte, and a stream can drip
+                # for ever.
                 content = await asyncio.wait_for(_post(lane, body, chat=request.chat), self.timeout)
                 return read_reply(content, request, self._accepted)
             except asyncio.TimeoutError:
                 raise AttemptError(most(request, "timeout"), f"nothing in {self.timeout:g} s") from None
             except ConnectionError as error:
+                # What never left costs nothing; what may have arrived counts as the most it can have cost.
                 sent = str(error) not in _NOT_SENT
                 kind = "timeout" if "Timeout" in str(error) else "reset"
                 raise AttemptError(most(request, kind) if sent else Fault("unreachable"), str(error)) from None
@@ -200,6 +207,7 @@ class OpenAIGenerator:
                 habit = habit_for(refusal, body)
                 if habit is None:
                     raise self._refused(lane, request, refusal) from None
+                # Many requests under way meet the same refusal: it is told once.
                 if habit not in lane.habits:
                     told = redact(refusal.told, self._secrets)
                     logger.warning("%s: asked with %r from now on. It says: %s", lane.name, habit, told)
@@ -225,6 +233,7 @@ class OpenAIGenerator:
         if isinstance(answer, Refusal) and answer.kind == "key":
             raise self._run_error(lane, answer)
         names = [str(entry["id"]) for entry in entries if "id" in entry]
+        # Most servers list what they serve, and nothing more needs to be asked.
         if self.served_model in names:
             return
         # No such route, or another list: a request without messages is refused, for nothing, and tells as much.
@@ -265,11 +274,13 @@ class OpenAIGenerator:
     def _open(self) -> Pool:
         """The pool of this event loop, opened at the first use."""
         if self._pool is None:
-            openai = _import_openai()
+            openai = require("openai", "endpoint")
             lanes = []
             for endpoint in self.endpoints:
                 client = openai.AsyncOpenAI(
                     base_url=endpoint.name,
+                    # The client refuses to be made without a key, and reads OPENAI_API_KEY, whosever it is, where none
+                    # is given.
                     api_key=endpoint.api_key or "none",
                     default_headers={"Authorization": f"Basic {endpoint.login}"} if endpoint.login else {},
                     timeout=openai.Timeout(self.timeout, connect=_CONNECT_SECONDS),
@@ -279,14 +290,6 @@ class OpenAIGenerator:
                 lanes.append(Lane(endpoint.name, client, limiter, self._habits[endpoint.name]))
             self._pool = Pool(lanes, patience=self.patience)
         return self._pool
-
-
-def _import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise ImportError('`openai` is not installed. Run: pip install "hf_longalign[endpoint]"') from error
-    return openai
 
 
 async def _post(lane: Lane, body: dict[str, Any], *, chat: bool, **options: Any) -> bytes:
@@ -303,7 +306,7 @@ async def _guarded(call: Awaitable[Any], sent: Collection[str] = ()) -> bytes:
 
     Raises `Refusal` or `AttemptError` for an error status, `ConnectionError` with the name of its cause for none.
     """
-    openai = _import_openai()
+    openai = require("openai", "endpoint")
     try:
         return bytes((await call).content)
     except openai.APIStatusError as error:

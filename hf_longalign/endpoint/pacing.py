@@ -81,6 +81,7 @@ class AdaptiveLimiter:
         full = self.in_flight >= int(self.limit)
         if congested and ticket == self._round:
             self._round += 1
+            # What was under way and no more: a limit that was never reached says nothing.
             self._broke_at = min(self.limit, self.in_flight)
             self.limit = max(1.0, self._broke_at * _DECREASE)
         elif replied and full:
@@ -167,6 +168,7 @@ class Pool:
         while True:
             if self._stop is not None:
                 raise self._stop
+            # By free slots, so that a fast endpoint gets as much more as it can take.
             lane = max(self.lanes, key=lambda lane: lane.limiter.room())
             if lane.limiter.room():
                 return lane
@@ -186,12 +188,10 @@ class Pool:
             lane.limiter.pause(wait)
             asyncio.get_running_loop().call_later(wait, self._wake)
         logger.debug("%s: %s, limit %.0f, pause %.1f s", lane.name, kind, lane.limiter.limit, wait)
-        self._give_up_if_hopeless(lane, error)
-
-    def _give_up_if_hopeless(self, lane: Lane, error: AttemptError) -> None:
         now = time.monotonic()
         if self._silent_since is None:
             self._silent_since = now
+        # A server that asks for an hour (a daily quota) is not worth the patience: nobody would be asked meanwhile.
         paused = min(lane.limiter.paused_until for lane in self.lanes) - now
         if error.wait and paused > self._patience:
             self.stop(EndpointError(f"{lane.name} asks to wait {paused:.0f} s. Run again later to continue."))
@@ -204,6 +204,7 @@ class Pool:
         """Let as many of those who wait try again as there are slots."""
         room = sum(lane.limiter.room() for lane in self.lanes)
         while room > 0 and self._waiting:
+            # One that was cancelled meanwhile is done and takes no slot.
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)

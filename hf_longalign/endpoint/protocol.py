@@ -125,6 +125,7 @@ class Request:
     @cached_property
     def key(self) -> str:
         """32 hex digits (blake2b) over everything that shapes the reply: messages, model, sampling with its seed."""
+        # `purpose` is left out: the same prompt for another purpose has the same reply.
         shaped_by = [self.messages, self.model, self.sampling.as_dict(), *([] if self.chat else ["no template"])]
         text = json.dumps(shaped_by, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -224,7 +225,21 @@ class SwitchGenerator:
             names = ", ".join(generator.model for generator in generators)
             raise ValueError(f"`judge` must have another model than `generator`, got {names}. Leave `judge` out.")
         self.model = generators[0].model
+        # The sum, so that the one that writes is never kept waiting by the one that judges.
         self.concurrency = sum(generator.concurrency for generator in generators)
+        self.places = frozenset(place for one in generators for place in getattr(one, "places", ()))
+
+    def bind(self, ledger: Any) -> None:
+        """Hand a run's ledger to those that ask in batches."""
+        for generator in self._generators.values():
+            if hasattr(generator, "bind"):
+                generator.bind(ledger)
+
+    def price_share(self, request: Request) -> float | None:
+        """Return at which share of the price a request is asked in a batch; `None` where it is asked by itself."""
+        generator = self._generators[request.model]
+        share: float | None = generator.price_share(request) if hasattr(generator, "price_share") else None
+        return share
 
     async def check(self) -> None:
         """Check every generator."""

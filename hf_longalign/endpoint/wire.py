@@ -116,6 +116,7 @@ def same_model(asked: str, got: str) -> bool:
     False
     """
     asked, got = asked.rstrip("/").split("/")[-1].lower(), got.rstrip("/").split("/")[-1].lower()
+    # A server that gives no name is believed.
     return not got or (got.startswith(asked) and _SUFFIX.fullmatch(got[len(asked) :]) is not None)
 
 
@@ -168,10 +169,12 @@ def read_status(
     told = told or f"HTTP {status}"
     wait = retry_after(headers)
     filtered = "content_filter" in code or "content_policy" in code or "moderation" in told.lower()
+    # Before 429, with which OpenAI tells of an empty account: waiting would not fill it.
     if status == 402 or "insufficient_quota" in code:
         return Refusal("quota", told)
     if status == 429:
         return AttemptError(Fault("rate_limit"), told, wait)
+    # Before 403, which otherwise means the key.
     if status in (400, 403, 413, 422) and filtered:
         return Refusal(CONTENT_FILTER, told)
     if status in (401, 403):

@@ -14,8 +14,8 @@ from typing import Any
 
 from hf_longalign.endpoint import EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
 from hf_longalign.endpoint.protocol import TOO_LONG
-from hf_longalign.evaluation.noise import noise
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
+from hf_longalign.evaluation.haystack import noise
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at
 
 
 logger = logging.getLogger(__name__)
@@ -227,11 +227,11 @@ class EndpointGenerator:
         if not reply.text and reply.completion_tokens > 1:
             logger.warning("An answer of %s has no content: a filter or a reasoning parser took it.", self.model)
         if not reply.confirmed:
-            return Completion(_cut(reply.text, prompt.stop), 0, reply.finish_reason == "length")
+            return Completion(cut_at(reply.text, prompt.stop), 0, reply.finish_reason == "length")
         self.stats.prompt_tokens += reply.prompt_tokens
         self.stats.cached_tokens += reply.cached_tokens
         self.stats.generated_tokens += reply.completion_tokens
-        return Completion(_cut(reply.text, prompt.stop), reply.completion_tokens, reply.finish_reason == "length")
+        return Completion(cut_at(reply.text, prompt.stop), reply.completion_tokens, reply.finish_reason == "length")
 
     @contextmanager
     def _loop(self) -> Iterator[asyncio.AbstractEventLoop]:
@@ -280,12 +280,3 @@ def _probe(key: str, tokens: int, count: Callable[[str], int], *, chat: bool) ->
             return Prompt("probe", "probe", 0, text, (key,), _PROBE_ANSWER, chat=chat, length=tokens)
         text = grown
         paragraphs += max(1, missing // 200)
-
-
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """A text up to the first stop text, which some servers leave in.
-
-    >>> _cut("42. And", (".", "!"))
-    '42'
-    """
-    return text[: min((index for index in map(text.find, stop) if index >= 0), default=len(text))]

@@ -15,15 +15,19 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoConfig, BitsAndBytesConfig
 
-from hf_longalign.evaluation.encoding import token_counter
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness import HarnessSuite
-from hf_longalign.evaluation.haystack import load_texts
-from hf_longalign.evaluation.longbench.data import HUB_ID, V2_HUB_ID
-from hf_longalign.evaluation.longbench.metrics import score_longbench
-from hf_longalign.evaluation.longbench.prompts import longbench_prompts
-from hf_longalign.evaluation.longbench.tasks import GROUPS, V2, expand_tasks
+from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts, noise
+from hf_longalign.evaluation.longbench import (
+    GROUPS,
+    HUB_ID,
+    V2,
+    V2_HUB_ID,
+    expand_tasks,
+    longbench_prompts,
+    score_longbench,
+)
 from hf_longalign.evaluation.models import (
     ADAPTER,
     BASE,
@@ -35,21 +39,17 @@ from hf_longalign.evaluation.models import (
     load_tokenizer,
     record_of,
 )
-from hf_longalign.evaluation.needle_scoring import score_needle
-from hf_longalign.evaluation.noise import noise
+from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
-from hf_longalign.evaluation.perplexity_suite import PerplexitySuite
+from hf_longalign.evaluation.perplexity import PerplexitySuite
 from hf_longalign.evaluation.placement import needle_prompts
-from hf_longalign.evaluation.plan import cells_to_refine, plan_grid, seconds_per_prompt
-from hf_longalign.evaluation.prompt import Prompt, fingerprint
+from hf_longalign.evaluation.plan import GRIDS, cells_to_refine, plan_grid, seconds_per_prompt
+from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
 from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
-from hf_longalign.evaluation.ruler import ruler_prompts
+from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
-from hf_longalign.evaluation.ruler_tasks import score_ruler
-from hf_longalign.evaluation.runner import Examinee, spent
-from hf_longalign.evaluation.store import ResultStore
-from hf_longalign.evaluation.suites import Maker, PromptSuite
+from hf_longalign.evaluation.runner import Examinee, Maker, PromptSuite, ResultStore, spent
 from hf_longalign.records.report import EvaluatedModel, Report
 from hf_longalign.rope import model_range
 from hf_longalign.run_record import loaded_commit
@@ -83,14 +83,15 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
     print(report.suites[0].reaches)
     ```
     """
-    known = {kind: {field.name for field in fields(kind)} for kind in (ModelOptions, SuiteOptions)}
-    all_known = sorted(set().union(*known.values()))
-    unknown = sorted(set(options) - set(all_known))
+    of_model, of_suites = ({field.name for field in fields(kind)} for kind in (ModelOptions, SuiteOptions))
+    unknown = sorted(set(options) - of_model - of_suites)
     if unknown:
-        raise TypeError(f"`evaluate` has no option {unknown[0]!r}. It has {', '.join(all_known)}.")
-    of_model = {name: value for name, value in options.items() if name in known[ModelOptions]}
-    of_suites = {name: value for name, value in options.items() if name in known[SuiteOptions]}
-    found = run(ModelOptions(model, adapter, **of_model), SuiteOptions(**of_suites))
+        known = ", ".join(sorted(of_model | of_suites))
+        raise TypeError(f"`evaluate` has no option {unknown[0]!r}. It has {known}.")
+    found = run(
+        ModelOptions(model, adapter, **{name: value for name, value in options.items() if name in of_model}),
+        SuiteOptions(**{name: value for name, value in options.items() if name in of_suites}),
+    )
     if found is None:
         raise RuntimeError("The report is written by the main process. Read report.json there.")
     return found
@@ -133,39 +134,31 @@ class Examined:
         check_there(model=options.model, adapter=options.adapter, tokenizer=options.tokenizer)
         revision = base_revision(options.model, options.adapter, options.model_revision, options.adapter_revision)
         remote = {"trust_remote_code": options.trust_remote_code}
-        where: dict[str, Any] = {
-            "adapter": options.adapter,
-            "revision": revision,
-            "adapter_revision": options.adapter_revision,
-            **remote,
-        }
+        where: dict[str, Any] = {"adapter": options.adapter, "revision": revision, **remote}
+        where["adapter_revision"] = options.adapter_revision
         tokenizer = load_tokenizer(options.model, tokenizer=options.tokenizer, **where)
         if options.endpoint is not None:
-            served = [(BASE, options.model), (ADAPTER, options.adapter)]
+            config, url = load_config(options.model, **where), options.endpoint.split("@")[-1]  # without a login
+            request: dict[str, Any] = {"api_key_env": options.api_key_env, "max_concurrency": options.max_concurrency}
             who = [
                 Examinee(
                     label,
-                    f"{options.endpoint.split('@')[-1]}/{name}",
-                    EndpointGenerator(
-                        name,
-                        options.endpoint,
-                        api_key_env=options.api_key_env,
-                        max_concurrency=options.max_concurrency,
-                    ),
-                    what=f"as served by {options.endpoint.split('@')[-1]}",
+                    f"{url}/{name}",
+                    EndpointGenerator(name, options.endpoint, **request),
+                    what=f"as served by {url}",
                 )
-                for label, name in served
+                for label, name in ((BASE, options.model), (ADAPTER, options.adapter))
                 if name is not None
             ]
-            return cls(options, tokenizer, load_config(options.model, **where), None, who)
+            return cls(options, tokenizer, config, None, who)
+        bits: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
         model = load_model(
             options.model,
             **where,
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-            if options.load_in_4bit
-            else None,
+            quantization_config=BitsAndBytesConfig(**bits) if options.load_in_4bit else None,
+            # One process spreads a model over all GPUs; of several, each holds a whole one.
             device_map="auto" if state.num_processes == 1 and torch.cuda.is_available() else {"": str(state.device)},
         )
         generator = LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
@@ -182,84 +175,70 @@ class Examined:
 
     def models(self) -> list[EvaluatedModel]:
         """Return what was asked, for the report; of a folder only its last part."""
-        options = self.options
-        adapter_commit = None
-        if options.adapter is not None:
-            adapter_commit = loaded_commit(options.adapter, "adapter_config.json", options.adapter_revision)
-        return [
-            EvaluatedModel(
-                examinee.label,
-                public_name(str(options.adapter if examinee.label == ADAPTER else options.model)),
-                adapter_commit if examinee.label == ADAPTER else getattr(self.config, "_commit_hash", None),
-                examinee.what,
-            )
-            for examinee in self.who
-        ]
+        options, models = self.options, []
+        for examinee in self.who:
+            name, commit = options.model, getattr(self.config, "_commit_hash", None)
+            if examinee.label == ADAPTER and options.adapter is not None:
+                name = options.adapter
+                commit = loaded_commit(name, "adapter_config.json", options.adapter_revision)
+            models.append(EvaluatedModel(examinee.label, public_name(name), commit, examinee.what))
+        return models
 
 
 def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, state: PartialState) -> list[Suite]:
     """Make what was asked for, in the order it was asked for."""
     chat = uses_chat(examined, options)
-    count = token_counter(examined.tokenizer, chat=chat)
     lengths = options.lengths or default_lengths(examined.reach)
-    check_range(examined.config, max(lengths), "lengths")
-    grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, state)
-    texts = read_documents(options.haystack, options)
-    haystack = public_documents(options.haystack)
+    check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
+    names, is_main = [one.identity for one in examined.who], state.is_main_process
+    grid = plan_grid(examined.model, names, options, lengths, store, is_main_process=is_main)
+    texts = as_many_as_needed(load_documents(options.haystack, options))
+    count, haystack = token_counter(examined.tokenizer, chat=chat), public_documents(options.haystack)
+    planned = {
+        "needle": (options.needle_tasks, score_needle),
+        "puzzles": (options.puzzles, score_puzzle),
+        "ruler": (options.ruler_tasks, score_ruler),
+    }
     suites: list[Suite] = []
     for name in options.suites:
-        if name in ("needle", "puzzles", "ruler"):
-            make = _maker(name, options, texts, count=count, chat=chat)
-            tasks = {"needle": options.needle_tasks, "puzzles": options.puzzles, "ruler": options.ruler_tasks}[name]
-            made, missing = make(tqdm(tasks, desc=name, disable=not state.is_main_process), grid.lengths, grid.samples)
+        if name in planned:
+            tasks, scorer = planned[name]
+            make = make_prompts(name, options, texts, count=count, chat=chat)
+            prompts: list[Prompt] = []
+            missing: dict[str, str] = {}
+            for task in tqdm(tasks, desc=name, disable=not is_main):
+                made, without_room = make(task, grid.lengths, grid.samples)
+                prompts += made
+                missing |= without_room
             kind = PuzzleSuite if name == "puzzles" else PromptSuite
-            scorer = {"needle": score_needle, "puzzles": score_puzzle, "ruler": score_ruler}[name]
-            suites.append(kind(name, made, scorer, missing=missing, haystack=haystack, make=make))
+            suites.append(kind(name, prompts, scorer, missing=missing, haystack=haystack, make=make))
         elif name == "longbench":
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
-            documents = read_documents(options.perplexity_documents or options.haystack, options)
-            window = options.perplexity_window or max(grid.lengths)
-            limit = options.perplexity_limit
+            documents = load_documents(options.perplexity_documents or options.haystack, options)
+            window, limit = options.perplexity_window or max(grid.lengths), options.perplexity_limit
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
+            asked: dict[str, Any] = {"max_length": examined.reach, "limit": options.limit, "chat": chat}
             suites.append(
-                HarnessSuite(
-                    options.short_tasks,
-                    examined.model,
-                    examined.tokenizer,
-                    store,
-                    examined.who,
-                    max_length=examined.reach,
-                    limit=options.limit,
-                    chat=chat,
-                )
+                HarnessSuite(options.short_tasks, examined.model, examined.tokenizer, store, examined.who, **asked)
             )
     return suites
 
 
-def _maker(name: str, options: SuiteOptions, texts: Any, **asked: Any) -> Maker:
-    """What makes the prompts of some tasks at some lengths; those of fewer samples are the first of more."""
+def make_prompts(name: str, options: SuiteOptions, texts: Sequence[str], **asked: Any) -> Maker:
+    """Return what makes a suite's prompts of a task at some lengths; those of fewer samples are the first of more."""
+    questions = load_questions(options.ruler_questions) if name == "ruler" and options.ruler_questions else ()
 
-    def make(tasks: Iterable[str], lengths: Sequence[int], samples: int) -> tuple[list[Prompt], dict[str, str]]:
-        prompts: list[Prompt] = []
-        missing: dict[str, str] = {}
-        for task in tasks:
-            grid = {"tasks": [task], "lengths": lengths, "samples": samples, **asked}
-            if name == "needle":
-                room = options.max_new_tokens
-                own = {"haystack": texts, "depths": options.depths, "seed": options.seed, "max_new_tokens": room}
-                prompts += needle_prompts(**grid, **own)
-            elif name == "puzzles":
-                room = min(options.max_new_tokens, 64)
-                own = {"haystack": texts, "diagnose": options.diagnose, "seed": options.seed, "max_new_tokens": room}
-                prompts += puzzle_prompts(**grid, **own)
-            else:
-                questions = load_questions(options.ruler_questions) if options.ruler_questions else ()
-                made, without_room = ruler_prompts(**grid, essays=texts, questions=questions)
-                prompts += made
-                missing |= without_room
-        return prompts, missing
+    def make(task: str, lengths: Sequence[int], samples: int) -> tuple[list[Prompt], dict[str, str]]:
+        grid = {"tasks": [task], "lengths": lengths, "samples": samples, **asked}
+        if name == "ruler":  # it has a seed and room of its own: those of the published data
+            return ruler_prompts(**grid, essays=texts, questions=questions)
+        grid |= {"haystack": texts, "seed": options.seed}
+        if name == "puzzles":
+            room = min(options.max_new_tokens, 64)  # the answers are a few names
+            return puzzle_prompts(**grid, diagnose=options.diagnose, max_new_tokens=room), {}
+        return list(needle_prompts(**grid, depths=options.depths, max_new_tokens=options.max_new_tokens)), {}
 
     return make
 
@@ -269,6 +248,8 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
 
     Every process decides by the same results, and so decides the same.
     """
+    # Numbers of samples that were asked for are kept; and a server's answers may cost money, which time does not
+    # bound.
     if options.samples is not None or examined.model is None:
         return
     state = PartialState()
@@ -308,6 +289,7 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
                 limit=options.limit,
                 chat=chat,
             )
+        # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
             logger.warning("%s is left out: %s", task, error)
@@ -339,11 +321,9 @@ def default_lengths(reach: int) -> list[int]:
     return list(takewhile(lambda length: length <= reach, doubles)) or [reach]
 
 
-def read_documents(source: str | None, options: SuiteOptions) -> Any:
+def load_documents(source: str | None, options: SuiteOptions) -> Iterable[str]:
     """Return texts: built-in ones, those of a file or folder, or a column of a data set."""
-    if source is None:
-        return noise(seed=options.seed)
-    return load_texts(source)
+    return noise(seed=options.seed) if source is None else load_texts(source)
 
 
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:
@@ -367,7 +347,7 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
     local = examined.model is not None
     chosen: dict[str, Any] = {"seed": options.seed, "through": "transformers" if local else "endpoint"}
     chosen["chat template"] = "yes" if uses_chat(examined, options) else "no"
-    if {"needle", "puzzles", "ruler"} & set(options.suites):
+    if GRIDS & set(options.suites):
         chosen["haystack"] = public_documents(options.haystack)
         chosen["lengths"] = sorted({prompt.length for prompt in prompts if prompt.length})
     if "needle" in options.suites:
@@ -389,7 +369,9 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
     if local:
         chosen.update(dtype=str(examined.model.dtype).removeprefix("torch."), range=examined.reach)
         chosen.update(torch=torch.__version__, transformers=transformers.__version__)
-        chosen.update(hardware=hardware(), processes=PartialState().num_processes)
+        cpu = f"CPU, {torch.get_num_threads()} threads"
+        chosen["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+        chosen["processes"] = PartialState().num_processes
     return chosen
 
 
@@ -401,11 +383,6 @@ def uses_chat(examined: Examined, options: SuiteOptions) -> bool:
 def public_documents(source: str | None) -> str:
     """Return what a report calls documents."""
     return "built-in sentences" if source is None else public_name(source)
-
-
-def hardware() -> str:
-    """Return what a process runs on."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def public_name(name: str) -> str:

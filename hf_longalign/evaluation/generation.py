@@ -6,23 +6,35 @@ was read waits for others of its length and is answered with them.
 """
 
 import logging
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.batching import Pools, branch_points, reading_order, shared_lengths
-from hf_longalign.evaluation.encoding import decode_answer, encode_text, eval_mode
-from hf_longalign.evaluation.prefix_cache import PrefixCache, Row, forget_longer_texts, join_rows, reuse_problem
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
+from hf_longalign.evaluation.prefix_cache import (
+    PrefixCache,
+    Row,
+    branch_points,
+    forget_longer_texts,
+    join_rows,
+    reading_order,
+    reuse_problem,
+    shared_lengths,
+)
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
 from hf_longalign.rope import model_range
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Tokens of one forward while reading. After a beginning that is held, attention needs a mask, and under a mask a
 # kernel computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12
@@ -65,11 +77,6 @@ def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> 
 
     Raises:
         ValueError: names length, range and remedy.
-
-    Example:
-
-    >>> from transformers import LlamaConfig
-    >>> check_range(LlamaConfig(max_position_embeddings=4096), 4096)
     """
     if not getattr(config.get_text_config(), "max_position_embeddings", None):
         return
@@ -82,19 +89,81 @@ def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> 
         )
 
 
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
+
+    >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    >>> with eval_mode(model):
+    ...     model[0].training
+    False
+    >>> model[0].training, model[1].training
+    (True, False)
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class Pools(Generic[T]):
+    """Prompts that were read and wait to be answered together with others of about their length.
+
+    Args:
+        batch_tokens: what all that wait may take in tokens, padding included.
+
+    Example:
+
+    >>> pools = Pools(1000)
+    >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100), pools.add("d", 400)
+    ([], [], [], [['a', 'b']])
+    >>> pools.empty()
+    [['d'], ['c']]
+    """
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self._pools: dict[int, list[tuple[T, int]]] = defaultdict(list)
+
+    def add(self, item: T, tokens: int) -> list[list[T]]:
+        """Let an item of so many tokens wait, and return the batches that must be answered first to make room."""
+        name = round(4 * math.log2(tokens))  # lengths of one pool differ by at most a fifth: little of it is padding
+        leaving = []
+        while self._pools:
+            others = sum(_cost(pool) for other, pool in self._pools.items() if other != name)
+            if others + _cost([*self._pools.get(name, []), (None, tokens)]) <= self.batch_tokens:
+                break
+            leaving.append(self._pop())
+        self._pools[name].append((item, tokens))
+        return leaving
+
+    def empty(self) -> list[list[T]]:
+        """Return all batches that wait, the largest first."""
+        return [self._pop() for _ in range(len(self._pools))]
+
+    def _pop(self) -> list[T]:
+        largest = max(self._pools, key=lambda name: _cost(self._pools[name]))
+        return [item for item, _ in self._pools.pop(largest)]
+
+
+def _cost(pool: Sequence[tuple[Any, int]]) -> int:
+    return len(pool) * max(tokens for _, tokens in pool)
+
+
 class LocalGenerator:
     """Answers prompts greedily with a loaded model.
 
-    Sampling settings and penalties in the model's generation config are not used: the answer is the likeliest token
-    each time. Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after
-    another through `generate`, which is logged. On a GPU that runs out of memory the batches are halved; answers that
-    are there already stay.
+    Models whose state cannot be shared or batched exactly (see [`reuse_problem`]) answer one prompt after another
+    through `generate`, which is logged.
 
     Args:
         model: on its device or devices; an adapter that is turned off stays off.
         tokenizer: the model's.
-        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens. Beside them the
-            prompt being read is kept.
+        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens, beside the prompt
+            being read.
         prefix_cache: whether a shared beginning is read once.
 
     Attributes:
@@ -104,8 +173,7 @@ class LocalGenerator:
     Example:
 
     ```python
-    generator = LocalGenerator(model, tokenizer)
-    for prompt, completion in generator.generate(prompts):
+    for prompt, completion in LocalGenerator(model, tokenizer).generate(prompts):
         store.add(prompt.key, completion.text)
     ```
     """
@@ -137,7 +205,15 @@ class LocalGenerator:
             ValueError: a prompt beyond the model's range or without a token, before anything is generated.
             torch.OutOfMemoryError: a single prompt does not fit.
         """
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = []
+        for prompt in prompts:
+            ids = np.array(encode_text(self.tokenizer, prompt.text, chat=prompt.chat, prefix=prompt.prefix), np.int32)
+            if not ids.size or prompt.max_new_tokens < 1:
+                raise ValueError(
+                    f"A prompt must have a token and room for an answer, got {ids.size} tokens and `max_new_tokens` "
+                    f"{prompt.max_new_tokens!r} for {prompt.text[:50]!r}. Leave it out or set its room."
+                )
+            encoded.append(_Encoded(prompt, ids))
         if not encoded:
             return
         check_range(self.model.config, max(one.tokens for one in encoded))
@@ -150,19 +226,11 @@ class LocalGenerator:
                 self.stats.prompt_tokens += one.ids.size
                 self.stats.generated_tokens += len(tokens)
                 self.stats.seconds += time.perf_counter() - start
-                yield one.prompt, self._completion(one.prompt, tokens)
+                ended = tokens[-1] in self._end_ids
+                text = self._decoded(tokens[:-1] if ended else tokens)
+                cut = not ended and not any(stop in text for stop in one.prompt.stop)
+                yield one.prompt, Completion(cut_at(text, one.prompt.stop), len(tokens), cut)
                 start = time.perf_counter()
-
-    def _encode(self, prompt: Prompt) -> _Encoded:
-        ids = np.array(
-            encode_text(self.tokenizer, prompt.text, chat=prompt.chat, prefix=prompt.prefix), dtype=np.int32
-        )
-        if not ids.size or prompt.max_new_tokens < 1:
-            raise ValueError(
-                f"A prompt must have a token and room for an answer, got {ids.size} tokens and `max_new_tokens` "
-                f"{prompt.max_new_tokens!r} for {prompt.text[:50]!r}. Leave it out or set its room."
-            )
-        return _Encoded(prompt, ids)
 
     def _together(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:
         """Answer all, in rounds: one that runs out of memory is followed by one that asks for less."""
@@ -175,16 +243,34 @@ class LocalGenerator:
                     yield left.pop(number), tokens
             except torch.OutOfMemoryError as error:
                 failure = str(error)
-            if failure is not None:  # only now that the exception is gone, so is what its frames held
-                self._ask_for_less(left.values(), failure)
+            if failure is None:
+                continue
+            # Only now that the exception is gone, so is what its frames held.
+            torch.cuda.empty_cache()
+            sizes = [one.tokens for one in left.values()]
+            # First the batches are halved, and once every prompt is alone, the pieces in which it is read.
+            if self.batch_tokens >= 2 * min(sizes):
+                self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
+                logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
+            elif self._chunk > _LEAST_CHUNK:
+                self._chunk //= 2
+                logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
+            else:
+                raise torch.OutOfMemoryError(
+                    f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
+                    f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
+                )
 
     @torch.inference_mode()
     def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
         """Read prompts in the order given and answer them, each as soon as its batch is full."""
+        # Marks are where later prompts go back to; without the cache nothing is shared, and each is read from its
+        # start.
         shared = shared_lengths([one.ids for _, one in numbered]) if self.prefix_cache else [0] * len(numbered)
         memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
         pools: Pools[_Waiting] = Pools(self.batch_tokens)
         for index, (number, one) in enumerate(numbered):
+            # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
             marks = branch_points(shared, index)
             logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
             first = logits.argmax(-1)
@@ -206,10 +292,7 @@ class LocalGenerator:
     def _decode(self, cache: Any, mask: torch.Tensor | None, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
         """Write the answers of a batch; yields the number of each prompt with its tokens as it ends.
 
-        Args:
-            cache: what was read, `(batch, …, tokens, …)`, padded on the left.
-            mask: int64 `(batch, tokens)`, 0 on padding; `None` without padding.
-            batch: the prompts, row by row.
+        `cache` holds `(batch, …, tokens, …)`, padded on the left; `mask` is int64 `(batch, tokens)`, or `None`.
         """
         device = self.model.device
         rows = list(range(len(batch)))  # which prompts the rows of the cache belong to
@@ -228,6 +311,7 @@ class LocalGenerator:
                         yield batch[row].number, answers[row]
             if not open_rows:
                 return
+            # Rows that have ended are computed along until they are half: each removal copies the whole cache.
             if 2 * len(open_rows) <= len(rows):
                 kept = torch.tensor([index for index, row in enumerate(rows) if row in open_rows], device=device)
                 rows = [row for row in rows if row in open_rows]
@@ -235,6 +319,7 @@ class LocalGenerator:
                 mask = None if mask is None else mask[kept]
                 cache.batch_select_indices(kept)
             mask = None if mask is None else torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            # Without positions the model would count the padding on the left as text.
             logits = self.model(
                 input_ids=tokens[:, None],
                 attention_mask=mask,
@@ -248,17 +333,11 @@ class LocalGenerator:
     def _ended(self, prompt: Prompt, tokens: list[int]) -> bool:
         if tokens[-1] in self._end_ids or len(tokens) >= prompt.max_new_tokens:
             return True
-        if not prompt.stop:
-            return False
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        return any(stop in text for stop in prompt.stop)
+        # The whole text each time: a stop text may begin inside a token, and tokens join into other characters.
+        return bool(prompt.stop) and cut_at(text := self._decoded(tokens), prompt.stop) != text
 
-    def _completion(self, prompt: Prompt, tokens: list[int]) -> Completion:
-        ended = tokens[-1] in self._end_ids
-        whole = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
-        cut = not ended and not any(stop in whole for stop in prompt.stop)
-        words = tokens[:-1] if ended else tokens
-        return Completion(decode_answer(self.tokenizer, words, prompt.stop), len(tokens), cut)
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @torch.inference_mode()
     def _one_by_one(self, encoded: list[_Encoded]) -> Iterator[tuple[_Encoded, list[int]]]:
@@ -290,26 +369,11 @@ class LocalGenerator:
                 base.generation_config = own
             yield one, output[0, one.ids.size :].tolist()
 
-    def _ask_for_less(self, left: Any, failure: str) -> None:
-        """Halve the batches, and once every prompt is alone, the pieces in which it is read."""
-        torch.cuda.empty_cache()
-        sizes = [one.tokens for one in left]
-        if self.batch_tokens >= 2 * min(sizes):
-            self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
-            logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
-        elif self._chunk > _LEAST_CHUNK:
-            self._chunk //= 2
-            logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
-        else:
-            raise torch.OutOfMemoryError(
-                f"A prompt must fit into memory alone, got one of up to {max(sizes):,} tokens that does not. Set "
-                f"shorter lengths, `load_in_4bit`, or `device_map` for several GPUs. ({failure})"
-            )
-
 
 def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the tokens that end an answer: those of the model's generation config, and the tokenizer's."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    # Chat models often end a turn with a token that only their generation config names (Llama 3: three of them).
     ids = base.generation_config.eos_token_id if base.generation_config is not None else None
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)

@@ -26,8 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_longalign.evaluation.intervals import Z, mean_interval
 from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
-from hf_longalign.evaluation.runner import Examinee
-from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import Difference, Score, SuiteResult, TaskResult
 
 
@@ -76,11 +75,8 @@ def run_harness(
 ) -> Iterator[HarnessResult]:
     """Check the arguments, then yield the result of each task as soon as it is there.
 
-    An adapter is in force unless the caller has turned it off (`model.disable_adapter()`). lm-eval seeds Python's,
-    NumPy's and torch's global generators anew for each task, so equal arguments give equal questions.
-
     Args:
-        model: loaded, with or without an adapter; it is set to evaluation mode.
+        model: loaded; an adapter is in force unless the caller has turned it off. It is set to evaluation mode.
         tokenizer: the model's.
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
@@ -96,100 +92,83 @@ def run_harness(
     names = list(dict.fromkeys(tasks))
     if chat and not tokenizer.chat_template:
         raise ValueError("`chat=True` needs a tokenizer with a chat template, got one without. Set `chat` to False.")
-    harness = _Harness(model, tokenizer, max_length, limit, batch_size, chat, include_path)
-    harness.check(names)
-    return (result for name in names for result in harness.run(name, harness.manager(name)))
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError('This needs lm-eval. Run: pip install "hf_longalign[harness]"') from error
+    own = include_path and TaskManager(include_path=str(include_path), include_defaults=False)
+    managers = {name: own if own and name in own.all_tasks else _tasks_of_lm_eval() for name in names}
+    for name, manager in managers.items():
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks) or [*SHORT, "…"]
+            raise ValueError(
+                f"`short_tasks` must hold names that lm-eval {lm_eval.__version__} knows, got {name!r}. Set it to one "
+                f"of {', '.join(close)}; `lm-eval ls tasks` lists all."
+            )
+    if not names:
+        raise ValueError(f"`short_tasks` must name a task, got none. Set it to {SHORT[0]!r}, for instance.")
+    with _alone():
+        lm = _counting_lm(model, tokenizer, batch_size, max_length)
 
-
-class _Harness:
-    """lm-eval around one loaded model."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        limit: int | None,
-        batch_size: int,
-        chat: bool,
-        include_path: str | Path | None,
-    ) -> None:
+    def run(name: str) -> list[HarnessResult]:
+        lm.cut = 0
+        asked = {"tasks": [name], "task_manager": managers[name], "limit": limit, "apply_chat_template": chat}
         try:
-            import lm_eval
-        except ImportError as error:
-            raise ImportError('This needs lm-eval. Run: pip install "hf_longalign[harness]"') from error
-        self.lm_eval, self.version = lm_eval, str(lm_eval.__version__)
-        self.tokenizer, self.limit, self.chat = tokenizer, limit, chat
-        self.own = None if include_path is None else _tasks_in(include_path)
-        with _quiet():
-            self.lm = _counting_lm(model, tokenizer, batch_size, max_length)
-
-    def manager(self, name: str) -> Any:
-        return self.own if self.own is not None and name in self.own.all_tasks else _tasks_of_lm_eval()
-
-    def check(self, names: Sequence[str]) -> None:
-        for name in names:
-            known = self.manager(name).all_tasks
-            if name not in known:
-                close = difflib.get_close_matches(name, known) or [*SHORT, "…"]
-                raise ValueError(
-                    f"`short_tasks` must hold names that lm-eval {self.version} knows, got {name!r}. Set it to one of "
-                    f"{', '.join(close)}; `lm-eval ls tasks` lists all."
-                )
-        if not names:
-            raise ValueError(f"`short_tasks` must name a task, got none. Set it to {SHORT[0]!r}, for instance.")
-
-    def run(self, name: str, manager: Any) -> list[HarnessResult]:
-        self.lm.cut = 0
-        try:
-            with _only_process(), _quiet():
-                found = self.lm_eval.simple_evaluate(
-                    self.lm,
-                    tasks=[name],
-                    task_manager=manager,
-                    limit=self.limit,
-                    apply_chat_template=self.chat,
-                    log_samples=False,
-                )
+            with _alone():
+                found = lm_eval.simple_evaluate(lm, **asked, log_samples=False)
         except Exception as error:  # each task's code and data raise their own; the others go on
-            told = _explained(name, error)
+            reason = next((line for line in str(error).splitlines() if line.strip()), "no message")[:300].rstrip(".")
+            told = (
+                f"{name} was not run: {type(error).__name__}: {reason}. If its data could not be fetched, run it once "
+                "where the Hub is reached, with the same HF_HOME, or leave it out."
+            )
             logger.warning("%s", told)
             logger.debug("lm-eval's error in %s", name, exc_info=True)
-            return [HarnessResult(name, version=self.version, error=told)]
-        if self.lm.cut:
-            logger.warning("%s: %d prompts are longer than `max_length` and lost their beginning", name, self.lm.cut)
-        return self._read(name, found)
+            return [HarnessResult(name, version=lm_eval.__version__, error=told)]
+        if lm.cut:
+            logger.warning("%s: %d prompts are longer than `max_length` and lost their beginning", name, lm.cut)
+        return _read(name, found, lm.cut, lm_eval.__version__)
 
-    def _read(self, name: str, found: Mapping[str, Any]) -> list[HarnessResult]:
-        by_task = {task: _metrics(values) for task, values in found["results"].items()}
-        # A group without an average of its own, and a tag, stand for their tasks.
-        tasks = [name] if by_task.get(name) else [task for task, metrics in by_task.items() if metrics]
-        samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
-        shots = found["n-shot"]
-        results = []
-        for task in tasks:
-            metric = next(iter(by_task[task]))
-            stderr = found["results"][task].get(metric.replace(",", "_stderr,"))
-            results.append(
-                HarnessResult(
-                    task=task,
-                    metric=metric,
-                    value=by_task[task][metric],
-                    stderr=float(stderr) if isinstance(stderr, Real) else None,
-                    metrics=by_task[task],
-                    samples=samples.get(task, sum(samples.values())),
-                    n_shot=shots.get(task, next(iter(shots.values()), None)),
-                    cut=self.lm.cut,
-                    version=self.version,
-                )
+    return (result for name in names for result in run(name))
+
+
+def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[HarnessResult]:
+    """What lm-eval's tables of results say of a task, or of all that a tag or a group stands for."""
+    # Metrics are called "name,filter", and their standard errors stand among them as "name_stderr,filter".
+    by_task = {
+        task: {
+            key: float(value)
+            for key, value in values.items()
+            if "," in key and not key.split(",")[0].endswith("_stderr") and isinstance(value, Real)
+        }
+        for task, values in found["results"].items()
+    }
+    # A group without an average of its own, and a tag, stand for their tasks.
+    tasks = [name] if by_task.get(name) else [task for task, metrics in by_task.items() if metrics]
+    samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
+    results = []
+    for task in tasks:
+        metric = next(iter(by_task[task]))
+        stderr = found["results"][task].get(metric.replace(",", "_stderr,"))
+        results.append(
+            HarnessResult(
+                task=task,
+                metric=metric,
+                value=by_task[task][metric],
+                stderr=float(stderr) if isinstance(stderr, Real) else None,
+                metrics=by_task[task],
+                samples=samples.get(task, sum(samples.values())),
+                n_shot=found["n-shot"].get(task, next(iter(found["n-shot"].values()), None)),
+                cut=cut,
+                version=version,
             )
-        return results
+        )
+    return results
 
 
 class HarnessSuite:
     """Short-context tasks of lm-eval, each once per model; those that failed in an earlier run are tried again.
-
-    Every process must make it before any of them works: they agree on what an earlier run has left.
 
     Args:
         tasks: lm-eval's names.
@@ -220,10 +199,9 @@ class HarnessSuite:
         self.options: dict[str, Any] = {"max_length": max_length, "limit": limit, "chat": chat}
         self.tasks = list(dict.fromkeys(tasks))
         run_harness(model, tokenizer, self.tasks, **self.options)  # checks the names
+        # All processes must agree on what is open before one of them adds to it.
         self._keys = {
-            (examinee.label, task): self._first_open(examinee, task, store)
-            for examinee in examinees
-            for task in self.tasks
+            (who.label, task): self._first_open(who, task, store) for who in examinees for task in self.tasks
         }
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
@@ -265,32 +243,32 @@ class HarnessSuite:
 
 
 def _task_result(task: str, by_label: Mapping[str, HarnessResult]) -> TaskResult:
-    done = {label: result for label, result in by_label.items() if result.value is not None}
+    done = {label: found for label, found in by_label.items() if found.value is not None}
     first = next(iter(done.values()), None)
-    cut = sum(result.cut for result in done.values())
+    cut = sum(found.cut for found in done.values())
+    scores = {}
+    for label, found in done.items():
+        value, error = float(found.value or 0), found.stderr
+        if error == 0:  # all questions scored alike, which few questions easily do: no proof that others would
+            scores[label] = Score(value, *mean_interval([value] * found.samples))
+        elif error is None:
+            scores[label] = Score(value)
+        else:
+            scores[label] = Score(value, max(0.0, value - Z * error), min(1.0, value + Z * error))
     return TaskResult(
         task,
         metric=first.metric if first else None,
         samples=first.samples if first else 0,
-        scores={label: _score(result) for label, result in done.items()},
+        scores=scores,
+        # lm-eval keeps no answers here, so the difference has no interval of its own.
         differences=[
-            # lm-eval keeps no answers here, so the difference has no interval of its own.
-            Difference(label, reference, float(done[label].value or 0) - float(done[reference].value or 0))
-            for reference, label in combinations(done, 2)
+            Difference(label, reference, scores[label].value - scores[reference].value)
+            for reference, label in combinations(scores, 2)
         ],
         cut_prompts=cut,
-        error=next((result.error for result in by_label.values() if result.error), None),
+        error=next((found.error for found in by_label.values() if found.error), None),
         note="prompts longer than the model's range lost their beginning" if cut else None,
     )
-
-
-def _score(found: HarnessResult) -> Score:
-    value = float(found.value or 0)
-    if found.stderr is None:
-        return Score(value)
-    if found.stderr == 0:  # all questions scored alike, which few questions easily do: no proof that others would
-        return Score(value, *mean_interval([value] * found.samples))
-    return Score(value, max(0.0, value - Z * found.stderr), min(1.0, value + Z * found.stderr))
 
 
 @cache
@@ -299,12 +277,6 @@ def _tasks_of_lm_eval() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def _tasks_in(folder: str | Path) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def _counting_lm(
@@ -327,6 +299,7 @@ def _counting_lm(
             left_truncate_len: int | None = None,
             truncation: bool = False,
         ) -> Any:
+            # lm-eval would cut here without a word; so it is asked not to, and the same is done after counting.
             token_ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
             if not left_truncate_len:
                 return token_ids, mask
@@ -341,49 +314,21 @@ def _counting_lm(
     return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
-def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a task, "name,filter", without their standard errors."""
-    return {
-        key: float(value)
-        for key, value in values.items()
-        if "," in key and not key.split(",")[0].endswith("_stderr") and isinstance(value, Real)
-    }
-
-
-def _explained(name: str, error: Exception) -> str:
-    first_line = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return (
-        f"{name} was not run: {type(error).__name__}: {first_line[:300].rstrip('.')}. If its data could not be "
-        "fetched, run it once where the Hub is reached, with the same HF_HOME, or leave it out."
-    )
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's remarks on what is meant to be so, such as a loaded model; its `print` goes to stderr."""
+def _alone() -> Iterator[None]:
+    """lm-eval as in the only process, without its remarks on what is meant so; its `print` goes to stderr."""
     levels = {"lm_eval": logging.WARNING, "lm_eval.models.huggingface": logging.ERROR, "lm_eval.api": logging.ERROR}
-    if logger.isEnabledFor(logging.DEBUG):
-        levels = {}
-    before = {name: logging.getLogger(name).level for name in levels}
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    loggers = [] if logger.isEnabledFor(logging.DEBUG) else [logging.getLogger(name) for name in levels]
+    before, rank = [one.level for one in loggers], os.environ.get("LOCAL_RANK")
+    for one in loggers:
+        one.setLevel(levels[one.name])
+    # lm-eval gives results to the process with LOCAL_RANK 0 alone; here each process asks for its own tasks.
+    os.environ["LOCAL_RANK"] = "0"
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _only_process() -> Iterator[None]:
-    """lm-eval gives results to the process with LOCAL_RANK 0 alone; here each process asks for its own tasks."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["LOCAL_RANK"]
-        else:
-            os.environ["LOCAL_RANK"] = before
+        for one, level in zip(loggers, before, strict=True):
+            one.setLevel(level)
+        os.environ.pop("LOCAL_RANK")
+        os.environ.update({} if rank is None else {"LOCAL_RANK": rank})

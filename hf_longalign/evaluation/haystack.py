@@ -1,25 +1,102 @@
-"""The text a needle is hidden in: texts from anywhere, cut into sentences between which needles go."""
+"""The text a needle is hidden in: texts from anywhere, or sentences made here, between which needles go.
+
+RULER's noise repeats five sentences (https://github.com/NVIDIA/RULER, "The grass is green. The sky is blue. …"): a
+text with a period, in which a needle stands out by being no repetition. The sentences that [`noise`] puts together
+about a small town hardly ever repeat, hold no digits, and never speak of numbers or magic.
+"""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+
+from hf_longalign.records.names import is_hub_id
+from hf_longalign.text import UNSPACED, sentence_ends
 
 
-# Characters of scripts that are written without blanks between words, or whose endings stick to the word: Thai, Lao,
-# Myanmar, Khmer, Hangul, Japanese, Chinese.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 PARAGRAPH = "\n\n"
 
 # More would be measured for nothing: about a million tokens of English.
 _MOST_CHARACTERS = 4_000_000
 # A text without full stops still needs places for needles.
 _LONGEST_SENTENCE = 600
-_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?= )|[。！？｡]+[\"”’」』）]*")
-_LAST_WORD = re.compile(r"([^\W\d_]+|\b\d{1,2})\.$")
-_SHORT_FORMS = "al cf ch co dr ed eds etc fig inc jr lt ltd mr mrs ms no nos pp prof sr st vol vs"
-_ABBREVIATIONS = frozenset(_SHORT_FORMS.split())
+# Without the limit of 30 a line of a log or of base64 would be one unit, and no prompt could be cut inside it.
 _UNIT = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]{{1,30}})")
+
+_WHO = """
+the baker|the gardener|the old sailor|a young teacher|the postman|her neighbour|the clockmaker|a quiet student
+|the ferryman|the miller's daughter|a travelling singer|the librarian|his uncle|the carpenter|the shepherd
+|an elderly couple|the doctor|the fisherman's wife|a painter from the coast|the night watchman|the innkeeper
+|their cousin|the cellist|a tired messenger
+""".replace("\n", "").split("|")
+_DID = """
+carried|repaired|painted|sold|borrowed|forgot|described|cleaned|found|hid|admired|measured|photographed
+|exchanged|wrapped|delivered|dropped|sketched|collected|polished|bought|brought back|looked for|gave away
+|asked about
+""".replace("\n", "").split("|")
+_WHAT = """
+a basket of apples|the broken lantern|an empty suitcase|the blue kite|a jar of honey|some woollen blankets
+|a wooden flute|the garden bench|a map of the valley|the copper kettle|two loaves of bread|an old bicycle
+|the silver spoon|a bundle of letters|the kitchen chairs|a sack of flour|the church bell|a pair of boots
+|the torn sail|a bunch of tulips|the grey umbrella|a bowl of cherries|the heavy curtain|a birdcage
+|the mirror from the hall|a bottle of ink|the rowing boat|a box of candles
+""".replace("\n", "").split("|")
+_WHERE = """
+across the bridge|behind the mill|near the harbour|at the market|in the orchard|by the river
+|under the chestnut tree|in front of the bakery|on the village green|beside the railway station|along the canal
+|at the edge of the forest|in the courtyard|on the hill|close to the lighthouse|in the attic
+|at the foot of the stairs|outside the theatre|next to the well|in the narrow lane
+""".replace("\n", "").split("|")
+_WHEN = """
+in the morning|after lunch|before the storm|late in the evening|on a warm day|during the fair
+|when the bells rang|at dawn|towards the end of winter|on the way home|while it snowed|after the concert
+|early in spring|at noon|one Sunday|as the fog lifted|on market day|shortly before dark|the following week
+|in the last days of autumn
+""".replace("\n", "").split("|")
+_STATE = """
+The streets were quiet and the shutters closed.|A light rain fell on the roofs.|Nobody could say why.
+|The wind had turned to the west.|It smelled of wood smoke and fresh bread.
+|The children watched from the window.|Everyone agreed that it had been a good year.
+|The water in the canal stood low.|Somewhere a dog barked.|The afternoon passed slowly.
+|There was little else to do.|The swallows had come back.|No one seemed to mind.
+|Snow still lay on the northern slopes.|The last boat had already left.|Tea was served in the garden.
+|The road was dry and full of dust.|A clock struck in the distance.|The shop stayed open a little longer.
+|The fields were yellow with mustard.
+""".replace("\n", "").split("|")
+_FORMS = (
+    "{when}, {who} {did} {what} {where}.",
+    "{who} {did} {what} {where}.",
+    "{where}, {who} {did} {what}.",
+    "{who} {did} {what} {when}, and {other} {did2} {what2}.",
+    "{when}, {who} met {other} {where}.",
+    "{other} said that {who} {did} {what} {when}.",
+    "{who} waited {where} until {other} {did} {what}.",
+    "Because {who} {did} {what}, {other} stayed {where}.",
+)
+
+
+def noise(*, paragraphs: int = 2500, seed: int = 0) -> list[str]:
+    """Return paragraphs of four to nine sentences, about 100 tokens each; the first ones are the same for any number.
+
+    By default they are about 250,000 tokens, after which a longer haystack begins again.
+    """
+    rng = np.random.default_rng(seed)
+
+    def pick(choices: Sequence[str]) -> str:
+        return choices[int(rng.integers(len(choices)))]
+
+    def sentence() -> str:
+        if rng.random() < 0.15:
+            return pick(_STATE)
+        who, other = (_WHO[index] for index in rng.choice(len(_WHO), 2, replace=False))
+        what, what2 = (_WHAT[index] for index in rng.choice(len(_WHAT), 2, replace=False))
+        # In another order the draws would make another text, and reports of before would not compare.
+        form, did, did2, where, when = (pick(choices) for choices in (_FORMS, _DID, _DID, _WHERE, _WHEN))
+        text = form.format(who=who, other=other, what=what, what2=what2, did=did, did2=did2, where=where, when=when)
+        return text[0].upper() + text[1:]
+
+    return [" ".join(sentence() for _ in range(rng.integers(4, 10))) for _ in range(paragraphs)]
 
 
 def load_texts(source: str) -> Iterable[str]:
@@ -33,17 +110,12 @@ def load_texts(source: str) -> Iterable[str]:
         ValueError: a path to nothing, or no such column.
         ConnectionError: the data set cannot be had.
     """
-    if (
-        Path(source).exists()
-        or Path(source).suffix == ".txt"
-        or source.count("/") > 1
-        or source.startswith((".", "~", "/"))
-    ):
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    if Path(source).exists() or Path(source).suffix == ".txt" or not is_hub_id(name):
         return read_texts(source)
     from datasets import load_dataset
 
-    name, _, split = source.partition("@")
-    name, _, config = name.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # the Hub's, the network's, the format's
@@ -51,80 +123,77 @@ def load_texts(source: str) -> Iterable[str]:
             f"`haystack` must be a text file, a folder or a data set, got {source!r}: there is no such path, and as a "
             f"data set it cannot be had ({type(error).__name__}: {error}). Correct it, or leave it out."
         ) from error
-    return _texts(rows, source)
 
+    def texts() -> Iterator[str]:
+        for row in rows:
+            column = next((name for name in ("text", "context") if name in row), None)
+            if column is None:
+                raise ValueError(
+                    f"`haystack` must be a data set with a column text or context, got {source!r} with "
+                    f"{', '.join(row)}. Save its texts as .txt files."
+                )
+            yield row[column]
 
-def _texts(rows: Iterable[Mapping[str, Any]], source: str) -> Iterator[str]:
-    for row in rows:
-        column = next((name for name in ("text", "context") if name in row), None)
-        if column is None:
-            raise ValueError(
-                f"`haystack` must be a data set with a column text or context, got {source!r} with {', '.join(row)}. "
-                "Save its texts as .txt files."
-            )
-        yield row[column]
+    return texts()
 
 
 def read_texts(path: str | Path) -> list[str]:
-    """Return the text of a file, or of every `.txt` file of a folder, sorted by name.
-
-    Args:
-        path: file or folder; the files are UTF-8.
+    """Return the text of a UTF-8 file, or of every `.txt` file of a folder, sorted by name.
 
     Raises:
-        ValueError: there is no such file, no `.txt` file in the folder, or a file is empty or not UTF-8; the message
-            names the file.
+        ValueError: no such file, no `.txt` file in the folder, or a file that is empty or not UTF-8, by its name.
     """
     path = Path(path)
     files = sorted(file for file in path.glob("*.txt") if file.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"`haystack` must be a folder with .txt files, got none in {str(path)!r}. Put some there.")
-    return [_read(file) for file in files]
+    texts = []
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark before the text
+        except FileNotFoundError:
+            raise ValueError(
+                f"`haystack` must be a text file or a folder, got {str(file)!r}, which is not there. Correct the path."
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"`haystack` must be UTF-8, got a file that is not: {str(file)!r}, byte {error.start}. Convert it."
+            ) from None
+        if not texts[-1].strip():
+            raise ValueError(f"`haystack` must hold text, got an empty file: {str(file)!r}. Fill it or take it away.")
+    return texts
 
 
-def _read(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(
-            f"`haystack` must be a text file or a folder, got {str(file)!r}, which is not there. Correct the path."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"`haystack` must be UTF-8, got a file that is not: {str(file)!r}, byte {error.start}. Convert it."
-        ) from None
-    if not text.strip():
-        raise ValueError(f"`haystack` must hold text, got an empty file: {str(file)!r}. Fill it or take it away.")
-    return text
-
-
-def sentences_of(texts: Iterable[str]) -> list[str]:
-    """Return the sentences of texts, in order, each with the blank or the empty line that stands before it.
-
-    Texts are read until they hold 4 million characters: a data set may be larger than any haystack.
-
-    Args:
-        texts: a column of a data set, files, the built-in [`noise`].
+def as_many_as_needed(texts: Iterable[str]) -> list[str]:
+    """Return the first texts, up to 4 million characters: a data set may be larger than any haystack.
 
     Raises:
-        ValueError: something is no text, or there is no sentence in them.
-
-    Example:
-
-    >>> sentences_of(["Mr. Fox came in. He sat down.\\n\\nIt rained."])
-    ['\\n\\nMr. Fox came in.', ' He sat down.', '\\n\\nIt rained.']
+        ValueError: something is no text.
     """
-    sentences: list[str] = []
+    found: list[str] = []
     characters = 0
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(
                 f"`haystack` must be texts, got {type(text).__name__} at row {index}. Choose another column."
             )
-        sentences += split_sentences(text)
+        found.append(text)
         characters += len(text)
         if characters >= _MOST_CHARACTERS:
             break
+    return found
+
+
+def sentences_of(texts: Iterable[str]) -> list[str]:
+    """Return the sentences of texts, in order, each with the blank or the empty line that stands before it.
+
+    Raises:
+        ValueError: there is no sentence in them, or see [`as_many_as_needed`].
+
+    >>> sentences_of(["Mr. Fox came in. He sat down.\\n\\nIt rained."])
+    ['\\n\\nMr. Fox came in.', ' He sat down.', '\\n\\nIt rained.']
+    """
+    sentences = [sentence for text in as_many_as_needed(texts) for sentence in split_sentences(text)]
     if not sentences:
         raise ValueError("`haystack` must hold at least one sentence, got none. Give it texts.")
     return sentences
@@ -133,57 +202,30 @@ def sentences_of(texts: Iterable[str]) -> list[str]:
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of a text, each with what stands before it: an empty line, a blank or nothing.
 
-    Line breaks and runs of blanks become one blank, empty lines stay. A sentence ends at a full stop, question or
-    exclamation mark that no small letter follows and that does not belong to an abbreviation; beyond 600 characters it
-    is cut at a blank.
-
-    Example:
+    Line breaks and runs of blanks become one blank, empty lines stay; a sentence of more than 600 characters is cut at
+    a blank.
 
     >>> split_sentences("It was 5 p.m. and late.  Who\\ncame? 他来了。然后走了。")
     ['\\n\\nIt was 5 p.m. and late.', ' Who came?', ' 他来了。', '然后走了。']
     """
     sentences = []
     for paragraph in re.split(r"\n\s*\n", text):
-        line = " ".join(paragraph.split())
-        starts = [0, *_sentence_ends(line)]
-        parts = [line[start:end] for start, end in zip(starts, [*starts[1:], len(line)], strict=True)]
-        cut = [piece for part in parts for piece in _pieces(part)]
-        sentences += [PARAGRAPH + cut[0], *cut[1:]] if cut else []
+        line, before, start = " ".join(paragraph.split()), PARAGRAPH, 0
+        for end in [*sentence_ends(line), len(line)]:
+            while start < end:
+                stop = end
+                if end - start > _LONGEST_SENTENCE:
+                    blank = line.rfind(" ", start + 1, start + _LONGEST_SENTENCE)
+                    stop = blank if blank > 0 else start + _LONGEST_SENTENCE
+                sentences.append(before + line[start:stop])
+                before, start = "", stop
     return sentences
 
 
 def split_units(sentence: str) -> list[str]:
     """Return the smallest parts a sentence may be cut into: words, single characters of scripts without blanks.
 
-    Example:
-
     >>> split_units(" Who came? 他来")
     [' Who', ' came?', ' 他', '来']
     """
     return _UNIT.findall(sentence)
-
-
-def _sentence_ends(line: str) -> list[int]:
-    ends = []
-    for match in _END.finditer(line):
-        end = match.end()
-        follower = line[end : end + 2].strip()[:1]
-        if follower and not follower.islower() and not _is_abbreviation(line[max(0, end - 12) : end]):
-            ends.append(end)
-    return ends
-
-
-def _is_abbreviation(before: str) -> bool:
-    """Whether the full stop belongs to a short form, an initial or the number of a list."""
-    match = _LAST_WORD.search(before)
-    return match is not None and (len(match[1]) == 1 or match[1].isdigit() or match[1].lower() in _ABBREVIATIONS)
-
-
-def _pieces(sentence: str) -> list[str]:
-    pieces = []
-    while len(sentence) > _LONGEST_SENTENCE:
-        blank = sentence.rfind(" ", 1, _LONGEST_SENTENCE)
-        end = blank if blank > 0 else _LONGEST_SENTENCE
-        pieces.append(sentence[:end])
-        sentence = sentence[end:]
-    return [*pieces, sentence] if sentence else pieces

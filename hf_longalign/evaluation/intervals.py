@@ -1,19 +1,26 @@
-"""How far a mean score may lie from what endless samples would give: 95 % intervals by sample. Only NumPy.
+"""How far a score may lie from what endless samples would give, and how far a model reaches: by sample, with NumPy.
 
 A sample that is asked at five depths is one sample: its answers rise and fall together. Taken for five, equal models
 are told apart in up to 40 % of all runs. So scores are averaged within a sample (a cluster) first, and what the
-averages vary by makes the interval. Student's quantile over the clusters keeps the 5 % that it promises, also with ten
-of them; a bootstrap over clusters, which was tried beside it, exceeds it with few and is not the same in every run.
+averages vary by makes the interval.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_longalign.records.report import Reach, Score
+
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+# Two rules say how far a model reaches. RULER's (https://arxiv.org/abs/2404.06654) asks for a fixed score, that of
+# Llama-2-7B (chat) at 4,096 tokens, which says nothing of a small model that fails short questions too. The other asks
+# for a share of the model's own short score.
+RULER_THRESHOLD = 0.856
+SHARE = 0.85
+DRAWS = 2000
 
 
 def cluster_means(scores: ArrayLike, clusters: Sequence[Hashable]) -> np.ndarray:
@@ -25,8 +32,6 @@ def cluster_means(scores: ArrayLike, clusters: Sequence[Hashable]) -> np.ndarray
 
     Raises:
         ValueError: no scores, or one that is not from 0 to 1.
-
-    Example:
 
     >>> cluster_means([1, 0, 1, 1], ["a", "a", "b", "b"])
     array([0.5, 1. ])
@@ -40,43 +45,34 @@ def cluster_means(scores: ArrayLike, clusters: Sequence[Hashable]) -> np.ndarray
 
 
 def mean_interval(means: ArrayLike) -> tuple[float, float]:
-    """Return a 95 % interval of the mean over samples: Wilson's, with as many answers as the samples are worth.
+    """Return a 95 % interval of the mean over samples, float `(samples,)`: Wilson's, for what the samples are worth.
 
-    Wilson's interval (1927, https://doi.org/10.1080/01621459.1927.10502953) stays within 0 and 1 and does not collapse
-    where all answers are right. How many right-or-wrong answers would vary as much as the samples do takes the place
-    of their number: fewer where answers of a sample go together, more where scores are shares such as F1.
-
-    Args:
-        means: float `(samples,)`, see [`cluster_means`].
-
-    Example:
+    Source: Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953.
 
     >>> [round(end, 3) for end in mean_interval([1, 1, 1, 1, 1, 1, 1, 1, 1, 0])]
     [0.577, 0.983]
-    >>> [round(end, 3) for end in mean_interval([1.0] * 10)]
-    [0.722, 1.0]
     """
     values = np.asarray(means, dtype=np.float64)
     number, mean = values.size, float(values.mean())
     variance = float(values.var(ddof=1)) / number if number > 1 else 0.0
+    # How many right-or-wrong answers would vary as much takes the place of the number of samples: fewer where answers
+    # of a sample go together, more where scores are shares such as F1. Wilson's, since it stays within 0 and 1 and
+    # keeps a width where all answers are right.
     worth = mean * (1 - mean) / variance if variance else float(number)
     centre = (mean + Z * Z / (2 * worth)) / (1 + Z * Z / worth)
     half = Z * sqrt(mean * (1 - mean) / worth + Z * Z / (4 * worth * worth)) / (1 + Z * Z / worth)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def with_interval(means: np.ndarray) -> Score:
+    """Return the mean over samples, float `(samples,)`, with its 95 % interval."""
+    return Score(float(means.mean()), *mean_interval(means))
+
+
 def paired_difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float, float]:
-    """Return by how much the second model is better on the same samples, and the 95 % interval of that.
+    """Return by how much the second model is better on the same samples, with the lower and upper end of that at 95 %.
 
-    Where the interval leaves out 0, the change is larger than chance. With a single sample nothing is known: the
-    interval is then -1 to 1.
-
-    Args:
-        first: float `(samples,)`, the first model's mean score of each sample.
-        second: float `(samples,)`, the second model's on the same ones.
-
-    Returns:
-        The mean difference, the lower and the upper end.
+    Both are float `(samples,)`, each model's mean score of each sample; of a single one nothing is known: -1 to 1.
 
     Raises:
         ValueError: another number of samples for each model.
@@ -95,6 +91,8 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float
     mean = float(differences.mean())
     if differences.size == 1:
         return mean, -1.0, 1.0
+    # Student's quantile keeps the 5 % that it promises with ten samples too; a bootstrap over samples, which was tried
+    # beside it, exceeds it with few and is not the same in every run.
     half = student_quantile(differences.size - 1) * float(differences.std(ddof=1)) / sqrt(differences.size)
     return mean, max(-1.0, mean - half), min(1.0, mean + half)
 
@@ -105,9 +103,69 @@ def student_quantile(freedom: int) -> float:
     >>> [round(student_quantile(freedom), 2) for freedom in (1, 2, 4, 9, 30, 1000)]
     [12.71, 4.3, 2.77, 2.26, 2.04, 1.96]
     """
-    if freedom == 1:
-        return 12.706204736
-    if freedom == 2:
-        return 4.30265273
+    if freedom <= 2:
+        return (12.706204736, 4.30265273)[freedom - 1]
     terms = ((Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96, (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384)
     return Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+def effective_length(lengths: Sequence[int], scores: ArrayLike, threshold: float) -> int:
+    """Return the longest length up to which all scores are at or above a threshold; 0 where the first is not.
+
+    >>> effective_length([1024, 2048, 4096, 8192], [0.9, 0.88, 0.5, 0.9], 0.85)
+    2048
+    """
+    kept = np.asarray(scores) >= threshold
+    passed = len(kept) if kept.all() else int(kept.argmin())
+    return int(lengths[passed - 1]) if passed else 0
+
+
+def reaches(
+    scores: Mapping[str, Mapping[int, np.ndarray]],
+    *,
+    threshold: float | None = None,
+    share: float = SHARE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> dict[str, Reach]:
+    """Return the effective length of each model, with an interval from a bootstrap over samples.
+
+    Args:
+        scores: by label of the model and length, float `(samples,)`: the score of each sample, 0 to 1.
+        threshold: score to keep; `None`: `share` of the model's own score at the shortest length.
+        share: see `threshold`.
+        draws: of the bootstrap.
+        seed: of the draws.
+
+    Raises:
+        ValueError: models that were not asked the same number of samples at the same lengths.
+
+    >>> reaches({"base": {1024: np.ones(20), 2048: np.zeros(20)}})
+    {'base': Reach(length=1024, low=1024, high=1024)}
+    """
+    shapes = {label: {length: len(values) for length, values in sorted(by.items())} for label, by in scores.items()}
+    first = next(iter(shapes.values()))
+    for label, shape in shapes.items():
+        if shape != first or not shape:
+            raise ValueError(
+                "`scores` must hold the same lengths and samples for all models, got "
+                f"{shape} for {label!r} and {first}. Ask all models the same prompts."
+            )
+    lengths = list(first)
+    rng = np.random.default_rng(seed)
+    # Drawn once for all models: they were asked the same prompts, and so differ by what they answered alone.
+    picks = {length: rng.integers(first[length], size=(draws, first[length])) for length in lengths}
+
+    def reached(means: np.ndarray) -> int:
+        if threshold is not None:
+            return effective_length(lengths, means, threshold)
+        # Who answers nothing on short text keeps all of it at any length, and reaches nowhere.
+        return effective_length(lengths, means, share * float(means[0]) if means[0] > 0 else np.inf)
+
+    found = {}
+    for label, by_length in scores.items():
+        drawn = np.stack([np.asarray(by_length[length])[picks[length]].mean(1) for length in lengths], axis=1)
+        low, high = np.quantile([reached(row) for row in drawn], (0.025, 0.975), method="nearest")
+        own = reached(np.array([np.mean(by_length[length]) for length in lengths]))
+        found[label] = Reach(own, int(low), int(high))
+    return found

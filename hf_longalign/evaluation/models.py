@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_longalign.adapter import load_adapter
 from hf_longalign.evaluation.runner import Examinee, Generator
+from hf_longalign.records.names import is_hub_id
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import apply_rope, rope_record
 from hf_longalign.run_record import load_record
@@ -41,8 +42,6 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """Load a model, or an adapter on its base model with the RoPE it was trained with.
 
-    The base is evaluated with the adapter's RoPE too, its adapter turned off: the two differ in the adapter alone.
-
     Args:
         model: directory or Hub id of the model, of an adapter the base.
         adapter: directory or Hub id of an adapter.
@@ -61,6 +60,7 @@ def load_model(
         return load_adapter(
             adapter, base_model=model, revision=adapter_revision, base_revision=revision, **kwargs
         ).eval()
+    # Trained elsewhere: it goes on, for most such adapters never had their RoPE changed.
     logger.warning("%s has no record of its training: whether it had this RoPE cannot be told.", adapter)
     base = AutoModelForCausalLM.from_pretrained(model, revision=revision, **kwargs)
     return PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
@@ -101,15 +101,12 @@ def check_there(**names: str | None) -> None:
     Raises:
         ValueError: names the option and its value.
 
-    Example:
-
-    >>> check_there(model="org/model", adapter=None)
     >>> check_there(adapter="./gone")
     Traceback (most recent call last):
     ValueError: `adapter` must be a folder or a Hub id, got './gone', which is not there. Correct the path.
     """
     for option, name in names.items():
-        if name is not None and not Path(name).exists() and (name.startswith((".", "~", "/")) or name.count("/") > 1):
+        if name is not None and not Path(name).exists() and not is_hub_id(name):
             raise ValueError(
                 f"`{option}` must be a folder or a Hub id, got {name!r}, which is not there. Correct the path."
             )
@@ -128,11 +125,7 @@ def record_of(adapter: str | None, revision: str | None = None) -> TrainingRecor
 def check_base(config: PeftConfig, model: str, revision: str | None, *, known_by_weights: bool) -> None:
     """Refuse to compare an adapter with a base it was not trained on.
 
-    Args:
-        config: the adapter's.
-        model: the base that was given.
-        revision: its revision.
-        known_by_weights: whether the adapter's record tells its base by the weights, so that the name may differ.
+    `known_by_weights`: whether the adapter's record tells its base by the weights, so that the name may differ.
 
     Raises:
         ValueError: another name or revision.
@@ -158,11 +151,11 @@ def load_tokenizer(
     adapter_revision: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that base and adapter are both asked with.
+    """Load the tokenizer that base and adapter are both asked with; the arguments are those of [`load_model`].
 
     Args:
         model: directory or Hub id of the model.
-        adapter: directory or Hub id of an adapter, which may have a tokenizer of its own.
+        adapter: of an adapter, which may have a tokenizer of its own.
         tokenizer: directory or Hub id of the tokenizer to take for both.
         revision: revision of the model.
         adapter_revision: revision of the adapter.
@@ -180,6 +173,7 @@ def load_tokenizer(
         of_adapter = AutoTokenizer.from_pretrained(adapter, revision=adapter_revision, **kwargs)
     except (OSError, ValueError):  # it was saved without one
         return of_base
+    # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
         ("chat template", of_base.chat_template, of_adapter.chat_template),
         ("vocabulary", of_base.get_vocab(), of_adapter.get_vocab()),
@@ -200,24 +194,41 @@ def examinees(
 ) -> list[Examinee]:
     """Return what is evaluated: the model, or base and adapter, which share the weights in memory.
 
-    Where the adapter was trained with scaled RoPE there are three: scaling alone changes a model, on short texts for
-    the worse, and what it does must not be put down to the training, nor hidden by it.
-
     Args:
         model: as loaded.
         generator: answers for it.
         settings: whatever else shapes the answers, JSON-able.
         plain: the base's config as published; `None`: the model's own.
     """
-    base_identity = _digest({"weights": _weights_of(model), **settings})
+    published: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = published.config
+    folder = Path(config._name_or_path)
+    files = sorted(path for kind in ("*.safetensors", "*.bin", "*.pt") for path in folder.glob(kind))
+    # What tells a base from every other: the commit of the Hub, or the state of its files, and its RoPE and precision.
+    # Hashing the weights themselves would read 140 GB of a 70B model at every start.
+    weights = {
+        "name": config._name_or_path,
+        "commit": getattr(config, "_commit_hash", None),
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "rope": rope_record(config).to_json(),
+        "dtype": str(published.dtype),
+    }
+    base_identity = _digest({"weights": weights, **settings})
     if not isinstance(model, PeftModel):
         return [Examinee(BASE, base_identity, generator, what="the model")]
-    adapter_identity = _digest({"base": base_identity, "adapter": _adapter_digest(model)})
+    # An adapter is small, and often trained again into the same folder: its weights themselves are hashed.
+    state = hashlib.sha256(_json(model.active_peft_config.to_dict()).encode())
+    for name, weight in sorted(get_peft_model_state_dict(model).items()):
+        state.update(name.encode())
+        state.update(weight.detach().float().cpu().numpy().tobytes())
+    adapter_identity = _digest({"base": base_identity, "adapter": state.hexdigest()})
     adapter = Examinee(ADAPTER, adapter_identity, generator, what="the base with the adapter, as trained")
     base = Examinee(BASE, base_identity, generator, model.disable_adapter, what="the base without the adapter")
     if plain is None or rope_record(plain) == rope_record(model.config):
         return [base, adapter]
 
+    # Scaling alone changes a model, on short texts for the worse: what it does must not be put down to the training,
+    # nor hidden by it. So there are three.
     @contextmanager
     def as_published() -> Iterator[None]:
         with model.disable_adapter(), other_rope(model, plain):
@@ -234,14 +245,8 @@ def examinees(
 
 @contextmanager
 def other_rope(model: torch.nn.Module, config: PretrainedConfig) -> Iterator[None]:
-    """Let a model turn its queries and keys by another config's RoPE for a while, and nothing else be changed.
-
-    Rotary embeddings are the only modules that hold frequencies; each is replaced by one built from the config.
-
-    Args:
-        model: with or without an adapter.
-        config: of the same kind of model.
-    """
+    """Let a model turn its queries and keys by another config's RoPE for a while, and nothing else be changed."""
+    # Rotary embeddings are the only modules that hold frequencies, and transformers builds each from the config alone.
     found = {
         name: module
         for name, module in model.named_modules()
@@ -256,30 +261,6 @@ def other_rope(model: torch.nn.Module, config: PretrainedConfig) -> Iterator[Non
     finally:
         for name, module in found.items():
             model.set_submodule(name, module)
-
-
-def _weights_of(model: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """What tells a base model from every other: its commit, or the state of its files; its RoPE and precision."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = base.config
-    folder = Path(config._name_or_path)
-    files = sorted(path for kind in ("*.safetensors", "*.bin", "*.pt") for path in folder.glob(kind))
-    return {
-        "name": config._name_or_path,
-        "commit": getattr(config, "_commit_hash", None),
-        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        "rope": rope_record(config).to_json(),
-        "dtype": str(base.dtype),
-    }
-
-
-def _adapter_digest(model: PeftModel) -> str:
-    """SHA-256 of an adapter's weights and configuration."""
-    digest = hashlib.sha256(_json(model.active_peft_config.to_dict()).encode())
-    for name, weight in sorted(get_peft_model_state_dict(model).items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _digest(value: Any) -> str:

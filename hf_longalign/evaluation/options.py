@@ -1,25 +1,30 @@
 """What an evaluation asks, of whom, and how: the options of `evaluate` and of the command line. Imports no torch."""
 
+# ruff: noqa: RUF009 (what `_option` returns is a field)
+
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from hf_longalign.evaluation.needles import TASKS as NEEDLES
+from hf_longalign.evaluation.ruler_data import TASKS as RULER
+from hf_longalign.puzzles import TASKS as PUZZLES
+from hf_longalign.records.names import is_hub_id
 
 
 SUITES = ("needle", "puzzles", "ruler", "longbench", "short", "perplexity")
 # What only the model itself can give, and no server.
 LOCAL_SUITES = ("short", "perplexity")
-NEEDLE_TASKS = ("single", "multi_key", "multi_value", "multi_query")
-PUZZLES = (
-    *("graph_walk", "graph_parents", "repeated_request", "key_chain", "count", "latest", "association"),
-    "unanswerable",
-)
-RULER = (
-    *("niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
-    *("niah_multivalue", "niah_multiquery", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa_squad", "ruler_qa_hotpot"),
-)
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
+
+
+def _option(default: Any, help: str) -> Any:
+    """A field with the text that the command line shows."""
+    if isinstance(default, list):  # of which every object gets one of its own
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -27,26 +32,20 @@ class ModelOptions:
     """What is evaluated, and how it is loaded or reached."""
 
     model: str = field(metadata={"help": "Directory or Hub id of the model; of an adapter, its base."})
-    adapter: str | None = field(default=None, metadata={"help": "Directory or Hub id of the adapter."})
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model."})
-    adapter_revision: str | None = field(default=None, metadata={"help": "Revision of the adapter."})
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Tokenizer for all; unset: the model's, if the adapter's is the same."}
+    adapter: str | None = _option(None, "Directory or Hub id of the adapter.")
+    model_revision: str | None = _option(None, "Revision of the model.")
+    adapter_revision: str | None = _option(None, "Revision of the adapter.")
+    tokenizer: str | None = _option(None, "Tokenizer for all; unset: the model's, if the adapter's is the same.")
+    dtype: str = _option("auto", "Precision of the weights.")
+    attn_implementation: str | None = _option(None, "Attention, as in transformers.")
+    load_in_4bit: bool = _option(False, "Quantise the base with bitsandbytes.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model.")
+    endpoint: str | None = _option(
+        None, "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."
     )
-    dtype: str = field(default="auto", metadata={"help": "Precision of the weights."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "Attention, as in transformers."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise the base with bitsandbytes."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
-    endpoint: str | None = field(
-        default=None,
-        metadata={"help": "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."},
-    )
-    api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "The environment variable that holds the key; the key itself never."},
-    )
-    max_concurrency: int = field(default=16, metadata={"help": "The most requests at once to the endpoint."})
-    batch_tokens: int = field(default=65536, metadata={"help": "Tokens of a batch, answers included."})
+    api_key_env: str = _option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
+    max_concurrency: int = _option(16, "The most requests at once to the endpoint.")
+    batch_tokens: int = _option(65536, "Tokens of a batch, answers included.")
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later."""
@@ -59,76 +58,47 @@ class ModelOptions:
 class SuiteOptions:
     """What is asked."""
 
-    suites: list[str] = field(
-        default_factory=lambda: ["needle", "puzzles"], metadata={"help": f"Any of {', '.join(SUITES)}."}
+    suites: list[str] = _option(["needle", "puzzles"], f"Any of {', '.join(SUITES)}.")
+    output_dir: str = _option("outputs/report", "Folder of the report and of all answers.")
+    chat: bool | None = _option(None, "Ask through the chat template; unset: if the tokenizer has one.")
+    seed: int = _option(0, "Seed of keys, values, places and puzzles; RULER has its own, 42.")
+    lengths: list[int] = _option([], "Context lengths in tokens; unset: 1,024 and its doubles in the model's range.")
+    depths: list[float] = _option([0.0, 0.25, 0.5, 0.75, 1.0], "Depths of the needle, 0 to 1.")
+    samples: int | None = _option(
+        None, "Samples of each task at each length, a needle's at all depths; unset: what `minutes` allow."
     )
-    output_dir: str = field(default="outputs/report", metadata={"help": "Folder of the report and of all answers."})
-    chat: bool | None = field(
-        default=None, metadata={"help": "Ask through the chat template; unset: if the tokenizer has one."}
+    minutes: float = _option(15.0, "Time for reading, where `samples` is unset.")
+    needle_tasks: list[str] = _option(list(NEEDLES), f"Any of {', '.join(NEEDLES)}.")
+    puzzles: list[str] = _option(list(PUZZLES), f"Any of {', '.join(PUZZLES)}.")
+    diagnose: bool = _option(
+        False, "Ask each puzzle over its evidence alone and closed-book, too, to tell why it failed."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of keys, values, places and puzzles; RULER has its own, 42."})
-    lengths: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Context lengths in tokens; unset: 1,024 and its doubles in the model's range."},
+    ruler_tasks: list[str] = _option(list(RULER), f"Any of {', '.join(RULER)}.")
+    ruler_questions: str | None = _option(
+        None, "Questions for RULER: SQuAD's or HotpotQA's JSON, or JSONL; unset: invented ones."
     )
-    depths: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], metadata={"help": "Depths of the needle, 0 to 1."}
+    max_new_tokens: int = _option(128, "Room for an answer, in tokens.")
+    haystack: str | None = _option(
+        None, "A text file, a folder of them or user/name[:config][@split]; unset: built-in sentences."
     )
-    samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "Samples of each task at each length, a needle's at all depths; unset: what `minutes` allow."
-        },
+    longbench_tasks: list[str] = _option(
+        ["context_synthesis"],
+        "LongBench tasks; `context_synthesis`: that paper's eight; `all`: those of v1; `even`: those of "
+        "LongBench-E; `v2`: the multiple choice of v2.",
     )
-    minutes: float = field(default=15.0, metadata={"help": "Time for reading, where `samples` is unset."})
-    needle_tasks: list[str] = field(
-        default_factory=lambda: list(NEEDLE_TASKS), metadata={"help": f"Any of {', '.join(NEEDLE_TASKS)}."}
+    longbench_source: str | None = _option(
+        None, "Hub id, data.zip, v2's data.json or a folder of `<task>.jsonl`; unset: LongBench's own."
     )
-    puzzles: list[str] = field(
-        default_factory=lambda: list(PUZZLES), metadata={"help": f"Any of {', '.join(PUZZLES)}."}
+    longbench_length: int | None = _option(
+        None, "Tokens that longer LongBench prompts are cut to, as published: 3500, 7500, 31500."
     )
-    diagnose: bool = field(
-        default=False,
-        metadata={"help": "Ask each puzzle over its evidence alone and closed-book, too, to tell why it failed."},
+    short_tasks: list[str] = _option(list(SHORT), "lm-eval tasks of short contexts.")
+    limit: int | None = _option(None, "Questions per task of longbench and short.")
+    perplexity_documents: str | None = _option(
+        None, "Long documents for perplexity, as `haystack`; unset: the haystack's."
     )
-    ruler_tasks: list[str] = field(
-        default_factory=lambda: list(RULER), metadata={"help": f"Any of {', '.join(RULER)}."}
-    )
-    ruler_questions: str | None = field(
-        default=None,
-        metadata={"help": "Questions for RULER: SQuAD's or HotpotQA's JSON, or JSONL; unset: invented ones."},
-    )
-    max_new_tokens: int = field(default=128, metadata={"help": "Room for an answer, in tokens."})
-    haystack: str | None = field(
-        default=None,
-        metadata={"help": "A text file, a folder of them or user/name[:config][@split]; unset: built-in sentences."},
-    )
-    longbench_tasks: list[str] = field(
-        default_factory=lambda: ["context_synthesis"],
-        metadata={
-            "help": "LongBench tasks; `context_synthesis`: that paper's eight; `all`: those of v1; `even`: those of "
-            "LongBench-E; `v2`: the multiple choice of v2."
-        },
-    )
-    longbench_source: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, data.zip, v2's data.json or a folder of `<task>.jsonl`; unset: LongBench's own."},
-    )
-    longbench_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens that longer LongBench prompts are cut to, as published: 3500, 7500, 31500."},
-    )
-    short_tasks: list[str] = field(
-        default_factory=lambda: list(SHORT), metadata={"help": "lm-eval tasks of short contexts."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "Questions per task of longbench and short."})
-    perplexity_documents: str | None = field(
-        default=None, metadata={"help": "Long documents for perplexity, as `haystack`; unset: the haystack's."}
-    )
-    perplexity_window: int | None = field(
-        default=None, metadata={"help": "Tokens of a perplexity window; unset: the largest of `lengths`."}
-    )
-    perplexity_limit: int = field(default=20, metadata={"help": "Documents that perplexity is read of."})
+    perplexity_window: int | None = _option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
+    perplexity_limit: int = _option(20, "Documents that perplexity is read of.")
 
     def check(self, endpoint: str | None = None) -> None:
         """Refuse, before anything is loaded, what would fail later.
@@ -138,25 +108,21 @@ class SuiteOptions:
         """
         for name, allowed in (
             ("suites", SUITES),
-            ("needle_tasks", NEEDLE_TASKS),
+            ("needle_tasks", NEEDLES),
             ("puzzles", PUZZLES),
             ("ruler_tasks", RULER),
         ):
-            _check_words(name, getattr(self, name), allowed)
+            for word in getattr(self, name) or [""]:
+                if word not in allowed:
+                    raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Set some of them.")
         local = [suite for suite in self.suites if suite in LOCAL_SUITES]
         if endpoint is not None and local:
             raise ValueError(
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        for name in (
-            "samples",
-            "max_new_tokens",
-            "limit",
-            "longbench_length",
-            "perplexity_window",
-            "perplexity_limit",
-        ):
+        numbers = ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window", "perplexity_limit")
+        for name in numbers:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Set a larger number, or leave it out.")
@@ -169,28 +135,19 @@ class SuiteOptions:
             raise ValueError(f"`minutes` must be above 0, got {self.minutes}. Set more, or `samples`.")
         if self.ruler_questions is not None and not Path(self.ruler_questions).is_file():
             raise ValueError(f"`ruler_questions` must be a file, got {self.ruler_questions!r}. Correct the path.")
-        source = Path(self.longbench_source or ".")
-        if "longbench" in self.suites and not source.exists() and (source.is_absolute() or len(source.parts) != 2):
+        source = self.longbench_source
+        is_id = source and is_hub_id(source) and "/" in source
+        if "longbench" in self.suites and source and not is_id and not Path(source).exists():
             raise ValueError(
-                f"`longbench_source` must be a Hub id, data.zip or a folder, got {str(source)!r}, which is not there. "
+                f"`longbench_source` must be a Hub id, data.zip or a folder, got {source!r}, which is not there. "
                 "Correct the path."
             )
-        _check_folder(self.output_dir)
-
-
-def _check_words(name: str, words: Sequence[str], allowed: Sequence[str]) -> None:
-    for word in words or [""]:
-        if word not in allowed:
-            raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Set some of them.")
-
-
-def _check_folder(folder: str) -> None:
-    """Refuse a folder that cannot be written to, before models are loaded."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir` must be a folder to write to, got {folder!r} ({error}). Set another."
-        ) from None
+        try:
+            # A folder that is full or read-only is told now: the report is written when hours of answers are there.
+            Path(self.output_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output_dir):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`output_dir` must be a folder to write to, got {self.output_dir!r} ({error}). Set another."
+            ) from None

@@ -3,12 +3,14 @@
 Documents are cut into windows, and each window is read alone, from position 0; one that is shorter than a window is
 read whole. The token at place i of a window is predicted from the i tokens before it, so its loss counts at position
 i. With a stride below the window the same text is scored at several positions, and the curve compares positions, not
-texts. For a comparison of two models, or of an adapter turned on and off, give both the same documents, window and
-stride.
+texts.
 """
 
-from collections.abc import Sequence
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,41 +18,36 @@ import torch
 from numpy.typing import ArrayLike
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.encoding import eval_mode
-from hf_longalign.evaluation.generation import check_range
+from hf_longalign.evaluation.generation import check_range, eval_mode
 from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
+from hf_longalign.evaluation.runner import Examinee, ResultStore
+from hf_longalign.records.report import PerplexityResult
 
 
-# Logits of so many tokens exist at once in the model's precision, of so many in float32.
+logger = logging.getLogger(__name__)
+
+# Enough for a steady curve: 20 documents of 32k tokens are 640k predictions.
+DOCUMENTS = 20
+# Logits of so many tokens exist at once in the model's precision, of so many in float32: with 150,000 words of
+# vocabulary, 256 rows of float32 are 150 MB, and those of a whole window of 32k would be 20 GB.
 _CHUNK, _ROWS = 2048, 256
 
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Losses by position; those of several documents add up.
+    """Losses by position.
 
     Attributes:
         edges: int64 `(bins + 1,)`, ascending; bin i holds positions from `edges[i]` to `edges[i + 1] - 1`.
         sums: float64 `(bins,)` sum of the negative log-likelihoods, in nats.
         counts: int64 `(bins,)` tokens predicted.
-
-    Example:
-
-    >>> one = PositionLoss(np.array([0, 2, 4]), np.array([1.0, 2.0]), np.array([1, 2]))
-    >>> (one + one).nll, (one + one).counts
-    (array([1., 1.]), array([2, 4]))
     """
 
     edges: np.ndarray
     sums: np.ndarray
     counts: np.ndarray
-
-    def __add__(self, other: "PositionLoss") -> "PositionLoss":
-        if not np.array_equal(self.edges, other.edges):
-            raise ValueError(f"`edges` must be the same, got {self.edges.tolist()} and {other.edges.tolist()}.")
-        return PositionLoss(self.edges, self.sums + other.sums, self.counts + other.counts)
 
     @property
     def nll(self) -> np.ndarray:
@@ -82,69 +79,51 @@ def perplexity_by_position(
     stride: int,
     edges: Sequence[int] | None = None,
     bos_token_id: int | None = None,
-    progress: bool = True,
 ) -> PositionLoss:
-    """Return the losses of any number of documents by position, see [`document_loss`], which does one of them.
+    """Return the losses of documents by position, computed in float32.
+
+    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole; the only one of a shorter document ends
+    with it.
 
     Args:
         model: a causal language model; an adapter that is turned off stays off.
-        documents: token ids, int `(tokens,)` each, of any lengths.
-        window: tokens of a window.
-        stride: tokens from one window to the next.
-        edges: see [`document_loss`].
-        bos_token_id: see [`document_loss`].
-        progress: show a bar.
-    """
-    if not len(documents):
-        raise ValueError("`documents` must hold at least one, got none. Give token ids of texts.")
-    bar = tqdm(documents, desc="perplexity", unit="document", disable=not progress)
-    losses = [
-        document_loss(model, ids, window=window, stride=stride, edges=edges, bos_token_id=bos_token_id) for ids in bar
-    ]
-    return sum(losses[1:], start=losses[0])
-
-
-def document_loss(
-    model: PreTrainedModel | PeftModel,
-    ids: ArrayLike,
-    *,
-    window: int,
-    stride: int,
-    edges: Sequence[int] | None = None,
-    bos_token_id: int | None = None,
-) -> PositionLoss:
-    """Return the losses of one document by position.
-
-    Windows begin at token 0, `stride`, 2 `stride` … as long as they are whole; the only one of a shorter document ends
-    with it. The losses are computed in float32; the logits of a whole window never exist at once, except for models
-    that cannot be read in pieces exactly, see [`reuse_problem`].
-
-    Args:
-        model: a causal language model.
-        ids: int `(tokens,)`; without special tokens where `bos_token_id` is given.
+        documents: token ids, int `(tokens,)` each, of any lengths; without special tokens where `bos_token_id` is
+            given.
         window: tokens of a window, the one `bos_token_id` adds included.
         stride: tokens from one window to the next, at most the window.
         edges: ascending, from 0 or 1 to at least the window; `None`: those of [`position_edges`].
         bos_token_id: token that begins every window, for models that were trained so.
 
     Raises:
-        ValueError: a window beyond the model's range, bad edges or stride.
+        ValueError: no documents, a window beyond the model's range, bad edges or stride.
     """
-    array = np.asarray(ids)
     bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
-    _check_request(window, stride, bounds)
+    if not len(documents):
+        raise ValueError("`documents` must hold at least one, got none. Give token ids of texts.")
+    if window < 2:
+        raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
+    if not 1 <= stride <= window:
+        raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
+    ascending = bounds.ndim == 1 and bounds.size > 1 and (np.diff(bounds) > 0).all()
+    if not ascending or bounds[0] not in (0, 1) or bounds[-1] < window:
+        raise ValueError(
+            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {bounds.tolist()}. Leave them "
+            "out for bins that double."
+        )
     check_range(model.config, window)
     text = window - (bos_token_id is not None)
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
+    # Models whose state cannot be kept exactly read a window at once, whose logits then exist all together.
     pieces = _CHUNK if reuse_problem(model) is None else window
     with eval_mode(model):
-        for start in range(0, max(1, array.size - text + 1), stride):
-            content = array[start : start + text]
-            tokens = content if bos_token_id is None else np.append(bos_token_id, content)
-            if tokens.size > 1:  # else there is nothing to predict, or nothing to predict it from
-                bins = np.searchsorted(bounds, np.arange(1, tokens.size), side="right") - 1
-                sums += np.bincount(bins, _losses(model, tokens, pieces), minlength=sums.size)
-                counts += np.bincount(bins, minlength=sums.size)
+        for ids in map(np.asarray, documents):
+            for start in range(0, max(1, ids.size - text + 1), stride):
+                content = ids[start : start + text]
+                tokens = content if bos_token_id is None else np.append(bos_token_id, content)
+                if tokens.size > 1:  # else there is nothing to predict, or nothing to predict it from
+                    bins = np.searchsorted(bounds, np.arange(1, tokens.size), side="right") - 1
+                    sums += np.bincount(bins, _losses(model, tokens, pieces), minlength=sums.size)
+                    counts += np.bincount(bins, minlength=sums.size)
     return PositionLoss(bounds, sums, counts)
 
 
@@ -153,6 +132,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
     """Negative log-likelihood of every token but the first, float64 `(tokens - 1,)`, read in pieces of so many."""
     tokens = torch.as_tensor(ids, dtype=torch.long, device=model.device)
     losses: list[torch.Tensor] = []
+    # In eval mode "dynamic" RoPE would read this window by the angles of a longer one before it.
     forget_longer_texts(model)
     cache = new_cache(model.config, tokens.numel()) if pieces < tokens.numel() else None
     for start in range(0, tokens.numel(), pieces):
@@ -162,19 +142,101 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
             places = torch.arange(start, start + piece.numel(), device=model.device)
             known = {"position_ids": places[None], "past_key_values": cache}
         logits = model(input_ids=piece[None], use_cache=cache is not None, **known).logits[0]
+        # The last token of a piece is judged by the first of the next, which is not read yet.
         targets = tokens[start + 1 : start + 1 + piece.numel()].to(logits.device)
         for some, wanted in zip(logits[: targets.numel()].split(_ROWS), targets.split(_ROWS), strict=True):
             losses.append(torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none").cpu())
     return torch.cat(losses).double().numpy()
 
 
-def _check_request(window: int, stride: int, edges: np.ndarray) -> None:
-    if window < 2:
-        raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
-    if not 1 <= stride <= window:
-        raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
-    if edges.ndim != 1 or edges.size < 2 or edges[0] not in (0, 1) or edges[-1] < window or (np.diff(edges) < 1).any():
-        raise ValueError(
-            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {edges.tolist()}. Leave them "
-            "out for bins that double."
-        )
+class PerplexitySuite:
+    """Documents, read in windows that overlap by half: each once per model, shared among processes.
+
+    Args:
+        model: what all examinees share.
+        tokenizer: the model's.
+        texts: of any lengths; short ones are joined, see [`join_texts`].
+        window: tokens of a window.
+        limit: documents to read, the first ones; `None`: all, which ends for finite texts alone.
+
+    Raises:
+        ValueError: no text, or a window beyond the model's range.
+    """
+
+    name = "perplexity"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[str],
+        *,
+        window: int,
+        limit: int | None = DOCUMENTS,
+    ) -> None:
+        check_range(model.config, window, "perplexity_window")  # before other suites take their hours
+        self.model, self.window, self.edges = model, window, position_edges(window)
+        # Llama, Gemma and others were trained with this token before every text, and read badly without it.
+        first = tokenizer("a")["input_ids"][0]
+        self.bos = tokenizer.bos_token_id if first == tokenizer.bos_token_id else None
+        self.documents = list(islice(join_texts(texts, tokenizer, window), limit))
+        if not self.documents:
+            raise ValueError(
+                "`perplexity_documents` must hold texts, got none with a token to predict. Set it to a file or a data "
+                "set with longer ones."
+            )
+        if len(self.documents) == limit:
+            logger.info("Perplexity is read of the first %d documents. Set `perplexity_limit` for more.", limit)
+
+    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
+        """Have each model read this process's share of the documents."""
+        for examinee in examinees:
+            mine = self.documents[rank::processes]
+            with examinee.active():
+                for ids in tqdm(mine, desc=f"{examinee.label}, perplexity", unit="document", disable=rank != 0):
+                    if self._key(examinee, ids) not in store:
+                        windows: dict[str, Any] = {
+                            "window": self.window,
+                            "stride": max(1, self.window // 2),
+                            "bos_token_id": self.bos,
+                        }
+                        loss = perplexity_by_position(self.model, [ids], **windows)
+                        counts = {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
+                        store.add(self._key(examinee, ids), counts)
+
+    def asked(self) -> list[str]:
+        """Return what tells the documents and how they are read."""
+        return [self._unit(ids) for ids in self.documents]
+
+    def results(self, examinees: Sequence[Examinee], store: ResultStore) -> PerplexityResult:
+        """Return the perplexity per bin by label."""
+        curves = {}
+        for examinee in examinees:
+            keys = [self._key(examinee, ids) for ids in self.documents]
+            store.wait_for(keys)
+            sums, counts = (np.sum([store.get(key)[name] for key in keys], axis=0) for name in ("sums", "counts"))
+            values = PositionLoss(np.array(self.edges), sums, counts).perplexity
+            curves[examinee.label] = [None if np.isnan(value) else float(value) for value in values]
+        return PerplexityResult(list(self.edges), self.window, len(self.documents), curves)
+
+    def _key(self, examinee: Examinee, ids: np.ndarray) -> str:
+        return examinee.key(self._unit(ids))
+
+    def _unit(self, ids: np.ndarray) -> str:
+        return f"perplexity/{self.window}/{self.bos}/{hashlib.sha256(ids.tobytes()).hexdigest()}"
+
+
+def join_texts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int) -> Iterator[np.ndarray]:
+    """Yield documents, int64 `(tokens,)` each: texts joined by blank lines until they are as long as a window.
+
+    The last one may be shorter; it then tells of the positions that it reaches.
+    """
+    ids: list[int] = []
+    for text in texts:
+        # Without `verbose`, tokenizers warn of texts beyond a range in which they are not going to be read.
+        ids += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= window:
+            yield np.array(ids, dtype=np.int64)
+            ids = []
+    if len(ids) > 1:
+        yield np.array(ids, dtype=np.int64)

@@ -1,11 +1,9 @@
-"""Needle prompts of exact length: needles at the right depth of a haystack that just fits, in the model's own tokens.
-
-Only the standard library and NumPy: the tokenizer comes in as a function that counts.
-"""
+"""Needle prompts of exact length: needles at the right depth of a haystack that just fits in the model's tokens."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -46,9 +44,7 @@ def needle_prompts(
     A prompt and its answer fill their length: `count(text) + max_new_tokens` is at most `length`, and less by at most
     1 % or one word. The first needle asked for stands at the end of a sentence, the one nearest to its depth in tokens
     of the haystack; all others at ends drawn uniformly. A prompt depends on the seed and its own task, length, depth
-    and sample, not on the rest of the grid. Samples differ in needles and in where the haystack begins. Over the
-    depths of a sample the text is the same but for the needle's place (and a last word or two), so that a prefix
-    cache helps; for that, their scores are not quite independent.
+    and sample, not on the rest of the grid.
 
     Args:
         haystack: texts, see [`read_texts`], [`noise`]; they begin again where they are too short.
@@ -58,8 +54,8 @@ def needle_prompts(
         tasks: names of `TASKS`, or tasks with other numbers of needles.
         samples: prompts per task, length and depth.
         seed: of keys, values, places of the others and beginnings of the haystack.
-        chat: whether `count` applies the chat template. Without it the text ends with the beginning of the answer,
-            and the answer ends with its line.
+        chat: whether `count` applies the chat template. Without it the text ends with the beginning of the answer, and
+            the answer ends with its line.
         max_new_tokens: room for the answer; RULER's default.
         wording: the words around keys and values; by default RULER's.
         pools: what keys and values are drawn from.
@@ -73,14 +69,29 @@ def needle_prompts(
     >>> prompts = needle_prompts(
     ...     haystack=["The sky is blue. The grass is green."], count=lambda text: len(text.split()), tasks=["single"],
     ...     lengths=[70], depths=[0.5], samples=1, max_new_tokens=10)
-    >>> print(next(prompts).text)
-    ...     # doctest: +ELLIPSIS
-    A special magic number is hidden within the following text. ...
+    >>> next(prompts).text[:44]
+    'A special magic number is hidden within the '
     """
-    chosen = [_task(task) for task in tasks]
-    _check_grid(lengths, depths, chosen, samples, max_new_tokens)
-    stack = Haystack(sentences_of(haystack), count)
-    plan = _Plan(stack, count, seed, chat, max_new_tokens, wording, pools or Pools())
+    unknown = [task for task in tasks if isinstance(task, str) and task not in TASKS]
+    if unknown:
+        raise ValueError(f"`tasks` must be among {list(TASKS)} or a NeedleTask, got {unknown[0]!r}. Set one of them.")
+    chosen = [TASKS[task] if isinstance(task, str) else task for task in tasks]
+    names = [task.name for task in chosen]
+    for name, values in (("tasks", names), ("lengths", lengths), ("depths", depths)):
+        if len(values) == 0 or len(set(values)) < len(values):
+            raise ValueError(f"`{name}` must be at least one, all different, got {list(values)!r}. Correct them.")
+    for name, numbers in (("lengths", lengths), ("samples", [samples]), ("max_new_tokens", [max_new_tokens])):
+        for number in numbers:
+            if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
+                raise ValueError(f"`{name}` must be whole and at least 1, got {number!r}. Set it to 1 or more.")
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"`depths` must be from 0 (beginning) to 1 (end), got {depth!r}. Set them as shares.")
+    sentences = sentences_of(haystack)
+    # One haystack for all samples, tasks and lengths, as in RULER: what stands before the first needle is then read
+    # once for the whole grid, half of all tokens and not a third.
+    start = int(seeded_rng("haystack", seed).integers(len(sentences)))
+    plan = _Plan(Haystack(sentences, count, start), count, seed, chat, max_new_tokens, wording, pools or Pools())
     for task in chosen:  # too small a length is told now, not after an hour of building prompts
         plan.check_room(task, min(lengths), range(samples))
     return (
@@ -93,45 +104,18 @@ def needle_prompts(
 
 
 class Haystack:
-    """Sentences from a start on, again and again, with the tokens of each, measured when first needed.
+    """The `sentences` from number `start` on, again and again, with the tokens and units before each."""
 
-    The tokens of a sentence are counted after a full stop, as it stands in a text. Their sum is an estimate: tokens
-    may join across sentences.
-
-    Args:
-        sentences: see [`sentences_of`].
-        count: tokens of a text.
-    """
-
-    def __init__(self, sentences: Sequence[str], count: Callable[[str], int]) -> None:
-        self.sentences = sentences
-        self._count = count
-        self._stop = count(".")
-        self._sizes: dict[int, tuple[int, int]] = {}
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Return the tokens and the units (see [`split_units`]) of a sentence, at least one of each."""
-        if index not in self._sizes:
-            sentence = self.sentences[index]
-            tokens = self._count("." + sentence) - self._stop
-            self._sizes[index] = max(1, tokens), max(1, len(split_units(sentence)))
-        return self._sizes[index]
-
-
-class Stretch:
-    """The beginning of a haystack, growing as needed; cut after any unit.
-
-    Args:
-        stack: the haystack.
-        start: number of the sentence it begins with.
-    """
-
-    def __init__(self, stack: Haystack, start: int) -> None:
-        self._stack, self._start = stack, start
+    def __init__(self, sentences: Sequence[str], count: Callable[[str], int], start: int) -> None:
+        self._sentences = [*sentences[start:], *sentences[:start]]
+        stop = count(".")
+        # Counted after a full stop, as a sentence stands in a text: many tokenizers count its first blank otherwise.
+        self._size = cache(lambda sentence: (max(1, count("." + sentence) - stop), max(1, len(split_units(sentence)))))
+        # Their sums are an estimate, as tokens may join across sentences: what fits is counted in the end.
         self._tokens, self._units = [0], [0]
 
     def tokens(self, units: int) -> float:
-        """Return the estimated tokens of so many units."""
+        """Return the estimated tokens of so many units, see [`split_units`]."""
         while self._units[-1] < units:
             self._grow()
         index = bisect_left(self._units, units, lo=1)
@@ -150,8 +134,7 @@ class Stretch:
         """Return the sentences of so many units, the last one cut and marked, and the tokens before each end."""
         self.tokens(units)
         whole = bisect_right(self._units, units) - 1
-        parts = [self._sentence(index) for index in range(whole)]
-        ends = self._tokens[: whole + 1]
+        parts, ends = [self._sentence(index) for index in range(whole)], self._tokens[: whole + 1]
         rest = units - self._units[whole]
         if rest:
             parts.append("".join(split_units(self._sentence(whole))[:rest]) + "...")
@@ -159,11 +142,10 @@ class Stretch:
         return parts, ends
 
     def _sentence(self, index: int) -> str:
-        sentences = self._stack.sentences
-        return sentences[(self._start + index) % len(sentences)]
+        return self._sentences[index % len(self._sentences)]
 
     def _grow(self) -> None:
-        tokens, units = self._stack.size((self._start + len(self._tokens) - 1) % len(self._stack.sentences))
+        tokens, units = self._size(self._sentence(len(self._tokens) - 1))
         self._tokens.append(self._tokens[-1] + tokens)
         self._units.append(self._units[-1] + units)
 
@@ -172,7 +154,7 @@ class Stretch:
 class _Sample:
     """What the prompts of all depths have in common."""
 
-    stretch: Stretch
+    hay: Haystack
     needles: Needles
     places: tuple[float, ...]
     wording: Wording
@@ -180,7 +162,7 @@ class _Sample:
 
     def text(self, units: int, depth: float) -> str:
         """The prompt with so many units of haystack."""
-        parts, ends = self.stretch.parts(units)
+        parts, ends = self.hay.parts(units)
         asked = int(np.abs(np.array(ends) - depth * ends[-1]).argmin())
         drawn = [int(place * len(ends)) for place in self.places]
         needles = [*self.needles.asked, *self.needles.others]
@@ -190,19 +172,19 @@ class _Sample:
         for end, needle in order:
             pieces += [*parts[done:end], " " + needle]
             done = end
-        hay = "".join([*pieces, *parts[done:]]).strip()
+        text = "".join([*pieces, *parts[done:]]).strip()
         keys, wording = self.needles.keys, self.wording
         question = wording.question.format(keys=keys)
         if not self.chat:
             question = f"{question} {wording.answer.format(keys=keys)}"
-        return PARAGRAPH.join(part for part in (wording.header, hay, question) if part)
+        return PARAGRAPH.join(part for part in (wording.header, text, question) if part)
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What all prompts of a grid have in common."""
 
-    stack: Haystack
+    hay: Haystack
     count: Callable[[str], int]
     seed: int
     chat: bool
@@ -215,7 +197,7 @@ class _Plan:
         sample = self._sample(task, length, index)
         least = self.check_room(task, length, [index])
         budget, slack = length - self.max_new_tokens, int(_SLACK * length)
-        guess = sample.stretch.units(budget - least + sample.stretch.tokens(1) - slack / 2)
+        guess = self.hay.units(budget - least + self.hay.tokens(1) - slack / 2)
         # All depths start from the units that fit at depth 0, so that long ones share them.
         units = self._fit(sample, 0.0, guess, budget, slack)
         for depth in depths:
@@ -246,18 +228,16 @@ class _Plan:
 
     def _sample(self, task: NeedleTask, length: int, index: int) -> _Sample:
         wording = self.wording or wording_of(task)
+        # By its own task, length and number alone, so that another grid, or more samples, keep the prompts there are.
         rng = seeded_rng("needles", self.seed, task.name, length, index)
         needles = draw_needles(task, wording, self.pools, rng)
         places = tuple(rng.random(len(needles.asked) + len(needles.others) - 1).tolist())
-        # One haystack for all samples, tasks and lengths, as in RULER: what stands before the first needle is then
-        # read once for the whole grid, half of all tokens and not a third.
-        start = int(seeded_rng("haystack", self.seed).integers(len(self.stack.sentences)))
-        return _Sample(Stretch(self.stack, start), needles, places, wording, self.chat)
+        return _Sample(self.hay, needles, places, wording, self.chat)
 
     def _fit(self, sample: _Sample, depth: float, units: int, budget: int, slack: int) -> int:
-        """The units of haystack with which a prompt has at most `budget` tokens, and at least `budget - slack` or as
-        many as whole units allow.
-        """
+        """Units of haystack with which a prompt has at most `budget` tokens, less by `slack` or one unit at most."""
+        # Each count tokenises the whole prompt, so the next guess is the estimate corrected by what is missing: two or
+        # three counts, where bisection alone takes fifteen.
         low, high = 1, None
         units = max(units, low)
         while True:
@@ -267,31 +247,7 @@ class _Plan:
             low, high = (units, high) if gap > 0 else (low, units)
             if high is not None and high - low <= 1:
                 return low
-            step = sample.stretch.units(max(0.0, sample.stretch.tokens(units) + gap - slack / 2))
+            step = self.hay.units(max(0.0, self.hay.tokens(units) + gap - slack / 2))
             if high is not None and not low < step < high:  # the estimate is of no more use
                 step = (low + high) // 2
             units = max(step, low + 1)
-
-
-def _task(task: str | NeedleTask) -> NeedleTask:
-    if isinstance(task, NeedleTask):
-        return task
-    if task not in TASKS:
-        raise ValueError(f"`tasks` must be among {list(TASKS)} or a NeedleTask, got {task!r}. Set one of them.")
-    return TASKS[task]
-
-
-def _check_grid(
-    lengths: Sequence[int], depths: Sequence[float], tasks: Sequence[NeedleTask], samples: int, max_new_tokens: int
-) -> None:
-    names = [task.name for task in tasks]
-    for name, values in (("tasks", names), ("lengths", lengths), ("depths", depths)):
-        if len(values) == 0 or len(set(values)) < len(values):
-            raise ValueError(f"`{name}` must be at least one, all different, got {list(values)!r}. Correct them.")
-    for name, numbers in (("lengths", lengths), ("samples", [samples]), ("max_new_tokens", [max_new_tokens])):
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-                raise ValueError(f"`{name}` must be whole and at least 1, got {number!r}. Set it to 1 or more.")
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"`depths` must be from 0 (beginning) to 1 (end), got {depth!r}. Set them as shares.")

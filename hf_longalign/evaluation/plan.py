@@ -1,23 +1,18 @@
 """How many samples, at which lengths: as many as the time allows, and more where it helps."""
 
-import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.runner import Examinee, spent
-from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.runner import Examinee, ResultStore, spent
 from hf_longalign.records.report import SuiteResult
 
 
@@ -34,7 +29,6 @@ ANSWER_STEPS = 8
 NEEDLE_SHARE = 0.7
 # The suites whose samples are planned; the others hold what they hold.
 GRIDS = {"needle", "puzzles", "ruler"}
-FOLDER_WAIT = 0.2
 # Half the width of a 95 % interval below which more samples are not worth their time.
 WIDTH = 0.03
 
@@ -49,59 +43,59 @@ class Grid:
 
 
 def plan_grid(
-    model: Any, names: Sequence[str], options: SuiteOptions, lengths: Sequence[int], state: PartialState
+    model: Any,
+    names: Sequence[str],
+    options: SuiteOptions,
+    lengths: Sequence[int],
+    store: ResultStore,
+    *,
+    is_main_process: bool = True,
 ) -> Grid:
     """Return the grid of an evaluation, and say what it will take.
 
     Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
-    longest lengths are left out, which is said. The main process measures and decides; what it decides is kept in the
-    folder, so that other processes, and the same command after a kill, ask the same.
+    longest lengths are left out, which is said.
 
     Args:
         model: that reads; `None` where a server does, whose speed is not known: 10 samples are asked.
         names: who answers, by what tells one from another.
         options: what is asked.
         lengths: that were asked for, or that the model's range has room for.
-        state: of the processes.
+        store: keeps what was decided, so that other processes, and the same command after a kill, ask the same.
+        is_main_process: whether this process is the one that measures and decides.
     """
     if options.samples is not None or model is None or not GRIDS & set(options.suites):
         return Grid(list(lengths), options.samples or 10, 0.0)
+    # A moved folder is the same evaluation; any other option makes another plan.
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
-    digest = hashlib.sha256(json.dumps([asked, list(lengths), list(names)], sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(options.output_dir) / "answers" / f"plan-{digest}.json"
-    if state.is_main_process and not path.is_file():
-        grid = fit(seconds_per_token(model), len(names), options, lengths)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(grid)), encoding="utf-8")
-        os.replace(part, path)
-    while not path.is_file():
-        time.sleep(FOLDER_WAIT)
-    grid = Grid(**json.loads(path.read_text(encoding="utf-8")))
-    if state.is_main_process:
+    key = f"plan/{json.dumps([asked, list(lengths), list(names)], sort_keys=True)}"
+    if is_main_process and key not in store:
+        store.add(key, asdict(fit(seconds_per_token(model), len(names), options, lengths)))
+    store.wait_for([key])
+    grid = Grid(**store.get(key))
+    if is_main_process:
+        shown = ", ".join(f"{length:,}" for length in grid.lengths)
         logger.info(
-            "%d samples of each task at %s tokens: about %.0f min of one process.",
-            grid.samples,
-            ", ".join(f"{length:,}" for length in grid.lengths),
-            grid.minutes,
+            "%d samples of each task at %s tokens: about %.0f min of one process.", grid.samples, shown, grid.minutes
         )
-        if len(grid.lengths) < len(lengths):
+        gone = ", ".join(f"{length:,}" for length in lengths if length not in grid.lengths)
+        if gone:
             logger.warning(
                 "%s tokens are left out: they would take longer than `minutes` %g. Set `lengths` or more minutes.",
-                ", ".join(f"{length:,}" for length in lengths if length not in grid.lengths),
+                gone,
                 options.minutes,
             )
     return grid
 
 
 def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
-    """Return the largest grid within the minutes of the options.
+    """Return the largest grid within the minutes of the options; the longest lengths are left out first.
 
     Args:
         cost: seconds per token, per pair of tokens, and per token of an answer, see [`seconds_per_token`].
         models: how many answer.
         options: what is asked.
-        lengths: ascending or not; the longest are left out first.
+        lengths: in tokens.
 
     Example: half a millisecond a token, and two tasks of puzzles.
 
@@ -111,10 +105,9 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
     """
     kept = sorted(lengths)
     needles = len(options.needle_tasks) * len(options.depths) if "needle" in options.suites else 0
-    others = (len(options.puzzles) if "puzzles" in options.suites else 0) + (
-        len(options.ruler_tasks) if "ruler" in options.suites else 0
-    )
-    texts, asked = NEEDLE_SHARE * needles + others, needles + others
+    others = [("puzzles", options.puzzles), ("ruler", options.ruler_tasks)]
+    whole = sum(len(tasks) for suite, tasks in others if suite in options.suites)
+    texts, asked = NEEDLE_SHARE * needles + whole, needles + whole
     while True:
         reading = sum(cost[0] * length + cost[1] * length**2 for length in kept)
         each = models * (texts * reading + asked * len(kept) * ANSWER_STEPS * cost[2]) / 60
@@ -135,6 +128,7 @@ def seconds_per_token(model: Any) -> tuple[float, float, float]:
         if ids.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    # A token costs a fixed part and one that grows with the tokens before it: two lengths tell both.
     _, at_short, at_long, written = times
     short, long = PROBES
     pair = max(0.0, (at_long / long - at_short / short) / (long - short))
@@ -156,9 +150,6 @@ def cells_to_refine(
 ) -> list[Cell]:
     """Return where more samples are worth their time: the shortest lengths first, as many as there is time for.
 
-    A 95 % interval narrows with the root of the samples, so how many bring it within ± 3 points is known. At most four
-    times as many are asked at once, since the width itself is known badly from few.
-
     Args:
         result: of a suite, so far.
         prompts: of that suite.
@@ -166,12 +157,13 @@ def cells_to_refine(
         seconds: that are left.
     """
     cells = []
-    for task, grid in [(task, task.grid) for task in result.tasks if task.grid is not None]:
-        for column, length in enumerate(grid.lengths):
+    for task in result.tasks:
+        for length, scores in task.scores_by_length.items():
             own = [prompt for prompt in prompts if prompt.task == task.task and prompt.length == length]
             present = len({prompt.index for prompt in own})
-            scores = [row[column] for row in grid.by_length.values()]
-            half = max((score.high or 1.0) - (score.low or 0.0) for score in scores) / 2
+            half = max((score.high or 1.0) - (score.low or 0.0) for score in scores.values()) / 2
+            # An interval narrows with the root of the samples. At most four times as many are asked at once, since
+            # the width itself is known badly from few.
             wanted = min(ceil(present * (half / WIDTH) ** 2), 4 * present)
             if half > WIDTH and wanted > present:
                 each = costs[length] * len(own) / present

@@ -5,6 +5,7 @@ batches, padded on the left. Both are what `generate` computes for a prompt alon
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,19 +25,54 @@ _KINDS = frozenset({"full_attention", "sliding_attention"})
 _ADAPTERS = frozenset({"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "VERA", "LN_TUNING"})
 _ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep"})
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, ...]  # keys and values
 State = list[Pair]
 
 
-class RoomLayer(DynamicLayer):
-    """Keys and values of a layer of full attention in a buffer with room to grow.
+def reading_order(prompts: Sequence[np.ndarray]) -> list[int]:
+    """Return the order in which each prompt, int `(tokens,)`, follows the one it shares its longest beginning with.
 
-    A `DynamicLayer` copies all of them for every new token; this one writes the new token alone, and going back to an
-    earlier length costs nothing.
-
-    Args:
-        room: tokens there is room for.
+    >>> reading_order([np.array([7, 8, 9]), np.array([1, 2]), np.array([7, 8, 300]), np.array([7, 8])])
+    [1, 3, 0, 2]
     """
+    # Sorted as words are, what shares a beginning stands together, and every shared token is read once.
+    words = [ids.astype(">u4").tobytes() for ids in prompts]  # big-endian bytes sort as the numbers do
+    return sorted(range(len(words)), key=words.__getitem__)
+
+
+def shared_lengths(ordered: Sequence[np.ndarray]) -> list[int]:
+    """Return how many tokens each prompt shares with the one before it, at most all but its last token.
+
+    >>> shared_lengths([np.array([1, 2]), np.array([7, 8]), np.array([7, 8, 9]), np.array([7, 8, 9])])
+    [0, 0, 2, 2]
+    """
+    # The last token is always read anew: its logits give the first token of the answer.
+    lengths = [0] if len(ordered) else []
+    for before, ids in pairwise(ordered):
+        most = min(before.size, ids.size - 1)
+        parts = np.flatnonzero(before[:most] != ids[:most])
+        lengths.append(int(parts[0]) if parts.size else most)
+    return lengths
+
+
+def branch_points(shared: Sequence[int], index: int) -> set[int]:
+    """Return the lengths at which prompts after `index` leave what it has in common with them.
+
+    >>> sorted(branch_points([0, 6, 8, 3, 5, 0, 9], 0))
+    [3, 6]
+    """
+    points: set[int] = set()
+    least = math.inf
+    for length in shared[index + 1 :]:
+        least = min(least, length)
+        if not least:
+            break
+        points.add(int(least))
+    return points
+
+
+class RoomLayer(DynamicLayer):
+    """Keys and values of a layer of full attention in a buffer with room for `room` tokens."""
 
     def __init__(self, room: int) -> None:
         super().__init__()
@@ -44,7 +80,8 @@ class RoomLayer(DynamicLayer):
         self.length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the buffers, zero because a masked value still counts as 0 times itself."""
+        """Make the buffers."""
+        # Zeros for the reason given in `join_rows`.
         self.dtype, self.device = key_states.dtype, key_states.device
         self.buffers = tuple(
             states.new_zeros(*states.shape[:2], self.room, states.shape[-1]) for states in (key_states, value_states)
@@ -57,6 +94,8 @@ class RoomLayer(DynamicLayer):
         """Write new tokens `(batch, heads, tokens, width)` and return all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # `DynamicLayer` copies all of them for every new token; here the new one alone is written, and going back to
+        # an earlier length costs nothing.
         end = self.length + key_states.shape[-2]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = states
@@ -88,9 +127,6 @@ class Row(NamedTuple):
 class PrefixCache:
     """What was read last, of which the next prompt keeps the beginning they share.
 
-    Layers with a sliding window forget what has left the window, so their state is put aside at the lengths to which
-    later prompts go back.
-
     Args:
         config: the model's.
         room: tokens of the longest prompt with its answer.
@@ -98,6 +134,7 @@ class PrefixCache:
 
     def __init__(self, config: PretrainedConfig, room: int) -> None:
         self.cache = new_cache(config, room)
+        # These layers forget what has left the window, so their state is put aside at the lengths to go back to.
         self._windows = {
             index: layer.sliding_window
             for index, layer in enumerate(self.cache.layers)
@@ -118,9 +155,19 @@ class PrefixCache:
             marks: the lengths to which later prompts go back.
             chunk: the most tokens of one forward.
         """
-        self._go_back(keep)
+        self._marks = {mark: state for mark, state in self._marks.items() if mark <= keep}
+        for layer in self.cache.layers:
+            if isinstance(layer, RoomLayer) and layer.is_initialized:
+                layer.show(keep)
+        for number, (index, window) in enumerate(self._windows.items()):
+            self.cache.layers[index] = DynamicSlidingWindowLayer(window)  # it cannot be made shorter, only filled anew
+            if keep:
+                _fill(self.cache.layers[index], self._marks[keep][number], keep)
         marks = set(marks) if self._windows else set()
-        for start, end in _pieces(keep, ids.size, marks, chunk):
+        # Pieces end at every mark: the state there must be seen before the next token pushes a part of it out.
+        cuts = sorted({keep, ids.size, *(mark for mark in marks if keep < mark < ids.size)})
+        pieces = [(at, min(at + chunk, stop)) for cut, stop in pairwise(cuts) for at in range(cut, stop, chunk)]
+        for start, end in pieces:
             positions = torch.arange(start, end, device=model.device)[None]
             logits = model(
                 input_ids=torch.as_tensor(ids[start:end], dtype=torch.long, device=model.device)[None],
@@ -138,41 +185,17 @@ class PrefixCache:
         """Return a copy of what is held, to be answered later."""
         return Row([_copy(layer) for layer in self.cache.layers], self._length)
 
-    def _go_back(self, length: int) -> None:
-        self._marks = {mark: state for mark, state in self._marks.items() if mark <= length}
-        for layer in self.cache.layers:
-            if isinstance(layer, RoomLayer) and layer.is_initialized:
-                layer.show(length)
-        for number, (index, window) in enumerate(self._windows.items()):
-            self.cache.layers[index] = DynamicSlidingWindowLayer(window)
-            if length:
-                _fill(self.cache.layers[index], self._marks[length][number], length)
-
-
-def _pieces(start: int, end: int, marks: Iterable[int], chunk: int) -> list[tuple[int, int]]:
-    """Cut what is to be read into pieces of at most `chunk` tokens that end at every mark.
-
-    >>> _pieces(2, 12, {2, 5}, 4)
-    [(2, 5), (5, 9), (9, 12)]
-    """
-    cuts = sorted({start, end, *(mark for mark in marks if start < mark < end)})
-    return [(first, min(first + chunk, stop)) for cut, stop in pairwise(cuts) for first in range(cut, stop, chunk)]
-
 
 def new_cache(config: PretrainedConfig, room: int) -> DynamicCache:
     """Make an empty cache for a model: layers of full attention with room, those with a sliding window as they are."""
+    # Of the config, so that layers with a sliding window come as such; only those of full attention are replaced.
     cache = DynamicCache(config=config)
     cache.layers = [RoomLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def join_rows(config: PretrainedConfig, rows: Sequence[Row], room: int) -> tuple[DynamicCache, torch.Tensor | None]:
-    """Join prompts that were read into one batch, padded on the left; the rows' states are used up.
-
-    Args:
-        config: the model's.
-        rows: what was read.
-        room: tokens there is to be room for, padding included.
+    """Join prompts that were read into one batch, padded on the left to `room` tokens; the rows' states are used up.
 
     Returns:
         The cache, and the mask, int64 `(rows, tokens)` with 0 on padding, `None` where nothing is padded.
@@ -183,20 +206,16 @@ def join_rows(config: PretrainedConfig, rows: Sequence[Row], room: int) -> tuple
     for layer in cache.layers:
         states = [row.state.pop(0) for row in rows]  # so that memory holds one layer twice, not all of them
         held = min(most, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else most
-        keys, values = (_stack([state[side] for state in states], held) for side in (0, 1))
-        _fill(layer, (keys, values), most)
+        # Zeros, and nothing uninitialised: a masked value still counts as 0 times itself, and 0 * nan is nan.
+        pair = tuple(first.new_zeros(len(states), first.shape[1], held, first.shape[-1]) for first in states[0])
+        for row, state in enumerate(states):
+            for joined, own in zip(pair, state, strict=True):
+                joined[row, :, held - own.shape[-2] :] = own[0]
+        _fill(layer, pair, most)
     if min(lengths) == most:
         return cache, None
     columns = torch.arange(most)
     return cache, torch.stack([columns >= most - length for length in lengths]).long()
-
-
-def _stack(states: list[torch.Tensor], length: int) -> torch.Tensor:
-    """Stack `(1, heads, tokens, width)` as rows of `length` tokens, with zeros on the left."""
-    stacked = states[0].new_zeros(len(states), states[0].shape[1], length, states[0].shape[-1])
-    for row, state in zip(stacked, states, strict=True):
-        row[:, length - state.shape[-2] :] = state[0]
-    return stacked
 
 
 def _copy(layer: Any) -> Pair:
@@ -206,12 +225,14 @@ def _copy(layer: Any) -> Pair:
 def _fill(layer: Any, pair: Pair, length: int) -> None:
     """Give an empty layer what a layer that has seen so many tokens holds."""
     layer.update(*pair)
+    # It was given what is left of many tokens, and would take the next one for the second.
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length
 
 
 def forget_longer_texts(model: PreTrainedModel | PeftModel) -> None:
-    """Make "dynamic" RoPE, which keeps the angles of the longest text so far, forget them, by reading a short one."""
+    """Make "dynamic" RoPE forget the longest text so far."""
+    # It keeps the angles of the longest text so far; a short one sets them back.
     if any(rope.get("rope_type") == "dynamic" for rope in _ropes(model.config)):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
@@ -219,37 +240,26 @@ def forget_longer_texts(model: PreTrainedModel | PeftModel) -> None:
 def reuse_problem(model: PreTrainedModel | PeftModel) -> str | None:
     """Say why what a model has read cannot be kept for another prompt or joined into a batch; `None` where it can.
 
-    Only what is known to be exact: rotary positions whose angles do not depend on the length of the text, attention
-    over everything or over a window, transformers' own model code, adapters that look at one token at a time.
-
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> tiny = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     >>> dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    >>> ordinary = LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1))
-    >>> reuse_problem(ordinary) is None
-    True
     >>> reuse_problem(LlamaForCausalLM(LlamaConfig(**tiny, num_attention_heads=1, rope_parameters=dynamic)))
     'the angles of its RoPE ("dynamic") depend on the length of the text'
     """
+    # Only what is known to be exact: adapters that look at one token at a time, transformers' own model code,
+    # attention over everything or over a window, rotary positions whose angles do not depend on the text's length.
+    if isinstance(model, PeftModel):
+        for name in model.active_adapters:
+            adapter = model.peft_config[name]
+            if adapter.peft_type not in _ADAPTERS or getattr(adapter, "alora_invocation_tokens", None):
+                return f"its adapter ({adapter.peft_type}) is not known to look at one token at a time"
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return _adapter_problem(model) or _class_problem(base) or _config_problem(base.config)
-
-
-def _adapter_problem(model: PreTrainedModel | PeftModel) -> str | None:
-    if not isinstance(model, PeftModel):
-        return None
-    for name in model.active_adapters:
-        config = model.peft_config[name]
-        if config.peft_type not in _ADAPTERS or getattr(config, "alora_invocation_tokens", None):
-            return f"its adapter ({config.peft_type}) is not known to look at one token at a time"
-    return None
-
-
-def _class_problem(base: torch.nn.Module) -> str | None:
     if not type(base).__module__.startswith("transformers."):
         return f"{type(base).__name__} is not transformers' own code"
     missing = sorted(_ARGUMENTS - set(inspect.signature(base.forward).parameters))
-    return f"{type(base).__name__} takes no {', '.join(missing)}" if missing else None
+    if missing:
+        return f"{type(base).__name__} takes no {', '.join(missing)}"
+    return _config_problem(base.config)
 
 
 def _config_problem(config: PretrainedConfig) -> str | None:

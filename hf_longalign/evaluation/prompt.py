@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ class Completion:
 
 @dataclass
 class GenerationStats:
-    """Counts and seconds, added up over all calls of a generator.
+    """Counts and seconds, added up over all calls of a generator; of several processes the sum.
 
     Attributes:
         prompt_tokens: tokens of the prompts answered.
         cached_tokens: those of them that were not computed, because an earlier prompt had them too.
         generated_tokens: tokens of the answers.
-        seconds: time spent reading and answering; of several processes the sum.
+        seconds: time spent reading and answering.
     """
 
     prompt_tokens: int = 0
@@ -93,12 +94,44 @@ class GenerationStats:
 
 
 def fingerprint(keys: Iterable[str]) -> str:
-    """Return the SHA-256 of all that was asked, 64 hexadecimal digits: runs are comparable where it is the same.
+    """Return the SHA-256 of the keys of all that was asked: runs are comparable where it is the same."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+
+
+def encode_text(tokenizer: Any, text: str, *, chat: bool, prefix: str = "") -> list[int]:
+    """Return the token ids a model is given: `(tokens,)`, with the special tokens of template or tokenizer.
 
     Args:
-        keys: one per question, such as [`Prompt.key`].
+        tokenizer: the model's, of transformers.
+        text: what the user says.
+        chat: wrap it into the chat template as one user message, with the generation prompt after it.
+        prefix: how the answer begins.
 
-    >>> fingerprint([]) == fingerprint(()), len(fingerprint([]))
-    (True, 64)
+    Raises:
+        ValueError: `chat` without a chat template.
     """
-    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+    if not chat:
+        return tokenizer(text + prefix)["input_ids"]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"`chat=True` needs a tokenizer with a chat template, got {tokenizer.name_or_path!r} without one. "
+            "Set `chat` to False (`--chat false`), or take an instruction-tuned model."
+        )
+    messages = [{"role": "user", "content": text}]
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    # The beginning of an answer has tokens of its own, as RULER gives it: it does not join those of the template.
+    return encoded["input_ids"] + (tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else [])
+
+
+def token_counter(tokenizer: Any, *, chat: bool) -> Callable[[str], int]:
+    """Return a function from a text to the tokens a model is given for it, template included."""
+    return lambda text: len(encode_text(tokenizer, text, chat=chat))
+
+
+def cut_at(text: str, stop: Sequence[str]) -> str:
+    """Return a text up to the first of the stop texts.
+
+    >>> cut_at("42. And", (".", "!"))
+    '42'
+    """
+    return text[: min((index for index in map(text.find, stop) if index >= 0), default=len(text))]

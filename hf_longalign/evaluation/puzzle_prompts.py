@@ -9,15 +9,12 @@ from hf_longalign.evaluation.haystack import sentences_of
 from hf_longalign.evaluation.needles import seeded_rng
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.results import suite_result
-from hf_longalign.evaluation.runner import Examinee, answers
-from hf_longalign.evaluation.store import ResultStore
-from hf_longalign.evaluation.suites import PromptSuite
+from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore, answers
 from hf_longalign.puzzles import draw_puzzle, set_f1
 from hf_longalign.puzzles.puzzle import lengthen
 from hf_longalign.records.report import Diagnosis, SuiteResult
 
 
-SUITE = "puzzles"
 # The ways in which a puzzle can be asked; all but the first do not depend on the length.
 FULL, EVIDENCE, CLOSED_BOOK = "", ", evidence alone", ", closed book"
 
@@ -62,7 +59,7 @@ def puzzle_prompts(
                     texts |= {EVIDENCE: puzzle.open_evidence(), CLOSED_BOOK: puzzle.closed_book()}
                 prompts += [
                     Prompt(
-                        SUITE,
+                        "puzzles",
                         task + way,
                         index,
                         text,
@@ -94,6 +91,7 @@ class PuzzleSuite(PromptSuite):
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> SuiteResult:
         """Return the scores over the long texts, and the diagnosis of each task."""
         found = {examinee.label: answers(examinee, self.prompts, store) for examinee in examinees}
+        # The shorter ways to ask are no results of their own: they have no length, and would be rows of every table.
         full = [number for number, prompt in enumerate(self.prompts) if prompt.length is not None]
         over_texts = {label: [texts[number] for number in full] for label, texts in found.items()}
         prompts = [self.prompts[number] for number in full]
@@ -117,6 +115,8 @@ def diagnoses(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> M
     >>> diagnoses(prompts, [Completion(text, 1) for text in texts])["latest"]
     Diagnosis(right=0.0, cannot_find=0.5, cannot_use=0.5, closed_book=0.0)
     """
+    # At the longest length, where most answers are wrong. Right means every name and no other: the reasons must add
+    # up.
     longest = max((prompt.length for prompt in prompts if prompt.length is not None), default=None)
     right: dict[str, dict[int, bool]] = {}
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -10,18 +10,27 @@ that the caller brings.
 
 import math
 import random
+import re
 import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from hf_longalign.evaluation.haystack import sentences_of
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.ruler_data import Question, invented_questions, word_list, word_pairs
-from hf_longalign.evaluation.ruler_tasks import TASKS, TEMPLATES, RulerTask
+from hf_longalign.evaluation.ruler_data import (
+    TASKS,
+    TEMPLATES,
+    Question,
+    RulerTask,
+    invented_questions,
+    word_list,
+    word_pairs,
+)
 
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -48,6 +57,14 @@ class RulerSample:
     prefix: str
     answers: tuple[str, ...]
 
+    @property
+    def whole(self) -> str:
+        """What a model reads before it answers."""
+        return self.text + self.prefix
+
+
+Make = Callable[[int], RulerSample]
+
 
 @dataclass
 class RulerBuilder:
@@ -57,7 +74,7 @@ class RulerBuilder:
         task: which one.
         length: tokens of a sample at most, the room for its answer and the chat template included.
         count: tokens of a text, the chat template included where one is used.
-        seed: RULER's published data has 42.
+        seed: see `SEED`.
         essays: texts for the haystack of "essay" tasks.
         questions: for "qa" tasks, each with as many documents as the task has hops.
 
@@ -65,10 +82,7 @@ class RulerBuilder:
         ValueError: essays or questions are missing, or the length is too small for a sample; the message names the
             smallest.
 
-    Example:
-
-    >>> builder = RulerBuilder(TASKS["niah_single_1"], 400, lambda text: len(text.split()))
-    >>> sample = next(builder.samples(1))
+    >>> sample = next(RulerBuilder(TASKS["niah_single_1"], 400, lambda text: len(text.split())).samples(1))
     >>> sample.text.startswith("A special magic number is hidden within"), len(sample.answers)
     (True, 1)
     """
@@ -79,7 +93,6 @@ class RulerBuilder:
     seed: int = SEED
     essays: Sequence[str] = ()
     questions: Sequence[Question] = ()
-    _make: Callable[[int], RulerSample] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         kind = self.task.kind
@@ -89,7 +102,6 @@ class RulerBuilder:
             raise ValueError(f"`essays` must be given for {self.task.name!r}, got none. Set `haystack`.")
         # Its numbers come from both, seeded alike; which one draws what is part of the published data.
         self._rng, self._numpy_rng = random.Random(self.seed), np.random.RandomState(self.seed)
-        self._make = getattr(self, f"_{kind}", self._niah)
         if self.task.haystack == "essay":
             self._sentences = [sentence.strip() for sentence in sentences_of(self.essays)]
         if kind == "qa":
@@ -101,62 +113,61 @@ class RulerBuilder:
 
     def samples(self, number: int) -> Iterator[RulerSample]:
         """Yield so many samples; fewer samples are the first of more."""
-        if self.task.kind == "fwe":
+        kind, short = self.task.kind, self.length < SHORT
+        if kind == "fwe":
             yield from self._frequent_words(number)
             return
-        if self.task.kind == "vt":
-            self._example = self._vt_example()
-        step = self._step()
-        units = self._largest(step)
+        make: Make = getattr(self, f"_{kind}")
+        # Units of haystack by which the generator makes a sample smaller until it fits.
+        niah = 500 if self.task.haystack == "essay" else 5 if short else 25
+        step = {"niah": niah, "vt": 5 if short else 10}.get(kind, 10)
+        room = self.length - self.task.max_new_tokens
+        example = self._solved_vt() if kind == "vt" else ""
+        units = self._largest(make, step, self.length, room - (self.count(example) if example else 0))
+
+        def with_example(units: int) -> RulerSample:
+            sample = make(units)
+            renamed = example
+            for name in example.strip().split()[-HOPS - 1 :]:
+                renamed = renamed.replace(name, self._letters(string.ascii_uppercase, len(name)))
+            renamed = renamed.replace(EXAMPLE_VALUE, str(self._numpy_rng.randint(10000, 99999)))
+            return RulerSample(f"{renamed}\n{sample.text}", sample.prefix, sample.answers)
+
+        def too_short(tokens: int) -> str:
+            return (
+                f"`lengths` must be at least {tokens + self.task.max_new_tokens} tokens for {self.task.name!r}, got "
+                f"{self.length}. Set a larger length, or leave the task out."
+            )
+
         for self._asked in range(number):
-            yield self._fitting(units, step)
+            yield self._fitting(with_example if example else make, units, step, room, too_short)
 
-    def _step(self) -> int:
-        """Units of haystack by which a sample is made smaller until it fits."""
-        if self.task.kind == "niah":
-            return 500 if self.task.haystack == "essay" else 5 if self.length < SHORT else 25
-        return 5 if self.task.kind == "vt" and self.length < SHORT else 10
-
-    def _largest(self, step: int) -> int:
+    def _largest(self, make: Make, step: int, length: int, room: int) -> int:
         """The most units of haystack with which a sample fits, by bisection as the generator does it."""
-        probe = 4096 if self.task.kind == "cwe" else step
-        tokens = self.count(self._whole(self._make(probe))) / probe
+        common = self.task.kind == "cwe"
+        probe = 4096 if common else step
+        tokens = self.count(make(probe).whole) / probe
         # It takes three times the estimate for most tasks, and for lists of words twice.
-        most = int(self.length // tokens) * 2 if self.task.kind == "cwe" else int(self.length / tokens * 3)
+        most = int(length // tokens) * 2 if common else int(length / tokens * 3)
         low, high, found = step, max(most, step * 2), step
         while low <= high:
             middle = (low + high) // 2
-            if self._tokens(self._make(middle)) <= self.length:
+            if self.count(make(middle).whole) <= room:
                 found, low = middle, middle + 1
             else:
                 high = middle - 1
         return found
 
-    def _fitting(self, units: int, step: int) -> RulerSample:
+    def _fitting(self, make: Make, units: int, step: int, room: int, refusal: Callable[[int], str]) -> RulerSample:
         """A sample of at most so many units, a step less as long as it does not fit."""
         while True:
-            sample = self._make(units)
-            if self.task.kind == "vt":
-                example = _renamed(self._example, self._rng, self._numpy_rng)
-                sample = RulerSample(f"{example}\n{sample.text}", sample.prefix, sample.answers)
-            tokens = self.count(self._whole(sample)) + self.task.max_new_tokens
-            if tokens <= self.length:
+            sample = make(units)
+            tokens = self.count(sample.whole)
+            if tokens <= room:
                 return sample
             if units <= step:  # here the generator would try for ever
-                raise ValueError(
-                    f"`lengths` must be at least {tokens} tokens for {self.task.name!r}, got {self.length}. Set a "
-                    "larger length, or leave the task out."
-                )
+                raise ValueError(refusal(tokens))
             units -= step
-
-    def _tokens(self, sample: RulerSample) -> int:
-        """Tokens of a sample whose size is still looked for; the example comes before it in the end."""
-        example = self.count(self._example) if self.task.kind == "vt" else 0
-        return self.count(self._whole(sample)) + example + self.task.max_new_tokens
-
-    @staticmethod
-    def _whole(sample: RulerSample) -> str:
-        return sample.text + sample.prefix
 
     def _sample(self, answers: Sequence[str], **words: object) -> RulerSample:
         text, prefix = TEMPLATES[self.task.kind]
@@ -165,7 +176,11 @@ class RulerBuilder:
     def _niah(self, units: int) -> RulerSample:
         """Needles in sentences of noise, in an essay of so many words, or among other needles."""
         task, rng = self.task, self._rng
-        kinds = {"numbers": self._number, "uuids": self._uuid, "words": self._word}
+        kinds: dict[str, Callable[[], str]] = {
+            "numbers": lambda: str(rng.randint(1_000_000, 9_999_999)),
+            "uuids": lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+            "words": lambda: rng.choice(word_pairs()),
+        }
         new_key, new_value = kinds[task.keys], kinds[task.values]
         keys, values, needles = [], [], []
         for _ in range(task.n_keys):
@@ -174,7 +189,11 @@ class RulerBuilder:
             needles += [NEEDLE.format(kind=task.values, key=keys[-1], value=value) for value in values[-1]]
         random.Random(self.seed).shuffle(needles)
         if task.haystack == "essay":
-            context = " ".join(_spread(self._essay(units), needles, rng))
+            sentences = self._essay(units)
+            places = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
+            # What stands before the first needle, between two and after the last is one piece each, empty ones too.
+            pieces = [" ".join(sentences[a:b]) for a, b in pairwise([0, *places, len(sentences)])]
+            context = " ".join([part for pair in zip(pieces, needles, strict=False) for part in pair] + pieces[-1:])
         else:
             hay = [NOISE] * units
             if task.haystack == "needle":
@@ -189,20 +208,13 @@ class RulerBuilder:
         query = ", and ".join(filter(None, [", ".join(keys[i] for i in asked[:-1]), keys[asked[-1]]]))
         text, prefix = TEMPLATES["niah"]
         kind = task.values
-        if task.n_queries * task.n_values == 1:
-            text, prefix, kind = _singular(text), _singular(prefix), kind[:-1]
+        if task.n_queries * task.n_values == 1:  # the generator's way to the singular, in its order
+            kind = kind[:-1]
+            for several, one in (("Some", "A"), ("are all", "is"), ("are", "is")):
+                text, prefix = text.replace(several, one), prefix.replace(several, one)
         words = {"kind": kind, "context": context, "query": query}
         answers = tuple(value for i in asked for value in values[i])
         return RulerSample(text.format(**words), prefix.format(**words), answers)
-
-    def _number(self) -> str:
-        return str(self._rng.randint(1_000_000, 9_999_999))
-
-    def _uuid(self) -> str:
-        return str(uuid.UUID(int=self._rng.getrandbits(128), version=4))
-
-    def _word(self) -> str:
-        return self._rng.choice(word_pairs())
 
     def _essay(self, words: int) -> list[str]:
         """The sentences of so many words of the essays, which are repeated where they end."""
@@ -216,43 +228,49 @@ class RulerBuilder:
                     break
         return sentences
 
+    def _letters(self, alphabet: str, number: int) -> str:
+        return "".join(self._rng.choices(alphabet, k=number))
+
     def _vt(self, units: int, *, is_example: bool = False) -> RulerSample:
         """A chain of assignments, in order, among sentences of noise."""
         letters = 3 if is_example else 5
-        names = [self._name(letters) for _ in range(HOPS + 1)]
+        names = [self._letters(string.ascii_uppercase, letters) for _ in range(HOPS + 1)]
         while len(set(names)) < HOPS + 1:
-            names.append(self._name(letters))
+            names.append(self._letters(string.ascii_uppercase, letters))
         # Of a name that came twice both stand at the front, as in the generator.
         names = names[: HOPS + 1]
         value = EXAMPLE_VALUE if is_example else str(self._numpy_rng.randint(10000, 99999))
-        chain = [f"VAR {names[0]} = {value}"]
-        chain += [f"VAR {new} = VAR {old} " for old, new in pairwise(names)]
+        chain = [f"VAR {names[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in pairwise(names))]
         hay = [NOISE] * units
         for shift, place in enumerate(sorted(self._rng.sample(range(units), len(chain)))):
             hay.insert(place + shift, chain[shift])
         context = "\n".join(hay).replace(". \n", ".\n")
         return self._sample(names, context=context, query=value, number=HOPS + 1)
 
-    def _name(self, letters: int) -> str:
-        return "".join(self._rng.choices(string.ascii_uppercase, k=letters))
+    def _solved_vt(self) -> str:
+        """A solved sample of at most 500 tokens, that stands before every one; its answer takes no room."""
 
-    def _vt_example(self) -> str:
-        """A solved sample of at most 500 tokens, that stands before every one."""
-        builder = _VtExample(self.task, VT_EXAMPLE_TOKENS, self.count, self.seed)
-        # The generator makes it with the random numbers from which it goes on.
-        builder._rng, builder._numpy_rng = self._rng, self._numpy_rng
-        sample = builder.example()
-        return f"{self._whole(sample)} {' '.join(sample.answers)}\n"
+        def make(units: int) -> RulerSample:
+            return self._vt(units, is_example=True)
+
+        def refusal(tokens: int) -> str:
+            return (
+                f"`count` must take at most {VT_EXAMPLE_TOKENS} tokens for the example of variable tracking, got "
+                f"{tokens}: this tokenizer cuts English text too finely. Leave {self.task.name!r} out."
+            )
+
+        units = self._largest(make, 5, VT_EXAMPLE_TOKENS, VT_EXAMPLE_TOKENS)
+        sample = self._fitting(make, units, 5, VT_EXAMPLE_TOKENS, refusal)
+        return f"{sample.whole} {' '.join(sample.answers)}\n"
 
     def _cwe(self, units: int) -> RulerSample:
         """A numbered list in which ten words come more often than the others, after a short solved one."""
         short = self.length < SHORT
         example = self._listed(20, 3, 1) if short else self._listed(40, 10, 3)
         context, common = self._listed(units, 6, 1) if short else self._listed(units, 30, 3)
-        solved = self._sample(example[1], context=example[0])
+        solved, sample = self._sample(example[1], context=example[0]), self._sample(common, context=context)
         told = " ".join(f"{i}. {word}" for i, word in enumerate(example[1], 1))
-        sample = self._sample(common, context=context)
-        return RulerSample(f"{self._whole(solved)} {told}\n{sample.text}", sample.prefix, sample.answers)
+        return RulerSample(f"{solved.whole} {told}\n{sample.text}", sample.prefix, sample.answers)
 
     def _listed(self, number: int, often: int, seldom: int) -> tuple[str, list[str]]:
         # Where these do not do, the generator goes over to a list of 370,000 words, which is a download.
@@ -265,32 +283,28 @@ class RulerBuilder:
     def _frequent_words(self, number: int) -> Iterator[RulerSample]:
         """Coded words whose frequency falls with the square of their rank; the first rank is noise."""
         room = self.length - self.task.max_new_tokens
-        step, words = room // 32, room // 6
-        if room // 50 < 4 or self.count(self._whole(self._sample((), context=""))) >= room:
+        step, words, vocabulary = room // 32, room // 6, room // 50
+        if vocabulary < 4 or self.count(self._sample((), context="").whole) >= room:
             raise ValueError(
                 f"`lengths` must leave room for the question and four coded words of {self.task.name!r}, got "
                 f"{self.length}. Set a larger length, or leave the task out."
             )
-        coded = self._coded(room // 50)
-        while self.count(self._whole(self._coded_text(coded, words))) < room:
+        coded = self._coded(vocabulary)
+        while self.count(self._coded_text(coded, words).whole) < room:
             words += step
-        words -= step
         for _ in range(number):
-            coded, fitting = self._coded(room // 50), words
-            while self.count(self._whole(self._coded_text(coded, fitting))) > room:
+            coded, fitting = self._coded(vocabulary), words - step
+            while self.count(self._coded_text(coded, fitting).whole) > room:
                 fitting -= step
             yield self._coded_text(coded, fitting)
 
     def _coded(self, number: int) -> list[str]:
-        words = {self._letters() for _ in range(number)}
+        words = {self._letters(string.ascii_lowercase, 6) for _ in range(number)}
         while len(words) < number:
-            words.add(self._letters())
+            words.add(self._letters(string.ascii_lowercase, 6))
         coded = sorted(words)
         random.Random(self.seed).shuffle(coded)
         return ["...", *coded[1:]]
-
-    def _letters(self) -> str:
-        return "".join(self._rng.choices(string.ascii_lowercase, k=6))
 
     def _coded_text(self, coded: Sequence[str], words: int) -> RulerSample:
         # The share of rank k under a zeta distribution with exponent 2, whose sum is pi^2 / 6.
@@ -313,52 +327,6 @@ class RulerBuilder:
         return self._sample(question.answers, context=context, query=question.query)
 
 
-class _VtExample(RulerBuilder):
-    """Makes the solved example of variable tracking, whose answer takes no room."""
-
-    def example(self) -> RulerSample:
-        self._make = lambda units: self._vt(units, is_example=True)
-        self._example = ""
-        self.task = RulerTask(self.task.name, "vt", 0)
-        units = self._largest(5)
-        while True:
-            sample = self._make(units)
-            tokens = self.count(self._whole(sample))
-            if tokens <= self.length:
-                return sample
-            if units <= 5:
-                raise ValueError(
-                    f"`count` must take at most {self.length} tokens for the example of variable tracking, got "
-                    f"{tokens}: this tokenizer cuts English text too finely. Leave {self.task.name!r} out."
-                )
-            units -= 5
-
-
-def _singular(template: str) -> str:
-    """The template where one value is asked for, put as the generator puts it."""
-    for several, one in (("Some", "A"), ("are all", "is"), ("are", "is")):
-        template = template.replace(several, one)
-    return template
-
-
-def _renamed(example: str, rng: random.Random, numpy_rng: np.random.RandomState) -> str:
-    """The solved example with other names and another value."""
-    for name in example.strip().split()[-HOPS - 1 :]:
-        example = example.replace(name, "".join(rng.choices(string.ascii_uppercase, k=len(name))))
-    return example.replace(EXAMPLE_VALUE, str(numpy_rng.randint(10000, 99999)))
-
-
-def _spread(sentences: list[str], needles: Sequence[str], rng: random.Random) -> Iterator[str]:
-    """The sentences with the needles between them, at depths drawn from 40."""
-    places = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
-    last = 0
-    for place, needle in zip(places, needles, strict=True):
-        yield " ".join(sentences[last:place])
-        yield needle
-        last = place
-    yield " ".join(sentences[last:])
-
-
 def ruler_prompts(
     *,
     tasks: Sequence[str],
@@ -379,7 +347,7 @@ def ruler_prompts(
         count: tokens of a text, the chat template included where `chat` is set.
         essays: texts for the haystacks.
         questions: for the question-answering tasks; without any, invented ones.
-        seed: RULER's published data has 42.
+        seed: see `SEED`.
         chat: whether the prompts go through the chat template.
 
     Raises:
@@ -393,23 +361,34 @@ def ruler_prompts(
         asked = list(questions) or (invented_questions(task.hops, QUESTIONS) if task.kind == "qa" else [])
         for length in lengths:
             builder = RulerBuilder(task, length, count, seed, list(essays), asked)
+            own: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "chat": chat, "length": length}
             try:
                 made = list(builder.samples(samples))
             except ValueError as error:
                 missing[f"{task.name}, {length:,} tokens"] = str(error)
                 continue
             prompts += [
-                Prompt(
-                    "ruler",
-                    task.name,
-                    index,
-                    sample.text,
-                    sample.answers,
-                    task.max_new_tokens,
-                    chat=chat,
-                    length=length,
-                    prefix=sample.prefix,
-                )
+                Prompt("ruler", task.name, index, sample.text, sample.answers, prefix=sample.prefix, **own)
                 for index, sample in enumerate(made)
             ]
     return prompts, missing
+
+
+def score_ruler(prompt: Prompt, answer: str) -> dict[str, float]:
+    """Return RULER's score of an answer, 0 to 1: of questions whether any answer is named, else the share that is.
+
+    >>> score_ruler(Prompt("ruler", "ruler_vt", 0, "", ("ABCDE", "FGHIJ"), 30), " ABCDE only")
+    {'string_match': 0.5}
+    """
+    return {"string_match": string_match(answer, prompt.answers, every=TASKS[prompt.task].kind != "qa")}
+
+
+def string_match(answer: str, references: Sequence[str], *, every: bool) -> float:
+    """Return the share of the references that stand in the answer (`every`), or whether any does, case aside.
+
+    >>> string_match("They are A1 and b2.", ["a1", "B2", "c3", "d4"], every=True)
+    0.5
+    """
+    text = re.sub("[\x00-\x1f]", "\n", answer).strip().lower()
+    found = [reference.lower() in text for reference in references]
+    return sum(found) / len(found) if every else float(any(found))

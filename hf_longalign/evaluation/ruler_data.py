@@ -1,7 +1,8 @@
-"""What RULER's samples are made of: its words, and questions from the user's own file or invented here.
+"""What RULER's samples are made of: its thirteen tasks, its words, and questions from a file or invented here.
 
-RULER takes SQuAD's and HotpotQA's, which are downloads. The invented ones are of the same two kinds: a fact that one
-document tells, and a fact that takes two documents.
+Source: https://github.com/NVIDIA/RULER, `synthetic.yaml` and `constants.py` (Apache-2.0). RULER takes SQuAD's and
+HotpotQA's questions, which are downloads. The invented ones are of the same two kinds: a fact that one document tells,
+and a fact that takes two documents.
 """
 
 import json
@@ -16,6 +17,87 @@ from typing import Any
 import numpy as np
 
 
+@dataclass(frozen=True)
+class RulerTask:
+    """A task of RULER.
+
+    Attributes:
+        name: as in lm-eval.
+        kind: "niah", "vt", "cwe", "fwe" or "qa".
+        max_new_tokens: room for the answer.
+        haystack: "noise", "essay" or "needle" (niah).
+        keys: "words" or "uuids" (niah).
+        values: "numbers" or "uuids" (niah).
+        n_keys: keys in the text (niah).
+        n_values: values of each key (niah).
+        n_queries: keys asked for (niah).
+        hops: evidence documents of a question (qa).
+    """
+
+    name: str
+    kind: str
+    max_new_tokens: int
+    haystack: str = "noise"
+    keys: str = "words"
+    values: str = "numbers"
+    n_keys: int = 1
+    n_values: int = 1
+    n_queries: int = 1
+    hops: int = 1
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        RulerTask("niah_single_1", "niah", 128),
+        RulerTask("niah_single_2", "niah", 128, "essay"),
+        RulerTask("niah_single_3", "niah", 128, "essay", values="uuids"),
+        RulerTask("niah_multikey_1", "niah", 128, "essay", n_keys=4),
+        RulerTask("niah_multikey_2", "niah", 128, "needle"),
+        RulerTask("niah_multikey_3", "niah", 128, "needle", keys="uuids", values="uuids"),
+        RulerTask("niah_multivalue", "niah", 128, "essay", n_values=4),
+        RulerTask("niah_multiquery", "niah", 128, "essay", n_keys=4, n_queries=4),
+        RulerTask("ruler_vt", "vt", 30),
+        RulerTask("ruler_cwe", "cwe", 120),
+        RulerTask("ruler_fwe", "fwe", 50),
+        RulerTask("ruler_qa_squad", "qa", 32),
+        RulerTask("ruler_qa_hotpot", "qa", 32, hops=2),
+    )
+}
+
+# The words around a sample, and how its answer begins.
+TEMPLATES = {
+    "niah": (
+        "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you "
+        "about the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the "
+        "provided text?",
+        " The special magic {kind} for {query} mentioned in the provided text are",
+    ),
+    "vt": (
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+        "Question: Find all variables that are assigned the value {query} in the text above.",
+        " Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assigned "
+        "the value {query}, they are: ",
+    ),
+    "cwe": (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones "
+        "that appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+        " Answer: The top 10 words that appear most often in the list are:",
+    ),
+    "fwe": (
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+        "What are the three most frequently appeared words in the above coded text?",
+        " Answer: According to the coded text above, the three most frequently appeared words are:",
+    ),
+    "qa": (
+        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+        "\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. "
+        "Only give me the answer and do not output any other words.\n\nQuestion: {query}",
+        " Answer:",
+    ),
+}
+
 _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
     words.split()
     for words in (
@@ -29,6 +111,8 @@ _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
     )
 )
 
+_ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XV", "XVI", "XVII")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -40,19 +124,15 @@ class Question:
 
 
 def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
-    """Return questions about invented people and towns, each with its documents and one answer.
+    """Return questions about invented people and towns, at most 5,000, each with its documents and one answer.
 
-    Args:
-        hops: documents that a question takes, 1 or 2.
-        number: of questions, at most 5,000.
-        seed: of names and facts.
-
-    Example:
+    `hops` is the number of documents that a question takes, 1 or 2.
 
     >>> question = invented_questions(2, 1)[0]
     >>> len(question.documents), all(answer in question.documents[1] for answer in question.answers)
     (2, True)
     """
+    # All names first, in one order, so that fewer questions are the first of more.
     rng = np.random.Generator(np.random.PCG64(seed))
     towns = [f"{place}{end}" for place in _PLACES for end in _ENDS]
     people = [f"{first} {last}" for first in _FIRST for last in _LAST]
@@ -61,7 +141,7 @@ def invented_questions(hops: int, number: int, seed: int = 0) -> list[Question]:
     for index in range(number):
         # Beyond a few hundred the names come again, told apart by a figure as kings are.
         turn, place = divmod(index, min(len(towns), len(people)))
-        figure = f" {_roman(turn + 1)}" if turn else ""
+        figure = f" {_ROMAN[turn]}" if turn else ""
         town, person = towns[town_order[place]] + figure, people[person_order[place]] + figure
         trade, river, founders = (str(rng.choice(words)) for words in (_TRADES, _RIVERS, _FOUNDERS))
         founded, born = str(rng.integers(1100, 1700)), str(rng.integers(1701, 1900))
@@ -104,7 +184,9 @@ def load_questions(source: str | Path) -> list[Question]:
     if not path.is_file():
         raise ValueError(f"`ruler_questions` must be a file, got {str(source)!r}. Correct the path.")
     text = path.read_text(encoding="utf-8-sig")
+    # Told apart by what they are: SQuAD's JSON is an object, HotpotQA's a list.
     if path.suffix == ".jsonl":
+        # Not `splitlines`, which also cuts at U+2028, as it may stand in a text.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [_of_row(_parsed(line, f"{path.name}:{number}"), f"{path.name}:{number}") for number, line in lines]
     data = _parsed(text, path.name)
@@ -163,23 +245,8 @@ def _of_hotpot(row: Any, where: str) -> Question:
     return Question(row["question"], (row["answer"],), tuple(documents))
 
 
-def _roman(number: int) -> str:
-    """A small number in Roman figures."""
-    text = ""
-    for value, figure in ((10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")):
-        text += figure * (number // value)
-        number %= value
-    return text
-
-
 class Pairs(Sequence[str]):
     """All "adjective-noun" words in sorted order, six millions of them, none of which is kept.
-
-    Args:
-        adjectives: any order, with doubles.
-        nouns: the same.
-
-    Example:
 
     >>> list(Pairs(["old", "old-world", "big"], ["yew", "map"]))
     ['big-map', 'big-yew', 'old-map', 'old-world-map', 'old-world-yew', 'old-yew']

@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from hf_longalign.cards.files import read_report, render_card
+from hf_longalign.cards.adapter import read_report, render_card
 from hf_longalign.cards.page import CARD, REPOSITORY, is_ours, is_template
 from hf_longalign.cards.scores import hub_results
 from hf_longalign.hub.push import MAX_FILES, Destination, push, write_dry_run
@@ -143,16 +143,8 @@ def publish_adapter(
         repo_id: `user/name` or `organisation/name`; made if it is not there.
         base_model: Hub id, or any neutral name, of the base model; needed where the adapter names a local folder.
             Readers load a neutral name through `load_adapter(…, base_model=…)`.
-        private: as in [`publish_dataset`], and so all that follow.
-        branch: the same.
-        create_pr: the same.
-        tag: the same.
-        dry_run: the same.
-        allow: the same.
         message: of the commit.
-        resume_command: the same.
-        token: the same.
-        endpoint: the same.
+        private, branch, create_pr, tag, dry_run, allow, resume_command, token, endpoint: as in [`publish_dataset`].
 
     Raises:
         ValueError: no weights in the folder, neither a card nor the record to write it from, a base model that is a
@@ -177,6 +169,7 @@ def publish_adapter(
                 f"`folder` must hold README.md, or {RECORD_NAME} to write it from, got {folder} with neither. Write a "
                 "card into it."
             )
+        # Written anew and not taken as it lies there: a report may have come after the training.
         files[CARD] = render_card(folder, repo_id=named, base_model=base_model).encode("utf-8")
     report = read_report(folder)
     if report is not None:
@@ -304,6 +297,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
         for name, path in files.items()
         if name == CARD or name.endswith("config.json")
     }
+    # transformers and peft write the folder a model was loaded from into these files.
     named = {json.loads(texts[name]).get(key) for name, key in _NAMES.items() if name in texts}
     local = {name for name in named if isinstance(name, str) and _is_local(name)}
     if local and base_model is None:
@@ -321,6 +315,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
             if new != value:
                 changed[name] = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
         else:
+            # The longest first: one folder may lie in another.
             for path in sorted(local, key=len, reverse=True):
                 text = text.replace(path, str(base_model))
             if text != texts[name]:

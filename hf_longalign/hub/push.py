@@ -1,9 +1,12 @@
-"""Pushing files into a repository of the Hub: complete or not at all."""
+"""Pushing files into a repository of the Hub: complete or not at all, repeated over failures that pass."""
 
+import json
 import logging
 import os
 import pickle
+import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +17,31 @@ from urllib.parse import quote
 
 from httpx2 import HTTPError, Request, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+    validate_repo_id,
+)
 from huggingface_hub.utils.sha import git_hash
 
 from hf_longalign.cards.page import CARD, REPOSITORY, merge_card
-from hf_longalign.hub.retry import PublishError, repeat
 
 
 logger = logging.getLogger(__name__)
 
+ATTEMPTS = 6  # about a minute of waiting, on top of the client's own repetitions of uploads
+# A request that came too late, another push that was first (409, 412), too many requests.
+PASSING = {408, 409, 412, 429}
+REMEDIES = {
+    401: "The token is not valid. Log in with `hf auth login` or set `token`.",
+    402: "Its owner's plan does not cover it. Ask the owner, or set `private=False`.",
+    403: "The token has no right to write there. Take one that has (`hf auth login`), or set `create_pr=True`.",
+    404: "It does not exist, or the token may not see it. Correct `repo_id`, or take another token.",
+}
 # Few enough for one commit, so that no reader sees half a push.
 MAX_FILES = 50
 # No push takes longer; a process that waits is let go the moment the main process ends or dies.
@@ -33,6 +50,81 @@ _PATIENCE = timedelta(days=30)
 TIMEOUT = 300.0
 Files = Mapping[str, Path | bytes]
 Result = TypeVar("Result")
+
+
+class PublishError(RuntimeError):
+    """A push that is not complete; the message says how to go on."""
+
+
+def repeat(push: Callable[[], Result], repo_id: str, resume_command: str | None = None) -> Result:
+    """Run a push until it succeeds, waiting longer each time; what cannot pass by itself is raised at once.
+
+    Raises:
+        PublishError: the push failed for good or too often.
+
+    Example:
+
+    >>> repeat(lambda: "done", "user/rows")
+    'done'
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return push()
+        except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
+            # The client wraps what happens to an upload in a RuntimeError "Error while uploading …".
+            cause: BaseException = error
+            while isinstance(cause, RuntimeError) and not isinstance(cause, PublishError) and cause.__cause__:
+                cause = cause.__cause__
+            if not _passes(cause) or attempt == ATTEMPTS:
+                raise PublishError(_message(cause, repo_id, resume_command)) from error
+            wait = _seconds(cause, attempt)
+            logger.warning("Push to %s failed (%s); again in %.0f s.", repo_id, _line(cause), wait)
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _passes(error: BaseException) -> bool:
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code in PASSING
+    if isinstance(error, OSError):
+        return isinstance(error, (ConnectionError, TimeoutError))  # and no file that is missing or may not be read
+    return True
+
+
+def _seconds(error: BaseException, attempt: int) -> float:
+    """Seconds to wait: what the Hub asks for, else exponentially longer with jitter."""
+    headers: Any = error.response.headers if isinstance(error, HfHubHTTPError) else {}
+    asked = headers.get("Retry-After", "").strip()
+    if asked.isdigit():
+        return float(asked)
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    # Spread, as many pushes that failed in one outage would otherwise come back together.
+    return random.uniform(0.5, 1.0) * 2**attempt
+
+
+def _message(error: BaseException, repo_id: str, resume_command: str | None) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    remedy = REMEDIES.get(status, "") if status else ""
+    if isinstance(error, OfflineModeIsEnabled):
+        remedy = "Unset `HF_HUB_OFFLINE`."
+    go_on = f"To go on, run: {resume_command}" if resume_command else "Call it again to go on."
+    parts = (
+        f"The push to {repo_id} is not complete: {_line(error)}.",
+        remedy,
+        "What readers see is as it was or complete, never half.",
+        go_on,
+    )
+    return " ".join(part for part in parts if part)
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "what the Hub answered is not JSON"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -130,12 +222,19 @@ class _Attempt:
         self.repo: dict[str, Any] = {"repo_type": to.repo_type}
 
     def run(self) -> str:
+        # Every step looks before it writes, so that an attempt after a lost answer finds its own work done.
         url = self._create()
-        head = self._head()
+        if self.to.branch is not None:
+            self.api.create_branch(**self.repo, branch=self.to.branch, exist_ok=True)
+        info: Any = self.api.repo_info(**self.repo, revision=self.to.branch)
+        head = str(info.sha)
         held = self._held(head)
         card = _read_card(self.api, self.to, self.repo["repo_id"], head) if CARD in held else None
-        additions = self._additions(card)
+        data = {name: _named(content, self.repo["repo_id"]) for name, content in sorted(self.files.items())}
+        data[CARD] = _merged(self.files[CARD], self.repo["repo_id"], card)
+        additions = [CommitOperationAdd(name, content) for name, content in data.items()]
         stale = [name for name in sorted(held) if self.owned(name) and name not in self.files]
+        # Only what an earlier push of ours left may go: our cards name the package, other people's do not.
         if stale and "hf_longalign" not in (card or ""):
             raise ValueError(
                 f"`repo_id` must be new or an earlier push, got {self.to.repo_id}, whose {stale[0]} is another's and "
@@ -143,11 +242,13 @@ class _Attempt:
             )
         if stale:
             logger.info("Deleted with this push, as it is of an earlier one: %s.", ", ".join(stale))
+        # Before the commit: a tag that is taken must stop the push while nothing has changed.
         tagged = self.to.tag is None or self._is_tagged(self.to.tag, additions)
         if stale or not _same(held, additions):
             if self.to.create_pr:
                 return self._pull_request(additions, stale, head)
             head = self._commit(additions, stale, head).oid
+            # An answer is no proof: what is there now is compared with what was meant.
             self._compare(head, additions, stale)
         if not tagged:
             self.api.create_tag(**self.repo, tag=str(self.to.tag), revision=head)
@@ -161,6 +262,7 @@ class _Attempt:
         try:
             info = self.api.repo_info(**self.repo)
         except RepositoryNotFoundError:
+            # Looked for first: a token may have the right to write into a repository and none to make one.
             self.api.create_repo(**self.repo, private=to.private, exist_ok=True)
             info = self.api.repo_info(**self.repo)
         if to.private is not None and info.private is not None and bool(info.private) != to.private:
@@ -172,20 +274,9 @@ class _Attempt:
         kind = "datasets/" if to.repo_type == "dataset" else ""
         return f"{self.api.endpoint}/{kind}{self.repo['repo_id']}"
 
-    def _head(self) -> str:
-        if self.to.branch is not None:
-            self.api.create_branch(**self.repo, branch=self.to.branch, exist_ok=True)
-        info: Any = self.api.repo_info(**self.repo, revision=self.to.branch)
-        return str(info.sha)
-
     def _held(self, revision: str) -> dict[str, RepoFile]:
         tree = self.api.list_repo_tree(**self.repo, recursive=True, revision=revision)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    def _additions(self, card: str | None) -> list[CommitOperationAdd]:
-        merged = _merged(self.files[CARD], self.repo["repo_id"], card)
-        data = {name: _named(content, self.repo["repo_id"]) for name, content in sorted(self.files.items())}
-        return [CommitOperationAdd(name, content) for name, content in {**data, CARD: merged}.items()]
 
     def _commit(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> Any:
         return self.api.create_commit(
@@ -200,6 +291,7 @@ class _Attempt:
     def _pull_request(self, additions: list[CommitOperationAdd], stale: list[str], head: str) -> str:
         """The URL of the open pull request that holds exactly this: an earlier one, or one made now."""
         pulls = self.api.get_repo_discussions(**self.repo, discussion_type="pull_request", discussion_status="open")
+        # A push repeated after a lost answer would open the same pull request twice.
         for pull in pulls:
             if pull.title == self.to.message:
                 held = self._held(f"refs/pr/{pull.num}")
@@ -228,16 +320,20 @@ class _Attempt:
 
 
 def _same(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> bool:
-    return all(item.path_in_repo in held and _is_same(held[item.path_in_repo], item) for item in additions)
-
-
-def _is_same(file: RepoFile, item: CommitOperationAdd) -> bool:
-    if file.size != item.upload_info.size:
-        return False
-    if file.lfs is not None:
-        return file.lfs.sha256 == item.upload_info.sha256.hex()
-    with item.as_file() as content:
-        return file.blob_id == git_hash(content.read())
+    """Whether the files that would be added are there already, by size and hash."""
+    for item in additions:
+        file = held.get(item.path_in_repo)
+        if file is None or file.size != item.upload_info.size:
+            return False
+        # Git's own hash of small files, SHA-256 of those in LFS or Xet: the Hub tells no other.
+        if file.lfs is not None:
+            same = file.lfs.sha256 == item.upload_info.sha256.hex()
+        else:
+            with item.as_file() as content:
+                same = file.blob_id == git_hash(content.read())
+        if not same:
+            return False
+    return True
 
 
 def _merged(card: Path | bytes, repo_id: str, published: str | None) -> bytes:
@@ -283,6 +379,7 @@ def _patience() -> Iterator[None]:
     def limit(request: Request) -> None:
         request.extensions = {**request.extensions, "timeout": Timeout(TIMEOUT).as_dict()}
 
+    # The session is shared with everything else in the process, so the hook is taken away again.
     session.event_hooks = {**before, "request": [*before["request"], limit]}
     try:
         yield
@@ -321,6 +418,7 @@ def on_main_process(function: Callable[[], Result]) -> Result:
         if dist.get_rank() == 0:
             try:
                 result = function()
+                # Here, where it is an error of the main process; in the broadcast it would leave the others waiting.
                 pickle.dumps(result)
                 outcome = [(True, result)]
             except BaseException as error:

@@ -11,8 +11,9 @@ import re
 import socket
 import string
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +124,15 @@ class Machine:
             user = ""
         names = {host, host.split(".")[0], user}
         return cls(
-            secrets=tuple(sorted(filter(_is_secret, {*secrets, token or ""}))),
+            # Short values and plain words ("true", "12345678") would be found everywhere.
+            secrets=tuple(
+                sorted(
+                    value
+                    for value in {*secrets, token or ""}
+                    if len(value) >= 8 and not value.isdigit() and not (value.isalpha() and len(value) < 16)
+                )
+            ),
+            # Not `/` or `/root`, which stand in texts of any machine.
             folders=tuple(sorted({str(path) for path in (Path.home(), Path.cwd()) if len(path.parts) > 2})),
             names=tuple(sorted(name for name in names if _is_telling(name) and name.lower() not in shown)),
             hosts=(host,) if len(host) >= 4 and host.lower() not in _COMMON else (),
@@ -139,10 +148,6 @@ class Machine:
             "this host": (self.hosts, r"(?://|\w@)(%s)\b"),
         }
         return {kind: frame % "|".join(map(re.escape, words)) for kind, (words, frame) in kinds.items() if words}
-
-
-def _is_secret(value: str) -> bool:
-    return len(value) >= 8 and not value.isdigit() and not (value.isalpha() and len(value) < 16)
 
 
 def _is_telling(name: str) -> bool:
@@ -166,6 +171,7 @@ def find_private(text: str, patterns: Mapping[str, str], allow: Collection[str] 
     ['a URL with a password']
     """
     for kind, pattern in patterns.items():
+        # ASCII, as RE2 does it in the columns: both searches must find the same.
         for match in re.finditer(pattern, text, re.ASCII):
             found = match[match.lastindex or 0]
             if _is_meant(kind, found) and not _is_allowed(kind, found, allow):
@@ -180,16 +186,17 @@ def find_in_text(text: str, machine: Machine, allow: Collection[str] = ()) -> It
     ['gpu-node-17', '/home/me/llama']
     """
     seen: list[str] = []
-    for find in chain(find_private(text, {**row_patterns(machine), **PATHS}, allow), _find_here(text, machine, allow)):
+    finds = list(find_private(text, {**row_patterns(machine), **PATHS}, allow))
+    for match in _LOCAL.finditer(text) if machine.looks_at_disk else ():
+        first, second = match[1].split("/")[1:3]
+        # Two parts that exist here: a path such as /v1/models of an API does not.
+        here = first not in _SYSTEM and Path("/", first, second).exists()
+        if here and not _is_allowed("a path of this machine", match[1], allow):
+            finds.append(Find("a path of this machine", match[1]))
+    for find in finds:
         if not any(find.text in other or other in find.text for other in seen):  # one thing, under its first kind
             seen.append(find.text)
             yield find
-
-
-def _find_here(text: str, machine: Machine, allow: Collection[str]) -> Iterator[Find]:
-    for match in _LOCAL.finditer(text) if machine.looks_at_disk else ():
-        if _is_here(match[1]) and not _is_allowed("a path of this machine", match[1], allow):
-            yield Find("a path of this machine", match[1])
 
 
 def _is_allowed(kind: str, found: str, allow: Collection[str]) -> bool:
@@ -206,13 +213,9 @@ def _is_meant(kind: str, found: str) -> bool:
         return not _NOBODYS.fullmatch(found)
     if kind in RANDOM:
         classes = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+        # Keys mix cases and digits; `sk-` in prose is followed by words of one case.
         return sum(any(char in letters for char in found[4:]) for letters in classes) >= (2 if "Hub" in kind else 3)
     return True
-
-
-def _is_here(path: str) -> bool:
-    first, second = path.split("/")[1:3]
-    return first not in _SYSTEM and Path("/", first, second).exists()
 
 
 class Finding(NamedTuple):
@@ -225,11 +228,6 @@ class Finding(NamedTuple):
 
 def check_private(files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[str] = ()) -> None:
     """Raise unless nothing private is in the files.
-
-    Args:
-        files: path in the repository -> file or content.
-        machine: what tells of this machine.
-        allow: texts that may be published as they are.
 
     Raises:
         ValueError: names the first finds with file, place and kind; secrets are masked.
@@ -263,38 +261,34 @@ def scan(files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[
         elif name.endswith(".safetensors"):
             places = _in_json(_safetensors_header(content), machine, allow)
         else:
-            places = _in_file(name, _read(content), machine, allow)
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            places = _in_file(name, data, machine, allow)
         for where, find in places:
             yield Finding(name, where, find)
-
-
-def _read(content: Path | bytes) -> bytes:
-    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def _in_file(name: str, data: bytes, machine: Machine, allow: Collection[str]) -> Iterator[tuple[str, Find]]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
+        # Every byte is a character of latin-1, so a picture or a model file can be searched like a text.
         for find in find_private(data.decode("latin-1"), machine.patterns(), allow):
             yield "its bytes", find
         return
     if name in _VOCABULARY:
         for find in find_private(text, machine.patterns(), allow):
             yield "its vocabulary", find
-    elif name.endswith(".json") and (value := _parsed(text)) is not None:
+        return
+    value = None
+    if name.endswith(".json"):
+        with suppress(json.JSONDecodeError):  # one that is broken is a text
+            value = json.loads(text)
+    if value is not None:
         yield from _in_json(value, machine, allow)
     else:
         for number, line in enumerate(text.splitlines(), 1):
             for find in find_in_text(line, machine, allow):
                 yield f"line {number}", find
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return None
 
 
 def _in_json(value: Any, machine: Machine, allow: Collection[str]) -> Iterator[tuple[str, Find]]:
@@ -341,20 +335,18 @@ def _in_parquet(content: Path | bytes, machine: Machine, allow: Collection[str])
 
 def _in_rows(file: pq.ParquetFile, patterns: Mapping[str, str], allow: Collection[str]) -> Iterator[tuple[str, Find]]:
     """RE2 tells at some hundred MB a second which texts to look at; `find_private` then says what is in them."""
+    # One pattern for all kinds: each pass over a column costs the same, however much is looked for.
     anything = "|".join(f"(?:{pattern})" for pattern in patterns.values())
     first = 0
     for batch in file.iter_batches(_BATCH_ROWS):
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            if any(_matches(texts, anything) for texts in _text_arrays(column)):
+            hits = (pc.any(pc.match_substring_regex(texts, anything)).as_py() for texts in _text_arrays(column))
+            if any(hits):
                 for row, value in enumerate(column.to_pylist()):
                     for _, text in _strings(value):
                         for find in find_private(text, patterns, allow):
                             yield f"column {name}, row {first + row}", find
         first += batch.num_rows
-
-
-def _matches(texts: pa.Array, pattern: str) -> bool:
-    return bool(pc.any(pc.match_substring_regex(texts, pattern)).as_py())
 
 
 def _text_arrays(array: pa.Array) -> Iterator[pa.Array]:

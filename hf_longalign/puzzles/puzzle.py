@@ -111,6 +111,7 @@ def lengthen(
     start = int(rng.integers(len(filler))) if filler else 0
     made: list[str] = []
     coins: list[bool] = []
+    # Places are drawn once: while the length is looked for, the evidence must not wander.
     places = rng.random(len(puzzle.lines))
     if not puzzle.shuffled:
         places.sort()
@@ -122,7 +123,19 @@ def lengthen(
         return made[:number]
 
     def lay_out(number: int) -> LongPuzzle:
-        return _lay_out(puzzle, added(number), places)
+        extra, lines, last = added(number), [], 0
+        for i in np.argsort(places, kind="stable"):
+            # Places are shares of the whole, so a line keeps its depth whatever the length.
+            cut = int(places[i] * (number + 1))
+            lines += [*extra[last:cut], puzzle.lines[i].text]
+            last = cut
+        lines += extra[last:]
+        spans, at = [], len(puzzle.header) + 2
+        for line in lines:
+            spans.append((at, at + len(line)))
+            at += len(line) + 1
+        text = "\n\n".join([puzzle.header, "\n".join(lines), puzzle.question])
+        return LongPuzzle(puzzle, text, tuple(spans), (len(text) - len(puzzle.question), len(text)))
 
     least = count(lay_out(0).text)
     if least > length:
@@ -147,29 +160,13 @@ def lengthen(
     return lay_out(low)
 
 
-def _lay_out(puzzle: Puzzle, added: list[str], places: np.ndarray) -> LongPuzzle:
-    """The added lines in order, with the puzzle's own between them at their places, shares of the whole."""
-    order = np.argsort(places, kind="stable")
-    cuts = [int(places[i] * (len(added) + 1)) for i in order]
-    lines, last = [], 0
-    for cut, i in zip(cuts, order, strict=True):
-        lines += [*added[last:cut], puzzle.lines[i].text]
-        last = cut
-    lines += added[last:]
-    spans, at = [], len(puzzle.header) + 2
-    for line in lines:
-        spans.append((at, at + len(line)))
-        at += len(line) + 1
-    text = "\n\n".join([puzzle.header, "\n".join(lines), puzzle.question])
-    return LongPuzzle(puzzle, text, tuple(spans), (len(text) - len(puzzle.question), len(text)))
-
-
 def named_in(answer: str) -> set[str]:
     """Return the names, numbers and "unanswerable" that an answer holds; 1,234 is 1234.
 
     >>> sorted(named_in("It is BRELMOK, not 1,234."))
     ['1234', 'BRELMOK']
     """
+    # Names are invented capitals, so whatever a model says around them is passed over.
     found = _ITEM.findall(re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer))
     return {item.lower() if item.lower() == UNANSWERABLE else item for item in found}
 

@@ -16,18 +16,108 @@ Every task is a function of a random generator and of the part its words come fr
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle
-from hf_longalign.puzzles.words import ASSOCIATIONS, FORMS, GOODS, PARTS, TOPICS, namer, words_of
+from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle, lengthen
 
 
 LIST = "Answer with the names alone, separated by commas."
 ONE = "Answer with the name alone."
 NUMBER = "Answer with the number alone."
+# The words come in two parts that share none: what is trained on is never asked for. Names are invented and spelled in
+# capitals, so that they are found in an answer whatever stands around them, and so that no tokenizer knows them as
+# words. There are hundreds of thousands of them, enough for a million tokens of text.
+PARTS = ("evaluation", "training")
+_ONSETS = (
+    *("B", "BR", "C", "CL", "D", "DR", "F", "FL", "G", "GR", "H", "J", "K", "KL", "L", "M", "N", "P", "PR", "R"),
+    *("S", "ST", "T", "TR", "V", "Z"),
+)
+_VOWELS = ("A", "E", "I", "O", "U")
+_CODAS = ("B", "D", "F", "G", "K", "L", "M", "N", "P", "R", "S", "T", "X")
+
+# (evaluation, training)
+GOODS = (
+    ("salt", "copper", "honey", "timber", "linen", "barley", "amber", "paper"),
+    ("wool", "silver", "pepper", "marble", "cotton", "rye", "ivory", "glass"),
+)
+TOPICS = (
+    ("an otter", "a lighthouse", "the first snow", "a broken clock", "two neighbours", "a night train"),
+    ("a heron", "a windmill", "the last harvest", "a lost glove", "three brothers", "a ferry"),
+)
+FORMS = (("riddle", "toast", "limerick", "postcard"), ("ballad", "speech", "haiku", "letter"))
+# What a person is said to do, and what is asked for: the two share no word but such as "in" and "a".
+ASSOCIATIONS = (
+    (
+        ("lives in a flat with a view of the Eiffel Tower", "has a home in France"),
+        ("walks to work past the Brandenburg Gate", "earns a salary in Germany"),
+        ("sells postcards at the foot of the Colosseum", "runs a business in Italy"),
+        ("sweeps the steps below the Acropolis every dawn", "gets paid in Greece"),
+        ("guides visitors round the pyramids of Giza", "knows Egypt well"),
+        ("repairs boats beside the Sydney Opera House", "resides in Australia"),
+        ("photographs Mount Fuji from the kitchen window", "rents a house in Japan"),
+        ("feeds pigeons in front of the Kremlin", "spends mornings in Russia"),
+        ("pulls teeth from nine to five", "works as a dentist"),
+        ("bakes two hundred loaves before sunrise", "makes bread for a living"),
+        ("tunes violins and rebuilds old cellos", "takes care of musical instruments"),
+        ("lands the evening plane in any weather", "is a pilot"),
+        ("shoes horses and hammers red-hot iron", "must be a blacksmith"),
+        ("keeps forty hives at the end of the garden", "harvests honey"),
+        ("turns every page for the blind judge", "reads aloud to someone"),
+        ("breaks out in a rash after a single peanut", "suffers from an allergy"),
+    ),
+    (
+        ("owns a studio a block from the Golden Gate Bridge", "pays rent in California"),
+        ("rings a bicycle bell along the canals of Amsterdam", "commutes in the Netherlands"),
+        ("carves souvenirs near the walls of Machu Picchu", "makes things in Peru"),
+        ("counts tickets at the gate of the Taj Mahal", "has a job in India"),
+        ("grows olives within sight of the Alhambra", "farms land in Spain"),
+        ("plays the accordion under Big Ben", "performs in England"),
+        ("drives a tram up the hills of Lisbon", "is employed in Portugal"),
+        ("sails past Table Mountain every weekend", "spends free time in South Africa"),
+        ("cuts hair and trims beards all day", "must be a barber"),
+        ("grinds lenses and fits frames", "helps people see better"),
+        ("lays bricks and mixes mortar", "builds walls"),
+        ("wakes the orchestra with a small white baton", "conducts music"),
+        ("paints numbers on racing yachts", "decorates boats"),
+        ("puts out fires with the third brigade", "rescues people from flames"),
+        ("marks forty essays every Sunday", "teaches a class"),
+        ("sneezes whenever a cat enters the room", "cannot stand pets"),
+    ),
+)
+
+
+def words_of(pools: tuple, part: str) -> tuple:
+    """Return the half of a pool that belongs to a part, one of `PARTS`."""
+    return pools[PARTS.index(part)]
+
+
+def namer(rng: np.random.Generator, part: str) -> Callable[[], str]:
+    """Return a function that invents a new name at each call: six to eight capitals, none twice.
+
+    >>> name = namer(np.random.default_rng(0), "training")
+    >>> name(), name()
+    ('TOMFLEB', 'KLOXPRON')
+    """
+    used: set[str] = set()
+
+    def draw() -> str:
+        while True:
+            letters = (kinds[int(rng.integers(len(kinds)))] for kinds in (_ONSETS, _VOWELS, _CODAS) * 2)
+            name = "".join(letters)
+            if name not in used and part_of(name) == part:
+                used.add(name)
+                return name
+
+    return draw
+
+
+def part_of(name: str) -> str:
+    """Return the part an invented name belongs to: a bit of its digest, the same on every machine."""
+    return PARTS[hashlib.sha256(name.encode()).digest()[0] & 1]
 
 
 def draw_puzzle(task: str, seed: int, index: int, part: str = "evaluation") -> Puzzle:
@@ -41,11 +131,6 @@ def draw_puzzle(task: str, seed: int, index: int, part: str = "evaluation") -> P
 
     Raises:
         ValueError: no such task or part.
-
-    Example:
-
-    >>> draw_puzzle("latest", seed=0, index=0).answers == draw_puzzle("latest", seed=0, index=0).answers
-    True
     """
     if task not in TASKS:
         raise ValueError(f"`task` must be one of {sorted(TASKS)}, got {task!r}. Set one of them.")
@@ -232,3 +317,41 @@ TASKS: dict[str, Callable[[np.random.Generator, str], Puzzle]] = {
         unanswerable,
     )
 }
+
+
+def training_rows(
+    tasks: Sequence[str] = tuple(TASKS),
+    *,
+    number: int,
+    length: int,
+    count: Callable[[str], int],
+    filler: Sequence[str] = (),
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return rows in TRL's chat format with the `parts` at which positions may be skipped.
+
+    Their names, goods, topics and facts are those of the part "training", which evaluation shares none with.
+
+    Args:
+        tasks: names of `TASKS`, in turn.
+        number: of rows.
+        length: tokens of a question at most.
+        count: tokens of a text.
+        filler: sentences between the lines of a puzzle; without any, lines that look alike.
+        seed: of all that is drawn.
+
+    Raises:
+        ValueError: an unknown task, or a length without room for it.
+
+    Example:
+
+    >>> row = training_rows(["latest"], number=1, length=120, count=lambda text: len(text.split()))[0]
+    >>> [message["role"] for message in row["messages"]], sorted(row["parts"][0])
+    (['user', 'assistant'], ['end', 'message', 'start'])
+    """
+    rows = []
+    for index in range(number):
+        puzzle = draw_puzzle(tasks[index % len(tasks)], seed, index, "training")
+        rng = np.random.Generator(np.random.PCG64([seed, index]))
+        rows.append(lengthen(puzzle, length, count, filler, rng).row())
+    return rows

@@ -49,6 +49,7 @@ class Record:
                 f"A {cls.__name__} of version {value['version']} is newer than this package, which knows version "
                 f"{cls.VERSION}. Update it: pip install -U hf_longalign"
             )
+        # Fields that a later release added are left out without a word; those it needs are in the version above.
         hints, given = get_type_hints(cls), {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             if field.name in value:
@@ -91,6 +92,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         # tuple[int, int] names each place, list[int] and tuple[int, ...] one kind for all.
         hints = inner if kind is tuple and Ellipsis not in inner else [inner[0]] * len(value)
         return kind(_typed(part, item, where) for part, item in zip(hints, value, strict=True))
+    # JSON knows one kind of number, so 1.0 may come back as 1; `True` is an int to Python and to no reader.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):

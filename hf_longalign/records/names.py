@@ -1,5 +1,6 @@
 """The one table of suites and metrics: what a report, a picture and a card call them, and what the Hub does."""
 
+import re
 from typing import NamedTuple
 
 
@@ -61,3 +62,12 @@ def metric_of(key: str) -> Metric:
     """
     name = key.partition(",")[0]
     return METRICS.get(name, Metric(name.replace("_", " "), name))
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Return whether a name can be that of a repository of the Hub; a path of this machine is none of a reader's.
+
+    >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("/home/me/model"), is_hub_id("outputs/run/last"), is_hub_id(None)
+    (True, False, False, False)
+    """
+    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None

@@ -75,6 +75,7 @@ class TaskResult(Record):
         samples: questions asked, counted once, not per depth.
         scores: of its metric, by label of the model.
         others: means of its further metrics, by metric and label.
+        parts: means of its metric over a part of its prompts, such as "0-4k" or "hard", by part and label.
         differences: between models, on the same prompts.
         grid: by depth and length, where prompts have both.
         length: of the prompts in tokens, where all have the same.
@@ -93,6 +94,7 @@ class TaskResult(Record):
     samples: int = 0
     scores: dict[str, Score] = field(default_factory=dict)
     others: dict[str, dict[str, float]] = field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     grid: Grid | None = None
     length: int | None = None
@@ -104,6 +106,14 @@ class TaskResult(Record):
     diagnosis: dict[str, Diagnosis] = field(default_factory=dict)
     error: str | None = None
     note: str | None = None
+
+    @property
+    def scores_by_length(self) -> dict[int, dict[str, Score]]:
+        """Scores by length in tokens and label of the model; empty where prompts are as long as they are."""
+        if self.grid is None:
+            return {} if self.length is None else {self.length: self.scores}
+        by_length = self.grid.by_length
+        return {n: {label: row[at] for label, row in by_length.items()} for at, n in enumerate(self.grid.lengths)}
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ from hf_longalign.lazy import lazy_exports
 
 
 if TYPE_CHECKING:
-    from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-    from hf_longalign.synthesis.config import ContextSynthesisConfig
+    from hf_longalign.synthesis.builder import ContextSynthesisBuilder, ContextSynthesisConfig
     from hf_longalign.synthesis.local import TransformersGenerator
+    from hf_longalign.synthesis.shards import merge_shards, run_shard
 
 _EXPORTS = {
     "ContextSynthesisBuilder": "builder",
-    "ContextSynthesisConfig": "config",
+    "ContextSynthesisConfig": "builder",
     "TransformersGenerator": "local",
+    "merge_shards": "shards",
+    "run_shard": "shards",
 }
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,7 +1,11 @@
 """The builder: seeds become a data set with the configurations `chat`, `contexts` and `rejected`."""
 
+import hashlib
 from collections.abc import Iterator
 from copy import copy
+from dataclasses import dataclass, fields
+from functools import cache
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +13,91 @@ import datasets
 
 from hf_longalign.endpoint.protocol import Generator, SwitchGenerator
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.export import check_output, export
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.outcome import CONFIGS, features
 from hf_longalign.synthesis.pipeline import Pipeline
+from hf_longalign.text import digest
+
+
+# Raised whenever the same fields give other rows: datasets does not see a change of code.
+VERSION = "1.1.0"
+
+
+@dataclass
+class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
+    """The configuration of `ContextSynthesisBuilder`.
+
+    Its id, which names the cache folder, is a digest of the fields and of what the named files hold: equal data gives
+    equal folders on every machine, and neither a path nor anything of an endpoint stands in it.
+
+    Attributes:
+        generator: "openai", "transformers" or "documents"; set by the builder.
+        model: the name of the model that writes; set by the builder.
+        judge_model: the name of the model that judges; set by the builder.
+    """
+
+    version: datasets.Version | str | None = VERSION
+    generator: str = "documents"
+    model: str = ""
+    judge_model: str = ""
+
+    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
+        """Return the name of the configuration and the digest."""
+        # datasets skips what is None, as if it had not been given: `temperature: null` would be 0.8. Here is the last
+        # place before the fields are used.
+        for name, value in config_kwargs.items():
+            if value is None and hasattr(self, name):
+                setattr(self, name, None)
+        return f"{self.name}-{self.fingerprint()}"
+
+    def fingerprint(self, without: tuple[str, ...] = ()) -> str:
+        """Return a digest of everything that shapes the rows, the fields `without` left out."""
+        parts = [VERSION, self.generator, self.model, self.judge_model]
+        for option in fields(SynthesisOptions):
+            if option.name not in without:
+                parts += [option.name, _content(getattr(self, option.name))]
+        return digest(*parts)
+
+
+def _content(value: Any) -> str:
+    """A digest of the file or data behind a value; the value itself where there is none."""
+    if isinstance(value, list):
+        # One by one: seeds in memory may be many, and their texts would all be held at once.
+        state = hashlib.blake2b(digest_size=8)
+        for part in value:
+            state.update(digest(_content(part)).encode())
+        return f"{len(value)} {state.hexdigest()}"
+    if isinstance(value, datasets.Dataset):
+        # datasets' own digest of how it was made; hashing the rows would read them all.
+        return str(value._fingerprint)
+    if hasattr(value, "to_dict") and hasattr(value, "isna"):
+        # The text of a DataFrame shows a few of its rows.
+        return digest(value.to_json(orient="split"))
+    if hasattr(value, "backend_tokenizer"):
+        # The text of a tokenizer object shows its path, and two versions may lie at one.
+        return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
+    if isinstance(value, str):
+        task, _, name = value.rpartition("=")
+        if any(char in name for char in "*?["):
+            return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
+        path = Path(name)
+        # A folder that is named is mostly a tokenizer's, whose weights and logs change no count.
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_file():
+            return digest(task, path.name, _file_digest(path, path.stat().st_mtime_ns))
+    return repr(value)
+
+
+# By the time of change: three configurations digest the same gigabytes.
+@cache
+def _file_digest(path: Path, modified: int) -> str:
+    state = hashlib.blake2b()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            state.update(block)
+    return state.hexdigest()
 
 
 class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
@@ -125,6 +209,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         >>> rejected.config.name, rejected.pipeline is chat.pipeline
         ('rejected', True)
         """
+        # Made anew, since `datasets` fixes folder and features in the constructor; then it shares what was read.
         builder = type(self)(config_name=config_name, **self._arguments)
         builder.pipeline, builder.files = self.pipeline, self.files
         return builder
@@ -134,10 +219,6 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
         Returns:
             Whether this process goes on to compose the rows: of several that ask together, one does.
-
-        Raises:
-            ValueError: something is wrong with the configuration or the seeds; nothing was spent.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
         """
         return self.pipeline.run()
 
@@ -149,18 +230,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         license: str | None = None,
         seeds_license: str | None = None,
     ) -> Path:
-        """Prepare all configurations and write them to a folder with their card. See `synthesis.export.export`.
-
-        Args:
-            folder: where to; it must be absent, empty, or an earlier output.
-            num_proc: processes that compose.
-            license: licence of the data set, as the Hub names it.
-            seeds_license: licence of the seeds, as the Hub names it.
-
-        Raises:
-            ValueError: what `prepare_outcomes` raises, or the folder holds something else.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
-        """
+        """Prepare all configurations and write them to a folder with their card. See `synthesis.export.export`."""
         check_output(Path(folder), self.pipeline.journal, self.files.folder)
         data = {}
         for name in CONFIGS:

@@ -9,10 +9,9 @@ import numpy as np
 
 from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
 from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
-from hf_longalign.synthesis.distractors import offer
 from hf_longalign.synthesis.outcome import SCORES, part
-from hf_longalign.synthesis.pool import Pool
-from hf_longalign.synthesis.tasks import Task, find_task, prompt_parts
+from hf_longalign.synthesis.pool import Pool, offer
+from hf_longalign.synthesis.tasks import find_task, prompt_parts
 from hf_longalign.synthesis.tokens import TokenCounter
 from hf_longalign.text import digest
 
@@ -104,26 +103,26 @@ class Composer:
 
     def _begin(self, index: int) -> _Begun:
         record = self.pool.row(index)
+        # By the row's id, never one generator for all: rows are made by many processes in any order, and must be the
+        # same.
         rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
         task, conflicts = find_task(record["task"]), self.pool.conflict(index)
-        named = self._is_named(index, task, conflicts, rng)
+        # One context alone needs no name. A summary's instruction never tells which text is meant; any other is tried
+        # on a sample: where many could be meant, it does not tell either.
+        named = self.reference == "all" or (self.reference == "auto" and self.limit != 0 and task.is_summary)
+        if self.reference == "auto" and self.limit != 0 and not task.is_summary:
+            others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
+            sample = [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
+            named = sum(sample) > _VAGUE_SHARE * len(sample)
         reference = self.pool.reference(index, task.noun) if named else None
         return _Begun(record, rng, conflicts, reference, prompt_parts(task, record["instruction"], reference))
-
-    def _is_named(self, index: int, task: Task, conflicts: Callable[[int], bool], rng: np.random.Generator) -> bool:
-        """Whether the prompt says which context is meant. One context alone needs no name."""
-        if self.reference != "auto" or self.limit == 0:
-            return self.reference == "all"
-        if task.is_summary:
-            return True
-        others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
-        sample = [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
-        return sum(sample) > _VAGUE_SHARE * len(sample)
 
     def _candidates(self, index: int, begun: _Begun) -> Iterator[Piece]:
         nearest, hard_share = (self.nearest[index], self.hard_share) if self.nearest is not None else ((), 0.0)
         groups = self.pool.groups(index, self.sources)
         for other in offer(groups, begun.rng, own=index, nearest=nearest, hard_share=hard_share):
+            # A prompt that names its context may hold rivals, which makes it harder; two of one name would not be told
+            # apart.
             if begun.named:
                 unfit = self.pool.name(other) == self.pool.name(index)
             else:
@@ -139,6 +138,8 @@ class Composer:
         tokens = 0
         if self.counter is not None and self.budget is not None:
             if (index, named) not in self._tokens:
+                # A context distracts in many rows: counting it anew each time would take most of the time of
+                # composing.
                 self._tokens[index, named] = self.counter.count(text)
             tokens = self._tokens[index, named]
         return Piece(text, self.pool.ids[index], tokens)
@@ -155,6 +156,7 @@ class Composer:
         context_tokens = total_tokens = None
         if self.counter is not None:
             total_tokens = made.tokens or self.counter.count_chat(messages)
+            # The tokens of contexts as the difference of two whole chats: the template's own tokens belong to neither.
             bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
             context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
         checks = record["checks"]

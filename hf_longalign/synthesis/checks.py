@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
-from hf_longalign.synthesis.extras import require
+from hf_longalign.lazy import require
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.text import UNSPACED, content_of, holds, normalise, word_count
@@ -20,6 +20,7 @@ from hf_longalign.text import UNSPACED, content_of, holds, normalise, word_count
 
 PASSED, FAILED, OPEN, NEUTRALISED = "passed", "failed", "open", "neutralised"
 
+# Only at the beginning (see `_REFUSAL_WINDOW`): people in a story may say that they cannot help.
 _REFUSAL = re.compile(
     r"\bas an ai\b|\blanguage model\b|\bI(?:'m| am) sorry, but I\b|"
     r"\bI (?:cannot|can't|can not|won't|am unable to|am not able to) "
@@ -28,6 +29,7 @@ _REFUSAL = re.compile(
     r"(?:申し訳|すみません).{0,20}(?:できません|できかねます)|죄송.{0,20}(?:없습니다|어렵습니다)|ขออภัย.{0,20}ไม่สามารถ",
     re.IGNORECASE,
 )
+# Words of the prompts in `prompts`, which a written text has no reason to hold.
 _META = re.compile(
     r"^\W*(?:question|answer|instruction|evidence|distraction|note)\W*:|"
     r"\b(?:missing|provided|above|following) context\b|\bthis (?:context|text) (?:provides|contains|supports)\b|"
@@ -47,6 +49,7 @@ _CHATTER = re.compile(
     re.IGNORECASE,
 )
 _ENDING_CHARACTERS = 400
+# Ends of sentences in the scripts that seeds were seen in, closing quotes and brackets, list items and digits.
 _ENDED = re.compile(r"[.!?…。！？｡؟۔।။។:;\"'”’»)\]|*_`\-\d」』）】〉》]$")
 # Thai and Lao put no mark behind a sentence.
 _MARKLESS = re.compile(r"[\u0e00-\u0eff]$")
@@ -153,8 +156,10 @@ def failures(checks: list[Check]) -> str:
     return "; ".join(f"{check.name}: {check.detail}" for check in checks if check.outcome == FAILED)
 
 
-def _complete(text: _Text) -> Check:
+def complete(text: _Text) -> Check:
+    """Ends where a sentence does."""
     end = text.context.rstrip()
+    # Whatever its last character: a text can be cut off right behind a sentence.
     if text.finish_reason == "length":
         return Check("complete", FAILED, "it was cut off at the reply's length limit; write a shorter text")
     if _MARKLESS.search(end):
@@ -164,12 +169,14 @@ def _complete(text: _Text) -> Check:
     return Check("complete", PASSED)
 
 
-def _refusal(text: _Text) -> Check:
+def refusal(text: _Text) -> Check:
+    """Does not begin with an assistant's refusal."""
     match = _REFUSAL.search(text.context[:_REFUSAL_WINDOW])
     return Check("refusal", FAILED, f"it refuses: {match[0]!r}") if match else Check("refusal", PASSED)
 
 
-def _meta(text: _Text) -> Check:
+def meta(text: _Text) -> Check:
+    """Does not speak of the task, nor to the reader at its end."""
     match = _META.search(text.context)
     if match:
         return Check("meta", FAILED, f"it speaks of the task: {match[0].strip()!r}")
@@ -179,7 +186,8 @@ def _meta(text: _Text) -> Check:
     return Check("meta", PASSED)
 
 
-def _length(text: _Text) -> Check:
+def length(text: _Text) -> Check:
+    """Has as many words as it should."""
     words, rules = word_count(text.context), text.rules
     if words < rules.min_words:
         return Check("length", FAILED, f"it has {words} words, at least {rules.min_words} are needed")
@@ -188,7 +196,7 @@ def _length(text: _Text) -> Check:
     return Check("length", PASSED, f"{words} words")
 
 
-def _support(text: _Text) -> Check:
+def support(text: _Text) -> Check:
     """The answer word for word; a short one by its words close together, a longer one by the share of them.
 
     Open where comparing words cannot tell: a verdict such as "yes", and answers of function words alone.
@@ -196,6 +204,7 @@ def _support(text: _Text) -> Check:
     answer, context = normalise(text.seed.answer), text.normalised
     if answer in VERDICTS:
         return Check("support", OPEN, f"{answer!r} can only be judged")
+    # An answer of signs alone ('+', '€') normalises to nothing and is looked for as it is.
     if holds(context, answer) if answer else text.seed.answer in text.context:
         return Check("support", PASSED, "word for word")
     words = content_of(answer) - _WEAK
@@ -206,7 +215,11 @@ def _support(text: _Text) -> Check:
     share = len(words & content_of(context)) / len(words)
     if length <= _SHORT_WORDS and share == 1 and _close(context.split(), words):
         return Check("support", PASSED, "its words, close together")
-    if length > _SHORT_WORDS and share >= _least_share(length, unspaced):
+    # 10 words may be put in other words in part; a summary is new words in a larger part. With 0.4, 94 % of the 150
+    # published MultiNews summaries pass with their own articles, and 2 % with the next row's. Without blanks, pairs of
+    # characters are compared: a word in other words takes the pairs at its edges along.
+    least = (0.6 if unspaced else 0.8) if length <= _PHRASE_WORDS else (0.25 if unspaced else 0.4)
+    if length > _SHORT_WORDS and share >= least:
         return Check("support", PASSED, f"{share:.2f} of the answer's words")
     return Check("support", FAILED, f"it does not hold what the answer {_short(text.seed.answer)!r} says")
 
@@ -215,6 +228,7 @@ def _close(context: list[str], words: set[str]) -> bool:
     """Whether all the words stand within a few words of each other."""
     if len(words) == 1:
         return True
+    # All far away before the first is seen, so that the spread is too large until every word was.
     reach, last = 3 * len(words) + 2, dict.fromkeys(words, -len(context) - 100)
     for place in range(len(context)):
         # Where there are no blanks, two or four characters stand for a word.
@@ -227,18 +241,8 @@ def _close(context: list[str], words: set[str]) -> bool:
     return False
 
 
-def _least_share(length: int, unspaced: bool) -> float:
-    """10 words may be put in other words in part; a summary is new words in a larger part.
-
-    With 0.4, 94 % of the 150 published MultiNews summaries pass with their own articles, and 2 % with the next row's.
-    Without blanks, pairs of characters are compared: a word in other words takes the pairs at its edges along.
-    """
-    if length <= _PHRASE_WORDS:
-        return 0.6 if unspaced else 0.8
-    return 0.25 if unspaced else 0.4
-
-
-def _leak(text: _Text) -> Check:
+def leak(text: _Text) -> Check:
+    """Does not repeat the instruction."""
     if word_count(text.seed.instruction) < _LEAST_LEAK_WORDS:
         return Check("leak", OPEN, "the instruction is too short to tell")
     if holds(text.normalised, normalise(text.seed.instruction)):
@@ -246,7 +250,8 @@ def _leak(text: _Text) -> Check:
     return Check("leak", PASSED)
 
 
-def _language(text: _Text) -> Check:
+def language(text: _Text) -> Check:
+    """Is written in the language asked for."""
     found, wanted = identify_language(text.context), text.rules.language
     if wanted is None or found is None:
         return Check("language", OPEN, "too little text to tell")
@@ -255,7 +260,8 @@ def _language(text: _Text) -> Check:
     return Check("language", PASSED, found)
 
 
-def _control_tokens(text: _Text) -> Check:
+def control_tokens(text: _Text) -> Check:
+    """Holds no mark of a chat template, nor does its seed."""
     seed = text.seed
     for part in (text.context, text.title or "", seed.instruction, seed.answer):
         found = text.rules.control.find(part)
@@ -272,7 +278,7 @@ def _short(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _identifier() -> Any:
-    langid = require("py3langid.langid")
+    langid = require("py3langid.langid", "synthesis")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
 
 
@@ -287,6 +293,7 @@ def identify_language(text: str) -> str | None:
     'en'
     """
     sample = text[:_LANGUAGE_SAMPLE]
+    # Stopped at the limit: the sample is asked for each of some hundred thousand texts.
     letters = sum(1 for _ in islice(_LETTER.finditer(sample), _LEAST_LETTERS))
     # A character without blanks tells as much as three letters.
     if letters < _LEAST_LETTERS and letters + 2 * len(_UNSPACED.findall(sample)) < _LEAST_LETTERS:
@@ -307,6 +314,7 @@ def majority_language(texts: Iterable[str]) -> str | None:
         if length >= _LANGUAGE_SAMPLE:
             pieces.append(" ".join(joined)[:_LANGUAGE_SAMPLE])
             joined, length = [], 0
+            # Twenty samples of 1,500 characters settle it; the classifier takes milliseconds for each.
             if len(pieces) == 20:
                 break
     pieces += [" ".join(joined)] if len(pieces) < 20 else []
@@ -314,13 +322,13 @@ def majority_language(texts: Iterable[str]) -> str | None:
     return found.most_common(1)[0][0] if found else None
 
 
-_WRITTEN_CHECKS: dict[str, Callable[[_Text], Check]] = {"complete": _complete, "refusal": _refusal, "meta": _meta}
+_WRITTEN_CHECKS: dict[str, Callable[[_Text], Check]] = {"complete": complete, "refusal": refusal, "meta": meta}
 _CONTEXT_CHECKS: dict[str, Callable[[_Text], Check]] = {
-    "length": _length,
-    "support": _support,
-    "leak": _leak,
-    "language": _language,
-    "control_tokens": _control_tokens,
+    "length": length,
+    "support": support,
+    "leak": leak,
+    "language": language,
+    "control_tokens": control_tokens,
 }
 
 # "parse" cannot be left out: a reply that cannot be read has no context. "judge" asks a model, so it is off at first.

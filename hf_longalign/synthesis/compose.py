@@ -22,7 +22,9 @@ from hf_longalign.text import sentence_ends
 
 SEPARATOR = "\n\n"
 FILL_TOLERANCE = 0.02
+# So many characters back a blank is looked for; Chinese has none, and is cut where it is.
 _WORD_REACH = 80
+# Fewer tokens than this are no text worth a separator.
 _LEAST_CUT_TOKENS = 4
 
 
@@ -109,26 +111,20 @@ def compose(
     >>> made.gold_index, [made.content[start:end] for start, end in made.contexts]
     (1, ['Red.', 'Green.', 'Blue.'])
     """
-    if ruler is not None:
-        return _fill(gold, candidates, prompt, rng, limit, ruler)
-    if limit is None:
-        raise ValueError("`limit` must be given where there is no budget, got None. Set the number of distractors.")
-    return _arrange(gold, list(islice(candidates, limit)), prompt, rng)
-
-
-def _fill(
-    gold: Piece,
-    candidates: Iterator[Piece],
-    prompt: tuple[str, str],
-    rng: np.random.Generator,
-    limit: int | None,
-    ruler: Ruler,
-) -> Composition:
+    if ruler is None:
+        if limit is None:
+            raise ValueError(
+                "`limit` must be given where there is no budget, got None. Set the number of distractors."
+            )
+        return _arrange(gold, list(islice(candidates, limit)), prompt, rng)
+    # The gold context alone first: a row that cannot be made must not use up candidates.
     made, tokens = _fit(gold, [], prompt, rng, ruler)
     if tokens > ruler.budget:
         raise BudgetError(f"the gold context and its prompt have {tokens} tokens, the budget is {ruler.budget}")
+    # A token more than the separator has: joining can split what was one token.
     joint = ruler.count(SEPARATOR) + 1
     chosen: list[Piece] = []
+    # More than once, since counts of pieces do not add up: what `_fit` had to shorten leaves room again.
     while tokens < (1 - FILL_TOLERANCE) * ruler.budget:
         places = None if limit is None else limit - len(chosen)
         added = _gather(candidates, ruler.budget - tokens, joint, places, ruler)
@@ -173,6 +169,7 @@ def _cut(piece: Piece, tokens: int, ruler: Ruler) -> Piece | None:
     blank = max(piece.text.rfind(char, max(0, end - _WORD_REACH), end) for char in " \n")
     text = piece.text[: blank if blank > 0 else end].rstrip()
     ends = sentence_ends(text)
+    # Ending at a sentence may cost half of what the sample may stay below its budget, and no more.
     slack = ruler.budget * FILL_TOLERANCE / 2
     if ends and tokens - ruler.count(text[: ends[-1]]) <= slack:
         text = text[: ends[-1]]
@@ -192,6 +189,7 @@ def _longest_prefix(piece: Piece, tokens: int, ruler: Ruler) -> int:
             low, found = middle, count
         else:
             high = middle
+            # It overshot: text here is denser in tokens than the piece as a whole. Aim half as far.
             pace = min(pace, (high - low) / 2 / max(1, tokens - found))
     return low
 
@@ -199,6 +197,7 @@ def _longest_prefix(piece: Piece, tokens: int, ruler: Ruler) -> int:
 def _arrange(gold: Piece, chosen: list[Piece], prompt: tuple[str, str], rng: np.random.Generator) -> Composition:
     """Shuffle the distractors, put the gold context at a uniformly drawn index, and join."""
     pieces = [chosen[number] for number in rng.permutation(len(chosen))]
+    # Drawn by index after the shuffle: uniform over places, whatever the lengths of the distractors.
     gold_index = int(rng.integers(len(chosen) + 1))
     before, others = (sum(len(piece.text) for piece in part) for part in (pieces[:gold_index], pieces))
     pieces.insert(gold_index, gold)

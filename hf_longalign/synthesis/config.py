@@ -1,26 +1,19 @@
-"""What a data set is made from and how: the fields of `ContextSynthesisConfig`, checked as a whole.
+"""What a data set is made from and how: the options of a synthesis, checked as a whole, before anything is loaded.
 
 No field holds a key, an address or anything else of an endpoint: those belong to the generator object.
 """
 
-import hashlib
 import json
-from dataclasses import dataclass, field, fields
-from functools import cache
-from glob import glob
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import datasets
-
 from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
-from hf_longalign.synthesis.difficulty import USES
-from hf_longalign.synthesis.distractors import SOURCES
-from hf_longalign.text import digest
+from hf_longalign.synthesis.pool import SOURCES
+from hf_longalign.synthesis.selection import USES
 
 
-# Raised whenever the same fields give other rows: datasets does not see a change of code.
-VERSION = "1.1.0"
+# Ten contexts a sample, as in https://arxiv.org/abs/2502.15592.
 PUBLISHED_DISTRACTORS = 9
 
 
@@ -194,7 +187,24 @@ class SynthesisOptions:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
         self.extra_fields()
+        # Last, as it reads fields whose own values must be right first.
         self._validate_together()
+
+    @property
+    def distractor_limit(self) -> int | None:
+        """How many distractors a row gets at most; `None` for as many as the budget holds."""
+        if self.n_distractors is None and self.target_tokens is None:
+            return PUBLISHED_DISTRACTORS
+        return self.n_distractors
+
+    def available_distractors(self, tasks: Mapping[str, int], documents: int) -> dict[str, int]:
+        """Return how many distractors a row of each task can have, given the number of contexts per task."""
+        total = sum(tasks.values())
+        found = {}
+        for task, count in sorted(tasks.items()):
+            by_source = {"same_task": count - 1, "other_tasks": total - count, "documents": documents}
+            found[task] = sum(by_source[source] for source in self.distractor_sources)
+        return found
 
     def extra_fields(self) -> dict[str, Any]:
         """Return `extra_body` as a dictionary.
@@ -275,74 +285,3 @@ _RANGES: dict[str, tuple[float, float]] = {
     "general_share": (0, 0.99),
     "decontaminate_ngram": (1, 1000),
 }
-
-
-@dataclass
-class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
-    """The configuration of `ContextSynthesisBuilder`.
-
-    Its id, which names the cache folder, is a digest of the fields and of what the named files hold: equal data gives
-    equal folders on every machine, and neither a path nor anything of an endpoint stands in it.
-
-    Attributes:
-        generator: "openai", "transformers" or "documents"; set by the builder.
-        model: the name of the model that writes; set by the builder.
-        judge_model: the name of the model that judges; set by the builder.
-    """
-
-    version: datasets.Version | str | None = VERSION
-    generator: str = "documents"
-    model: str = ""
-    judge_model: str = ""
-
-    def create_config_id(self, config_kwargs: dict[str, Any], custom_features: Any = None) -> str:
-        """Return the name of the configuration and the digest."""
-        # datasets skips what is None, as if it had not been given: `temperature: null` would be 0.8. Here is the last
-        # place before the fields are used.
-        for name, value in config_kwargs.items():
-            if value is None and hasattr(self, name):
-                setattr(self, name, None)
-        return f"{self.name}-{self.fingerprint()}"
-
-    def fingerprint(self, without: tuple[str, ...] = ()) -> str:
-        """Return a digest of everything that shapes the rows, the fields `without` left out."""
-        parts = [VERSION, self.generator, self.model, self.judge_model]
-        for option in fields(SynthesisOptions):
-            if option.name not in without:
-                parts += [option.name, _content(getattr(self, option.name))]
-        return digest(*parts)
-
-
-def _content(value: Any) -> str:
-    """A digest of the file or data behind a value; the value itself where there is none."""
-    if isinstance(value, list):
-        # One by one: seeds in memory may be many, and their texts would all be held at once.
-        state = hashlib.blake2b(digest_size=8)
-        for part in value:
-            state.update(digest(_content(part)).encode())
-        return f"{len(value)} {state.hexdigest()}"
-    if isinstance(value, datasets.Dataset):
-        return str(value._fingerprint)
-    if hasattr(value, "to_dict") and hasattr(value, "isna"):
-        # The text of a DataFrame shows a few of its rows.
-        return digest(value.to_json(orient="split"))
-    if hasattr(value, "backend_tokenizer"):
-        return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
-    if isinstance(value, str):
-        task, _, name = value.rpartition("=")
-        if any(char in name for char in "*?["):
-            return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
-        path = Path(name)
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if path.is_file():
-            return digest(task, path.name, _file_digest(path, path.stat().st_mtime_ns))
-    return repr(value)
-
-
-@cache
-def _file_digest(path: Path, modified: int) -> str:
-    state = hashlib.blake2b()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            state.update(block)
-    return state.hexdigest()

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 # A table is read row by row: by number, from batches of this many rows.
 _BATCH = 4000
+# Longer than any single file takes to write.
 _OLD_SECONDS = 24 * 3600.0
 _NETWORK = ("nfs", "lustre", "gpfs", "cifs", "smb", "fuse.", "ceph", "beegfs", "glusterfs", "afs", "9p", "virtiofs")
 
@@ -41,6 +42,7 @@ def whole(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
+    # Beside it and not in a temporary folder: a rename is atomic on one file system alone.
     unfinished = part_of(path)
     try:
         yield unfinished
@@ -53,6 +55,7 @@ def sweep(path: Path) -> None:
     """Remove what processes that no longer run have left beside `path`; of other machines what is older than a day."""
     import psutil
 
+    # The host stands in the name: a process id says nothing on another machine.
     names = re.compile(rf"{re.escape(path.name)}\.(?P<host>.+)-(?P<pid>\d+)-\w+\.part")
     for other in path.parent.glob("*.part"):
         match = names.fullmatch(other.name)
@@ -112,7 +115,14 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -
 
 def read_table(path: Path) -> pa.Table:
     """Map an Arrow file into memory."""
+    # Mapped, so that the processes that compose share one copy of all contexts.
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def table_row(table: pa.Table, number: int) -> dict[str, Any]:
+    """Return one row of a table."""
+    # Not `table.take`, which copies the whole of a chunked column of texts first.
+    return table.slice(number, 1).to_pylist()[0]
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -132,6 +142,7 @@ def network_file_system(folder: Path) -> str | None:
 
     folder = folder.resolve()
     mounted = {Path(disk.mountpoint): disk.fstype for disk in psutil.disk_partitions(all=True)}
+    # The nearest mount point above it, as a network's disk may lie inside a local one.
     kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
     return kind if kind.startswith(_NETWORK) else None
 
@@ -144,3 +155,20 @@ def mark_in_use(mark: Path, seconds: float) -> str | None:
             return user
     mark.write_text(socket.gethostname(), encoding="utf-8")
     return None
+
+
+def lacks_its_log(path: Path, version: int) -> bool:
+    """Return whether a sqlite file of that user version was copied without its log, which its header says it has.
+
+    Bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html.
+    """
+    for _ in range(10):  # another process may be opening or closing the file just now
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            header = file.read(100)
+        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == version.to_bytes(4, "big")
+        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
+            return False
+        time.sleep(0.05)
+    return True

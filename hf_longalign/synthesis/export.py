@@ -1,21 +1,31 @@
-"""Writing a prepared data set to a folder: Parquet files by configuration and split, a card and its picture."""
+"""Writing a prepared data set to a folder: Parquet files, and a card of what its rows, settings and journal tell."""
 
 import logging
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
 from hf_longalign.cards import dataset_card
+from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.plots import plot_lengths
-from hf_longalign.records.data import DataRecord
+from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.config import ContextSynthesisConfig
+from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.disk import whole
-from hf_longalign.synthesis.facts import dataset_facts
+from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.outcome import CONFIGS
+from hf_longalign.text import digest, word_count
+from hf_longalign.version import __version__
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisConfig
 
 
 logger = logging.getLogger(__name__)
@@ -54,7 +64,7 @@ def check_output(folder: Path, *kept: Path) -> None:
 def export(
     folder: str | Path,
     data: Mapping[str, Mapping[str, Dataset]],
-    config: ContextSynthesisConfig,
+    config: "ContextSynthesisConfig",
     *,
     journal: str | Path | None = None,
     budget: Budget | None = None,
@@ -87,25 +97,29 @@ def export(
         for name, splits in data.items():
             (unfinished / name).mkdir(parents=True)
             for split, dataset in splits.items():
-                _write_split(unfinished / name, split, dataset)
+                shards = max(1, -(-_text_bytes(dataset.data.table) // SHARD_BYTES))
+                for index in range(shards):
+                    part = dataset.shard(shards, index, contiguous=True) if shards > 1 else dataset
+                    path = unfinished / name / f"{split}-{index:05d}-of-{shards:05d}.parquet"
+                    # A fixed batch size: the default follows the files the rows were prepared in, and equal rows
+                    # would give other bytes, which a push takes for a change.
+                    part.to_parquet(path, batch_size=_BATCH_ROWS)
         record = dataset_facts(data, config, journal=journal, budget=budget)
+        picture: str | None = PICTURE
+        try:
+            plot_lengths(record.lengths, record.depths, unfinished / PICTURE, unit=record.unit)
+        except ImportError as error:  # matplotlib is an extra
+            logger.warning("The card goes without its picture. %s", error)
+            picture = None
         card = dataset_card(
             record,
             sample=next(iter(data["chat"].values()))[0],
-            picture=_draw(record, unfinished),
+            picture=picture,
             license=license,
             seeds_license=seeds_license,
         )
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     return folder
-
-
-def _write_split(folder: Path, split: str, dataset: Dataset) -> None:
-    shards = max(1, -(-_text_bytes(dataset.data.table) // SHARD_BYTES))
-    for index in range(shards):
-        part = dataset.shard(shards, index, contiguous=True) if shards > 1 else dataset
-        # A fixed batch size: the default follows the files the rows were prepared in.
-        part.to_parquet(folder / f"{split}-{index:05d}-of-{shards:05d}.parquet", batch_size=_BATCH_ROWS)
 
 
 def _text_bytes(table: pa.Table) -> int:
@@ -121,11 +135,145 @@ def _text_bytes(table: pa.Table) -> int:
     return sum(size(chunk) for column in table.columns for chunk in column.chunks)
 
 
-def _draw(record: DataRecord, folder: Path) -> str | None:
-    """Draw lengths and depths where matplotlib is there, and return where the picture is."""
-    try:
-        plot_lengths(record.lengths, record.depths, folder / PICTURE, unit=record.unit)
-    except ImportError as error:
-        logger.warning("The card goes without its picture. %s", error)
+Data = Mapping[str, Mapping[str, Dataset]]
+
+_SAMPLING = ("temperature", "top_p", "max_tokens", "sampling_seed", "retries")
+_WRITING = ("context_words", "facts_first")
+_SETTINGS = (
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by", "reference", "min_words"),
+    *("difficulty", "difficulty_use", "difficulty_share", "general_share", "test_share", "seed"),
+)
+
+
+def dataset_facts(
+    data: Data,
+    config: "ContextSynthesisConfig",
+    *,
+    journal: str | Path | None = None,
+    budget: Budget | None = None,
+) -> DataRecord:
+    """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone."""
+    chat = list(data["chat"].values())
+    given = config.method == "context" and config.generator == "documents"
+    lengths, unit = _lengths(chat)
+    # What was run, rather than what was set: a given text is not checked for what only models do.
+    checks = [row for rows in chat for row in rows["checks"]]
+    contexts = [number for rows in chat for number in rows["n_contexts"] if number]
+    hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
+    contexts_written = (row for rows in data.get("contexts", {}).values() for row in rows)
+    texts = (f"{row['instruction']} {row['answer']} {row['context'][:200]}" for row in contexts_written)
+    language = config.language or majority_language(texts)
+    # A prompt that names the context that is meant is not LongBench's own.
+    named = {
+        task
+        for rows in chat
+        for task, reference in zip(rows["task"], rows["reference"], strict=True)
+        if reference is not None
+    }
+    reasons = Counter(reason.split(":")[0] for rows in data.get("rejected", {}).values() for reason in rows["reason"])
+    return DataRecord(
+        method="given" if given else config.method,
+        splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
+        tasks=dict(sorted(Counter(task or "general data" for rows in chat for task in rows["task"]).items())),
+        rejected=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        generator=config.generator,
+        model=config.model,
+        judge_model=config.judge_model,
+        sampling={} if given else _used(config, _SAMPLING),
+        longbench_prompts=[
+            task
+            for task in sorted({task for rows in chat for task in rows["task"]} & {*TEMPLATES})
+            if task not in named
+        ],
+        prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
+        checks=[name for name in config.checks if name in {check["name"] for row in checks for check in row}],
+        neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
+        lengths=lengths,
+        unit=unit,
+        depths=[
+            depth
+            for rows in chat
+            for number, depth in zip(rows["n_contexts"], rows["gold_depth"], strict=True)
+            # A context that stands alone is everywhere.
+            if number > 1 and depth is not None
+        ],
+        contexts=(min(contexts), max(contexts)) if contexts else None,
+        seeds=_sources(data, config),
+        decontaminated=[Path(name).name for name in config.decontaminate_against],
+        ngram=config.decontaminate_ngram if config.decontaminate_against else None,
+        cost=_cost(data, journal, budget),
+        settings=_used(config, _SETTINGS if config.method != "context" or given else _WRITING + _SETTINGS),
+        languages=[language] if language else [],
+        hf_longalign=__version__,
+    )
+
+
+def _used(config: "ContextSynthesisConfig", names: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that shaped the rows: not those of a step that was not taken."""
+    unused = {
+        *(() if config.hard_share else ("hard_share", "hard_by")),
+        *(() if config.difficulty else ("difficulty_use", "difficulty_share")),
+        *(() if config.difficulty_use != "record" else ("difficulty_share",)),
+        *(() if "length" in config.checks else ("min_words",)),
+        *(() if config.facts_first else ("facts_first",)),
+        *(() if config.general_share else ("general_share",)),
+        *(() if config.test_share else ("test_share",)),
+    }
+    values = {name: getattr(config, name) for name in names if name not in unused}
+    if "n_distractors" in values:
+        # What was used where nothing was set.
+        values["n_distractors"] = config.distractor_limit
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _outcomes(data: Data) -> Iterator[Dataset]:
+    for name in ("contexts", "rejected"):
+        yield from data.get(name, {}).values()
+
+
+def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
+    tokens = [number for rows in chat for number in rows["total_tokens"]]
+    if None not in tokens:
+        return tokens, "tokens"
+    messages = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
+    return [sum(word_count(message["content"]) for message in row) for row in messages], "words"
+
+
+def _sources(data: Data, config: "ContextSynthesisConfig") -> list[DataSource]:
+    """The files and Hub data sets of the seeds with the rows read from each; no folder of this machine."""
+    named = config.seeds if config.method == "context" else config.documents
+    if not isinstance(named, list) or not all(isinstance(source, str) for source in named):
+        return []  # rows in memory, whose origin nobody knows
+    names = [source.rpartition("=")[2] for source in named]
+    # A file name is published, never its folder; of a Hub data set the whole id, which others can follow.
+    on_hub = {Path(name).name: name for name in names if not Path(name).exists() and not Path(name).suffix}
+    # A row that is over the budget stands among the contexts and among the rejected.
+    origins = {
+        (task, origin) for rows in _outcomes(data) for task, origin in zip(rows["task"], rows["origin"], strict=True)
+    }
+    counts = Counter((origin.rpartition(":")[0], task) for task, origin in origins)
+    repositories = {file: name.partition("@")[0].partition(":")[0] for file, name in on_hub.items()}
+    return [
+        DataSource(repositories.get(file, file), rows, task, on_hub=file in on_hub)
+        for (file, task), rows in sorted(counts.items())
+        if file
+    ]
+
+
+def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost | None:
+    """What the replies behind the rows took; `None` where the journal does not hold them all."""
+    keys = {key for rows in _outcomes(data) for found in rows["journal_keys"] for key in found}
+    if not keys or journal is None or not Path(journal).is_file():
         return None
-    return PICTURE
+    with Journal(journal) as held:
+        replies = [held.get(key) for key in sorted(keys)]
+        usd = held.usd_of(keys)
+    known = [reply for reply in replies if reply is not None]
+    if len(known) < len(keys):
+        return None
+    prompt = sum(reply.prompt_tokens for reply in known)
+    completion = sum(reply.completion_tokens for reply in known)
+    if not usd and budget is not None:  # paid for before prices were given
+        usd = budget.cost(prompt, completion).usd
+    # Without prices a cost of $0.00 would be a lie.
+    return Cost(len(known), prompt, completion, usd or None)

@@ -1,30 +1,33 @@
 """The files between the pipeline and the rows made from them, for the process that asks and those that compose."""
 
 import logging
+import re
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
-from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.disk import read_array, read_table, write_array, write_table
-from hf_longalign.synthesis.distractors import by_bm25, by_embeddings, nearest
-from hf_longalign.synthesis.documents import Document, read_documents
-from hf_longalign.synthesis.feasible import available_distractors, distractor_limit
-from hf_longalign.synthesis.outcome import Outcome, features, general_row, outcome_row
-from hf_longalign.synthesis.pool import Pool
+from hf_longalign.synthesis.disk import read_array, read_table, table_row, write_array, write_table
+from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
+from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
+from hf_longalign.synthesis.seeds import Document, read_documents
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.text import digest
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisConfig
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ _COMPOSITION = (
 # So much of a text to be summarised stands for it when the closest others are looked for.
 _QUERY_WORDS = 100
 _ROLES = ("system", "user", "assistant")
+_MADE = re.compile(rf"(?:{'|'.join(CONFIGS)}|outcomes|composition)-[0-9a-f]{{16}}")
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Files:
         folder: where the files lie.
     """
 
-    config: ContextSynthesisConfig
+    config: "ContextSynthesisConfig"
     folder: Path
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,6 +60,7 @@ class Files:
         # look where this process has written, whatever has become of their files.
         config = copy(self.config)
         config.seeds = None
+        # The paths are computed already: without seeds the digests would be others.
         return {"config": config, "folder": self.folder, "_outcomes": self._outcomes, "_composed": self._composed}
 
     # Named by what shapes them: what was paid for is found again where only the composition changes, and a run with
@@ -111,6 +116,7 @@ class Files:
         ids, share = self.accepted["seed_id"].to_pylist(), self.config.test_share
         if not share:
             return np.zeros(len(ids), dtype=bool)
+        # By id: a seed stays in its split when others are added, so that no test row of yesterday is trained on today.
         draws = np.array([int(digest("split", str(self.config.seed), seed_id), 16) / 2**64 for seed_id in ids])
         return draws < share
 
@@ -126,7 +132,7 @@ class Files:
         return Composer(
             pool=self.pool,
             sources=tuple(config.distractor_sources),
-            limit=distractor_limit(config),
+            limit=config.distractor_limit,
             counter=self.counter,
             budget=config.target_tokens,
             reference=config.reference,
@@ -146,6 +152,7 @@ class Files:
         Raises:
             ValueError: no seed was accepted.
         """
+        # An empty data set would be written, cached and pushed as if all were well.
         if not any(outcome.accepted for outcome in outcomes):
             raise ValueError(f"No seed of {len(outcomes)} was accepted. The first was rejected: {outcomes[0].reason}.")
         for kind, name in (("rejected", "rejected"), ("accepted", "contexts")):
@@ -157,15 +164,19 @@ class Files:
     def splits(self, config_name: str) -> dict[str, list[int]]:
         """Return the row numbers of each split of a configuration, and write what their rows need."""
         config, numbers = self.config, np.arange(len(self.test))
-        self._write_documents()
+        path = self._composed / "documents.arrow"
+        if config.documents and not path.is_file():
+            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
+            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
+            del self.documents  # from here on they are read from the disk here too
         if config_name == "rejected":
             # With a budget, whether a context alone exceeds it is found by the processes that count.
             tested = len(numbers) if config.target_tokens is not None else 0
             return {"train": list(range(self.rejected.num_rows + tested))}
         splits = {"train": numbers[~self.test].tolist(), "test": numbers[self.test].tolist()}
         if config_name == "chat":
-            limit, tasks = distractor_limit(config), Counter(self.accepted["task"].to_pylist())
-            for task, number in available_distractors(tasks, config, len(self.documents)).items():
+            limit, tasks = config.distractor_limit, Counter(self.accepted["task"].to_pylist())
+            for task, number in config.available_distractors(tasks, len(self.documents)).items():
                 if limit is not None and number < limit:
                     logger.warning("Task %r has %d contexts to distract with, %d were wanted.", task, number, limit)
             self._write_nearest()
@@ -184,27 +195,20 @@ class Files:
     def row(self, config_name: str, number: int) -> dict[str, Any] | None:
         """Return a row of a configuration, or `None` where that number has none."""
         if config_name == "contexts":
-            return _row(self.accepted, number)
+            return table_row(self.accepted, number)
         if config_name == "rejected":
             # First what was rejected before, then every accepted context, which may alone exceed the budget.
             if number < self.rejected.num_rows:
-                return _row(self.rejected, number)
+                return table_row(self.rejected, number)
             number -= self.rejected.num_rows
             reason = self.composer.over_budget(number)
-            return {**_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
+            return {**table_row(self.accepted, number), "reason": f"budget: {reason}"} if reason else None
         if number >= len(self.test):
-            return _row(self.general, number - len(self.test))
+            return table_row(self.general, number - len(self.test))
         try:
             return self.composer.row(number)
         except BudgetError:  # it stands among the rejected
             return None
-
-    def _write_documents(self) -> None:
-        path = self._composed / "documents.arrow"
-        if self.config.documents and not path.is_file():
-            columns = [(name, pa.string()) for name in ("text", "origin", "title")]
-            write_table(path, map(asdict, self.documents), pa.schema([*columns, ("neutralised", pa.int32())]))
-            del self.documents  # from here on they are read from the disk here too
 
     def _write_nearest(self) -> None:
         config, path = self.config, self._composed / "nearest.npy"
@@ -223,8 +227,24 @@ class Files:
         write_array(path, nearest(self.pool, config.distractor_sources, score))
 
 
-def _row(table: pa.Table, number: int) -> dict[str, Any]:
-    return table.slice(number, 1).to_pylist()[0]
+def forget_outcomes(folder: Path, keys: Set[str]) -> list[str]:
+    """Remove what was made from the replies `keys` in the folder of a data set, so that the next run makes it anew.
+
+    Outcomes that rest on other replies too stay: they could only be made again by paying for those.
+
+    Returns:
+        The names of the folders that were removed; of prepared rows all, as they do not say what they are made from.
+    """
+    names = sorted(path.name for path in folder.glob("*-*") if _MADE.fullmatch(path.name))
+    stale = []
+    for name in names:
+        if name.startswith("outcomes-"):
+            columns = (read_table(path)["journal_keys"].to_pylist() for path in (folder / name).glob("*.arrow"))
+            stale += [name] if keys >= {key for column in columns for found in column for key in found} else []
+    removed = [name for name in names if name in stale or not name.startswith("outcomes-")] if stale else []
+    for name in removed:
+        shutil.rmtree(folder / name)
+    return removed
 
 
 class _Documents(Sequence[Document]):
@@ -237,7 +257,7 @@ class _Documents(Sequence[Document]):
         return int(self._table.num_rows)
 
     def __getitem__(self, number: Any) -> Any:
-        return Document(**_row(self._table, number))
+        return Document(**table_row(self._table, number))
 
 
 def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int) -> list[dict[str, Any]]:
@@ -261,10 +281,12 @@ def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int
     """
     if not 0 <= share < 1:
         raise ValueError(f"`general_share` must be at least 0 and below 1, got {share!r}. Set the share of all rows.")
+    # share = general / (general + long), solved for general.
     wanted = round(share / (1 - share) * long_rows)
     if not wanted:
         return []
     rows = [row for source in sources for row in read_rows(source)]
+    # Which rows is random; their order stays that of the files.
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:wanted])
     return [_conversation(rows[number]) for number in chosen]
 

@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,50 +22,12 @@ from typing import Any
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import budget as claims
 from hf_longalign.synthesis.budget import Budget, Claim, Spend
-from hf_longalign.synthesis.disk import mark_in_use, network_file_system, whole
+from hf_longalign.synthesis.disk import lacks_its_log, mark_in_use, network_file_system, whole
+from hf_longalign.synthesis.tables import DROP, MERGE, VERSION, prepare
 
 
 logger = logging.getLogger(__name__)
 
-# "LAsj" in the file's header, and the version of the tables. Version 1 was not closed as `close` does it now.
-_APPLICATION = 0x4C41736A
-_VERSION = 2
-_SCHEMA = (
-    """
-    CREATE TABLE replies (
-        key TEXT PRIMARY KEY, model TEXT NOT NULL, purpose TEXT NOT NULL, messages TEXT NOT NULL,
-        sampling TEXT NOT NULL, text TEXT NOT NULL, finish_reason TEXT, prompt_tokens INTEGER NOT NULL,
-        completion_tokens INTEGER NOT NULL, reply_model TEXT NOT NULL, usd REAL NOT NULL, at REAL NOT NULL
-    )""",
-    """
-    CREATE TABLE faults (
-        id TEXT PRIMARY KEY, key TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, purpose TEXT NOT NULL,
-        prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, usd REAL NOT NULL,
-        confirmed INTEGER NOT NULL, at REAL NOT NULL
-    )""",
-    claims.CLAIMS_TABLE,
-    """
-    CREATE TABLE totals (
-        replies INTEGER, faults INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER, usd REAL,
-        unconfirmed_tokens INTEGER, unconfirmed_usd REAL
-    )""",
-    "INSERT INTO totals VALUES (0, 0, 0, 0, 0, 0, 0)",
-    """
-    CREATE TRIGGER count_reply AFTER INSERT ON replies BEGIN
-        UPDATE totals SET replies = replies + 1, prompt_tokens = prompt_tokens + NEW.prompt_tokens,
-            completion_tokens = completion_tokens + NEW.completion_tokens, usd = usd + NEW.usd;
-    END""",
-    """
-    CREATE TRIGGER count_fault AFTER INSERT ON faults BEGIN
-        UPDATE totals SET faults = faults + 1, prompt_tokens = prompt_tokens + NEW.prompt_tokens,
-            completion_tokens = completion_tokens + NEW.completion_tokens, usd = usd + NEW.usd,
-            unconfirmed_tokens = unconfirmed_tokens
-                + (1 - NEW.confirmed) * (NEW.prompt_tokens + NEW.completion_tokens),
-            unconfirmed_usd = unconfirmed_usd + (1 - NEW.confirmed) * NEW.usd;
-    END""",
-    f"PRAGMA application_id = {_APPLICATION}",
-    f"PRAGMA user_version = {_VERSION}",
-)
 _REPLY = "text, finish_reason, prompt_tokens, completion_tokens, reply_model"
 # A full disk must stop the run before the next request is paid for, with room left for the replies under way.
 _DISK_RESERVE = 64 * 2**20
@@ -128,6 +90,8 @@ class Journal:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # sqlite's locks do not survive a fork: a child that wrote through the parent's connection would break the
+        # file.
         self._pid = os.getpid()
         self.owner = claims.new_owner()
         self._lock = threading.Lock()
@@ -137,7 +101,7 @@ class Journal:
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
-        if _lacks_its_log(self.path):
+        if lacks_its_log(self.path, VERSION):
             logger.warning(
                 "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
                 "another program has opened it after a kill. Every other reply is there.",
@@ -145,6 +109,7 @@ class Journal:
             )
         self._connection = self._connect()
         self._closing = threading.Event()
+        # A daemon: a process that ends in an error must not be kept alive by it.
         self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
         self._keeper.start()
 
@@ -165,14 +130,20 @@ class Journal:
             spend.usd if spend else 0.0,
             time.time(),
         )
-        with self._transaction() as connection:
+        with self.transaction() as connection:
+            # The first stays: a second reply to one key, from a shard or a race, must not change rows that were made
+            # already.
             new = connection.execute(f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 12)})", values).rowcount
+            # Whoever holds it: the reply is there, so nobody needs to ask.
             connection.execute("DELETE FROM claims WHERE key = ?", (request.key,))
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
 
-    def claim(self, request: Request, budget: Budget) -> Claim:
-        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`."""
+    def claim(self, request: Request, budget: Budget, *, waits: bool = False) -> Claim:
+        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`.
+
+        What `waits` for a batch costs nothing before that is opened.
+        """
         with self._locked() as connection:
             # Without a lock on the file: many wait here for what another process asks.
             found = claims.look(connection, request.key, self.owner)
@@ -180,12 +151,12 @@ class Journal:
             return found
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
-        with self._transaction() as connection:
-            return claims.claim(connection, request, budget, self.owner)
+        with self.transaction() as connection:
+            return claims.claim(connection, request, budget, self.owner, waits=waits)
 
     def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             claims.release(connection, request.key, self.owner)
 
     def fault(self, request: Request, fault: Fault, spend: Spend) -> None:
@@ -195,7 +166,7 @@ class Journal:
             *(request.key, fault.kind, request.model, request.purpose, fault.prompt_tokens, fault.completion_tokens),
             *(spend.usd, int(fault.confirmed), time.time()),
         )
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
 
     def drop(self, unwanted: Callable[[Entry], bool]) -> int:
@@ -204,10 +175,16 @@ class Journal:
         They are asked for again; what they have cost stays counted, as faults named "dropped".
         """
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
-        with self._transaction() as connection:
-            for statement in _DROP:
+        with self.transaction() as connection:
+            for statement in DROP:
                 connection.executemany(statement, keys)
         return len(keys)
+
+    def usd_of(self, keys: Iterable[str]) -> float:
+        """What the replies to these keys cost in dollars, at the prices of the runs that paid for them."""
+        with self._locked() as connection:
+            found = (connection.execute("SELECT usd FROM replies WHERE key = ?", (key,)).fetchone() for key in keys)
+            return sum(row[0] for row in found if row)
 
     def totals(self) -> Totals:
         """What the journal holds, in numbers."""
@@ -217,6 +194,7 @@ class Journal:
 
     def entries(self) -> Iterator[Entry]:
         """Every reply with its request, ordered by key."""
+        # A connection of its own: the caller may take minutes over the entries, and others must be able to write.
         with closing(self._connect()) as connection:
             for key, model, purpose, messages, sampling, *reply in connection.execute(
                 "SELECT * FROM replies ORDER BY key"
@@ -230,6 +208,7 @@ class Journal:
         with whole(Path(path)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for entry in self.entries():
                 fields = asdict(entry)
+                # When it was asked differs between machines that hold the same replies.
                 del fields["at"]
                 file.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 number += 1
@@ -246,7 +225,7 @@ class Journal:
         """
         if not Path(path).is_file():
             raise JournalError(f"The journal `{Path(path).name}` does not exist. Correct the path.")
-        if _lacks_its_log(Path(path)):
+        if lacks_its_log(Path(path), VERSION):
             name = Path(path).name
             raise JournalError(
                 f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
@@ -254,14 +233,24 @@ class Journal:
                 f"is no copy, open it once (`hf-longalign journal list {name}`) and merge it then."
             )
         with Journal(path) as other:
-            other._check_all_pages()
+            with other._locked() as connection:
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
+                (total,) = connection.execute("SELECT replies FROM totals").fetchone()
+            if found != "ok" or counted != total:  # cut or torn by copying
+                raise JournalError(
+                    f"The journal `{other.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy "
+                    "it again once its run has ended."
+                )
             with self._locked() as connection:
+                # Attached, so that sqlite copies the rows itself, in one transaction: a kill leaves all of them here
+                # or none.
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
                     with self._in_one(connection):
-                        for statement in _MERGE[:-1]:
+                        for statement in MERGE[:-1]:
                             connection.execute(statement)
-                        return connection.execute(_MERGE[-1]).rowcount
+                        return connection.execute(MERGE[-1]).rowcount
                 finally:
                     connection.execute("DETACH other")
 
@@ -269,7 +258,7 @@ class Journal:
         """Flush and close the file. What this journal still claims was cut off under way."""
         self._closing.set()
         self._keeper.join()
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             claims.reap(connection, self.owner)
         with suppress(sqlite3.OperationalError):
             # The last to leave takes the log into the file and says so in its header: a file that says "log" and has
@@ -285,10 +274,11 @@ class Journal:
         self.close()
 
     def _connect(self) -> sqlite3.Connection:
+        # isolation_level=None: transactions are begun here, by hand; Python's own would begin one before every write.
         connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             # The tables come before the log is turned on, so that the file itself is a journal from the first moment.
-            _prepare(connection)
+            prepare(connection)
             mode = "delete" if self._network else "wal"
             answer = _set_mode(connection, mode)
             if answer != mode:
@@ -308,6 +298,7 @@ class Journal:
         if os.getpid() != self._pid:
             raise RuntimeError("`Journal` must be opened in the process that uses it. Open it after the fork.")
         if self._lost is not None:
+            # On a network's disk another machine has taken the file over: whatever is written now could break it.
             raise self._lost
         with self._lock:
             try:
@@ -316,7 +307,8 @@ class Journal:
                 raise self._failure(error) from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Do all that is done in the block, or nothing of it."""
         with self._locked() as connection, self._in_one(connection):
             yield connection
 
@@ -339,6 +331,7 @@ class Journal:
                     self._mark_host()
                 else:  # moves the log into the file, which flushes both
                     connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            # Raised at the next use of the journal, where somebody can hear it; a thread's own error goes nowhere.
             except JournalError as error:
                 self._lost = error
             except (sqlite3.Error, OSError) as error:
@@ -357,60 +350,8 @@ class Journal:
                 f"and a `--journal` of its own, then merge them. If nothing runs there, delete `{mark.name}`."
             )
 
-    def _check_all_pages(self) -> None:
-        """Raise `JournalError` where the file was cut or torn by copying."""
-        with self._locked() as connection:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            (counted,) = connection.execute("SELECT COUNT(*) FROM replies").fetchone()
-            (total,) = connection.execute("SELECT replies FROM totals").fetchone()
-        if found != "ok" or counted != total:
-            raise JournalError(
-                f"The journal `{self.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy it "
-                "again once its run has ended."
-            )
-
     def _failure(self, error: Exception) -> JournalError:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")
-
-
-_DROP = (
-    """
-    UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (
-        SELECT totals.replies - 1, totals.prompt_tokens - r.prompt_tokens,
-            totals.completion_tokens - r.completion_tokens, totals.usd - r.usd FROM replies AS r WHERE r.key = ?)""",
-    """
-    INSERT INTO faults SELECT key || '@' || at, key, 'dropped', model, purpose, prompt_tokens, completion_tokens, usd,
-        1, at FROM replies WHERE key = ?""",
-    "DELETE FROM replies WHERE key = ?",
-)
-# A payment is known by its key and time: in `replies` where its reply is kept, in `faults` where it is not.
-_MERGE = (
-    """
-    INSERT OR IGNORE INTO faults SELECT * FROM other.faults AS theirs WHERE kind NOT IN ('paid_twice', 'dropped')
-        OR NOT EXISTS (SELECT 1 FROM main.replies AS ours WHERE ours.key = theirs.key AND ours.at = theirs.at)""",
-    """
-    INSERT OR IGNORE INTO faults
-        SELECT theirs.key || '@' || theirs.at, theirs.key, 'paid_twice', theirs.model, theirs.purpose,
-            theirs.prompt_tokens, theirs.completion_tokens, theirs.usd, 1, theirs.at
-        FROM other.replies AS theirs JOIN main.replies AS ours ON ours.key = theirs.key WHERE ours.at != theirs.at""",
-    """
-    INSERT OR IGNORE INTO replies SELECT * FROM other.replies AS theirs
-        WHERE NOT EXISTS (SELECT 1 FROM main.faults AS ours WHERE ours.id = theirs.key || '@' || theirs.at)""",
-)
-
-
-def _lacks_its_log(path: Path) -> bool:
-    """Whether the header says that there is a log (bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html)."""
-    for _ in range(10):  # another process may be opening or closing the file just now
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            header = file.read(100)
-        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == _VERSION.to_bytes(4, "big")
-        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:
@@ -429,21 +370,3 @@ def _set_mode(connection: sqlite3.Connection, mode: str) -> str:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables of a new file; refuse a file that is something else."""
-    connection.execute("BEGIN IMMEDIATE")
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-    if not tables:
-        for statement in _SCHEMA:
-            connection.execute(statement)
-    elif application != _APPLICATION:
-        raise sqlite3.DatabaseError("it is another kind of database. Name another file")
-    elif version > _VERSION:
-        raise sqlite3.DatabaseError(f"it has version {version}, not {_VERSION}. Upgrade hf_longalign")
-    elif version < _VERSION:  # the same tables
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
-    connection.execute("COMMIT")

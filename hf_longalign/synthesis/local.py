@@ -105,6 +105,7 @@ class TransformersGenerator:
         """The reply, from the next batch. See `Generator.reply`."""
         if self._draining:
             raise RunStopped("The run is stopping.")
+        # Long prompts take milliseconds, during which other replies could be handed over.
         prompt = await asyncio.to_thread(self._encode, request)
         waiting = _Waiting(request, prompt, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
@@ -128,6 +129,7 @@ class TransformersGenerator:
 
     async def _work(self) -> None:
         while self._waiting:
+            # Jobs that were just answered send their next request within this time and share the batch.
             await asyncio.sleep(_GATHER_SECONDS)
             batch, self._waiting = self._waiting[: self.concurrency], self._waiting[self.concurrency :]
             outcomes: Sequence[Reply | Exception]
@@ -139,15 +141,18 @@ class TransformersGenerator:
                 waiting.end(outcome)
 
     def _load(self) -> tuple[Any, Any]:
+        # Two threads may need the model at once: the check and the first prompt.
         with self._loading:
             if self._loaded is None:
                 self._loaded = self._read_files()
         return self._loaded
 
     def _read_files(self) -> tuple[Any, Any]:
+        import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        device = self._device or _best_device()
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = self._device or best
         where = {"device_map": "auto"} if device == "auto" else {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(self._source, revision=self._revision)
@@ -155,6 +160,7 @@ class TransformersGenerator:
                 self._source, revision=self._revision, dtype=self._dtype, **where
             )
         except (OSError, ValueError) as error:
+            # transformers names the folder, a path of this machine, in its messages.
             told = str(error).replace(self._source, self.model)
             raise EndpointError(f"The model {self.model!r} cannot be loaded: {told}") from None
         if tokenizer.chat_template is None:
@@ -176,6 +182,7 @@ class TransformersGenerator:
             )
         except Exception as error:  # noqa: BLE001 - a template raises what it likes
             raise GenerationError(BAD_REQUEST, f"The chat template refuses the messages: {error}") from None
+        # Beyond it most models go on in nonsense without an error.
         length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if length is not None and len(ids) + request.sampling.token_limit > length:
             raise GenerationError(
@@ -194,6 +201,7 @@ class TransformersGenerator:
             if len(batch) == 1:
                 raise RunStopped(f"No memory for one request to {self.model!r}. Set a smaller `max_tokens`.") from None
         half = len(batch) // 2
+        # For the rest of the run: the next batch would run out of memory as well.
         self.concurrency = max(1, half)
         logger.warning("Out of memory with %d rows: going on with %d.", len(batch), half)
         torch.cuda.empty_cache()
@@ -216,6 +224,8 @@ class TransformersGenerator:
         ids = [[pad] * gap + waiting.prompt for gap, waiting in zip(gaps, batch, strict=True)]
         mask = [[0] * gap + [1] * (width - gap) for gap in gaps]
         longest = int(limits.max())
+        # Greedy for transformers, as `Draw` leaves one token to choose from; its own sampling shares one generator by
+        # batch.
         config = GenerationConfig(do_sample=False, max_new_tokens=longest, eos_token_id=ends, pad_token_id=pad)
         with torch.inference_mode():
             output = model.generate(
@@ -225,16 +235,16 @@ class TransformersGenerator:
                 logits_processor=[Draw([waiting.request for waiting in batch], width, longest, model.device)],
                 stopping_criteria=[lambda tokens, scores, **_: tokens.shape[1] - width >= limits],
             )
-        rows = output[:, width:].tolist()
-        return [self._read(waiting, row, ends) for waiting, row in zip(batch, rows, strict=True)]
-
-    def _read(self, waiting: _Waiting, row: list[int], ends: Sequence[int]) -> Reply:
-        row = row[: waiting.request.sampling.token_limit]
-        end = next((place for place, token in enumerate(row) if token in ends), None)
-        _, tokenizer = self._load()
-        text = tokenizer.decode(row[:end], skip_special_tokens=True)
-        used = len(row) if end is None else end + 1
-        return Reply(text, "length" if end is None else "stop", len(waiting.prompt), used, self.model)
+        replies = []
+        for waiting, row in zip(batch, output[:, width:].tolist(), strict=True):
+            # A row goes on, with padding, until the last one of the batch is done.
+            row = row[: waiting.request.sampling.token_limit]
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            text = tokenizer.decode(row[:end], skip_special_tokens=True)
+            # The end token is counted, as servers do.
+            used = len(row) if end is None else end + 1
+            replies.append(Reply(text, "length" if end is None else "stop", len(waiting.prompt), used, self.model))
+        return replies
 
 
 class Draw:
@@ -266,6 +276,7 @@ class Draw:
         step = min(tokens.shape[1] - self._width, self._draws.shape[1] - 1)
         greedy = self._temperature == 0
         temperature = self._temperature.masked_fill(greedy, 1.0)[:, None]
+        # Stable: equal probabilities keep the order of the vocabulary on every device.
         ordered, order = (scores.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
         mass = ordered.cumsum(-1)
         # A token is kept if those before it hold less than top_p: the first always is.
@@ -286,11 +297,3 @@ def folder_name(folder: Path) -> str:
                 content.seek(start)
                 digest.update(content.read(_BLOCK))
     return f"{folder.resolve().name}-{digest.hexdigest()}"
-
-
-def _best_device() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

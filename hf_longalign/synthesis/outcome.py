@@ -38,6 +38,7 @@ _CONTEXTS = {
     "origin": _TEXT,
     **_PROVENANCE,
 }
+# `parts` are characters of a message, for the trainer; the rest says where the row is from, and is not trained on.
 _CHAT = {
     "messages": [{"role": _TEXT, "content": _TEXT}],
     "parts": [{"message": _COUNT, "start": _COUNT, "end": _COUNT, "kind": _TEXT}],
@@ -140,5 +141,6 @@ def part(message: int, span: tuple[int, int], kind: str) -> dict[str, Any]:
 
 def general_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of general data with the columns of `chat`; what it does not have is null."""
+    # Lists are empty and not null: readers loop over them.
     filled: dict[str, Any] = dict.fromkeys(_CHAT)
     return {**filled, "parts": [], "context_ids": [], "journal_keys": [], "checks": [], "n_contexts": 0, **row}

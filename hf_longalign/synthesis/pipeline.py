@@ -4,31 +4,32 @@ Everything that is paid for happens here, through the journal; all the rest can 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.chat import to_messages
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
-from hf_longalign.synthesis.config import ContextSynthesisConfig
-from hf_longalign.synthesis.dialogue import Ask, Count
-from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
-from hf_longalign.synthesis.documents import draw_chunks
-from hf_longalign.synthesis.feasible import check_budget, check_contexts, check_distractors
+from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
-from hf_longalign.synthesis.overlap import Contamination, Duplicates
 from hf_longalign.synthesis.prompts import check_template
+from hf_longalign.synthesis.rows import BadRowError, Row
 from hf_longalign.synthesis.runner import Progress, Runner
-from hf_longalign.synthesis.seeds import Seed, SeedSet, read_seeds
-from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.seeds import Seed, SeedSet, draw_chunks, read_seeds
+from hf_longalign.synthesis.selection import Contamination, Duplicates, answer_losses, choose_seeds
+from hf_longalign.synthesis.tasks import find_task, prompt_parts
 from hf_longalign.synthesis.team import Team
-from hf_longalign.synthesis.tokens import ControlTokens
+from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.synthesis.writer import (
+    Ask,
+    Count,
     Plan,
     check_given,
     judge_given,
@@ -37,6 +38,10 @@ from hf_longalign.synthesis.writer import (
     write_context,
     write_pair,
 )
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.builder import ContextSynthesisConfig
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +75,7 @@ class Pipeline:
         shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
     """
 
-    config: ContextSynthesisConfig
+    config: "ContextSynthesisConfig"
     files: Files
     generator: Generator | None
     journal: Path
@@ -103,6 +108,7 @@ class Pipeline:
         self.check()
         if self.shard != (0, 1):
             self.outcomes()
+        # Outcomes are one folder for many compositions: another `target_tokens` finds them here and asks for nothing.
         elif not self.files.has_outcomes():
             self.files.write_outcomes(self.outcomes())
 
@@ -137,6 +143,7 @@ class Pipeline:
     def seeds(self) -> list[Seed]:
         """The seeds of this shard."""
         index, count = self.shard
+        # In turns: seeds of one task stand together, and each machine should get some of every task.
         return self.all_seeds.seeds[index::count]
 
     @cached_property
@@ -186,44 +193,37 @@ class Pipeline:
         """
         if self._checked:
             return
-        self.config.validate()
-        self._check_asker()
+        config = self.config
+        config.validate()
+        asks = {
+            "method 'instruction'": config.method == "instruction",
+            "difficulty 'closed_book'": config.difficulty == "closed_book",
+            "`answerability`": config.answerability,
+            "the check 'judge'": "judge" in config.checks,
+        }
+        for name in filter(asks.get, asks):
+            if self.generator is None:
+                raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
         seeds = self.seeds
         for reason, number in self.all_seeds.skipped.most_common():
             logger.warning("Skipped %d seeds: %s.", number, reason)
         if self.all_seeds.neutralised:
             logger.warning("Made words of marks of chat templates in %d seeds.", self.all_seeds.neutralised)
-        if self.config.generator == "documents":
+        if config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):
-            check_distractors(seeds, self.config, len(self.files.documents))
-        elif self.config.difficulty_use != "record":
+            check_distractors(seeds, config, len(self.files.documents))
+        elif config.difficulty_use != "record":
             raise ValueError(
-                f"`difficulty_use` must be 'record' with shards, got {self.config.difficulty_use!r}: a shard cannot "
+                f"`difficulty_use` must be 'record' with shards, got {config.difficulty_use!r}: a shard cannot "
                 "compare its seeds with the others. Choose in a run over all seeds."
             )
-        check_budget(seeds, self.config, self.files.counter)
-        _ = self.plan, self.contamination
+        check_budget(seeds, config, self.files.counter)
+        _ = self.plan, self.contamination  # they read the template and the evaluation files, and raise
         self._checked = True
 
-    def _check_asker(self) -> None:
-        config = self.config
-        for wanted, name in (
-            (config.method == "instruction", "method 'instruction'"),
-            (config.difficulty == "closed_book", "difficulty 'closed_book'"),
-            (config.answerability, "`answerability`"),
-            ("judge" in config.checks, "the check 'judge'"),
-        ):
-            if wanted and self.generator is None:
-                raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
-
     def outcomes(self) -> list[Outcome]:
-        """Return one outcome per seed, in the order of the seeds.
-
-        Raises:
-            ValueError: what `check` raises.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
-        """
+        """Return one outcome per seed, in the order of the seeds."""
         self.check()
         # What costs nothing comes first, then the short answers, then the long contexts: what is left out early is
         # not paid for later.
@@ -245,21 +245,19 @@ class Pipeline:
             return []
         if self.team is None:
             return self._ask_in_turn(step, items)
+        # The names of steps are handed out, not functions: bound methods would carry the whole pipeline with them.
         order = self.team.hand_out((step, self.plan), items)
         done = self._ask_in_turn(step, [items[number] for number in order])
         results = dict(zip(order, done, strict=True))
         return [results[number] for number in range(len(items))]
 
     def _ask_in_turn(self, step: str, items: Sequence[Any]) -> list[Any]:
-        """Do a step for every item, through the journal and the generator.
-
-        Raises:
-            RunStopped: the budget is spent or the endpoint gone.
-        """
+        """Do a step for every item, through the journal and the generator."""
         if self.generator is None:
             return []
         work, progress = getattr(self, f"_{step}"), Progress(len(items), name=_STEPS[step], show=self.show_progress)
         try:
+            # Opened for a step and closed after it, so that nothing that computes in between holds the file open.
             with Journal(self.journal) as journal:
                 runner = Runner(self.generator, journal, budget=self.budget, progress=progress)
 
@@ -327,6 +325,7 @@ class Pipeline:
         for number, score in zip(numbers, scores, strict=True):
             if score is not None:
                 outcomes[number] = replace(outcomes[number], scores={config.difficulty: score})
+        # A high score says that the model knows the answer by heart; a high loss, that it does not.
         sign = -1 if config.difficulty == "closed_book" else 1
         hardness = [0.0 if score is None else sign * score for score in scores]
         kept = set(choose_seeds(seeds, hardness, config.difficulty_use, config.difficulty_share, config.seed))
@@ -358,6 +357,7 @@ class Pipeline:
         if "duplicate" not in self.config.checks:
             return outcomes
         writes = self.config.generator != "documents" and self.config.method == "context"
+        # Again until none is left: a rewritten context may repeat another one. Each time costs a retry, so it ends.
         duplicates = Duplicates()
         while True:
             numbers = accepted(outcomes)
@@ -365,6 +365,7 @@ class Pipeline:
             if not repeated:
                 break
             places = [numbers[place] for place in repeated]
+            # The later one of a pair goes, in the order of the seeds, which is the same in every run.
             refused = [replace(outcomes[place], reason=_REPEATED) for place in places]
             outcomes = _replaced(outcomes, places, self._ask("rewrite", refused) if writes else refused)
         passed = Check("duplicate", PASSED)
@@ -377,5 +378,53 @@ def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence
     """The outcomes with new ones in the places `numbers`; scores measured before stay."""
     changed = list(outcomes)
     for number, outcome in zip(numbers, new, strict=True):
+        # A context that is written makes a new outcome, which knows nothing of what was measured before.
         changed[number] = replace(outcome, scores={**outcomes[number].scores, **outcome.scores})
     return changed
+
+
+def check_distractors(seeds: Sequence[Seed], options: SynthesisOptions, documents: int) -> None:
+    """Refuse more distractors than there can be."""
+    limit = options.distractor_limit
+    if limit is None:
+        return
+    share = options.difficulty_share if options.difficulty_use != "record" else 1.0
+    # After difficulty has chosen; what verification will reject cannot be known yet and is warned of later.
+    tasks = {task: round(share * count) for task, count in Counter(seed.task for seed in seeds).items()}
+    for task, available in options.available_distractors(tasks, documents).items():
+        if available < limit:
+            sources = ", ".join(options.distractor_sources)
+            raise ValueError(
+                f"`n_distractors` must be at most {available}, got {limit}: task {task!r} has {tasks[task]} seeds, "
+                f"and distractors come from {sources}. Lower it, give more seeds, or add to `distractor_sources`."
+            )
+
+
+def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: TokenCounter | None) -> None:
+    """Refuse a token budget that no sample fits into."""
+    if options.target_tokens is None:
+        return
+    if counter is None:
+        raise ValueError("`tokenizer` must be given with `target_tokens`, got None. Name the one you train with.")
+    counted = []
+    for seed in seeds:
+        head, tail = prompt_parts(find_task(seed.task), seed.instruction)
+        # Its own context where it is given; else the fewest words that a written one may have.
+        context = seed.context if seed.context is not None else "a " * options.min_words
+        counted.append(counter.count_chat(to_messages(f"{head}{context}\n\n{tail}", seed.answer)))
+        if counted[-1] <= options.target_tokens:
+            return  # one fits: to count all of them takes minutes
+    raise ValueError(
+        f"`target_tokens` must be at least {min(counted)}, the tokens of the shortest sample with nothing but its own "
+        f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
+    )
+
+
+def check_contexts(seeds: Sequence[Seed]) -> None:
+    """Refuse seeds without a context where no model writes one."""
+    for seed in seeds:
+        if seed.context is None:
+            # The row itself is gone by now; its place is all that the message needs.
+            file, _, number = seed.origin.rpartition(":")
+            remedy = 'Give a column `context` or `contexts`, or a generator other than "documents" to write it.'
+            raise BadRowError(Row({}, file, int(number)), "missing", remedy, "context")

@@ -1,4 +1,4 @@
-"""The contexts of a data set, side by side: what is gold for one row distracts in another, unless they conflict."""
+"""The contexts of a data set, side by side: which may distract from which, and in what order they are offered."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hf_longalign.lazy import require
 from hf_longalign.synthesis.checks import NEUTRALISED
-from hf_longalign.synthesis.disk import read_array, whole, write_array
-from hf_longalign.synthesis.documents import Document
+from hf_longalign.synthesis.disk import read_array, table_row, whole, write_array
+from hf_longalign.synthesis.seeds import Document
 from hf_longalign.text import content_words, digest, normalise
 
 
@@ -32,6 +33,7 @@ def hash_words(words: Iterable[str]) -> np.ndarray:
     >>> hash_words(["dam", "ashby", "dam"]).tolist() == sorted({zlib.crc32(b"dam"), zlib.crc32(b"ashby")})
     True
     """
+    # crc32 and not `hash`, which Python seeds anew in every process.
     return np.unique(np.array([zlib.crc32(word.encode()) for word in words], np.uint32))
 
 
@@ -60,6 +62,7 @@ class Words:
     def stored(cls, folder: Path, texts: Callable[[], Iterable[str]]) -> "Words":
         """Return the words of texts, mapped from two files in `folder`, which are written where they are not there."""
         hashes, ends = folder / "words.bin", folder / "words.npy"
+        # The ends are written last, so that their file says that both are whole.
         if not ends.is_file():
             counts = []
             with whole(hashes) as unfinished, unfinished.open("wb") as file:
@@ -96,6 +99,7 @@ class Rivals:
 
     def __init__(self, words: Words):
         self._words = words
+        # Every so-manieth and not at random: the same words are rare in every process.
         sample = range(0, len(words), max(1, len(words) // _SAMPLE))
         self._documents = len(sample)
         found = np.concatenate([np.empty(0, np.uint32), *(words[index] for index in sample)])
@@ -145,6 +149,7 @@ class Pool:
     def __post_init__(self) -> None:
         self.size = self.table.num_rows
         self.ids = self.table["seed_id"].to_pylist() + [document.document_id for document in self.documents]
+        # Tasks as small numbers: comparing arrays of strings for each row would take longer than composing it.
         names, self.tasks = np.unique(self.table["task"].to_pylist(), return_inverse=True)
         self.task_names = [str(name) for name in names]
         self.titles = self.table["title"].to_pylist() + [document.title for document in self.documents]
@@ -154,7 +159,7 @@ class Pool:
 
     def row(self, index: int) -> dict[str, Any]:
         """Return a row of the table."""
-        return self.table.slice(index, 1).to_pylist()[0]
+        return table_row(self.table, index)
 
     def text(self, index: int) -> str:
         """Return a context or document."""
@@ -176,14 +181,15 @@ class Pool:
         """Return the indices of a source, as the rows of a task and split may use it."""
         key = (source, task, for_test)
         if key not in self._groups:
-            if source == "documents":
-                found = np.arange(self.size, len(self))
-            else:
-                same = self.tasks == task
-                usable = (same if source == "same_task" else ~same) & (~self.test | for_test)
-                found = np.flatnonzero(usable)
+            among_documents = source == "documents"
+            found = np.arange(self.size, len(self)) if among_documents else np.flatnonzero(self.usable(*key))
             self._groups[key] = found
         return self._groups[key]
+
+    def usable(self, source: str, task: int, for_test: bool, texts: Any = slice(None)) -> np.ndarray:
+        """Return which of the contexts `texts` the rows of a task and split may take from a source."""
+        same = self.tasks[texts] == task
+        return (same if source == "same_task" else ~same) & (~self.test[texts] | for_test)
 
     @cached_property
     def titled(self) -> bool:
@@ -225,6 +231,7 @@ class Pool:
 
     def name(self, index: int) -> str:
         """Return how a context is announced: by its title where all have one, else by an ID."""
+        # All or none: one context with an ID among titles would give itself away.
         return f"Title: {self.titles[index]}" if self.titled else f"ID: {self._short_id(index)}"
 
     def reference(self, index: int, noun: str) -> str:
@@ -235,3 +242,184 @@ class Pool:
 
     def _short_id(self, index: int) -> str:
         return digest("id", self.ids[index], size=4).upper()
+
+
+SOURCES = ("same_task", "other_tasks", "documents")
+NEIGHBOURS = 64
+# A row is compared with so many texts of a source at most, so that a row costs the same in a pool of any size.
+COMPARED = 20_000
+
+Scorer = Callable[[int], np.ndarray]
+
+
+def shuffled(items: Sequence[int] | np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    """Yield the items in random order, at the cost of those that are taken and not of all.
+
+    Example:
+
+    >>> sorted(shuffled([3, 5, 7], np.random.default_rng(0)))
+    [3, 5, 7]
+    """
+    # Fisher and Yates, with only the moved places kept: a row takes ten of a hundred thousand.
+    moved: dict[int, int] = {}
+    for last in range(len(items) - 1, -1, -1):
+        drawn = int(rng.integers(last + 1))
+        yield int(items[moved.get(drawn, drawn)])
+        moved[drawn] = moved.pop(last, last)
+
+
+def offer(
+    groups: Sequence[np.ndarray],
+    rng: np.random.Generator,
+    *,
+    own: int = -1,
+    nearest: Sequence[Sequence[int]] | np.ndarray = (),
+    hard_share: float = 0.0,
+) -> Iterator[int]:
+    """Yield indices of contexts, none twice: group after group, each shuffled, a share of it the nearest first.
+
+    Args:
+        groups: indices by source, the preferred source first.
+        rng: draws the order.
+        own: the row's own index, which is not offered.
+        nearest: for each group the indices closest to what is asked, closest first; -1 is none.
+        hard_share: how likely the next context is the nearest one left in its group.
+
+    Example:
+
+    >>> groups = [np.array([1, 2, 3]), np.array([8, 9])]
+    >>> order = list(offer(groups, np.random.default_rng(0), own=1, nearest=[[2], [9]], hard_share=1.0))
+    >>> order
+    [2, 3, 9, 8]
+    """
+    for number, group in enumerate(groups):
+        near = iter([int(index) for index in nearest[number] if index >= 0] if hard_share else [])
+        # By group, as no context stands in two of them.
+        seen = {own}
+        for index in shuffled(group, rng):
+            while hard_share and rng.random() < hard_share:
+                hard = next((index for index in near if index not in seen), None)
+                if hard is None:
+                    break
+                seen.add(hard)
+                yield hard
+            if index not in seen:
+                seen.add(index)
+                yield index
+
+
+def nearest(
+    pool: Pool,
+    sources: Sequence[str],
+    score: Callable[[np.ndarray], Scorer],
+    *,
+    neighbours: int = NEIGHBOURS,
+    compared: int = COMPARED,
+) -> np.ndarray:
+    """Return the closest contexts of every row, int32 `(rows, sources, neighbours)`, padded with -1.
+
+    A source of more than `compared` texts is dealt out at random into parts, and a row is compared with those of one.
+
+    Args:
+        pool: all texts.
+        sources: where distractors come from.
+        score: for the indices of some texts, a function of a row that returns how close each of them is to it.
+        neighbours: how many of each source. Equal scores keep the order of the contexts.
+        compared: with how many texts of a source a row is compared at most.
+    """
+    found = np.full((pool.size, len(sources), neighbours), -1, np.int32)
+    for place, source in enumerate(sources):
+        for members, rows in _populations(pool, source):
+            needed = max(1, -(-len(members) // compared))
+            # At random, not every so-manieth: seeds often stand in turns, one of each task.
+            dealt = np.array_split(np.random.default_rng(0).permutation(members), needed)[: len(rows)]
+            for part, texts in enumerate(map(np.sort, dealt)):
+                close = score(texts)
+                for row in rows[part :: len(dealt)]:
+                    usable = np.ones(len(texts), bool)
+                    if source != "documents":
+                        usable = pool.usable(source, pool.tasks[row], pool.test[row], texts) & (texts != row)
+                    best = _closest(close(int(row)), usable, neighbours)
+                    found[row, place, : len(best)] = texts[best]
+    return found
+
+
+def _populations(pool: Pool, source: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Texts that can be looked through together, and the rows that look for theirs among them."""
+    seeds = np.arange(pool.size)
+    if source == "same_task":
+        for task in range(len(pool.task_names)):
+            same = np.flatnonzero(pool.tasks == task)
+            yield same, same
+    elif source == "other_tasks":
+        yield seeds, seeds
+    else:
+        yield np.arange(pool.size, len(pool)), seeds
+
+
+def _closest(scores: np.ndarray, usable: np.ndarray, neighbours: int) -> np.ndarray:
+    """The places of the highest scores among the usable ones, the highest first."""
+    places = np.flatnonzero(usable)
+    # Rounded: sums of floats may differ in the last bits between machines, and ties must not.
+    falling = -np.round(scores[places].astype(np.float64), 4)
+    if len(places) > neighbours:
+        border = np.partition(falling, neighbours - 1)[neighbours - 1]
+        kept = falling <= border
+        places, falling = places[kept], falling[kept]
+    return places[np.argsort(falling, kind="stable")][:neighbours]
+
+
+def by_bm25(pool: Pool, queries: Sequence[str]) -> Callable[[np.ndarray], Scorer]:
+    """Score texts by BM25 (bm25s): `queries` holds what each row asks for."""
+    bm25s = require("bm25s", "synthesis")
+
+    def score(texts: np.ndarray) -> Scorer:
+        index = bm25s.BM25()
+        words = [normalise(pool.text(int(number))).split() or [""] for number in texts]
+        index.index(words, show_progress=False)
+        return lambda row: index.get_scores(normalise(queries[row]).split() or [""])
+
+    return score
+
+
+def by_embeddings(pool: Pool, queries: Sequence[str], model_name: str) -> Callable[[np.ndarray], Scorer]:
+    """Score texts by the cosine of their embeddings with those of the queries, by a transformers encoder."""
+    asked, vectors = embed(queries, model_name), embed(list(pool.texts()), model_name)
+
+    def score(texts: np.ndarray) -> Scorer:
+        targets = vectors[texts]
+        return lambda row: targets @ asked[row]
+
+    return score
+
+
+def embed(texts: Sequence[str], model_name: str, batch_size: int = 16) -> np.ndarray:
+    """Return unit vectors, float32 `(texts, hidden)`: the mean over the tokens of an encoder's last hidden states."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model: Any = AutoModel.from_pretrained(model_name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    longest = min(512, getattr(model.config, "max_position_embeddings", 512) - 2)
+    # Texts of one length share a batch, so that little is padding.
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    vectors: list[Any] = [None] * len(texts)
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = tokenizer(
+            [texts[number] for number in numbers],
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_tensors="pt",
+        ).to(device)
+        with torch.inference_mode():
+            states = model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"].unsqueeze(-1)
+        # Means over real tokens alone: padding would pull short texts towards each other.
+        means = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu().numpy()
+        for number, vector in zip(numbers, means, strict=True):
+            vectors[number] = vector
+    return np.stack(vectors)

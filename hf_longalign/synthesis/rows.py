@@ -91,6 +91,7 @@ def _read(source: Any) -> Iterator[Row]:
             return _read_jsonl(path)
         if kind == ".csv":
             return _read_csv(path)
+        # Not a compressed one: Parquet compresses by itself, and is read from its end.
         if path.suffix.lower() == ".parquet":
             return _read_parquet(path)
         raise ValueError(f"{source}: a file must end with one of {FORMATS}, got {path.name!r}. Convert or rename it.")
@@ -129,6 +130,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             place = Row({}, str(path), number)
             try:
                 line = file.readline(MAX_LINE_BYTES + 1)
+                # A line that is too long is read to its end in pieces and thrown away, so that its number and the next
+                # row are right.
                 rest = line
                 while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
                     rest = file.readline(MAX_LINE_BYTES)
@@ -164,10 +167,13 @@ def _broken(place: Row, reason: str, remedy: str) -> Row:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     """Rows of a CSV file with a line of column names; spreadsheets put a byte order mark in front, which is fine."""
+    # The csv module's own limit is 128 KiB for a field, fewer than one context has; it is global, so only raise it.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+        # Without `strict` an unclosed quote swallows the rest of the file as one field and nobody is told.
         reader = csv.DictReader(file, restkey="", strict=True)
         while True:
+            # The line where the row begins: one with line breaks in its quotes spans several. Line 1 has the names.
             place = Row({}, str(path), max(2, reader.line_num + 1))
             try:
                 values = next(reader, None)
@@ -189,11 +195,13 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     number = 0
     try:
+        # In batches: a whole column of contexts would not fit into memory.
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
             for values in batch.to_pylist():
                 number += 1
                 yield Row(values, str(path), number, "row")
     except (pyarrow.ArrowException, OSError) as error:
+        # Arrow's messages go on for lines with its own C++ sources.
         told = str(error).partition(". ")[0]
         raise ValueError(
             f"{path}: cannot be read as Parquet after row {number} ({told}). The file is cut short or damaged: write "

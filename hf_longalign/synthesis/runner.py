@@ -1,4 +1,4 @@
-"""Drives many jobs at once: each asks through the journal, the generator is kept busy, a bar shows how far it is."""
+"""Drives many jobs at once: each asks through the journal, the generator is kept busy, what is hopeless is stopped."""
 
 import asyncio
 import logging
@@ -8,12 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
+from hf_longalign.endpoint.batch import Batched
 from hf_longalign.endpoint.protocol import (
     CONTENT_FILTER,
     Fault,
@@ -24,9 +25,9 @@ from hf_longalign.endpoint.protocol import (
     Request,
     RunStopped,
 )
-from hf_longalign.synthesis.breaker import Breaker
-from hf_longalign.synthesis.budget import Budget, Claim, Spend
+from hf_longalign.synthesis.budget import HOPELESS, Breaker, Budget, Claim, Spend
 from hf_longalign.synthesis.journal import Journal
+from hf_longalign.synthesis.ledger import JournalLedger
 
 
 T = TypeVar("T")
@@ -35,8 +36,6 @@ Job = Callable[[Ask], Awaitable[T]]
 
 logger = logging.getLogger(__name__)
 
-# So many requests in a row without a reply, and the rest would fare no better.
-_HOPELESS = 20
 _POLL_SECONDS = 0.25
 
 
@@ -66,6 +65,7 @@ class Progress:
         self.faults: Counter[str] = Counter()
         self.spend = Spend()
         self._name = name
+        # Off a terminal a bar would fill a log with thousands of lines.
         self._log_every = log_every
         self._logged = time.monotonic()
         # disable=None: tqdm hides the bar where stderr is no terminal, and the log lines take over.
@@ -152,7 +152,7 @@ class Runner:
         self.progress = progress or Progress(show=False)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
         self._checked: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._main: asyncio.Task[Any] | None = None
         self._stop: BaseException | None = None
         self._without_reply: Counter[str] = Counter()
         self._in_a_row = 0
@@ -167,12 +167,15 @@ class Runner:
         reply = self.journal.get(request.key)
         if reply is None:
             task = self._under_way.get(request.key)
+            # Between this look and the entry nothing is awaited, so that no second job can ask the same in between.
             if task is None:
                 task = self._under_way[request.key] = asyncio.create_task(self._fetch(request))
+                # Only while it is under way: afterwards the journal has it, and a fault must not be remembered.
                 task.add_done_callback(lambda _: self._under_way.pop(request.key, None))
             # Shielded: a job that is cancelled must not cancel what another one waits for, or what is paid for.
             reply = await asyncio.shield(task)
         else:
+            # A reply that an earlier run paid for shows too that the endpoint serves this model.
             self.progress.count("journaled")
             self._breaker.replied()
         if reply.finish_reason == CONTENT_FILTER:
@@ -196,23 +199,20 @@ class Runner:
         after every attempt, the other jobs are finished before `RunStopped` says so.
         """
         # Here and not on the loop: an interrupt may come before the loop of another thread runs.
-        self._loop, self._stop, self._checked, self._in_a_row = None, None, None, 0
+        self._main, self._stop, self._checked, self._in_a_row = None, None, None, 0
         self._without_reply.clear()
         self._breaker, self._refused = Breaker(), None
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            results = asyncio.run(self._run(jobs))
-        else:  # a notebook has a loop of its own
-            with ThreadPoolExecutor(1) as pool:
-                running = pool.submit(asyncio.run, self._run(jobs))
-                try:
-                    results = running.result()
-                except KeyboardInterrupt as reason:
-                    self._halt_from_outside(reason)
-                    results = running.result()
+        results: dict[int, T] = {}
+        with suppress(asyncio.CancelledError):  # the second Ctrl-C; the first one is raised below
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                results = asyncio.run(self._run(jobs))
+            else:  # a notebook has a loop of its own, and asyncio runs one in a thread
+                results = self._run_beside(jobs)
         if self._stop is not None:
             raise self._stop
+        # Fewer requests than the breaker waits for, and every one refused: no data is better than an empty success.
         if self._refused is not None and not self.journal.totals().replies:
             raise self._breaker.hopeless(self._refused)
         if self._without_reply:
@@ -221,10 +221,23 @@ class Runner:
                 f"{self._without_reply.total()} seeds got no reply ({kinds}). Every other reply is in the journal; "
                 "run again to ask for the rest."
             )
+        # By number, since jobs end in any order.
         return [results[index] for index in sorted(results)]
 
+    def _run_beside(self, jobs: Iterable[Job[T]]) -> dict[int, T]:
+        """Run on a loop in another thread, which gets no signals: those that come here are handed on."""
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(asyncio.run, self._run(jobs))
+            while True:
+                try:
+                    return running.result()
+                except KeyboardInterrupt as reason:
+                    if running.done():
+                        raise
+                    self._interrupt_from_outside(reason)
+
     async def _run(self, jobs: Iterable[Job[T]]) -> dict[int, T]:
-        self._loop = asyncio.get_running_loop()
+        self._main = asyncio.current_task()
         results: dict[int, T] = {}
         numbered = enumerate(jobs)
         # Twice as many jobs as requests: one that verifies its reply leaves no slot of the endpoint idle.
@@ -237,6 +250,7 @@ class Runner:
         return results
 
     async def _work(self, numbered: Iterator[tuple[int, Job[T]]], results: dict[int, T]) -> None:
+        # One iterator for all workers: each takes the next job when it is free, and jobs are made only then.
         for index, job in numbered:
             if self._stop is not None:
                 return
@@ -245,8 +259,8 @@ class Runner:
             except NoReplyError as error:
                 self._without_reply[error.kind] += 1
                 self._in_a_row += 1
-                if self._in_a_row >= _HOPELESS:
-                    self._halt(RunStopped(f"{_HOPELESS} requests in a row got no reply. The last: {error}"))
+                if self._in_a_row >= HOPELESS:
+                    self._halt(RunStopped(f"{HOPELESS} requests in a row got no reply. The last: {error}"))
             except Exception as error:  # noqa: BLE001 - raised by `run` once the replies on their way have arrived
                 self._halt(error)
             else:
@@ -257,7 +271,8 @@ class Runner:
         # The generator is checked once, before the first request that the journal cannot answer: a rerun that has all
         # its replies needs no endpoint.
         if self._checked is None:
-            self._checked = asyncio.create_task(self.generator.check())
+            # A task, which all first requests await: the check is made once, and its failure reaches each of them.
+            self._checked = asyncio.create_task(self._check())
         await asyncio.shield(self._checked)
         stored = await self._claim(request)
         if stored is not None:
@@ -265,6 +280,7 @@ class Runner:
         try:
             self.progress.count("asked")
             reply = await self.generator.reply(request, partial(self._fault, request))
+        # Raised through the generator by `_fault`: the only way out of its loop of attempts.
         except _AnsweredElsewhereError as other:
             return other.reply
         except GenerationError as error:
@@ -279,19 +295,40 @@ class Runner:
             self.journal.release(request)
             raise
         # Before anything else happens to the reply: from here on a kill does not lose it.
-        spend = self.budget.cost(reply.prompt_tokens, reply.completion_tokens)
+        spend = self._terms(request)[0].cost(reply.prompt_tokens, reply.completion_tokens)
         stored = self.journal.put(request, reply, spend)
         self._in_a_row = 0
         self._breaker.paid(request.key)
         self.progress.add(spend)
         return stored
 
+    async def _check(self) -> None:
+        """Check the generator, and refuse to wait for batches that it will not collect."""
+        ledger, places = JournalLedger(self.journal, self.budget), frozenset[str]()
+        if isinstance(self.generator, Batched):
+            places = self.generator.places
+            self.generator.bind(ledger)
+        left = [batch for batch in ledger.open_batches() if batch.place not in places]
+        if left:
+            raise RunStopped(
+                f"{sum(len(batch.requests) for batch in left):,} requests are under way in batches at "
+                f"{left[0].place}. Run again as that run was, to collect what they bring, and change it then."
+            )
+        await self.generator.check()
+
+    def _terms(self, request: Request) -> tuple[Budget, bool]:
+        """The budget at the prices of a request, and whether it waits for a batch before it is sent."""
+        share = self.generator.price_share(request) if isinstance(self.generator, Batched) else None
+        return (self.budget, False) if share is None else (self.budget.at(share), True)
+
     async def _claim(self, request: Request) -> Reply | None:
         """Wait for the right to ask; returns the reply where another process got it meanwhile."""
+        budget, waits = self._terms(request)
         while True:
             if self._stop is not None:
+                # A claim taken now would be sent after the drain.
                 raise RunStopped("The run is stopping.")
-            claim = self.journal.claim(request, self.budget)
+            claim = self.journal.claim(request, budget, waits=waits)
             if claim is Claim.MINE:
                 return None
             if claim is Claim.ANSWERED:
@@ -303,7 +340,7 @@ class Runner:
         """Count an attempt without a reply; where it cost something, the next one needs room in the budget again."""
         self.progress.faults[fault.kind] += 1
         if fault.prompt_tokens or fault.completion_tokens:
-            spend = self.budget.cost(fault.prompt_tokens, fault.completion_tokens)
+            spend = self._terms(request)[0].cost(fault.prompt_tokens, fault.completion_tokens)
             self.journal.fault(request, fault, spend)
             self.progress.add(spend)
             # Not under way while it waits: two that wait for each other's room would wait forever.
@@ -322,12 +359,19 @@ class Runner:
         if reason is not None:
             self._halt(reason)
 
-    def _halt_from_outside(self, reason: BaseException) -> None:
-        """Halt a run on another thread's loop."""
-        if self._loop is None:
+    def _interrupt(self, reason: BaseException) -> None:
+        """Stop in order the first time, at once the second."""
+        if self._stop is None:
+            logger.warning("Waiting for %d replies on their way. Again to leave at once.", len(self._under_way))
+            self._halt(reason)
+        elif self._main is not None:
+            self._main.cancel()
+
+    def _interrupt_from_outside(self, reason: BaseException) -> None:
+        if self._main is None:
             self._halt(reason)
         else:
-            self._loop.call_soon_threadsafe(self._halt, reason)
+            self._main.get_loop().call_soon_threadsafe(self._interrupt, reason)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -336,22 +380,15 @@ class Runner:
             yield
             return
         loop = asyncio.get_running_loop()
-        run = asyncio.current_task()
-
-        def on_signal(reason: BaseException) -> None:
-            if self._stop is None:
-                logger.warning("Waiting for %d replies on their way. Again to leave at once.", len(self._under_way))
-                self._halt(reason)
-            elif run is not None:
-                run.cancel()
-
         handled: list[tuple[signal.Signals, Any]] = []
         for number, reason in ((signal.SIGINT, KeyboardInterrupt()), (signal.SIGTERM, SystemExit(143))):
             handled.append((number, signal.getsignal(number)))
-            loop.add_signal_handler(number, on_signal, reason)
+            loop.add_signal_handler(number, self._interrupt, reason)
         try:
             yield
         finally:
             for number, before in handled:
                 loop.remove_signal_handler(number)
+                # asyncio sets the default where it removes its handler; a notebook or a trainer may have had its own.
+                # None: set in C.
                 signal.signal(number, signal.SIG_DFL if before is None else before)

@@ -1,15 +1,19 @@
-"""Seeds: instruction-answer pairs from files, the Hub or memory, each row checked as it is read."""
+"""What is read: seeds (instruction-answer pairs) and documents (texts alone), each row checked as it is read."""
 
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from glob import glob
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import ControlTokens
-from hf_longalign.text import digest
+from hf_longalign.text import clean, digest
 
 
 _TASK_PREFIX = re.compile(r"^(?P<task>\w+)=(?P<source>.+)$")
@@ -95,11 +99,17 @@ def read_seeds(
     if on_bad_seed not in ("raise", "skip"):
         raise ValueError(f'`on_bad_seed` must be "raise" or "skip", got {on_bad_seed!r}.')
     given = {task: _read_contexts(task, source) for task, source in map(_split_source, contexts)}
-    _refuse_ambiguous(sources, given)
+    # A list of dicts is one source, a list of names are several.
+    many = isinstance(sources, (list, tuple)) and all(isinstance(source, str) for source in sources)
+    named = list(map(_split_source, sources if many else [sources]))
+    tasks = Counter(task for task, _ in named)
+    for task in given:
+        if tasks[task] > 1:  # line k of one file of contexts cannot belong to two files of seeds
+            raise ValueError(f"`contexts` of {task} must belong to one file of seeds, got {tasks[task]}. Join them.")
     found = SeedSet()
     first_seen: dict[str, Row] = {}
     kept: Counter[str] = Counter()
-    for task, row in _rows_of(sources):
+    for task, row in ((task, row) for task, source in named for row in read_rows(source)):
         try:
             seed = _to_seed(row, task, given)
             if control is not None:
@@ -112,6 +122,7 @@ def read_seeds(
             continue
         if repeated:
             found.skipped["the same row twice"] += 1
+        # Counted after bad and repeated rows are gone: the first so many good ones.
         elif per_task is None or kept[seed.task] < per_task:
             kept[seed.task] += 1
             found.seeds.append(seed)
@@ -127,23 +138,6 @@ def _split_source(source: Any) -> tuple[str | None, Any]:
     return (find_task(match["task"]).name, match["source"]) if match else (None, source)
 
 
-def _refuse_ambiguous(sources: Any, given: dict[str | None, dict[int, str]]) -> None:
-    """Line k of one context file cannot belong to two seed files."""
-    tasks = Counter(task for task, _ in map(_split_source, sources if _is_many(sources) else [sources]))
-    for task in given:
-        if tasks[task] > 1:
-            raise ValueError(f"`contexts` of {task} must belong to one file of seeds, got {tasks[task]}. Join them.")
-
-
-def _is_many(sources: Any) -> bool:
-    return isinstance(sources, (list, tuple)) and all(isinstance(source, str) for source in sources)
-
-
-def _rows_of(sources: Any) -> Iterator[tuple[str | None, Row]]:
-    for task, source in map(_split_source, sources if _is_many(sources) else [sources]):
-        yield from ((task, row) for row in read_rows(source))
-
-
 def _read_contexts(task: str | None, source: str) -> dict[int, str]:
     """Line number -> context. A bad line is an error under "skip" too: its seed is good and would lose it."""
     if task is None:
@@ -152,6 +146,7 @@ def _read_contexts(task: str | None, source: str) -> dict[int, str]:
     for row in read_rows(source):
         if row.fault:
             raise row.fault
+        # By number and not in a list: a blank line is skipped here as it is among the seeds.
         found[row.number] = _text(row, "context", required=True)
     return found
 
@@ -160,7 +155,10 @@ def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]
     if row.fault:
         raise row.fault
     instruction, answer = _text(row, "instruction", required=True), _text(row, "answer", required=True)
-    name = task or _task_of(row)
+    try:
+        name = task or find_task(_text(row, "task") or "general").name
+    except ValueError as error:
+        raise BadRowError(row, "unknown task", str(error), "task") from None
     context = _text(row, "context")
     if name in given:
         context = given[name].get(row.number)
@@ -169,6 +167,7 @@ def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]
             raise BadRowError(row, "no context on the same line", remedy)
     own_id = row.values.get("id")
     return Seed(
+        # The id goes into every draw that is made for the row: by content, so that moving rows or files changes none.
         seed_id=digest(name, instruction, answer, context or "") if own_id is None else str(own_id),
         task=name,
         instruction=instruction,
@@ -194,13 +193,6 @@ def _controlled(seed: Seed, row: Row, control: ControlTokens, on_control_tokens:
     return replace(seed, neutralised=number, **changed) if changed else seed
 
 
-def _task_of(row: Row) -> str:
-    try:
-        return find_task(_text(row, "task") or "general").name
-    except ValueError as error:
-        raise BadRowError(row, "unknown task", str(error), "task") from None
-
-
 def _text(row: Row, column: str, required: bool = False) -> Any:
     value = row.values.get(column)
     if column not in row.values and required:
@@ -219,6 +211,7 @@ def _text(row: Row, column: str, required: bool = False) -> Any:
 
 def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, Row]) -> bool:
     """Whether the very same row was read before; another row under the same id is an error."""
+    # By the row it was read from, not by the file: the same pair may stand in two files.
     first = first_seen.setdefault(seed.seed_id, row)
     if first is row:
         return False
@@ -226,3 +219,117 @@ def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, Row]) -> bool:
         return True
     remedy = f"{seed.seed_id!r} stands at {first.unit} {first.number} of {first.file} already. Rename one."
     raise BadRowError(row, "duplicate id", remedy, "id")
+
+
+COLUMNS = ("text", "context")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, its title where it has one, and where it was read (file name and line, never a path).
+
+    `neutralised` says how many marks of chat templates were made plain words of.
+    """
+
+    text: str
+    origin: str
+    title: str | None = None
+    neutralised: int = 0
+
+    @property
+    def document_id(self) -> str:
+        """A digest of the text."""
+        return "doc-" + digest(self.text)
+
+
+def read_documents(
+    sources: Sequence[str], *, control: ControlTokens | None = None, on_control_tokens: str = "neutralise"
+) -> list[Document]:
+    """Read documents.
+
+    Args:
+        sources: text files (one document each) or patterns such as `essays/*.txt`; JSONL, CSV, Parquet or Hub data
+            sets with a column `text` or `context`, and a `title` where there is one.
+        control: the marks of chat templates to look for; `None` to leave them in.
+        on_control_tokens: "neutralise" makes plain words of them, "reject" refuses the document.
+
+    Raises:
+        BadRowError: a row without a text.
+        ValueError: no such file, a text file that is empty or not UTF-8, or a refused document.
+    """
+    paths: list[str] = []
+    for source in sources:
+        matched = sorted(glob(source, recursive=True)) if any(char in source for char in "*?[") else [source]
+        paths += matched
+        if not matched:
+            raise ValueError(f"`documents` must name files, got {source!r}, which matches none.")
+    found = (document for path in paths for document in _read_texts(path))
+    if control is not None:
+        found = (_controlled_document(document, control, on_control_tokens) for document in found)
+    # Each text once: patterns overlap, and a document that stands twice would distract from itself.
+    return list({document.document_id: document for document in found}.values())
+
+
+def _controlled_document(document: Document, control: ControlTokens, on_control_tokens: str) -> Document:
+    texts = f"{document.title or ''}\n{document.text}"
+    found = control.find(texts)
+    if not found:
+        return document
+    if on_control_tokens == "reject":
+        raise ValueError(
+            f"{document.origin}: a document must hold no mark of a chat template, got {found[0]!r}. Take it out, or "
+            "set `on_control_tokens` to 'neutralise'."
+        )
+    text, title = control.neutralise(document.text)[0], document.title and control.neutralise(document.title)[0]
+    return replace(document, text=text, title=title, neutralised=len(found))
+
+
+def _read_texts(source: str) -> Iterator[Document]:
+    if Path(source).suffix in (".txt", ".md") and Path(source).is_file():
+        try:
+            # utf-8-sig: Windows editors put a byte order mark in front, which would be the first token of the text.
+            text = clean(Path(source).read_text(encoding="utf-8-sig")).strip()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 at byte {error.start + 1}. Save it as UTF-8.") from None
+        if not text:
+            raise ValueError(f"{source} is empty. Leave it out of `documents`.")
+        yield Document(text, clean(Path(source).name))
+        return
+    for row in read_rows(source):
+        if row.fault:
+            raise row.fault
+        value = next((row.values[column] for column in COLUMNS if row.values.get(column)), None)
+        if not isinstance(value, str) or not value.strip():
+            raise BadRowError(row, "no text", f"Fill in one of the columns {', '.join(COLUMNS)}.")
+        title = row.values.get("title")
+        if title is not None and not isinstance(title, str):
+            raise BadRowError(row, f"not a string but {type(title).__name__}", "Write text.", "title")
+        yield Document(value.strip(), row.origin, (title or "").strip() or None)
+
+
+def draw_chunks(documents: Sequence[Document], words: int, per_document: int, seed: int) -> list[Seed]:
+    """Return random contiguous chunks as seeds whose instruction and answer are still to be written.
+
+    Instruction synthesis takes 3,000 words (https://arxiv.org/abs/2502.15592). A chunk begins and ends at a word; the
+    blanks between its words stay as they are.
+
+    Example:
+
+    >>> draw_chunks([Document("one two  three", "a.txt")], 2, 1, seed=0)[0].context in ("one two", "two  three")
+    True
+    """
+    chunks = {}
+    for document in documents:
+        starts = [word.start() for word in re.finditer(r"\S+", document.text)]
+        for number in range(per_document):
+            # One generator a chunk, by the document's content: adding a document moves no other one's chunks.
+            rng = np.random.default_rng(int(digest("chunk", str(seed), document.document_id, str(number)), 16))
+            first = int(rng.integers(max(1, len(starts) - words + 1)))
+            after = starts[first + words] if first + words < len(starts) else len(document.text)
+            text = document.text[starts[first] : after].rstrip()
+            seed_id = digest(text)
+            # By id, so that a short document which gives the same chunk twice is asked about once.
+            chunks[seed_id] = Seed(
+                seed_id, "general", "", "", text, document.title, document.origin, document.neutralised
+            )
+    return list(chunks.values())

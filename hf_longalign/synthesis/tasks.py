@@ -53,6 +53,7 @@ class Task:
         return _BREAKS.sub(lambda found: "\n" * min(2, found[0].count("\n")), context) if self.marks else context
 
 
+# Blanks before a line break and any number of breaks: one break stays one, more become a paragraph.
 _BREAKS = re.compile(r"[ \t]*\n\s*")
 _ENCYCLOPEDIA = "several passages of an encyclopedia, each under its own heading"
 
@@ -143,11 +144,6 @@ def find_task(name: str) -> Task:
 def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> tuple[str, str]:
     """Return what stands before and after the contexts in the task's prompt.
 
-    Args:
-        task: the task.
-        instruction: the seed's instruction; a summary task's template does not use it.
-        reference: what the asked-for context is called (`'the report "X"'`), where the prompt has to say so.
-
     Returns:
         The head, and the tail that holds the question, without the blank line between context and tail.
 
@@ -174,4 +170,5 @@ def fill(template: str, **values: str) -> str:
     >>> fill("On {reference}: {input}", reference="the film {input}", input="Who?")
     'On the film {input}: Who?'
     """
+    # Not `str.format`: contexts hold braces (code, JSON, LaTeX), and one pass fills none that came in with a value.
     return re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), template)

@@ -56,10 +56,6 @@ class Team:
     def run(self, lead: Callable[[], object], follow: Callable[[Any], object]) -> bool:
         """Lead, or follow until the leader is done; returns whether this process was the leader at the end.
 
-        Args:
-            lead: does the whole work, handing out parts with `hand_out`.
-            follow: does one part that was handed out.
-
         Raises:
             ValueError: the processes do not share a disk, or run on several machines.
         """
@@ -80,6 +76,7 @@ class Team:
         The leader goes through the parts of the others from their end, so that it meets them at work as late as can
         be, and helps the slow ones.
         """
+        # A process that took over goes on counting where the lost leader stopped.
         self._steps = max([self._steps, *(int(path.name[:4]) for path in self.folder.glob("*.work"))]) + 1
         for rank in set(range(self.size)) - {self.rank}:
             with whole(self.folder / f"{self._steps:04}-{rank}.work") as unfinished:
@@ -90,6 +87,7 @@ class Team:
     def _meet(self) -> None:
         """Wait until every process is seen in the folder, before anything is paid for."""
         deadline = time.monotonic() + MEET_SECONDS
+        # Before its own mark is written, for which the others wait: there is never a moment without a leader.
         if not self.rank:
             self._lead.acquire()
         missing = set(range(self.size))
@@ -120,12 +118,14 @@ class Team:
         while True:
             for path in sorted(set(self.folder.glob(f"*-{self.rank}.work")) - seen):
                 seen.add(path)
+                # Written by a process of this very run, into a folder of its own.
                 follow(pickle.loads(path.read_bytes()))
             try:
                 self._lead.acquire(timeout=0)
             except Timeout:
                 time.sleep(_POLL_SECONDS)
                 continue
+            # The lock is free because the leader has ended well, and not because it was lost.
             if done.exists():
                 self._lead.release()
                 self._leave()

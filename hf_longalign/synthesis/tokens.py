@@ -50,6 +50,7 @@ class TokenCounter:
     @property
     def special_tokens(self) -> list[str]:
         """The special tokens of the tokenizer, reserved ones included."""
+        # `all_special_tokens` leaves out reserved ones, which the tokenizer reads as marks all the same.
         added = self._tokenizer.added_tokens_decoder.values()
         return sorted({*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
 
@@ -73,6 +74,7 @@ class ControlTokens:
     """
 
     def __init__(self, special_tokens: Iterable[str] = ()):
+        # A token of letters alone ('user', 'im') stands in ordinary prose too.
         own = (re.escape(token) for token in special_tokens if len(token) >= _LEAST_CHARACTERS and not token.isalnum())
         # The longest first: of two that begin alike, the longer one is what the tokenizer sees.
         self._pattern = re.compile("|".join([*sorted(own, key=len, reverse=True), _KNOWN.pattern]))
@@ -83,4 +85,5 @@ class ControlTokens:
 
     def neutralise(self, text: str) -> tuple[str, int]:
         """Return the text with a blank inside every mark, which makes plain words of it, and how many there were."""
+        # A blank and no deletion: the reader still sees what stood there, and no tokenizer takes it for a mark.
         return self._pattern.subn(lambda found: f"{found[0][0]} {found[0][1:]}", text)

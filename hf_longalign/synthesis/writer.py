@@ -1,39 +1,125 @@
-"""What a model is asked for one seed: its context, again with the reason while retries are left; verdicts; answers."""
+"""The requests made for one seed: its context, again with the reason while retries are left; verdicts; answers."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
+from typing import Protocol, TypeVar
 
-from hf_longalign.endpoint.protocol import GenerationError, Request, Sampling
+from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, VERDICTS, Check, Rules, failures, verify_context
-from hf_longalign.synthesis.dialogue import Ask, Count, Dialogue, GiveUpError, ignore_count
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
     Facts,
     Messages,
+    ReplyError,
     answer_prompt,
     context_prompt,
     facts_prompt,
     judge_prompt,
     outline_prompt,
     pair_prompt,
-    section_prompt,
-)
-from hf_longalign.synthesis.replies import (
-    ReplyError,
     read_context,
     read_facts,
     read_outline,
     read_pair,
     read_verdict,
+    section_prompt,
     spoken,
 )
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
-from hf_longalign.text import holds, normalise, token_f1, word_count
+from hf_longalign.text import clean, digest, holds, normalise, token_f1, word_count
 
 
+T = TypeVar("T")
+Ask = Callable[[Request], Awaitable[Reply]]
+
+
+class Count(Protocol):
+    """Counts "retried" and "rejected" seeds, "usable" and "unusable" replies, the latter with reason and key."""
+
+    def __call__(self, kind: str, reason: str = "", key: str = "") -> None:
+        """Count one."""
+
+
+def ignore_count(kind: str, reason: str = "", key: str = "") -> None:
+    """Count nothing."""
+
+
+class GiveUpError(Exception):
+    """No usable context, and no retry left; the message is the reason."""
+
+
+@dataclass
+class Dialogue:
+    """The requests made for one seed: their keys, the last one of its own, and how many retries they have used."""
+
+    ask: Ask
+    model: str
+    sampling: Sampling
+    retries: int
+    used: int = 0
+    keys: list[str] = field(default_factory=list)
+    last: str = ""
+    prompt_hash: str = ""
+    count: Count = ignore_count
+
+    async def get(
+        self, purpose: str, prompt: Callable[[str | None], Messages], read: Callable[[str], T], reason: str | None
+    ) -> tuple[T, str | None]:
+        """Ask until the reply can be read; returns what was read and the finish reason.
+
+        Raises:
+            GiveUpError: no retry is left, or the generator will never reply.
+        """
+        while True:
+            messages = prompt(reason)
+            # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
+            request = Request(messages, self.model, self.sampling.again(self.used), purpose)
+            try:
+                reply = await self.ask(request)
+            except GenerationError as error:
+                self.count("unusable", error.kind, request.key)
+                raise GiveUpError(f"{error.kind}: {clean(error.told)}") from None
+            self.keys.append(request.key)
+            self.last = request.key
+            self.prompt_hash = digest(*(part for message in messages for part in message))
+            try:
+                return read(reply.text), reply.finish_reason
+            except ReplyError as error:
+                cut = f"it was cut off at the limit of {self.sampling.token_limit} tokens; be shorter: "
+                reason = f"parse: {cut if reply.finish_reason == 'length' else ''}{error}"
+                self.refuse(reason)
+
+    def provenance(self, generator: str) -> Provenance:
+        """Return where the text that came of it is from."""
+        return Provenance(generator, self.model, self.prompt_hash, tuple(self.keys), self.used + 1)
+
+    def refuse(self, reason: str) -> None:
+        """Count the last reply as unusable and use up a retry.
+
+        Raises:
+            GiveUpError: none is left.
+        """
+        self.count("unusable", reason, self.last)
+        self.retry(reason)
+
+    def retry(self, reason: str) -> None:
+        """Use up a retry.
+
+        Raises:
+            GiveUpError: none is left.
+        """
+        if self.used >= self.retries:
+            raise GiveUpError(reason)
+        self.used += 1
+        self.count("retried")
+
+
+# Enough to go on from; the whole text before would be paid for again with every section.
 _TAIL_WORDS = 200
+# A model that thinks before a short answer needs some room; more than this is no answer.
 _ANSWER_TOKENS = 512
 _SHORT_WORDS = 3
 
@@ -77,29 +163,31 @@ async def write_context(
 ) -> Outcome:
     """Have a model write the context of a seed.
 
-    Args:
-        seed: the pair.
-        plan: how it is written and what it is held to.
-        ask: gets the reply to a request, from the journal or from the generator.
-        count: is told "retried" and "rejected".
-        refused: an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
-            anew, with that reason, out of the same allowance.
-
-    Returns:
-        The outcome: accepted, or rejected with the reason of the last attempt.
+    `refused` is an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
+    anew, with that reason, out of the same allowance. The outcome is accepted, or rejected with the last reason.
     """
     dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
     drafted, reason = Draft(), refused.reason if refused else None
     try:
         if refused is not None:
+            # It goes on where the first writing ended, so that `retries` bounds what a seed costs in all.
             dialogue.used = refused.provenance.attempts - 1
             dialogue.keys += refused.provenance.journal_keys
             dialogue.prompt_hash = refused.provenance.prompt_hash
             drafted = Draft(refused.context, refused.title, list(refused.checks))
             dialogue.retry(refused.reason)
         while True:
-            drafted = await _draft(seed, plan, dialogue, reason)
-            reason = failures(drafted.checks)
+            title, context, finish_reason = await _text(seed, plan, dialogue, reason)
+            # Some milliseconds per context: beside the event loop, so that replies go on arriving.
+            found = await asyncio.to_thread(
+                verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
+            )
+            checks = [Check("parse", PASSED), *found]
+            if plan.judge is not None:
+                checks = await _judge(seed, context, checks, plan, ask, dialogue.keys)
+            # Only now: a kept draft always has its checks, also where the retries end in the middle of the next one.
+            drafted = Draft(context, title, checks)
+            reason = failures(checks)
             if not reason:
                 count("usable")
                 break
@@ -113,9 +201,7 @@ async def write_context(
         title=drafted.title,
         reason=reason or "",
         checks=tuple(drafted.checks),
-        provenance=Provenance(
-            plan.generator, plan.model, dialogue.prompt_hash, tuple(dialogue.keys), dialogue.used + 1
-        ),
+        provenance=dialogue.provenance(plan.generator),
     )
 
 
@@ -123,15 +209,6 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore
     """Have a model write an instruction and an answer for a text: instruction synthesis, the paper's baseline.
 
     The opposite of context synthesis: here the target is synthetic (https://arxiv.org/abs/2502.15592).
-
-    Args:
-        chunk: a seed with a context and nothing else.
-        plan: the model, the sampling and what the pair is held to.
-        ask: gets the reply to a request, from the journal or from the generator.
-        count: is told "retried" and "rejected".
-
-    Returns:
-        The outcome, whose seed holds the pair.
     """
     context = chunk.context or ""
     dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
@@ -152,8 +229,7 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore
     except GiveUpError as error:
         reason = str(error)
         count("rejected")
-    provenance = Provenance(plan.generator, plan.model, dialogue.prompt_hash, tuple(dialogue.keys), dialogue.used + 1)
-    return Outcome(seed, context, chunk.title, reason or "", tuple(checks), provenance)
+    return Outcome(seed, context, chunk.title, reason or "", tuple(checks), dialogue.provenance(plan.generator))
 
 
 def check_given(seed: Seed, plan: Plan) -> Outcome:
@@ -178,18 +254,6 @@ class Draft:
     context: str = ""
     title: str | None = None
     checks: list[Check] = field(default_factory=list)
-
-
-async def _draft(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> Draft:
-    title, context, finish_reason = await _text(seed, plan, dialogue, reason)
-    checks = [Check("parse", PASSED)]
-    # Some milliseconds per context: beside the event loop, so that replies go on arriving.
-    checks += await asyncio.to_thread(
-        verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
-    )
-    if plan.judge is not None:
-        checks = await _judge(seed, context, checks, plan, dialogue.ask, dialogue.keys)
-    return Draft(context, title, checks)
 
 
 async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> tuple[str | None, str, str | None]:
@@ -220,6 +284,7 @@ async def _sections(
         "outline", plan_prompt, lambda text: read_outline(text, number_of), reason
     )
     written: list[str] = []
+    # One after the other, since each is shown how the one before ends.
     for number in range(1, number_of + 1):
         before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
 
@@ -229,12 +294,14 @@ async def _sections(
 
         (_, section), finish = await dialogue.get("section", prompt, read_context, None)
         written.append(section)
+        # One section that was cut off makes the whole text one.
         finish_reason = finish if finish_reason != "length" else finish_reason
     return outline.title or None, "\n\n".join(written), finish_reason
 
 
 async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask: Ask, keys: list[str]) -> list[Check]:
     """Where comparing strings did not find the answer, a model's verdict decides; what fails anyway is not judged."""
+    # A verdict costs a request with the whole context in it: only where it can still change what happens.
     number = next((number for number, check in enumerate(checks) if check.name == "support"), None)
     fails_anyway = any(check.outcome == FAILED for check in checks if check.name != "support")
     if number is None or checks[number].outcome == PASSED or fails_anyway or plan.judge is None:
@@ -248,6 +315,7 @@ async def _judge(seed: Seed, context: str, checks: list[Check], plan: Plan, ask:
         keys.append(request.key)
         verdict, why = read_verdict(reply.text)
     except (GenerationError, ReplyError) as error:
+        # No verdict is none against the context: the string check alone has the say.
         return [*checks, Check("judge", OPEN, f"no verdict: {error}")]
     if verdict:
         support = Check("support", PASSED, "judged")

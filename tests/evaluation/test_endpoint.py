@@ -19,10 +19,9 @@ from fake_endpoint import FakeEndpoint
 from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_longalign.evaluation.encoding import token_counter
 from hf_longalign.evaluation.endpoint import EndpointError, EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, token_counter
 
 
 pytest.importorskip("openai", reason='needs pip install "hf_longalign[eval]"')

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_longalign.attention import register_attention
-from hf_longalign.evaluation.batching import Pools, branch_points, reading_order, shared_lengths
-from hf_longalign.evaluation.generation import LocalGenerator, check_range
+from hf_longalign.evaluation.generation import LocalGenerator, Pools, check_range
+from hf_longalign.evaluation.prefix_cache import branch_points, reading_order, shared_lengths
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.rope import scale_rope
 

@@ -15,8 +15,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
 
 from hf_longalign.evaluation.harness import SHORT, HarnessResult, HarnessSuite, _tasks_of_lm_eval, run_harness
-from hf_longalign.evaluation.runner import Examinee
-from hf_longalign.evaluation.store import ResultStore
+from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import Difference, TaskResult
 
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.evaluation.haystack import load_texts, read_texts, sentences_of, split_sentences, split_units
-from hf_longalign.evaluation.noise import noise
+from hf_longalign.evaluation.haystack import load_texts, noise, read_texts, sentences_of, split_sentences, split_units
 
 
 def stripped(text: str) -> list[str]:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_longalign.evaluation.longbench import metrics
-from hf_longalign.evaluation.longbench.metrics import METRICS, rouge_l, score_longbench
-from hf_longalign.evaluation.longbench.tasks import EVEN_TASKS, GROUPS, TASKS, find_task
+from hf_longalign.evaluation import longbench_metrics as metrics
+from hf_longalign.evaluation.longbench import EVEN_TASKS, GROUPS, TASKS, find_task, score_longbench
+from hf_longalign.evaluation.longbench_metrics import METRICS, rouge_l
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.evaluation.results import group_means
 from hf_longalign.records.report import Score, TaskResult

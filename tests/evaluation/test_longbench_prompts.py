@@ -14,11 +14,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_longalign.evaluation.encoding import encode_text
-from hf_longalign.evaluation.longbench.data import read_rows
-from hf_longalign.evaluation.longbench.metrics import score_longbench
-from hf_longalign.evaluation.longbench.prompts import cut_middle, cut_to_fit, longbench_prompts
-from hf_longalign.evaluation.longbench.tasks import EVEN_TASKS, TASKS, V2, expand_tasks
+from hf_longalign.evaluation.longbench import (
+    EVEN_TASKS,
+    TASKS,
+    V2,
+    cut_middle,
+    cut_to_fit,
+    expand_tasks,
+    longbench_prompts,
+    read_rows,
+    score_longbench,
+)
+from hf_longalign.evaluation.prompt import encode_text
 from hf_longalign.longbench_prompts import TEMPLATES
 from tests.tiny import tiny_tokenizer
 
@@ -200,7 +207,7 @@ def test_missing_sources_and_unknown_tasks_are_named(tmp_path):
         expand_tasks(["hotpotQA"])
     with pytest.raises(ValueError, match="must name a task"):
         expand_tasks([])
-    with pytest.raises(FileNotFoundError, match=r"must hold musique\.jsonl, got the folder"):
+    with pytest.raises(FileNotFoundError, match=r"must hold musique\.jsonl .*, got the folder"):
         _prompts(["musique"], tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl', which is not there"):
         _prompts(["musique"], "nowhere.jsonl")
@@ -414,7 +421,7 @@ def test_v2_comes_from_a_data_set_of_its_own_on_the_hub(monkeypatch, tmp_path):
         asked.append((name, file, repo_type))
         raise OSError("no network")
 
-    monkeypatch.setattr("hf_longalign.evaluation.longbench.data.hf_hub_download", download)
+    monkeypatch.setattr("hf_longalign.evaluation.longbench.hf_hub_download", download)
     for task in ("musique", "v2"):
         with pytest.raises(ConnectionError, match="no network"):
             _prompts([task], None)

@@ -12,12 +12,10 @@ from tiny import CHAT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_longalign.evaluation.encoding import token_counter
-from hf_longalign.evaluation.haystack import read_texts, sentences_of
+from hf_longalign.evaluation.haystack import noise, read_texts, sentences_of
 from hf_longalign.evaluation.needles import ONE, SEVERAL, TASKS, NeedleTask, Pools, Wording
-from hf_longalign.evaluation.noise import noise
 from hf_longalign.evaluation.placement import needle_prompts
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, token_counter
 
 
 ESSAYS = Path(__file__).parents[3] / "shared/data/haystack"

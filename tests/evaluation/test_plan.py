@@ -1,7 +1,7 @@
 """How many samples are asked: within the minutes, the same in every process, more where intervals are wide."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,9 +11,7 @@ from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.plan import FEWEST, MOST, cells_to_refine, fit, plan_grid, seconds_per_token
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.results import suite_result
-
-
-MAIN, OTHER = SimpleNamespace(is_main_process=True), SimpleNamespace(is_main_process=False)
+from hf_longalign.evaluation.runner import ResultStore
 
 
 @pytest.mark.parametrize("minutes", [0.5, 5.0, 50.0])
@@ -28,19 +26,24 @@ def test_the_grid_keeps_to_its_minutes(minutes):
 
 
 def test_what_was_planned_is_planned_again(tmp_path):
-    model, options = tiny_llama(), SuiteOptions(output_dir=str(tmp_path), minutes=0.1)
-    first = plan_grid(model, ["a"], options, [256, 512], MAIN)
-    (plan,) = (tmp_path / "answers").glob("plan-*.json")
-    plan.write_text(json.dumps({**json.loads(plan.read_text()), "samples": 7}))
-    for state in (MAIN, OTHER):  # a slower machine, or another process, asks what was decided
-        assert plan_grid(model, ["a"], options, [256, 512], state).samples == 7
-    assert first.lengths[0] == 256
-    assert plan_grid(model, ["a"], SuiteOptions(samples=4), [256], MAIN).samples == 4
-    assert plan_grid(None, ["a"], SuiteOptions(), [256], MAIN).samples == 10
-    plan_grid(model, ["b"], options, [256, 512], MAIN)
-    assert len(list((tmp_path / "answers").glob("plan-*.json"))) == 2, "another model has a plan of its own"
-    nothing = SuiteOptions(output_dir=str(tmp_path / "other"), suites=["short"])
-    assert plan_grid(model, ["a"], nothing, [256], MAIN).minutes == 0 and not (tmp_path / "other").exists()
+    model, options = tiny_llama(), SuiteOptions(minutes=0.1)
+    with ResultStore(tmp_path) as store, ResultStore(tmp_path, rank=1) as other:
+        first = plan_grid(model, ["a"], options, [256, 512], store)
+        assert first.lengths[0] == 256
+        (line,) = (tmp_path / "results-0.jsonl").read_text().splitlines()
+        store.add(json.loads(line)["key"], {**asdict(first), "samples": 7})
+        # A slower machine, or another process, asks what was decided.
+        assert plan_grid(model, ["a"], options, [256, 512], store).samples == 7
+        assert plan_grid(model, ["a"], options, [256, 512], other, is_main_process=False).samples == 7
+        elsewhere = replace(options, output_dir="elsewhere")
+        assert plan_grid(model, ["a"], elsewhere, [256, 512], store).samples == 7
+        assert plan_grid(model, ["a"], SuiteOptions(samples=4), [256], store).samples == 4
+        assert plan_grid(None, ["a"], SuiteOptions(), [256], store).samples == 10
+        assert plan_grid(model, ["a"], SuiteOptions(suites=["short"]), [256], store).minutes == 0
+        assert len((tmp_path / "results-0.jsonl").read_text().splitlines()) == 2
+        plan_grid(model, ["b"], options, [256, 512], store)
+        keys = {json.loads(line)["key"] for line in (tmp_path / "results-0.jsonl").read_text().splitlines()}
+        assert len(keys) == 2, "another model has a plan of its own"
 
 
 def test_costs_are_positive():
@@ -68,3 +71,13 @@ def test_samples_are_added_where_intervals_are_wide_and_time_is_left():
     assert cells_to_refine(result, prompts, {512: 1.0, 1024: 2.0}, 0) == []
     narrow, prompts = grid_of({512: 1.0, 1024: 1.0}, 120)
     assert cells_to_refine(narrow, prompts, {512: 1.0, 1024: 1.0}, 1000) == []
+
+
+def test_samples_are_added_at_a_single_length_too():
+    result, prompts = grid_of({512: 0.5}, 20)
+    assert result.tasks[0].grid is None and result.tasks[0].length == 512
+    assert [(cell.length, cell.samples) for cell in cells_to_refine(result, prompts, {512: 1.0}, 1000)] == [(512, 80)]
+    unsized = [replace(prompt, length=None) for prompt in prompts]
+    answers = {"base": [Completion("yes", 1)] * len(unsized)}
+    result = suite_result("longbench", unsized, answers, lambda prompt, text: {"exact_match": 1.0})
+    assert cells_to_refine(result, unsized, {}, 1000) == []

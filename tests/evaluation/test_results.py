@@ -8,9 +8,7 @@ import pytest
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.report import render_report, write_report
 from hf_longalign.evaluation.results import suite_result
-from hf_longalign.evaluation.runner import Examinee
-from hf_longalign.evaluation.store import ResultStore
-from hf_longalign.evaluation.suites import PromptSuite
+from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
 from hf_longalign.records.report import (
     Difference,
     EvaluatedModel,
@@ -185,7 +183,7 @@ def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monke
     found = PerplexityResult([0, 1024], 1024, 1, {"base": [2.0], "adapter": [2.0]})
     drawn = {}
     monkeypatch.setattr(
-        "hf_longalign.plots.plot_coverage", lambda coverage, path, **options: drawn.update(options) or path
+        "hf_longalign.evaluation.report.plot_coverage", lambda coverage, path, **options: drawn.update(options) or path
     )
     everything = report(perplexity=found, suites=[suite(), ruler])
     write_report(

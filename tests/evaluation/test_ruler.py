@@ -8,9 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hf_longalign.evaluation.ruler import DEPTHS, HOPS, RulerBuilder
-from hf_longalign.evaluation.ruler_data import Pairs, Question
-from hf_longalign.evaluation.ruler_tasks import TASKS, string_match
+from hf_longalign.evaluation.ruler import DEPTHS, HOPS, RulerBuilder, string_match
+from hf_longalign.evaluation.ruler_data import TASKS, Pairs, Question
 
 
 def words(text):

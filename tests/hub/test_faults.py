@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_longalign.hub.retry import REMEDIES, PublishError
+from hf_longalign.hub.push import REMEDIES, PublishError
 from hub.conftest import held
 
 

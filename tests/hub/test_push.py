@@ -8,7 +8,7 @@ from loopback_hub import READER, TOKEN
 
 from hf_longalign.cards.page import BEGIN, END, REPOSITORY
 from hf_longalign.hub import publish_dataset
-from hf_longalign.hub.retry import PublishError
+from hf_longalign.hub.push import PublishError
 from hub.conftest import CARD, held
 
 

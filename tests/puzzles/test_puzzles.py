@@ -10,7 +10,7 @@ import pytest
 
 from hf_longalign.puzzles import TASKS, draw_puzzle, set_f1
 from hf_longalign.puzzles.puzzle import lengthen, named_in
-from hf_longalign.puzzles.words import ASSOCIATIONS, FORMS, GOODS, PARTS, TOPICS, part_of
+from hf_longalign.puzzles.tasks import ASSOCIATIONS, FORMS, GOODS, PARTS, TOPICS, part_of
 
 
 SAMPLES = range(12)

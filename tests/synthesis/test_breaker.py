@@ -5,7 +5,7 @@ import random
 import pytest
 
 from hf_longalign.endpoint.protocol import EndpointError, GenerationError
-from hf_longalign.synthesis.breaker import Breaker
+from hf_longalign.synthesis.budget import Breaker
 
 
 def _judge(breaker, verdicts, *, paid=True):

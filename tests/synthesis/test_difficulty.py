@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
-from hf_longalign.synthesis.difficulty import answer_losses, choose_seeds
 from hf_longalign.synthesis.seeds import Seed
+from hf_longalign.synthesis.selection import answer_losses, choose_seeds
 from hf_longalign.synthesis.writer import score_answer, score_closed_book, score_open_book
 
 

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.synthesis.distractors import by_bm25, by_embeddings, nearest, offer, shuffled
-from hf_longalign.synthesis.documents import Document
-from hf_longalign.synthesis.pool import Pool, Rivals, Words
+from hf_longalign.synthesis.pool import Pool, Rivals, Words, by_bm25, by_embeddings, nearest, offer, shuffled
+from hf_longalign.synthesis.seeds import Document
 from hf_longalign.text import content_words
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from hf_longalign.endpoint.protocol import Reply, Sampling
 from hf_longalign.synthesis.checks import Rules
-from hf_longalign.synthesis.documents import Document, draw_chunks, read_documents
 from hf_longalign.synthesis.files import draw_general
 from hf_longalign.synthesis.rows import BadRowError
+from hf_longalign.synthesis.seeds import Document, draw_chunks, read_documents
 from hf_longalign.synthesis.writer import Plan, write_pair
 
 

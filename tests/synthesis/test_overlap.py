@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-from hf_longalign.synthesis import overlap
-from hf_longalign.synthesis.overlap import Contamination, Duplicates
+from hf_longalign.synthesis import selection
 from hf_longalign.synthesis.rows import BadRowError
+from hf_longalign.synthesis.selection import Contamination, Duplicates
 
 
 WORDS = [f"w{number}" for number in range(40)]
@@ -93,10 +93,10 @@ def test_pairs_well_above_the_threshold_are_found_and_those_well_below_are_not()
 
 def test_processes_find_the_same_and_a_text_is_sketched_once(monkeypatch):
     texts = [*_random_texts(30, seed=3), *_random_texts(5, seed=3)]
-    monkeypatch.setattr(overlap, "_CHUNK", 10)
+    monkeypatch.setattr(selection, "_CHUNK", 10)
     assert Duplicates(processes=2).find(texts) == Duplicates(processes=1).find(texts) == {30 + n: n for n in range(5)}
-    sketched, sketch = [], overlap.sketch
-    monkeypatch.setattr(overlap, "sketch", lambda chunk: sketched.extend(chunk) or sketch(chunk))
+    sketched, sketch = [], selection.sketch
+    monkeypatch.setattr(selection, "sketch", lambda chunk: sketched.extend(chunk) or sketch(chunk))
     finder = Duplicates(processes=1)
     finder.find(texts)
     assert finder.find([*texts[:30], "a new text"]) == {}

@@ -1,5 +1,5 @@
 import json
-import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from datasets import load_dataset
 from fake_endpoint import FakeEndpoint
 
 from hf_longalign.cli import main
-from hf_longalign.synthesis.coherence import compare, without_contexts
+from hf_longalign.commands.coherence import compare, without_contexts
 from hf_longalign.synthesis.journal import Journal
 
 from .fakes import make_pairs, make_text
@@ -142,10 +142,8 @@ def test_a_poisoned_journal_is_saved(tmp_path, monkeypatch, capsys):
         assert len(server.log) == 5 + 3
         capsys.readouterr()
         run(monkeypatch, "journal", "drop", journal, "--reason", "empty")
-        assert capsys.readouterr().out.startswith("3 replies dropped")
-        for folder in journal.parent.iterdir():
-            if folder.is_dir():
-                shutil.rmtree(folder)
+        told = capsys.readouterr().out
+        assert told.startswith("3 replies dropped") and told.count("Removed ") == 5
         assert run(monkeypatch, "synthesize", *arguments, tmp_path / "rich") == 0
         assert len(load_dataset(str(tmp_path / "rich"), "chat", split="train", cache_dir=tmp_path / "hf")) == 6
         assert len(server.log) == 5 + 3 + 2
@@ -245,16 +243,16 @@ def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys):
 def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="`output_dir` must be absent, empty or an earlier output"):
-        run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir",
-            tmp_path / "out")  # fmt: skip
+    where = ("--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
+    assert run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, *where) == 1
+    assert "`output_dir` must be absent, empty or an earlier output" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "out" / "chat").mkdir()  # as an earlier output has, which would be replaced
     with FakeEndpoint() as server:
         asks = ("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", given)
         for more, named in (((), "thesis.txt"), (("--journal", tmp_path / "out" / "j.sqlite"), "j.sqlite")):
-            with pytest.raises(ValueError, match=f"`output_dir` must .*`{named}`"):
-                run(monkeypatch, "synthesize", *asks, *more, "--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
+            assert run(monkeypatch, "synthesize", *asks, *more, *where) == 1
+            assert re.search(f"`output_dir` must .*`{named}`", capsys.readouterr().err)
         assert not server.log, "refused before anything is asked"
     with pytest.raises(SystemExit):
         run(monkeypatch, "synthesize", "--seeds", given)
@@ -307,7 +305,7 @@ def test_coherence_data_is_aligned_and_compared(tmp_path, monkeypatch, given, ca
         compare({"qasper": 1.0}, {})
 
 
-def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_path, monkeypatch):
+def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     pairs = make_pairs(8, context=lambda n: make_text(n) + " She kept the plans in /home/ann/x.")
@@ -321,10 +319,9 @@ def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_pa
         "--push_dry_run",
         tmp_path / "look",
     )
-    with pytest.raises(
-        ValueError, match=r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done"
-    ):
-        run(monkeypatch, "synthesize", *arguments)
+    assert run(monkeypatch, "synthesize", *arguments) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done", told)
     assert run(monkeypatch, "synthesize", *arguments, "--allow", "/home/ann") == 0
     assert (tmp_path / "look" / "README.md").is_file()
 

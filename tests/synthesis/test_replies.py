@@ -1,7 +1,8 @@
 import pytest
 
-from hf_longalign.synthesis.prompts import Facts, Outline
-from hf_longalign.synthesis.replies import (
+from hf_longalign.synthesis.prompts import (
+    Facts,
+    Outline,
     ReplyError,
     read_context,
     read_facts,

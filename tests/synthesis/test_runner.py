@@ -160,6 +160,38 @@ def test_ctrl_c_in_a_notebook_keeps_the_replies_on_their_way(journal):
     assert all(journal.get(_request(prompt).key) for prompt in echo.asked)
 
 
+def test_a_second_ctrl_c_in_a_notebook_waits_for_no_reply(journal):
+    class Hanging(Echo):
+        async def reply(self, request, notify=None):
+            self.asked.append(request)
+            await asyncio.Event().wait()
+
+    echo = Hanging()
+    runner = Runner(echo, journal)
+
+    def interrupt():
+        while not echo.asked:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        while not echo.draining:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def cell():
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(partial(_shout, f"p{number}") for number in range(9))
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loop = asyncio.new_event_loop()
+    try:
+        loop.run_until_complete(cell())
+    finally:
+        signal.signal(signal.SIGINT, before)
+        loop.close()
+    assert echo.closed == 1 and len(echo.asked) == echo.concurrency * 2
+
+
 def test_an_interrupt_before_the_first_request_is_not_lost(journal):
     echo = Echo()
     runner = Runner(echo, journal)
@@ -168,8 +200,8 @@ def test_an_interrupt_before_the_first_request_is_not_lost(journal):
         return (await ask(_request("late"))).text
 
     def interrupted():  # as if the interrupt came while the jobs were being made
-        runner._loop = None
-        runner._halt_from_outside(KeyboardInterrupt())
+        runner._main = None
+        runner._interrupt_from_outside(KeyboardInterrupt())
         yield job
 
     with pytest.raises(KeyboardInterrupt):

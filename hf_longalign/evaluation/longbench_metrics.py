@@ -10,8 +10,6 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from hf_longalign.evaluation.longbench.tasks import find_task
-from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.text import token_f1
 
 
@@ -29,8 +27,6 @@ _CHINESE_PUNCTUATION = frozenset(
 
 def normalized_words(text: str) -> list[str]:
     """Return the words of an English text in lower case, without ASCII punctuation and articles.
-
-    Example:
 
     >>> normalized_words("The U.S. won a match, 3-1!")
     ['us', 'won', 'match', '31']
@@ -57,8 +53,6 @@ def chinese_words(text: str) -> list[str]:
 def qa_f1(answer: str, reference: str) -> float:
     """Return the F1 of the answer's normalised words.
 
-    Example:
-
     >>> qa_f1("It was the Georgia Peach.", "Georgia Peach") == 2 * (2 / 4 * 1) / (2 / 4 + 1)
     True
     """
@@ -66,11 +60,7 @@ def qa_f1(answer: str, reference: str) -> float:
 
 
 def qa_f1_zh(answer: str, reference: str) -> float:
-    """Return the F1 of the answer's Chinese words, without punctuation and white space.
-
-    Raises:
-        ImportError: jieba is missing.
-    """
+    """Return the F1 of the answer's Chinese words, without punctuation and white space."""
     cleaned = [
         [
             "".join("".join(c for c in word.lower() if c not in _CHINESE_PUNCTUATION).split())
@@ -85,26 +75,18 @@ def qa_f1_zh(answer: str, reference: str) -> float:
 def rouge_l(answer: str, reference: str) -> float:
     """Return the F1 of ROUGE-L at summary level, with the numbers of the PyPI package `rouge` 1.0.1.
 
-    That is the package that LongBench's script calls (https://github.com/pltrdy/rouge, Apache-2.0). It walks back
-    through its table by recursion: a pair of sentences of about 1,000 words together exhausts Python's stack, which
-    the script then scores 0. Here such a pair gets what the formula gives.
-
-    Sentences end at "."; a piece of white space between or behind full stops counts as one empty word. Only distinct
-    words count: those in any longest common subsequence of a sentence of the one and a sentence of the other, over
-    those of the reference (recall) and of the answer (precision).
-
-    Args:
-        answer: the model's; without a word or white space beside full stops it scores 0.
-        reference: likewise.
+    That is the package that LongBench's script calls (https://github.com/pltrdy/rouge, Apache-2.0).
 
     Example: "the" and "sat" are common, the answer has 3 distinct words and the reference 4.
 
     >>> round(rouge_l("the dog sat", "the cat sat down"), 6) == round(2 * (2 / 3 * 2 / 4) / (2 / 3 + 2 / 4), 6)
     True
     """
+    # Sentences end at "."; a piece of white space between or behind full stops counts as one empty word.
     ours, theirs = _sentences(answer), _sentences(reference)
     if not ours or not theirs:
         return 0.0
+    # Only distinct words count: those in a longest common subsequence of some sentence of each.
     common = {word for right in theirs for left in ours for word in _common_subsequence(right, left)}
     recall = len(common) / len({word for sentence in theirs for word in sentence})
     precision = len(common) / len({word for sentence in ours for word in sentence})
@@ -117,6 +99,8 @@ def _sentences(text: str) -> list[list[str]]:
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str]:
     """The longest common subsequence, from its end; of several, the one the package finds."""
+    # The package walks back through its table by recursion: two sentences of about 1,000 words together exhaust
+    # Python's stack, which the script then scores 0. Here such a pair gets what the formula gives.
     table = [[0] * (len(second) + 1)]
     for word in first:
         above, row = table[-1], [0]
@@ -138,16 +122,13 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str
 def classification(answer: str, reference: str, classes: Sequence[str]) -> float:
     """Return 1 over the number of classes the answer names, if the right one is among them, else 0.
 
-    A class whose name is part of the right one's name is not held against the answer; but the script skips the class
-    that follows each one it takes out, so the second of two such neighbours is.
-
-    Example:
-
     >>> classes = ["Date", "City", "Big City"]
     >>> classification("Big City", "Big City", classes), classification("Date or City", "City", classes)
     (1.0, 0.5)
     """
     named = [label for label in classes if label in answer]
+    # A class whose name is part of the right one's is not held against the answer. The script removes it from the list
+    # that it walks through, and so skips the class behind each: the second of two such neighbours stays.
     position = 0
     while position < len(named):
         if named[position] in reference and named[position] != reference:
@@ -159,8 +140,6 @@ def classification(answer: str, reference: str, classes: Sequence[str]) -> float
 def number_share(answer: str, number: str) -> float:
     """Return the share of the numbers in an answer that are the right one, written alike; 0 without numbers.
 
-    Example:
-
     >>> number_share("Paragraph 12, not 11", "12"), number_share("none", "12"), number_share("012", "12")
     (0.5, 0.0, 0.0)
     """
@@ -169,17 +148,10 @@ def number_share(answer: str, number: str) -> float:
 
 
 def retrieval(answer: str, reference: str, *, word: str) -> float:
-    """Return the share of the numbers in an answer that are the number of the right paragraph.
-
-    Args:
-        answer: the model's.
-        reference: holds `word` and a number, such as "Paragraph 12".
-        word: "Paragraph ", or "段落" in Chinese.
+    """Return the share of the numbers in an answer that are the number after `word` in the reference.
 
     Raises:
         ValueError: the reference has no such number.
-
-    Example:
 
     >>> retrieval("It is 12.", "Paragraph 12", word="Paragraph ")
     1.0
@@ -193,16 +165,12 @@ def retrieval(answer: str, reference: str, *, word: str) -> float:
 def code_similarity(answer: str, reference: str) -> float:
     """Return the similarity of the answer's first line of code to the reference, in hundredths.
 
-    The first line is the first one, after leading line breaks, without "`", "#" or "//"; it may be blank. The
-    published script takes `fuzz.ratio` of fuzzywuzzy, which is difflib's ratio in full percent, and another measure
-    where python-Levenshtein happens to be installed too (https://github.com/THUDM/LongBench/issues/96). Here it is
-    difflib's, what the script's own imports give.
-
-    Example:
-
     >>> code_similarity("# add\\nreturn a + b\\n", "return a + c"), code_similarity("x", "")
     (0.92, 0.0)
     """
+    # The script takes `fuzz.ratio` of fuzzywuzzy, difflib's ratio in full percent, and another measure where
+    # python-Levenshtein happens to be installed too (https://github.com/THUDM/LongBench/issues/96). This is difflib's,
+    # which the script's own imports give.
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     if line == reference:
@@ -215,15 +183,10 @@ def code_similarity(answer: str, reference: str) -> float:
 def choice(answer: str, reference: str) -> float:
     """Return 1 where the answer names the right one of LongBench v2's choices in the words asked for, else 0.
 
-    The first place with the letter in parentheses counts, else the first without.
-
-    Example:
-
     >>> choice("**The correct answer is (B).**", "B"), choice("It is B.", "B")
     (1.0, 0.0)
-    >>> choice("The correct answer is Bern", "B")
-    1.0
     """
+    # The first letter in parentheses counts, else the first without: "The correct answer is Bern" names B, as there.
     found = _CHOICE.findall(answer.replace("*", ""))
     letters = [letter for letter, _ in found if letter] or [letter for _, letter in found]
     return float(letters[:1] == [reference])
@@ -244,27 +207,3 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
     "code_similarity": lambda answer, reference, classes: code_similarity(answer, reference),
     "choice": lambda answer, reference, classes: choice(answer, reference),
 }
-
-
-def score_longbench(prompt: Prompt, text: str) -> dict[str, float]:
-    """Return the score of an answer from 0 to 1 under the name of its task's metric.
-
-    Args:
-        prompt: of the suite "longbench", with its references and classes.
-        text: what the model answered.
-
-    Raises:
-        ValueError: no such task, or a reference its metric cannot read.
-        ImportError: a Chinese task without jieba.
-
-    Example:
-
-    >>> prompt = Prompt("longbench", "trec", 0, "Question: Who?\\nType:", ("Person",), 64, classes=("Person", "Date"))
-    >>> score_longbench(prompt, "\\nPerson\\nQuestion: When?\\nType: Date")
-    {'classification': 1.0}
-    """
-    task = find_task(prompt.task)
-    if task.first_line_only:
-        text = text.lstrip("\n").split("\n")[0]
-    metric = METRICS[task.metric]
-    return {task.metric: max(metric(text, reference, prompt.classes) for reference in prompt.answers)}

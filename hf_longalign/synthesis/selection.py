@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -12,9 +13,122 @@ from typing import Any
 
 import numpy as np
 
-from hf_longalign.synthesis.extras import require
-from hf_longalign.synthesis.rows import Row, read_rows
+from hf_longalign.lazy import require
+from hf_longalign.synthesis.prompts import answer_prompt
+from hf_longalign.synthesis.rows import read_rows
+from hf_longalign.synthesis.seeds import Seed
+from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.text import UNSPACED, digest, normalise
+
+
+USES = ("record", "select", "stratify", "weight")
+_STRATA = 4
+
+
+def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -> list[float]:
+    """Return the mean loss per answer token, in nats, of each answer given its instruction alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    rows = [_prompt_and_answer(seed, tokenizer) for seed in seeds]
+    losses = np.zeros(len(rows))
+    # By length, so that little of a batch is padding.
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]) + len(rows[number][1]))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        losses[numbers] = _batch_losses(model, [rows[number] for number in numbers], device)
+    return [float(loss) for loss in losses]
+
+
+def _prompt_and_answer(seed: Seed, tokenizer: Any) -> tuple[list[int], list[int]]:
+    content = answer_prompt(seed, find_task(seed.task))[0][1]
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": content}]
+        content = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer(content, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return prompt, tokenizer(seed.answer, add_special_tokens=False)["input_ids"]
+
+
+def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]], device: str) -> np.ndarray:
+    import torch
+
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for number, (prompt, answer) in enumerate(rows):
+        whole = torch.tensor(prompt + answer)
+        ids[number, : len(whole)], mask[number, : len(whole)] = whole, 1
+        # The answer alone: a long instruction would otherwise drown what is measured.
+        labels[number, len(prompt) : len(whole)] = whole[len(prompt) :]
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+    token_losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:].to(device), reduction="none"
+    )
+    targets = (labels[:, 1:] != -100).sum(1).clamp(min=1).to(device)
+    return (token_losses.sum(1) / targets).cpu().numpy()
+
+
+def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, share: float, seed: int = 0) -> list[int]:
+    """Return the indices of the seeds to keep, in order, the same share of every task.
+
+    Args:
+        seeds: the pairs.
+        hardness: how hard each is; higher is harder.
+        use: "record" keeps all; "select" keeps the hardest; "stratify" keeps the same number from each quarter of the
+            hardness; "weight" draws, the hardest three times as likely as the easiest.
+        share: the share of each task that is kept, above 0 and up to 1.
+        seed: seed of the draw. Each pair's draw depends on its own id alone.
+
+    Example:
+
+    >>> pairs = [Seed(str(number), "qasper", "Why?", "So.") for number in range(4)]
+    >>> choose_seeds(pairs, [0.1, 0.9, 0.5, 0.7], "select", 0.5)
+    [1, 3]
+    """
+    if use not in USES:
+        raise ValueError(f"`difficulty_use` must be one of {', '.join(USES)}, got {use!r}.")
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"`difficulty_share` must be above 0 and at most 1, got {share!r}. Set it to the share to keep."
+        )
+    if use == "record":
+        return list(range(len(seeds)))
+    tasks = defaultdict(list)
+    for number, pair in enumerate(seeds):
+        tasks[pair.task].append(number)
+    kept: list[int] = []
+    for members in tasks.values():
+        ranked = sorted(members, key=lambda number: (-hardness[number], number))
+        kept += _choose(ranked, seeds, use, round(share * len(ranked)), seed)
+    return sorted(kept)
+
+
+def _choose(ranked: list[int], seeds: Sequence[Seed], use: str, count: int, seed: int) -> list[int]:
+    """Choose `count` of one task's seeds, given from the hardest to the easiest."""
+    if use == "select":
+        return ranked[:count]
+    # Uniform in (0, 1), by the pair's id alone: another pair in the data changes no draw of this one.
+    ids = [seeds[number].seed_id for number in ranked]
+    draws = [(int(digest("difficulty", str(seed), seed_id), 16) + 1) / (2**64 + 1) for seed_id in ids]
+    if use == "weight":
+        # Weighted sampling without replacement by sorting u^(1/w) (Efraimidis and Spirakis, 2006).
+        weights = np.linspace(3, 1, len(ranked))
+        keys = [draw ** (1 / weight) for draw, weight in zip(draws, weights, strict=True)]
+        return [ranked[place] for place in np.argsort(-np.array(keys), kind="stable")[:count]]
+    chosen: list[int] = []
+    for part in range(_STRATA):
+        stratum = list(zip(draws, ranked, strict=True))[
+            part * len(ranked) // _STRATA : (part + 1) * len(ranked) // _STRATA
+        ]
+        # Differences of rounded sums, which add up to `count` exactly.
+        quota = (part + 1) * count // _STRATA - part * count // _STRATA
+        chosen += [number for _, number in sorted(stratum)[:quota]]
+    return chosen
 
 
 _PERMUTATIONS = 128
@@ -53,7 +167,10 @@ class Duplicates:
         sketches = self._sketched(texts)
         bands = self._bands(sketches)
         # Only hashes that two texts share can name a pair: the tables of all others would fill the memory.
-        shared = [np.flatnonzero(_counts(band) > 1) for band in bands]
+        shared = []
+        for band in bands:
+            _, inverse, counts = np.unique(band, return_inverse=True, return_counts=True)
+            shared.append(np.flatnonzero(counts[inverse] > 1))
         candidates = np.unique(np.concatenate([np.empty(0, np.int64), *shared]))
         tables: list[dict[int, list[int]]] = [{} for _ in bands]
         found: dict[int, int] = {}
@@ -101,6 +218,7 @@ class Duplicates:
             1,
         )
         bands = _PERMUTATIONS // rows
+        # Fixed factors, odd so that no bit of a row is lost in the product modulo 2^64.
         factors = np.random.default_rng(0).integers(1, 2**63, rows, dtype=np.uint64) | np.uint64(1)
         wide = sketches[:, : bands * rows].reshape(len(sketches), bands, rows)
         return [(wide[:, band] * factors).sum(1, dtype=np.uint64) for band in range(bands)]
@@ -110,22 +228,18 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
     """Return the MinHash sketches of texts, uint32 `(texts, 128)`."""
     rows = np.empty((len(texts), _PERMUTATIONS), np.uint32)
     for number, text in enumerate(texts):
-        rows[number] = _permuted(_shingles(text))
+        # The same permutations for every text and process, or no two sketches could be compared.
+        made = require("datasketch", "synthesis").MinHash(
+            num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
+        )
+        made.update_batch(_shingles(text))
+        rows[number] = made.hashvalues
     return rows
 
 
 @cache
 def _permutations() -> Any:
-    return require("datasketch").MinHash(num_perm=_PERMUTATIONS, scheme=_SCHEME).permutations
-
-
-def _permuted(shingles: np.ndarray) -> np.ndarray:
-    """The least hash of all shingles under each permutation."""
-    made = require("datasketch").MinHash(
-        num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
-    )
-    made.update_batch(shingles)
-    return made.hashvalues.astype(np.uint32)
+    return require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, scheme=_SCHEME).permutations
 
 
 def _shingles(text: str) -> np.ndarray:
@@ -138,12 +252,6 @@ def _shingles(text: str) -> np.ndarray:
         # A polynomial in an odd number, whose high bits depend on every word.
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(mixed)]
     return np.unique(mixed >> np.uint64(32))
-
-
-def _counts(hashes: np.ndarray) -> np.ndarray:
-    """For every hash how many equal it."""
-    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    return counts[inverse]
 
 
 class Contamination:
@@ -179,24 +287,25 @@ class Contamination:
         self._grams: dict[str, str] = {}
         for source in sources:
             for row in read_rows(source):
-                self._add(row, ngram, shortest)
+                if row.fault:
+                    raise row.fault
+                for text in _strings(row.values):
+                    self._add(text, row.origin, ngram, shortest)
 
     def __len__(self) -> int:
         return len(self._grams)
 
-    def _add(self, row: Row, ngram: int, shortest: int) -> None:
-        if row.fault:
-            raise row.fault
-        for text in _strings(row.values):
-            words = normalise(text).split()
-            scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
-            length = min(scale * ngram, len(words))
-            if length < min(ngram, shortest) * scale:
-                continue
-            self._lengths.add(length)
-            for start in range(len(words) - length + 1):
-                self._openings.add(" ".join(words[start : start + self._opening]))
-                self._grams.setdefault(" ".join(words[start : start + length]), row.origin)
+    def _add(self, text: str, origin: str, ngram: int, shortest: int) -> None:
+        words = normalise(text).split()
+        # Where no blanks divide words, `normalise` makes a word of every character: two of them are one.
+        scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
+        length = min(scale * ngram, len(words))
+        if length < min(ngram, shortest) * scale:
+            return
+        self._lengths.add(length)
+        for start in range(len(words) - length + 1):
+            self._openings.add(" ".join(words[start : start + self._opening]))
+            self._grams.setdefault(" ".join(words[start : start + length]), origin)
 
     def overlap(self, text: str) -> tuple[str, str] | None:
         """Return the first shared n-gram and where it stands in the evaluation data, or `None`."""

@@ -1,1 +1,0 @@
-"""LongBench v1: its tasks, prompts, metrics and averages (https://arxiv.org/abs/2308.14508)."""

@@ -1,0 +1,114 @@
+"""A run in parts, on many machines: each fills a journal, the journals are merged, and one run composes."""
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_longalign.endpoint.protocol import RunStopped
+from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+from hf_longalign.synthesis.disk import whole
+from hf_longalign.synthesis.journal import Journal
+
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"shard-(?P<index>\d+)-of-(?P<count>\d+)\.sqlite")
+
+
+def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count: int) -> Path:
+    """Ask for one part of the seeds and put the journal of its replies into a folder that all machines see.
+
+    The journal is filled on a disk of this machine, closed, copied whole and renamed, for sqlite does not work on
+    every network's disk. A shard that is there already is skipped. One that was interrupted goes on where it stopped:
+    from the journal that this machine has of it, else from the one that a machine put down as half done.
+
+    Args:
+        options: the arguments of [`ContextSynthesisBuilder`]; `cache_dir` is a folder of this machine.
+        folder: where finished shards go, the same for all machines.
+        index: which part, from 0.
+        count: how many parts there are.
+
+    Returns:
+        The path of the finished shard.
+
+    Raises:
+        ValueError: `index` and `count` that do not fit, a `journal` in `options`, or what the builder raises.
+        RunStopped: the budget is spent or the endpoint gone; the same call goes on later.
+
+    Example:
+
+    >>> import tempfile
+    >>> pairs = [{"instruction": f"Which dam is dam {n}?", "answer": f"dam {n}", "context": f"It is dam {n}."}
+    ...          for n in range(4)]
+    >>> with tempfile.TemporaryDirectory() as disk:
+    ...     options = {"seeds": pairs, "checks": ["support"], "n_distractors": 1, "cache_dir": disk}
+    ...     [run_shard(options, f"{disk}/shards", index, 2).name for index in range(2)]
+    ['shard-0-of-2.sqlite', 'shard-1-of-2.sqlite']
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"`index` must be from 0 to below `count`, got {index} of {count}. Count the parts from 0.")
+    if options.get("journal") is not None:
+        raise ValueError(f"`journal` must be None in shards, got {options['journal']!r}. Each has one of its own.")
+    name = f"shard-{index}-of-{count}.sqlite"
+    finished, half = Path(folder) / name, Path(folder) / f"{name}.half"
+    if finished.exists():
+        logger.info("%s is finished.", name)
+        return finished
+    builder = ContextSynthesisBuilder(**options)
+    local = builder.pipeline.journal = builder.files.folder / "shards" / name
+    if half.exists() and not local.exists():
+        with whole(local) as unfinished:
+            shutil.copy(half, unfinished)
+    builder.pipeline.shard = (index, count)
+    with Journal(local):  # one that nothing needs to be asked for is a journal too
+        pass
+    try:
+        builder.prepare_outcomes()
+    except RunStopped:
+        _put_down(local, half)
+        raise
+    _put_down(local, finished)
+    half.unlink(missing_ok=True)
+    return finished
+
+
+def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
+    """Merge the finished shards of a folder into one journal, from which a run over all seeds composes for nothing.
+
+    Shards may overlap, and shards of two counts may lie side by side: each reply is taken once, and all that was paid
+    is counted. What is missing at one count must be there at another.
+
+    Args:
+        folder: the folder of `run_shard`.
+        journal: where to; by default `journal.sqlite` in the folder.
+
+    Returns:
+        The path of the journal.
+
+    Raises:
+        ValueError: no shard, or shards are missing; names them.
+        JournalError: a shard is not whole.
+    """
+    found = {path: match for path in sorted(Path(folder).iterdir()) if (match := _NAME.fullmatch(path.name))}
+    missing: dict[int, set[int]] = {}
+    for match in found.values():
+        count = int(match["count"])
+        missing.setdefault(count, set(range(count))).discard(int(match["index"]))
+    if not any(not left for left in missing.values()):
+        count = min(missing, key=lambda count: len(missing[count]), default=0)
+        told = ", ".join(f"shard-{index}-of-{count}.sqlite" for index in sorted(missing.get(count, ()))[:10])
+        got = f"{len(found)} without {told}" if found else "none"
+        raise ValueError(f"`folder` must hold every shard of one count, got {got}. Run what is missing.")
+    target = Path(journal) if journal is not None else Path(folder) / "journal.sqlite"
+    with Journal(target) as merged:
+        for path in found:
+            logger.info("%s: %d new replies.", path.name, merged.merge(path))
+    return target
+
+
+def _put_down(local: Path, shared: Path) -> None:
+    with whole(shared) as unfinished:
+        shutil.copy(local, unfinished)
