@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from itertools import accumulate
 from pathlib import Path
 from zlib import crc32
 
@@ -17,13 +18,22 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import BitsAndBytesConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl.kernels import chunked_logprob
 
-import hf_longalign.callback
 import hf_longalign.cli
-import hf_longalign.trainer
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 
 
@@ -32,6 +42,7 @@ from tiny import chat_dataset, tiny_tokenizer
 
 
 STEPS = 3
+WEIGHED = 2048  # tokens
 RESUMABLE = {"packing": True, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps"}
 # What PEFT can train where the model is cut over the processes.
 COLUMN_WISE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -43,7 +54,6 @@ SETTINGS = {
     # Its adapter is trained in bfloat16, whose rounding a second step would show.
     "qlora-packed-sequence": {"packing": True, "loss_weighting": "sequence", "accumulate": 2, "max_steps": 1},
     "full-streamed": {"packing": True, "loss_weighting": "sequence", "streamed": True},
-    "full-unguarded": {"skip_strategy": "none", "preflight": False, "pad_to_multiple_of": 2},
     "lora-resumed": RESUMABLE,
     "full-resumed": RESUMABLE,
 }
@@ -79,7 +89,7 @@ ENVIRONMENTS = {
     "zero2": zero(2),
     "zero3": zero(3),
     "context": FSDP2 | cut_rows("CP"),
-    "ulysses": zero(2) | cut_rows("SP"),
+    "ulysses": zero(2) | cut_rows("SP") | {"PARALLELISM_CONFIG_SP_ATTN_IMPLEMENTATION": "sdpa"},
 }
 
 
@@ -92,6 +102,8 @@ def allow_sharding_on_cpus():
         if kwargs.get("fsdp_plugin") is not None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.fsdp_plugin = kwargs["fsdp_plugin"]
+            if self._mixed_precision != "no":
+                self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = make
     ParallelismConfig._validate_accelerator = lambda self, accelerator: None
@@ -126,7 +138,7 @@ def train(base, engine, name, *, processes=1, batch=2, checkpoint=None, output=N
     """
     options = dict(SETTINGS[name])
     kind, streamed = name.partition("-")[0], options.pop("streamed", False)
-    accumulate = options.pop("accumulate", 1) * batch // processes
+    accumulated = options.pop("accumulate", 1) * batch // processes
     train_set, held_out = chat_dataset(24), chat_dataset(5, turns=1)
     folder = Path(base) / (output or f"{engine}/{name}")
     lora = LoraConfig(
@@ -141,7 +153,7 @@ def train(base, engine, name, *, processes=1, batch=2, checkpoint=None, output=N
         "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_grad_norm": 1e6,
         "max_steps": STEPS, "logging_steps": 1, "save_steps": 2, "save_strategy": "no", "eval_packing": False,
         "per_device_train_batch_size": 1 if options.get("packing") else 2, "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": accumulate, "assistant_only_loss": True,
+        "gradient_accumulation_steps": accumulated, "assistant_only_loss": True,
         "model_init_kwargs": {"dtype": "float32", **({"tp_plan": "auto"} if engine == "tensor" else {})}, **options,
     })  # fmt: skip
     quantisation = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
@@ -165,16 +177,81 @@ def train(base, engine, name, *, processes=1, batch=2, checkpoint=None, output=N
         (folder / "told.json").write_text(json.dumps(told))
 
 
+def weigh(base, engine, name, sizes):
+    """Write down the bytes of this process at the peak of a step in bf16, with AdamW and checkpointing."""
+    layers, hidden, heads, key_heads, width, ffn, vocabulary = sizes
+    config = LlamaConfig(
+        num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=key_heads,
+        head_dim=width, intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=4 * WEIGHED,
+    )  # fmt: skip
+    full = name == "full"
+    args = LongAlignSFTConfig(
+        output_dir=str(Path(base) / engine / name), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True,
+        packing=True, max_length=WEIGHED, skip_target_length=4 * WEIGHED, per_device_train_batch_size=1, max_steps=2,
+        save_strategy="no", optim="adamw_torch", preflight=False,
+    )  # fmt: skip
+    chunked_logprob.TOKEN_CHUNK_SIZE = 64  # on CPUs a tile of the loss is copied several times
+    ids = list(range(4, 132))
+    trainer = LongAlignSFTTrainer(
+        LlamaForCausalLM(config).to(torch.float32 if full else torch.bfloat16),
+        args=args,
+        train_dataset=Dataset.from_list([{"input_ids": ids, "labels": [-100] * 64 + ids[64:]}] * (WEIGHED // 16)),
+        processing_class=tiny_tokenizer(),
+        peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16),
+    )
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    standing = {}
+
+    class SecondStep(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:  # by now the optimiser has its state
+                moments = [value for known in trainer.optimizer.state.values() for value in known.values()]
+                for weight in (*trainer.model_wrapped.parameters(), *moments):
+                    storage = (weight.to_local() if isinstance(weight, DTensor) else weight).untyped_storage()
+                    standing[storage.data_ptr()] = storage.nbytes()
+                profiler.start()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                profiler.stop()
+
+    trainer.add_callback(SecondStep())
+    trainer.train()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    peak = max(accumulate(event.nbytes() for event in changes))
+    if trainer.is_world_process_zero():
+        (Path(base) / f"{engine}-{name}.bytes").write_text(str(sum(standing.values()) + peak))
+
+
+def upstream(base, engine, name):
+    """Train one step of rows of one length with transformers' own trainer, nothing of this package in it."""
+    tokens = torch.arange(96).reshape(2, 48) + 4
+    row = {"position_ids": torch.arange(48)}
+    args = TrainingArguments(
+        output_dir=str(Path(base) / engine / name), use_cpu=engine == "one", report_to="none", disable_tqdm=True,
+        ddp_backend=None if engine == "one" else "gloo", optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
+        max_grad_norm=1e6, max_steps=1, logging_steps=1, per_device_train_batch_size=1,
+    )  # fmt: skip
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(Path(base) / "model", dtype=torch.float32),
+        args=args,
+        train_dataset=[{"input_ids": ids, "labels": ids, **row} for ids in tokens],
+    )
+    trainer.train()
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        (Path(args.output_dir) / "told.json").write_text(json.dumps({"log": trainer.state.log_history}))
+
+
 def main(path):
     torch.set_num_threads(1)
     allow_sharding_on_cpus()
     before = dict(os.environ)
     for job in json.loads(Path(path).read_text()):
         os.environ |= ENVIRONMENTS[job["engine"]]
-        if job["name"] == "full-unguarded":
-            hf_longalign.trainer.check_parallelism = hf_longalign.callback.check_parallelism = lambda **kinds: None
         try:
-            train(**job)
+            (weigh if "sizes" in job else upstream if job["name"] == "upstream" else train)(**job)
         except ValueError as refusal:
             (Path(job["base"]) / f"{job['engine']}-{job['name']}.txt").write_text(str(refusal))
         AcceleratorState._reset_state()
