@@ -45,7 +45,7 @@ def check_parallelism(*, whole_rows: bool, n_gpu: int = 1) -> None:
         # The loss is right, the gradients are not; in TRL's own trainer too.
         raise ValueError(
             f"`sp_size` must be 1, got {parallelism.sp_size}: sequence parallelism makes gradients as many times too "
-            "large, in every version tried (up to transformers 5.23, accelerate 1.15 and DeepSpeed 0.19). Take it out "
+            "large, in every version tried (up to transformers 5.24, accelerate 1.15 and DeepSpeed 0.19). Take it out "
             "of the parallelism config; FSDP2 and DeepSpeed ZeRO share memory exactly."
         )
     if parallelism.cp_enabled and whole_rows:

@@ -2,6 +2,8 @@
 
 import configparser
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,3 +52,21 @@ def test_what_a_script_asks_for_is_there(path):
     assert header["tool"]["uv"]["sources"] == {requirement.name: {"git": known["metadata"]["url"]}}
     for needed in requirements(requirement.extras, known):
         assert needed.specifier.contains(version(needed.name), prereleases=True), needed
+
+
+def test_what_the_scripts_ask_for_resolves_in_an_empty_environment():
+    """By pip, which reads what the index says of the newest versions and installs nothing."""
+    pip = [sys.executable, "-m", "pip"]
+    known, asked = options(), set()
+    for path in SCRIPTS:
+        (requirement,) = map(Requirement, metadata(path)["dependencies"])
+        asked |= set(map(str, requirements(requirement.extras, known)))
+    command = [*pip, "install", "--dry-run", "--ignore-installed", "--timeout", "10", "--retries", "1", *sorted(asked)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip("the package index is too slow")
+    if "ResolutionImpossible" not in done.stderr and done.returncode:
+        pytest.skip(f"no package index can be reached: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stderr
+    assert "Would install" in done.stdout and " trl-" in done.stdout
