@@ -7,7 +7,7 @@ Example:
 
 >>> import hf_longalign
 >>> sorted(hf_longalign.__all__)[-1]
-'scale_rope'
+'serve_command'
 """
 
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table belo
     from hf_longalign.preflight import run_preflight
     from hf_longalign.records import Report
     from hf_longalign.rope import scale_rope
+    from hf_longalign.serving import serve_command
     from hf_longalign.synthesis import (
         ContextSynthesisBuilder,
         ContextSynthesisConfig,
@@ -60,6 +61,7 @@ _EXPORTS = {
     "run_shard": "synthesis",
     "sample_positions": "positions",
     "scale_rope": "rope",
+    "serve_command": "serving",
 }
 
 __all__, __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -5,21 +5,26 @@ may have moved on, a published adapter names its base neutrally. A few hundred v
 the same one in another precision or quantised apart.
 """
 
+import json
 import logging
+import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_longalign.probe import token_ids
-from hf_longalign.records.training import TrainingRecord
-from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, model_range
+from hf_longalign.records.training import RopeRecord, TrainingRecord
+from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, legacy_rope, model_range, rope_record
 from hf_longalign.run_record import load_record, save_record
 
 
@@ -31,6 +36,8 @@ _HEAD = 4096
 _TENSORS = 8
 # Twice the rounding of bfloat16, in which most models are published.
 _TOLERANCE = 2**-8
+# Read by whoever sees PEFT's warning of it.
+MARK = "rope_was_scaled_so_load_with_hf_longalign_load_adapter"
 
 
 def load_adapter(
@@ -82,13 +89,14 @@ def merge_adapter(
     revision: str | None = None,
     base_revision: str | None = None,
     max_shard_size: str | int = "5GB",
+    known_answers: bool = True,
     **model_kwargs: Any,
 ) -> Path:
     """Merge an adapter into its base model and save the whole: `AutoModelForCausalLM` and every server load it.
 
-    The saved config holds the RoPE and the range of the training, the tokenizer that range as `model_max_length`. A
-    base that is quantised is merged and saved unquantised. Before anything is saved, the logits of the merged model
-    are compared with those of base and adapter.
+    The saved config holds the RoPE and the range of the training, where transformers 4 looks for them too, the
+    tokenizer that range as `model_max_length`. A base that is quantised is merged and saved unquantised. Before
+    anything is saved, the logits of the merged model are compared with those of base and adapter.
 
     Args:
         adapter: directory or Hub id of an adapter that `LongAlignSFTTrainer` saved.
@@ -96,6 +104,8 @@ def merge_adapter(
         base_model: directory or Hub id of the base model; the one named by the adapter when `None`.
         revision: revision of the adapter.
         base_revision: revision of the base model; the one in the adapter's config when `None`.
+        known_answers: whether to ask the model a few fixed prompts, one past the base's range, and keep its answers:
+            `evaluate` compares with them what a server answers. Reads up to 16,384 tokens.
         max_shard_size: size of a file of weights at most, in bytes or as in "5GB".
         **model_kwargs: passed to `from_pretrained` of the base model (`dtype`, `device_map` …).
 
@@ -138,15 +148,88 @@ def merge_adapter(
     if getattr(merged.config.get_text_config(), "max_position_embeddings", None):
         tokenizer.model_max_length = model_range(merged.config)
     tokenizer.save_pretrained(output_dir)
+    _write_legacy_rope(output_dir, merged.config)
+    if known_answers:
+        from hf_longalign.known_answers import known_answers as ask
+
+        record = replace(record, answers=ask(merged.eval(), tokenizer, record.rope))
     save_record(output_dir, record)
+    _write_card(output_dir, adapter, revision, base_id)
     return output_dir
+
+
+def _write_legacy_rope(folder: Path, config: Any) -> None:
+    """Let servers on transformers 4 read the RoPE too, unless it changed what is read here."""
+    path = folder / "config.json"
+    plain = path.read_text(encoding="utf-8")
+    path.write_text(json.dumps(legacy_rope(json.loads(plain)), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if rope_record(AutoConfig.from_pretrained(folder, trust_remote_code=False)) != rope_record(config):
+        path.write_text(plain, encoding="utf-8")
+
+
+def _write_card(folder: Path, adapter: str | Path, revision: str | None, base_id: str) -> None:
+    """The card of the merged model, with what the adapter's own says of licence, languages and base."""
+    from hf_longalign.cards import write_adapter_card
+    from hf_longalign.plots import draw_training
+
+    facts: dict[str, Any] = {}
+    card = Path(adapter) / "README.md"
+    with suppress(EntryNotFoundError):
+        if not Path(adapter).is_dir():
+            card = Path(hf_hub_download(str(adapter), "README.md", revision=revision))
+    if card.is_file():
+        data = metadata_load(card) or {}
+        languages = data.get("language") or []
+        facts = {"license": data.get("license"), "base_model": data.get("base_model")}
+        facts["languages"] = [languages] if isinstance(languages, str) else languages
+    if not Path(base_id).exists():
+        facts["base_model"] = base_id
+    with suppress(ImportError):
+        draw_training(load_record(folder), folder / "assets")
+    write_adapter_card(folder, **facts)
+
+
+@contextmanager
+def expected_mark() -> Iterator[None]:
+    """Keep PEFT from warning of [`mark_scaled`] where RoPE is scaled as it should be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f".*{MARK}")
+        yield
+
+
+def peft_config(adapter: str | Path, revision: str | None = None) -> Any:
+    """Return the configuration of an adapter."""
+    with expected_mark():
+        return PeftConfig.from_pretrained(str(adapter), revision=revision)
+
+
+def mark_scaled(folder: str | Path, rope: RopeRecord, base: str) -> None:
+    """Let PEFT warn whoever loads an adapter without the RoPE scaling it was trained with.
+
+    PEFT names the keys of `adapter_config.json` that it does not know in a warning, and ignores them.
+
+    Args:
+        folder: of the adapter; nothing happens where there is none.
+        rope: the RoPE of the training.
+        base: name of the base; where its published RoPE is the same, or cannot be read, there is nothing to warn of.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        return
+    try:
+        published = rope_record(AutoConfig.from_pretrained(base, local_files_only=True))
+    except (OSError, ValueError):
+        return
+    if published != rope:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**config, MARK: True}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _base_of(
     adapter: str | Path, revision: str | None, base_model: str | Path | None, base_revision: str | None
 ) -> tuple[str, str | None]:
     """Name and revision of the base model: those given, else those in the adapter's config."""
-    config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+    config = peft_config(adapter, revision)
     named = config.base_model_name_or_path
     model_id = str(base_model or named or "")
     if not model_id:
@@ -177,7 +260,8 @@ def _put_on(base: PreTrainedModel, adapter: str | Path, revision: str | None) ->
     """The base model with the adapter on it, embeddings resized as in training."""
     weights = load_peft_weights(str(adapter), device="cpu", revision=revision)
     _resize_embeddings(base, weights)
-    model = PeftModel.from_pretrained(base, str(adapter), revision=revision)
+    with expected_mark():
+        model = PeftModel.from_pretrained(base, str(adapter), revision=revision)
     # PEFT only warns of modules that the adapter has no weights for, and leaves them as they are.
     missing = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(weights))
     if missing:
@@ -220,7 +304,7 @@ def _rows_of(name: str, weights: dict[str, torch.Tensor]) -> int | None:
 def _check_merge(
     adapter: str | Path, revision: str | None, output_dir: Path, base_id: str, model_kwargs: dict[str, Any]
 ) -> None:
-    config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+    config = peft_config(adapter, revision)
     if config.is_prompt_learning:
         raise ValueError(
             f"`{adapter}` must change weights to be merged, got {config.peft_type.value}, which puts virtual tokens "

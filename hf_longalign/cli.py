@@ -20,10 +20,12 @@ class Command(NamedTuple):
 COMMANDS = {
     "sft": Command("train on short data with skipped positions", "sft"),
     "synthesize": Command("turn short pairs into long-context chat data", "synthesize"),
+    "reach": Command("how far does a model reach on your data, without training?", "reach"),
     "evaluate": Command("ask base and adapter the same questions", "evaluate"),
     "coherence": Command("does a data set need its contexts?", "coherence"),
     "journal": Command("look into the replies that a synthesis has paid for", "journal"),
     "merge": Command("write base and adapter as one model", "merge"),
+    "serve-command": Command("how to serve an adapter with its RoPE", "serve_command"),
     "push": Command("publish a data set or an adapter", "publishing"),
 }
 
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "--version":
         sys.stdout.write(f"hf_longalign {__version__}\n")
         return 0
-    commands = "\n".join(f"    {known:<12} {command.help}" for known, command in COMMANDS.items())
+    commands = "\n".join(f"    {known:<13} {command.help}" for known, command in COMMANDS.items())
     if name in ("--help", "-h"):
         sys.stdout.write(HELP.format(commands=commands))
         return 0

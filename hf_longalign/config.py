@@ -38,6 +38,16 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
             does, LongAlign's formula (https://arxiv.org/abs/2401.18058), exact under packing, gradient accumulation
             and several processes.
 
+        > Parameters that control the evaluation
+
+        eval_distances (`list[int]`, *optional*):
+            Distances, such as `[4096, 16384]`: each evaluation also gives the loss of short evaluation rows whose
+            blocks are moved apart until relative distances reach them, as `eval_loss_at_4096` and so on, which
+            `metric_for_best_model` may name. Measured before the first step, too. See
+            [`~hf_longalign.distances.stretched_positions`].
+        eval_distances_rows (`int`, *optional*, defaults to `16`):
+            How many rows, the first ones of the evaluation data.
+
         > Parameters that control the card and the push
 
         base_name (`str` or `None`, *optional*):
@@ -72,6 +82,8 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.greater_is_better is None and "loss_at_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False  # transformers knows a loss by its last letters, and would keep the worst
         super().__post_init__()
         if self.torch_compile and self.packing and self.pad_to_multiple_of == "auto":
             # Packed rows are nearly full: filled up, they are all of one length, and compiled once.

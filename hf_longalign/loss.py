@@ -154,3 +154,8 @@ def zero_without_targets(loss_function: Callable) -> Callable:
         return loss_function(logits, labels, *args, num_items_in_batch=torch.as_tensor(count).clamp(min=1), **kwargs)
 
     return loss
+
+
+def fused_log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Log-probabilities of the targets as TRL computes them in training: on its fused head, without the logits."""
+    return model(**batch, use_cache=False, fused_lm_head=True).log_probs

@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_longalign.records.training import CoverageRecord
+from hf_longalign.records.training import CoverageRecord, TrainingRecord
 
 
 INK, QUIET = "#1f2933", "#9aa5b1"
@@ -365,3 +365,57 @@ def plot_lengths(lengths: Sequence[int], depths: Sequence[float], path: str | Pa
             axes.grid(axis="y")
             axes.set_axisbelow(True)
     return Path(path)
+
+
+def plot_distances(
+    curves: Mapping[str, Sequence[float]],
+    lengths: Sequence[int],
+    path: str | Path,
+    *,
+    title: str,
+    ordinary: float | None = None,
+) -> Path:
+    """Draw the loss of stretched rows against the distance that they reach, one labelled curve per model.
+
+    Args:
+        curves: mean loss by length and name.
+        lengths: distances in positions, ascending.
+        path: where the PNG goes; its folder is made.
+        title: what the reader should see.
+        ordinary: loss of the same rows as they are, drawn as a line across.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    colours = _line_colours(list(curves), list(curves))
+    with _canvas(path, (6.4, 3.2), title) as figure:
+        axes = figure.subplots()
+        for name, values in curves.items():
+            axes.plot(lengths, values, marker="o", color=colours[name], linewidth=2, label=name)
+        if ordinary is not None:
+            axes.axhline(ordinary, color=INK, linestyle=(0, (3, 2)), linewidth=1.1, label="rows as they are")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, tick_labels(lengths))
+        axes.minorticks_off()
+        axes.set_xlabel("distance that the rows reach, in positions")
+        axes.set_ylabel("loss, lower is better")
+        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        axes.legend(frameon=False)
+    return Path(path)
+
+
+def draw_training(record: TrainingRecord, folder: Path) -> None:
+    """Draw what a training record has numbers for: `coverage.png` and `distances.png`.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if record.coverage is not None and record.coverage.documents:
+        plot_coverage(record.coverage, folder / "coverage.png")
+    found = record.distances
+    if found is not None and len(found.lengths) > 1:
+        curves = {"before training": found.before, "after training": found.after}
+        known = {name: values for name, values in curves.items() if values is not None}
+        title = f"Loss by distance, {found.rows} rows moved apart"
+        if known:
+            plot_distances(known, found.lengths, folder / "distances.png", title=title)

@@ -63,16 +63,15 @@ class PublishingSFTTrainer(SFTTrainer):
 
     def _write_card(self, folder: str, tags: Sequence[str] = ()) -> None:
         from hf_longalign.cards import write_adapter_card
-        from hf_longalign.plots import plot_coverage
+        from hf_longalign.plots import draw_training
 
         record, config = self.training_record(), None
         if is_peft_model(self.model):
             config = json.loads(json.dumps(self.model.active_peft_config.to_dict(), default=_as_json))
-        if record.coverage is not None and record.coverage.documents:
-            try:
-                plot_coverage(record.coverage, Path(folder) / "assets" / "coverage.png")
-            except ImportError as error:
-                logger.warning("The card has no picture: %s", error)
+        try:
+            draw_training(record, Path(folder) / "assets")
+        except ImportError as error:
+            logger.warning("The card has no picture: %s", error)
         Path(folder).mkdir(parents=True, exist_ok=True)
         try:
             write_adapter_card(
@@ -179,11 +178,28 @@ class PublishingSFTTrainer(SFTTrainer):
 
         on_main_process(publish)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        from hf_longalign.adapter import expected_mark
+
+        with expected_mark():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        from hf_longalign.adapter import expected_mark
+
+        with expected_mark():
+            super()._load_best_model()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = output_dir or str(self.args.output_dir)
-            save_record(folder, self.training_record())
+            record = self.training_record()
+            save_record(folder, record)
+            if is_peft_model(self.model):
+                from hf_longalign.adapter import mark_scaled
+
+                mark_scaled(folder, record.rope, self.model.get_base_model().config._name_or_path)
             self._write_card(folder)
 
 

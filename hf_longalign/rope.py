@@ -289,6 +289,28 @@ def apply_rope(record: RopeRecord, config: PretrainedConfig) -> PretrainedConfig
     return scaled
 
 
+def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON of a config with `rope_theta` and `rope_scaling` too, where transformers 4 looks for them.
+
+    transformers 5 reads the same from both. Parameters by layer type have no such form, and nothing is added.
+
+    Example:
+
+    >>> rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    >>> legacy = legacy_rope({"rope_parameters": rope})
+    >>> legacy["rope_theta"], legacy["rope_scaling"]["factor"], "rope_theta" in legacy["rope_scaling"]
+    (1000000.0, 4.0, False)
+    """
+    added: dict[str, Any] = {key: legacy_rope(value) for key, value in config.items() if key == "text_config"}
+    rope = config.get("rope_parameters")
+    if rope and not any(isinstance(value, dict) for value in rope.values()):
+        apart = ("rope_theta", "partial_rotary_factor")
+        added |= {key: rope[key] for key in apart if key in rope}
+        scaling = {key: value for key, value in rope.items() if key not in apart}
+        added["rope_scaling"] = None if _rope_type(rope) == "default" else scaling
+    return {**config, **added}
+
+
 def check_rope(record: RopeRecord, config: PretrainedConfig) -> None:
     """Refuse a config whose positions are not those of a `rope_record`.
 

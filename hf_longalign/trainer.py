@@ -31,8 +31,14 @@ from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.coverage import CoverageCallback
+from hf_longalign.distances import WatchingSFTTrainer, first_documents, stretched_positions
 from hf_longalign.loading import load_processing_class, model_config, scaled_rope
-from hf_longalign.loss import SequenceWeightedModel, ignore_padding_of_packed_rows, one_label_per_sequence
+from hf_longalign.loss import (
+    SequenceWeightedModel,
+    fused_log_probs,
+    ignore_padding_of_packed_rows,
+    one_label_per_sequence,
+)
 from hf_longalign.preflight import check_no_virtual_tokens
 from hf_longalign.preparation import (
     RowPreparer,
@@ -43,7 +49,6 @@ from hf_longalign.preparation import (
     map_options,
     prepare_rows,
 )
-from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
 from hf_longalign.rope import check_range, model_range, rope_record
 from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
@@ -59,7 +64,7 @@ logger = logging.getLogger(__name__)
 BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all")
 
 
-class LongAlignSFTTrainer(PublishingSFTTrainer):
+class LongAlignSFTTrainer(WatchingSFTTrainer):
     """Supervised fine-tuning for long contexts from short data; used exactly like [`trl.SFTTrainer`].
 
     On top of it: positions are skipped as [`LongAlignSFTConfig`] says, where the rows tell their blocks (turns, the
@@ -140,6 +145,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
                 asked, name = own_collator.target_length, "target_length"
             if self._strategy != "none" and asked is not None:
                 check_range(model_config(model, args), asked, name)
+            if args.eval_distances:
+                check_range(model_config(model, args), max(args.eval_distances), "eval_distances")
             super().__init__(
                 model,
                 args=args,
@@ -172,6 +179,11 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         self.coverage: CoverageCallback | None = None
         if isinstance(self.data_collator, SkipPositionDataCollator):
             self._use_collator(self.data_collator)
+        elif args.eval_distances:
+            raise ValueError(
+                "`eval_distances` needs the trainer's own collator or a SkipPositionDataCollator, got "
+                f"{type(self.data_collator).__name__}. Leave `data_collator` or `eval_distances` out."
+            )
 
     def _make_collator(self) -> SkipPositionDataCollator:
         target_length: Any = self.args.skip_target_length
@@ -195,7 +207,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         # TRL may pack evaluation rows alone; a padded batch would let their documents see each other.
         packs = collator.padding_free or bool(self.args.eval_packing)
         self._eval_collator = dataclasses.replace(collator, strategy="none", padding_free=packs)
-        exact = collator.strategy != "none" or packs
+        exact = collator.strategy != "none" or packs or bool(self.args.eval_distances)
         check_parallelism(whole_rows=exact or self.args.loss_weighting == "sequence")
         if exact:
             check_no_virtual_tokens(self.model)
@@ -207,7 +219,9 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             self._check_lengths(collator.target_length)
             self.coverage = CoverageCallback(collator.target_length, copies=self.get_tp_size())
             self.add_callback(self.coverage)
-        self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight, log_probs=_fused_log_probs))
+        self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight, log_probs=fused_log_probs))
+        if self.args.eval_distances:
+            self._watch_distances(self._eval_collator)
 
     def _choose_attention(self, collator: SkipPositionDataCollator) -> None:
         """Keep the model's attention where it is exact, else take "longalign_varlen", else refuse."""
@@ -233,6 +247,10 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
 
     def _attention_problem(self, config: Any, attention: str, collator: SkipPositionDataCollator) -> str | None:
         """Why an attention is not exact for the training or the evaluation batches."""
+        asked = [collator, self._eval_collator]
+        for distance in self.args.eval_distances or ():
+            stretched = {"strategy": stretched_positions, "target_length": distance}
+            asked.append(dataclasses.replace(self._eval_collator, **stretched))  # type: ignore[arg-type]
         problems = (
             exactness_problem(
                 config,
@@ -241,7 +259,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
                 skipped=batches.strategy != "none",
                 target_length=batches.target_length,
             )
-            for batches in (collator, self._eval_collator)
+            for batches in asked
         )
         return next((problem for problem in problems if problem is not None), None)
 
@@ -268,7 +286,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
     ) -> Any:
         if packing and "seq_lengths" in get_dataset_column_names(dataset):
             return dataset  # packed already: packed again, it would forget where its documents end
-        needs_blocks = self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train"
+        watched = bool(args.eval_distances) and dataset_name != "train"
+        needs_blocks = watched or (self._strategy in BOUNDARY_STRATEGIES and dataset_name == "train")
         made_when_read = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"  # which TRL refuses
         if not (needs_blocks or self._answers_by_turns) or made_when_read:
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
@@ -292,6 +311,8 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
         )
         with PartialState().local_main_process_first():
             dataset = prepare_rows(rows, preparer, dataset_name, only_tokens=packing, **progress)
+            if watched:  # before they are packed and shuffled: the same rows for every run
+                self._distance_rows[dataset_name] = first_documents(dataset, args.eval_distances_rows)
             if packing:
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)
@@ -380,6 +401,7 @@ class LongAlignSFTTrainer(PublishingSFTTrainer):
             architecture=type(base).__name__.removeprefix("FSDP"),  # FSDP2 renames the class while it trains
             data=self._data_source,
             coverage=coverage,
+            distances=self.distances.record(self.state) if self.distances is not None else None,
             base_weights=self._base_weights,
             hardware=hardware(self.args),
             versions=versions(),
@@ -406,8 +428,3 @@ def _unmarked_answers(args: LongAlignSFTConfig, unmarked: bool) -> Iterator[None
         yield
     finally:
         args.assistant_only_loss = args.assistant_only_loss or unmarked
-
-
-def _fused_log_probs(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Log-probabilities of the targets as TRL computes them in training: on its fused head, without the logits."""
-    return model(**batch, use_cache=False, fused_lm_head=True).log_probs

@@ -46,6 +46,13 @@ class TrainingOptions:
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the trained model, as the Hub names it."})
     languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
+    eval_distances: list[int] | None = field(
+        default=None,
+        metadata={"help": "Distances at which evaluations give the loss of stretched rows, such as 4096 16384."},
+    )
+    eval_distances_rows: int = field(
+        default=16, metadata={"help": "Rows of the evaluation data that are stretched to `eval_distances`."}
+    )
     preflight: bool = field(
         default=True,
         metadata={"help": "Whether to prove before the first step that attention over skipped positions is right."},
@@ -72,6 +79,12 @@ class TrainingOptions:
             raise ValueError(
                 f"`skip_target_length` must be given with `rope_type={self.rope_type!r}`, which scales the model's "
                 "range to it, got None. Set it to the length you need."
+            )
+        for distance in self.eval_distances or ():
+            check_target_length(distance, name="eval_distances")
+        if self.eval_distances_rows < 1:
+            raise ValueError(
+                f"`eval_distances_rows` must be at least 1, got {self.eval_distances_rows!r}. Set 16 if in doubt."
             )
         if self.loss_weighting not in ("token", "sequence"):
             raise ValueError(

@@ -10,6 +10,7 @@ from hf_longalign.evaluation.report import draw_pictures
 from hf_longalign.plots import (
     plot_accuracy_by_length,
     plot_coverage,
+    plot_distances,
     plot_heatmap,
     plot_lengths,
     plot_perplexity,
@@ -193,3 +194,12 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "hf_longalign\[plot\]"'):
         plot_coverage(coverage(), tmp_path / "a.png")
+
+
+def test_distances_are_drawn_as_they_are(tmp_path, figures):
+    curves = {"before training": [2.0, 3.0], "after training": [1.5, 1.6]}
+    plot_distances(curves, [256, 1024], tmp_path / "distances.png", title="Loss", ordinary=1.4)
+    (axes,) = figures["distances"].axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn == {**curves, "rows as they are": [1.4, 1.4]}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["256", "1,024"]

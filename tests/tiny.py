@@ -40,6 +40,22 @@ def chat_dataset(n: int = 16, turns: int = 2) -> Dataset:
     return Dataset.from_list([{"messages": messages} for messages in chats(n, turns)])
 
 
+def hotpot_rows(number):
+    """Rows with the columns of hotpotqa/hotpot_qa, "distractor"."""
+    for n in range(number):
+        titles = [f"Town {n}", f"Mill {n}", f"Road {n}", f"Lake {n}"]
+        facts = [f"Town {n} sold ware {n}.", f"Mill {n} is in town {n}.", f"Road {n} is long.", f"Lake {n} is deep."]
+        yield {
+            "id": str(n),
+            "question": f"What did the town of mill {n} sell?",
+            "answer": f"ware {n}",
+            "type": "bridge",
+            "level": "easy",
+            "supporting_facts": {"title": titles[:2], "sent_id": [0, 0]},
+            "context": {"title": titles, "sentences": [[fact, " It was so."] for fact in facts]},
+        }
+
+
 @lru_cache
 def _tokenizer_json() -> str:
     tokenizer = Tokenizer(models.BPE())

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hf_longalign.cards.markdown import code, listed
+from hf_longalign.cards.markdown import code, listed, table
 from hf_longalign.cards.page import CARD, REPOSITORY, check_license, merge_card, render
 from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
 from hf_longalign.records.names import is_hub_id, suite_of
 from hf_longalign.records.report import Report
 from hf_longalign.records.training import HubSource, TrainingRecord
 from hf_longalign.run_record import load_record
+from hf_longalign.serving import command_of
 
 
 STRATEGIES = {
@@ -32,6 +34,7 @@ PICTURES = {
     "needle_heatmap": "Accuracy by depth and length",
     "perplexity": "Perplexity by position",
     "coverage": "Relative distances met in training",
+    "distances": "Loss by distance",
 }
 
 
@@ -93,7 +96,11 @@ def adapter_card(
         model_name=repo_id if report else None,
         eval_results=eval_results(report, repo_id) if report else None,
     )
+    serving = None
+    with suppress(ValueError):  # not every RoPE is known to be served as it was trained
+        serving = command_of(record, adapter_config, repo_id, base_model=base.name if base else None)
     values = {
+        "serving": serving,
         "record": record,
         "report": report,
         "base": base,
@@ -107,6 +114,7 @@ def adapter_card(
         "how": STRATEGIES.get(strategy, "Positions are drawn by a function of the author's own."),
         "adapter": _adapter(config),
         "duration": duration,
+        "distances": _distances(record),
         "pictures": {name: (title, path) for name, title in PICTURES.items() if (path := _path(images, name))},
         "citations": _citations(record, report),
         **{helper.__name__: helper for helper in (headline, reaches, scores_note, scores_table, suite_of)},
@@ -162,6 +170,17 @@ def _adapter(config: Mapping[str, Any]) -> str:
         f"on {listed([code(name) for name in names])}{modules}" if names else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _distances(record: TrainingRecord) -> str:
+    """Loss by distance as a table; empty where it was not watched."""
+    found = record.distances
+    if found is None:
+        return ""
+    curves = (("before training", found.before), ("after training", found.after))
+    rows = [[name, *(f"{loss:.3f}" for loss in losses)] for name, losses in curves if losses is not None]
+    columns = range(1, len(found.lengths) + 1)
+    return table(["distance", *(f"{length:,}" for length in found.lengths)], rows, right=columns)
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,12 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser.add_argument("--base_model", help="directory or Hub id of the base; unset: the one the adapter names")
     parser.add_argument("--adapter_revision", help="revision of the adapter")
     parser.add_argument("--dtype", default="auto", help="precision of the weights, such as bfloat16")
+    parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights at most")
+    parser.add_argument(
+        "--no_known_answers",
+        action="store_true",
+        help="ask no fixed prompts, by whose answers `evaluate --endpoint` checks a server",
+    )
     return (parser.parse_args(arguments),)
 
 
@@ -23,7 +29,13 @@ def run(args: argparse.Namespace) -> int:
     from hf_longalign.adapter import merge_adapter
 
     merge_adapter(
-        args.adapter, args.output, base_model=args.base_model, revision=args.adapter_revision, dtype=args.dtype
+        args.adapter,
+        args.output,
+        base_model=args.base_model,
+        revision=args.adapter_revision,
+        max_shard_size=args.max_shard_size,
+        known_answers=not args.no_known_answers,
+        dtype=args.dtype,
     )
     print(f"Wrote {args.output}")
     return 0

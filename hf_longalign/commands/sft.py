@@ -214,11 +214,11 @@ def run(
     }
     dataset = read_dataset(data_args)
     check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
-    evaluates = training_args.eval_strategy != "no"
+    evaluates = training_args.eval_strategy != "no" or bool(training_args.eval_distances)
     if evaluates and data_args.dataset_test_split not in dataset:
         raise ValueError(
-            f"`eval_strategy={training_args.eval_strategy}` needs the split {data_args.dataset_test_split!r}, got "
-            f"{sorted(dataset)}. Set `test_size`, `dataset_test_split` or `eval_strategy: no`."
+            f"`eval_strategy` or `eval_distances` needs the split {data_args.dataset_test_split!r}, got "
+            f"{sorted(dataset)}. Set `test_size` or `dataset_test_split`, or leave both out."
         )
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,

@@ -16,6 +16,8 @@ from hf_longalign.endpoint import EndpointError, GenerationError, OpenAIGenerato
 from hf_longalign.endpoint.protocol import TOO_LONG
 from hf_longalign.evaluation.haystack import noise
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at
+from hf_longalign.known_answers import NEW_TOKENS, ledger
+from hf_longalign.records.training import AnswersRecord
 
 
 logger = logging.getLogger(__name__)
@@ -213,6 +215,34 @@ class EndpointGenerator:
         if facts.short and not facts.long:
             logger.warning("%s finds a pass key %s tokens back: no. Is its RoPE scaled?", self.model, f"{sent:,}")
         return facts
+
+    def check_answers(self, expected: AnswersRecord, name: str) -> str:
+        """Refuse a server that answers otherwise than the model that was trained, and return what was compared.
+
+        Args:
+            expected: beginnings of that model's greedy answers to fixed prompts, one past the base's own range.
+            name: the adapter or model.
+
+        Raises:
+            ValueError: names the first prompt that is answered otherwise.
+            EndpointError: the server gives no answer.
+        """
+        asked = zip(expected.lines, expected.questions, strict=True)
+        prompts = {
+            Prompt("probe", "served", n, ledger(*prompt), (), NEW_TOKENS, chat=expected.chat): told
+            for n, (prompt, told) in enumerate(
+                zip(asked, zip(expected.tokens, expected.answers, strict=True), strict=True)
+            )
+        }
+        for prompt, completion in self.generate(list(prompts)):
+            tokens, answer = prompts[prompt]
+            if not completion.text.strip().startswith(answer):
+                raise ValueError(
+                    f"`endpoint` must answer as {name!r} was trained, got {completion.text.strip()!r} instead of "
+                    f"{answer!r} to a fixed prompt of {tokens:,} tokens: other weights, RoPE or chat template. Serve "
+                    f"it as `hf-longalign serve-command {name}` says, or set `check_served` to 'off'."
+                )
+        return f"{len(prompts)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
 
     async def _ask(self, prompt: Prompt) -> Reply:
         extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}

@@ -50,6 +50,7 @@ from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import Examinee, Maker, PromptSuite, ResultStore, spent
+from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import EvaluatedModel, Report
 from hf_longalign.rope import model_range
 from hf_longalign.run_record import loaded_commit
@@ -99,6 +100,7 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
 
 def run(model_options: ModelOptions, options: SuiteOptions) -> Report | None:
     """Do what [`evaluate`] does; `None` in every process but the main one, which waits for the others' shares."""
+    model_options.check()
     options.check(model_options.endpoint)
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -306,9 +308,30 @@ def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultSto
             if key not in store:
                 count = token_counter(examined.tokenizer, chat=prompts[0].chat)
                 store.add(key, asdict(examinee.generator.look(prompts, count)))
-            settings = ServerFacts(**store.get(key)).settings()
+            settings = {**ServerFacts(**store.get(key)).settings(), **check_served(examined, examinee, store)}
             told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
+
+
+def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> dict[str, Any]:
+    """Compare fixed answers of a served model with those of the one that was trained, unless an earlier run did."""
+    options = examined.options
+    adapter = options.adapter if examinee.label == ADAPTER else None
+    name, revision = adapter or options.model, options.adapter_revision if adapter else options.model_revision
+    record, key = record_of(name, revision), examinee.key("served")
+    if options.check_served == "off" or record is None:
+        return {}
+    if key not in store:
+        expected = record.answers
+        if expected is None and options.check_served == "local":
+            model = load_model(options.model, adapter=adapter, revision=options.model_revision,
+                               adapter_revision=options.adapter_revision, dtype=options.dtype)  # fmt: skip
+            expected = known_answers(model, examined.tokenizer, record.rope)
+        if not expected or not expected.answers:
+            return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
+        server: Any = examinee.generator
+        store.add(key, {"told": server.check_answers(expected, name)})
+    return {"answers as trained": store.get(key)["told"]}
 
 
 def default_lengths(reach: int) -> list[int]:

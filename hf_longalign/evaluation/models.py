@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_longalign.adapter import load_adapter
+from hf_longalign.adapter import load_adapter, peft_config
 from hf_longalign.evaluation.runner import Examinee, Generator
 from hf_longalign.records.names import is_hub_id
 from hf_longalign.records.training import TrainingRecord
@@ -89,7 +89,7 @@ def base_revision(model: str, adapter: str | None, revision: str | None, adapter
     """
     if adapter is None:
         return revision
-    config = PeftConfig.from_pretrained(adapter, revision=adapter_revision)
+    config = peft_config(adapter, adapter_revision)
     record = record_of(adapter, adapter_revision)
     check_base(config, model, revision, known_by_weights=record is not None and bool(record.base_weights))
     return revision or (config.revision if model == config.base_model_name_or_path else None)

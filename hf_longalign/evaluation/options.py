@@ -20,11 +20,11 @@ LOCAL_SUITES = ("short", "perplexity")
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
 
-def _option(default: Any, help: str) -> Any:
-    """A field with the text that the command line shows."""
+def _option(default: Any, help: str, **shown: Any) -> Any:
+    """A field with the text, and the choices, that the command line shows."""
     if isinstance(default, list):  # of which every object gets one of its own
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata={"help": help, **shown})
+    return field(default=default, metadata={"help": help, **shown})
 
 
 @dataclass
@@ -43,12 +43,20 @@ class ModelOptions:
     endpoint: str | None = _option(
         None, "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."
     )
+    check_served: str = _option(
+        "stored",
+        "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its answers were "
+        "kept, as `merge` does), local (else the model is loaded here and asked) or off.",
+        choices=["stored", "local", "off"],
+    )
     api_key_env: str = _option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
     max_concurrency: int = _option(16, "The most requests at once to the endpoint.")
     batch_tokens: int = _option(65536, "Tokens of a batch, answers included.")
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later."""
+        if self.check_served not in ("stored", "local", "off"):
+            raise ValueError(f"`check_served` must be stored, local or off, got {self.check_served!r}. Set stored.")
         for name in ("max_concurrency", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. Set a larger number.")

@@ -49,6 +49,27 @@ class CoverageRecord(Record):
 
 
 @dataclass(frozen=True)
+class DistancesRecord(Record):
+    """Mean loss of evaluation `rows` whose blocks were moved apart to each of `lengths`, before and after training."""
+
+    lengths: list[int]
+    rows: int
+    before: list[float] | None = None
+    after: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class AnswersRecord(Record):
+    """Beginnings of greedy answers to prompts of `lines`, of `tokens`: see `hf_longalign.known_answers`."""
+
+    lines: list[int] = field(default_factory=list)
+    questions: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    chat: bool = True
+
+
+@dataclass(frozen=True)
 class BatchesRecord(Record):
     """How rows became batches and a loss; `max_length` in tokens."""
 
@@ -97,7 +118,9 @@ class TrainingRecord(Record):
         architecture: class of the model in transformers, adapter and wrappers aside.
         data: the data set, where it came from the Hub.
         coverage: relative distances trained; `None` with ordinary positions.
+        distances: loss by distance, where it was watched.
         base_weights: a sample of the base model's weights, see `hf_longalign.adapter.weights_sample`.
+        answers: what the model answers to fixed prompts, by which a server is checked; of merged models.
         hardware: number and name of the devices.
         versions: of the libraries.
         hf_longalign: version of this package.
@@ -115,7 +138,9 @@ class TrainingRecord(Record):
     architecture: str | None = None
     data: HubSource | None = None
     coverage: CoverageRecord | None = None
+    distances: DistancesRecord | None = None
     base_weights: dict[str, list[float]] = field(default_factory=dict)
+    answers: AnswersRecord | None = None
     hardware: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     hf_longalign: str | None = None

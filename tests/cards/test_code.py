@@ -102,10 +102,13 @@ def test_what_no_model_reaches_gets_no_settings():
 def test_a_server_is_told_the_rope():
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     record = TrainingRecord(RopeRecord("llama", 256, rope), base=HubSource("org/base"))
-    (command,) = code_of(adapter_card(record, {}, repo_id="user/a"), "bash")
-    words = shlex.split(command)
+    (command,) = code_of(adapter_card(record, {"peft_type": "LORA"}, repo_id="user/a"), "bash")
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
     assert words[:3] == ["vllm", "serve", "org/base"] and words[words.index("--max-model-len") + 1] == "256"
-    assert json.loads(words[words.index("--hf-overrides") + 1]) == {"rope_parameters": rope}
-    assert words[words.index("--lora-modules") + 1] == "long=user/a"
+    assert json.loads(words[words.index("--hf-overrides") + 1]) == {
+        "rope_parameters": rope,
+        "max_position_embeddings": 256,
+    }
+    assert words[words.index("--lora-modules") + 1] == "user/a=user/a"
     plain = TrainingRecord(RopeRecord("llama", 64, {"rope_type": "default", "rope_theta": 1e4}), base=HubSource("o/b"))
     assert not code_of(adapter_card(plain, {}), "bash")

@@ -1,0 +1,105 @@
+"""Draw how far a model reaches on your own data: the loss of short rows, moved apart to longer distances."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Return model, data and distances."""
+    parser = argparse.ArgumentParser(
+        prog="hf-longalign reach",
+        description=f"{__doc__} Nothing is trained: each row costs one short forward pass at each distance.",
+    )
+    parser.add_argument("model", help="directory or Hub id")
+    parser.add_argument("--dataset", required=True, help="Hub id, folder, JSONL or Parquet, in a format of TRL")
+    parser.add_argument("--dataset_config", help="configuration of a Hub data set")
+    parser.add_argument("--split", help="split of the data; unset: test where there is one, else train")
+    parser.add_argument("--distances", type=int, nargs="+", help="in positions; unset: doubles up to the range")
+    parser.add_argument("--rope_type", help="measure with RoPE scaled to the largest distance: yarn, linear …")
+    parser.add_argument("--rows", type=int, default=16, help="how many rows are measured")
+    parser.add_argument("--max_length", type=int, default=1024, help="tokens that longer rows are cut to")
+    parser.add_argument("--dtype", default="auto", help="precision of the weights, such as bfloat16")
+    parser.add_argument("--output_dir", default="outputs/reach", help="folder of reach.json and reach.png")
+    args = parser.parse_args(arguments)
+    if args.rope_type is not None and not args.distances:
+        parser.error("`rope_type` scales RoPE to the largest of `distances`, got none. Set them.")
+    return (args,)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, draw."""
+    import torch
+    from transformers import AutoConfig
+
+    from hf_longalign.commands.sft import DataOptions, check_columns, read_dataset
+    from hf_longalign.config import LongAlignSFTConfig
+    from hf_longalign.rope import model_range
+    from hf_longalign.trainer import LongAlignSFTTrainer
+
+    found = read_dataset(DataOptions(args.dataset, args.dataset_config, dataset_train_split=args.split or "train"))
+    dataset: Any = found[args.split or ("test" if "test" in found else "train")]
+    check_columns(dataset, "text")
+    # A few more, for some may hold no target.
+    dataset = dataset.select(range(min(2 * args.rows, len(dataset))))
+    distances = args.distances or doubles(args.max_length, model_range(AutoConfig.from_pretrained(args.model)))
+    on_gpu = torch.cuda.is_available()
+    trainer = LongAlignSFTTrainer(
+        args.model,
+        args=LongAlignSFTConfig(
+            args.output_dir,
+            skip_strategy="none",
+            skip_target_length=max(distances) if args.rope_type else None,
+            rope_type=args.rope_type,
+            eval_distances=distances,
+            eval_distances_rows=args.rows,
+            max_length=args.max_length,
+            assistant_only_loss="messages" in dataset.column_names,
+            model_init_kwargs={"dtype": args.dtype},
+            per_device_eval_batch_size=4,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            report_to="none",
+        ),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+    )
+    watch: Any = trainer.distances
+    rows = watch.rows["eval"]
+    trainer.model.eval()
+    ordinary = watch.loss(rows, None)
+    losses = [watch.loss(rows, distance) for distance in watch.distances]
+    write(Path(args.output_dir), args.model, len(rows), ordinary, dict(zip(watch.distances, losses, strict=True)))
+    return 0
+
+
+def doubles(shortest: int, reach: int) -> list[int]:
+    """Return the powers of two from a length up to the range of a model; the range itself where none fits.
+
+    >>> doubles(1000, 8192), doubles(1024, 1000)
+    ([1024, 2048, 4096, 8192], [1000])
+    """
+    powers = [2**power for power in range(4, 31)]
+    return [power for power in powers if shortest <= power <= reach] or [reach]
+
+
+def write(folder: Path, model: str, rows: int, ordinary: float, losses: dict[int, float]) -> None:
+    """Print the curve and write it as `reach.json` and, with matplotlib, `reach.png`."""
+    import json
+
+    from hf_longalign.plots import plot_distances
+
+    lines = [("as they are", ordinary), *((f"{distance:,}", loss) for distance, loss in losses.items())]
+    print(f"Loss of {rows} rows, their blocks moved apart to a distance in positions:")
+    print("\n".join(f"{name:>12}  {loss:7.4f}  {loss - ordinary:+8.4f}" for name, loss in lines))
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"rows": rows, "as_they_are": ordinary, "lengths": list(losses), "losses": list(losses.values())}
+    (folder / "reach.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    try:
+        name = Path(model).name
+        curve, title = {name: list(losses.values())}, f"How far {name} reaches, {rows} rows"
+        plot_distances(curve, list(losses), folder / "reach.png", title=title, ordinary=ordinary)
+    except ImportError as error:
+        print(error)
+    print(f"Wrote {folder}")

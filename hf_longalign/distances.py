@@ -1,0 +1,274 @@
+"""Loss against distance: short rows whose blocks are moved apart until their relative distances reach a length.
+
+A short forward pass asks what would cost a long one. Where the blocks go depends on the content of a row and on the
+length alone: not on the strategy, the seed, the batch or the process, so that any two runs are asked the same.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from numpy.typing import ArrayLike
+from torch.utils.data import DataLoader
+from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_longalign.attention import mark_boundaries
+from hf_longalign.blocks import IGNORE
+from hf_longalign.collator import SkipPositionDataCollator
+from hf_longalign.loss import fused_log_probs
+from hf_longalign.publishing import PublishingSFTTrainer
+from hf_longalign.records.training import DistancesRecord
+from hf_longalign.rope import check_range
+
+
+logger = logging.getLogger(__name__)
+
+# Share of the training time above which the user is told.
+LARGEST_SHARE = 0.05
+
+
+def stretched_positions(block_lengths: ArrayLike, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Move the blocks of a row apart, so that it begins at position 0 and ends at `length - 1`.
+
+    The gaps are a uniform random split of the room between the blocks; from one length to another they grow in
+    proportion. Inside a block there is none. A row of one block (plain text) is cut in the middle.
+
+    Args:
+        block_lengths: int `(blocks,)`, adding up to n tokens.
+        length: number of positions, at least n.
+        rng: see [`~hf_longalign.positions.document_rng`].
+
+    Returns:
+        int64 `(n,)`, strictly increasing.
+
+    Example:
+
+    >>> stretched_positions([3, 2], 16, np.random.default_rng(0))
+    array([ 0,  1,  2, 14, 15])
+    """
+    lengths = np.asarray(block_lengths, dtype=np.int64)
+    total = int(lengths.sum())
+    if lengths.size == 1:
+        lengths = np.array([total // 2, total - total // 2])
+    room = length - total
+    shifts = np.floor(np.sort(rng.random(lengths.size - 2)) * room).astype(np.int64)
+    return np.arange(total) + np.repeat(np.concatenate(([0], shifts, [room])), lengths)
+
+
+def first_documents(dataset: Any, count: int) -> list[dict[str, np.ndarray]]:
+    """Return the first documents that have a target: `input_ids`, `labels` and, where the rows tell them, `blocks`.
+
+    Args:
+        dataset: tokenised rows, packed or not.
+        count: how many at most.
+    """
+    found: list[dict[str, np.ndarray]] = []
+    for row in dataset:
+        names = ("input_ids", "labels", "blocks", "block_lengths", "seq_lengths", "attention_mask")
+        columns = {name: np.asarray(row[name]) for name in names if row.get(name) is not None}
+        lengths, kept = columns.pop("block_lengths", None), columns.pop("attention_mask", None)
+        if lengths is not None:  # of a packed row, one number per token can be cut where its documents end
+            columns["blocks"] = np.repeat(np.arange(lengths.size) % 2, lengths)
+        ends = np.cumsum(columns.pop("seq_lengths", []))[:-1].astype(int)
+        columns.setdefault("labels", columns["input_ids"])
+        if kept is not None:
+            columns = {name: values[kept != 0] for name, values in columns.items()}
+        parts = {name: np.split(values, ends) for name, values in columns.items()}
+        for index, labels in enumerate(parts["labels"]):
+            if (labels[1:] != IGNORE).any():
+                found.append({name: values[index] for name, values in parts.items()})
+            if len(found) == count:
+                return found
+    return found
+
+
+def check_distances(distances: Sequence[int], rows: Sequence[dict[str, np.ndarray]], config: PretrainedConfig) -> None:
+    """Refuse distances that the rows or the model cannot be asked at.
+
+    Raises:
+        ValueError: no rows, a distance below the length of a row, or one past the range of the model.
+    """
+    if not rows:
+        raise ValueError(
+            "`eval_distances` needs evaluation rows with targets, got none. Give an `eval_dataset` (`test_size` or "
+            "`dataset_test_split` of the command line), or leave `eval_distances` out."
+        )
+    longest = max(row["input_ids"].size for row in rows)
+    if min(distances) < longest:
+        raise ValueError(
+            f"`eval_distances` must be at least the longest evaluation row, {longest} tokens, got {min(distances)}. "
+            f"Leave it out, or lower `max_length`."
+        )
+    check_range(config, max(distances), "eval_distances")
+
+
+class DistanceCallback(TrainerCallback):
+    """Measures the loss at each distance before the first step, at every evaluation and after the last step.
+
+    What it finds is logged as `eval_loss_at_4096` and so on, the mean over the targets of all rows, with the seconds
+    it took as `eval_distances_runtime`.
+
+    Args:
+        distances: in positions.
+        collator: of the evaluation batches; its strategy is replaced.
+        rows: documents by data set, as [`first_documents`] returns them.
+        forward: gives the log-probabilities `(batch, length - 1)` of the targets of a batch.
+        trainer: logs what is measured.
+    """
+
+    def __init__(
+        self,
+        distances: Sequence[int],
+        collator: SkipPositionDataCollator,
+        rows: dict[str, list[dict[str, np.ndarray]]],
+        forward: Callable[[dict[str, Any]], torch.Tensor],
+        trainer: Any,
+    ) -> None:
+        self.distances = sorted(set(distances))
+        self.collator = collator
+        self.rows = rows
+        self.forward = forward
+        self.trainer = trainer
+        self._seconds = self._start = 0.0
+
+    def measure(self, prefix: str = "eval", rows: Sequence[dict[str, np.ndarray]] | None = None) -> dict[str, float]:
+        """Return the loss at each distance, ready to be logged; every process must call it.
+
+        Args:
+            prefix: what the names begin with.
+            rows: documents; `None`: those of the data set the prefix names.
+        """
+        start = time.perf_counter()
+        rows = self.rows[prefix.removeprefix("eval_")] if rows is None else rows
+        found = {f"{prefix}_loss_at_{distance}": self.loss(rows, distance) for distance in self.distances}
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        return {**found, f"{prefix}_distances_runtime": round(seconds, 4)}
+
+    @torch.no_grad()
+    def loss(self, rows: Sequence[dict[str, np.ndarray]], distance: int | None) -> float:
+        """Return the mean loss over the targets of all rows, stretched to a distance; `None`: as they are."""
+        state, size = PartialState(), self.trainer.args.per_device_eval_batch_size
+        collator = dataclasses.replace(
+            self.collator,
+            strategy="none" if distance is None else stretched_positions,
+            target_length=distance,  # type: ignore[arg-type]
+            skip_probability=1.0,
+            seed=0,
+        )
+        total = torch.zeros(2, dtype=torch.float64)
+        # Sharded models need every process in every forward: one without rows left repeats some and counts nothing.
+        for begin in range(0, len(rows), size * state.num_processes):
+            own = rows[begin + state.process_index * size :][:size]
+            batch = collator(own or rows[:size])
+            targets = batch["labels"][:, 1:] != IGNORE
+            log_probs = self.forward(batch).double().cpu()[:, -targets.shape[1] :]
+            total += torch.stack([-log_probs[targets].sum(), targets.sum().double()]) * bool(own)
+        # Not every device has float64.
+        total = reduce(total.to(state.device, torch.float32), "sum").cpu()
+        return float(total[0] / total[1])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the base, unless the run goes on from a checkpoint, whose log holds it."""
+        self._start, self._seconds = time.perf_counter(), 0.0
+        if state.global_step == 0 and not args.eval_on_start:
+            self._log()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the model as it is saved, unless the last evaluation has."""
+        measured = self._logged(state)
+        # The best checkpoint may have taken the place of the last.
+        if not measured or measured[-1]["step"] != state.global_step or state.best_model_checkpoint is not None:
+            self._log()
+        share = self._seconds / max(time.perf_counter() - self._start, 1e-9)
+        logger.log(
+            logging.WARNING if share > LARGEST_SHARE else logging.INFO,
+            "The losses at %d distances took %.1f %% of the training time. For less, lower `eval_distances_rows`, now "
+            "%d, or evaluate less often.",
+            len(self.distances),
+            100 * share,
+            max(map(len, self.rows.values())),
+        )
+
+    def _log(self) -> None:
+        model = self.trainer.model
+        training = model.training
+        model.eval()
+        for name in self.rows:
+            self.trainer.log(self.measure("eval" if name == "eval" else f"eval_{name}"))
+        model.train(training)
+
+    def _names(self) -> list[str]:
+        first = next(iter(self.rows))
+        return [f"eval{'' if first == 'eval' else '_' + first}_loss_at_{distance}" for distance in self.distances]
+
+    def _logged(self, state: TrainerState) -> list[dict[str, float]]:
+        return [log for log in state.log_history if self._names()[0] in log]
+
+    def record(self, state: TrainerState) -> DistancesRecord:
+        """Return what is known of the first data set: the losses before the first step, and the last ones."""
+        logs = self._logged(state)
+        before = next((log for log in logs if log["step"] == 0), None)
+        after = next((log for log in reversed(logs) if log["step"] > 0), None)
+        return DistancesRecord(
+            self.distances,
+            len(next(iter(self.rows.values()))),
+            *([round(log[name], 6) for name in self._names()] if log else None for log in (before, after)),
+        )
+
+
+class WatchingSFTTrainer(PublishingSFTTrainer):
+    """`SFTTrainer` whose evaluations also give the losses at `eval_distances`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.distances: DistanceCallback | None = None
+        self._distance_rows: dict[str, list[dict[str, np.ndarray]]] = {}
+        super().__init__(*args, **kwargs)
+
+    def _watch_distances(self, collator: SkipPositionDataCollator) -> None:
+        distances, count = self.args.eval_distances or [], self.args.eval_distances_rows
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in datasets.items():
+            if name not in self._distance_rows:  # not prepared here
+                self._distance_rows[name] = first_documents(dataset or (), count)
+            check_distances(distances, self._distance_rows[name], self.model.config)
+
+        def forward(batch: dict[str, Any]) -> torch.Tensor:
+            batch = self._prepare_inputs(batch)
+            if self.args.torch_compile:
+                mark_boundaries(batch)
+            with self.compute_loss_context_manager():
+                return fused_log_probs(self._wrap_model(self.model, training=False), batch)
+
+        self.distances = DistanceCallback(distances, collator, self._distance_rows, forward, self)
+        self.add_callback(self.distances)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, at `eval_distances` too; see [`trl.SFTTrainer.evaluate`]."""
+        kept = dict(self._distance_rows)
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            self._distance_rows.clear()  # other rows; they are found when they are prepared
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self._distance_rows.update(kept)
+
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict, and add the losses at `eval_distances` to what an evaluation logs."""
+        output: Any = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        if self.distances is not None and description == "Evaluation":
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            rows = self._distance_rows.get(prefix.removeprefix("eval_")) or self._distance_rows.get("eval")
+            rows = rows or first_documents(dataloader.dataset, self.args.eval_distances_rows)
+            output.metrics.update(self.distances.measure(prefix, rows))
+        return output

@@ -1,0 +1,111 @@
+"""How a model is known again by its answers: the first tokens of greedy answers to a few fixed prompts.
+
+One of the prompts is longer than the base's own range, where a server that has lost the RoPE scaling answers
+otherwise. Engines round differently, so an answer ends where the model was not sure of its next token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from hf_longalign.records.training import AnswersRecord, RopeRecord
+
+
+NEW_TOKENS = 12
+# How much more likely the first choice is than the second, in nats: rounding in half precision moves it by far less.
+MARGIN = 0.5
+# Reading more would cost too much; past it, the long prompt stays inside the range of the base.
+LONGEST = 16384
+TOWNS = ("Ardel", "Bemo", "Cato", "Dunra", "Ekest", "Fallo", "Gorin")
+QUESTIONS = (
+    "Copy line 1 word for word.",
+    "How many carts were sold in line 1? Answer with a number.",
+    "Repeat the line above.",
+    "Say the word yes.",
+)
+GOODS = ("salt", "wool", "glass", "copper", "honey")
+
+
+def ledger(lines: int, question: int = 0) -> str:
+    """Return a prompt of so many lines and one of the `QUESTIONS` about them.
+
+    >>> print(ledger(2))
+    Line 1: Ardel sold 17 carts of salt.
+    Line 2: Bemo sold 54 carts of wool.
+    Copy line 1 word for word.
+    """
+    rows = (f"Line {n + 1}: {TOWNS[n % 7]} sold {17 + 37 * n % 83} carts of {GOODS[n % 5]}." for n in range(lines))
+    return "\n".join([*rows, QUESTIONS[question]])
+
+
+def base_range(rope: RopeRecord) -> int:
+    """Return the range of a model before its RoPE was scaled, as far as its parameters tell.
+
+    >>> base_range(RopeRecord("llama", 32768, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}))
+    8192
+    """
+    reach, parameters = rope.max_position_embeddings or LONGEST, rope.rope_parameters or {}
+    found = [reach]
+    for part in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if part.get("rope_type") == "dynamic":
+            continue
+        found.append(part.get("original_max_position_embeddings") or round(reach / (part.get("factor") or 1)))
+    return min(found)
+
+
+@torch.no_grad()
+def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord:
+    """Ask a model the fixed prompts and return the beginnings of its answers.
+
+    Args:
+        model: a `PreTrainedModel` with or without an adapter, in eval mode.
+        tokenizer: its own; with a chat template, prompts go through it.
+        rope: the RoPE and range it was trained with.
+    """
+    chat = bool(tokenizer.chat_template)
+
+    def encode(lines: int, question: int = 0) -> dict[str, Any]:
+        text = ledger(lines, question)
+        if not chat:
+            return dict(tokenizer(text, return_tensors="pt"))
+        options: Any = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        return dict(tokenizer.apply_chat_template([{"role": "user", "content": text}], **options))
+
+    reach = rope.max_position_embeddings or LONGEST
+    past = min(base_range(rope) + 64, reach - NEW_TOKENS, LONGEST)
+    settings: Any = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    found = AnswersRecord(chat=chat)
+    longest = _lines_for(past, lambda count: encode(count)["input_ids"].shape[1])
+    # Two of the long prompt, for each is read anew; all of a short one, for a small model is sure of few.
+    asked = sorted({*((lines, n) for lines in (1, 24) for n in range(len(QUESTIONS))), (longest, 0), (longest, 1)})
+    for lines, question in asked:
+        encoded = encode(lines, question).items()
+        inputs = {key: value.to(model.device) for key, value in encoded if key != "token_type_ids"}
+        length = inputs["input_ids"].shape[1]
+        if length > reach - NEW_TOKENS:
+            continue
+        output: Any = model.generate(**inputs, generation_config=settings)
+        first, second = torch.stack(output.logits)[:, 0].float().log_softmax(-1).topk(2).values.unbind(-1)
+        sure = (first - second >= MARGIN).long().cumprod(0).sum().item()
+        answer = tokenizer.decode(output.sequences[0, length:][:sure], skip_special_tokens=True)
+        if answer := answer.rstrip("\ufffd").strip():
+            found.lines.append(lines)
+            found.questions.append(question)
+            found.tokens.append(length)
+            found.answers.append(answer)
+    return found
+
+
+def _lines_for(tokens: int, count: Callable[[int], int]) -> int:
+    """The fewest lines that make a prompt of at least so many tokens, near enough."""
+    each = (count(12) - count(4)) / 8
+    return max(1, round(4 + (tokens - count(4)) / each + 0.5))

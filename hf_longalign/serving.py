@@ -1,0 +1,208 @@
+"""The command that serves an adapter, or a whole model, with the RoPE and the range it was trained with.
+
+No server reads the RoPE of a training by itself: it gives an adapter the base's own, without a word. Only what an
+engine is known to compute as transformers does is written down for it; everything else is refused by name.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from hf_longalign.records.training import TrainingRecord
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A server: where its options are documented, whether tests of this package run it, and its two commands.
+
+    Attributes:
+        source: page that the options were read on.
+        whole: command that serves a merged model of a range.
+        adapter: command that serves an adapter on its base, from base, adapter, rank, overrides and range; `None`
+            where the adapter has to be merged.
+        run: whether a test starts it and compares its answers; what is not run was read in `source`.
+    """
+
+    source: str
+    whole: Callable[[str, int], str]
+    adapter: Callable[..., str] | None = None
+    run: bool = False
+
+
+def _vllm(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:
+    overrides = {"rope_parameters": rope, "max_position_embeddings": reach}
+    return (
+        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {adapter}={adapter} \\\n"
+        f"  --hf-overrides {quote(json.dumps(overrides))} \\\n  --max-model-len {reach}"
+    )
+
+
+def _sglang(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:
+    # Releases on transformers 4 know `rope_scaling` alone; on 5 it replaces everything, so the theta stands in it.
+    overrides = {"rope_scaling": rope, "max_position_embeddings": reach}
+    return (
+        f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {adapter}={adapter} \\\n"
+        f"  --json-model-override-args {quote(json.dumps(overrides))} \\\n  --context-length {reach}"
+    )
+
+
+ENGINES = {
+    "vllm": Engine(
+        "https://docs.vllm.ai/en/stable/features/context_extension/",
+        lambda model, reach: f"vllm serve {model} --max-model-len {reach}",
+        _vllm,
+    ),
+    "sglang": Engine(
+        "https://docs.sglang.io/advanced_features/server_arguments.html",
+        lambda model, reach: f"python -m sglang.launch_server --model-path {model} --context-length {reach}",
+        _sglang,
+    ),
+    "tgi": Engine(
+        "https://huggingface.co/docs/text-generation-inference/reference/launcher",
+        lambda model, reach: (
+            f"text-generation-launcher --model-id {model} --max-input-tokens {reach - 1} --max-total-tokens {reach} "
+            f"\\\n  --max-batch-prefill-tokens {reach}"
+        ),
+    ),
+    "transformers": Engine(
+        "https://huggingface.co/docs/transformers/main/en/serving",
+        lambda model, reach: f"transformers serve {model} --port 8000",
+        run=True,
+    ),
+    "llama.cpp": Engine(
+        "https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md",
+        lambda model, reach: (
+            f"python llama.cpp/convert_hf_to_gguf.py {model} --outfile {model}.gguf\n"
+            f"llama-server --model {model}.gguf --ctx-size {reach}"
+        ),
+    ),
+}
+# Scaling that engines other than transformers compute as it does, with these parameters; of "yarn" they fix the
+# others, "dynamic" and "longrope" they compute for the longest sequence where transformers follows the present one.
+_KNOWN = {
+    "default": set(),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings"},
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+_ANY = {"rope_type", "rope_theta", "partial_rotary_factor"}
+# What vLLM takes for `--max-lora-rank`.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def serve_command(model: str | Path, engine: str = "vllm", *, base_model: str | None = None) -> str:
+    """Return the command line that serves an adapter, or a merged model, as it was trained.
+
+    Args:
+        model: directory or Hub id of what `LongAlignSFTTrainer` or [`~hf_longalign.merge_adapter`] saved.
+        engine: `"vllm"`, `"sglang"`, `"tgi"`, `"transformers"` or `"llama.cpp"`.
+        base_model: what an adapter is served on; `None`: the base it names.
+
+    Raises:
+        ValueError: an unknown engine, no record of the training, or a RoPE that the engine computes in another way.
+
+    Example:
+
+    ```python
+    print(serve_command("user/qwen2.5-0.5b-128k", "vllm"))
+    ```
+    """
+    from contextlib import suppress
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from hf_longalign.run_record import load_record
+
+    record, path = load_record(model), Path(model) / "adapter_config.json"
+    if not Path(model).is_dir():
+        with suppress(EntryNotFoundError):  # a whole model
+            path = Path(hf_hub_download(str(model), path.name))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return command_of(record, config, str(model), engine, base_model=base_model)
+
+
+def command_of(
+    record: TrainingRecord,
+    adapter_config: Mapping[str, Any] | None,
+    name: str,
+    engine: str = "vllm",
+    *,
+    base_model: str | None = None,
+) -> str:
+    """Return what [`serve_command`] does, from what is known already.
+
+    Args:
+        record: of the training.
+        adapter_config: of PEFT; `None` of a whole model.
+        name: directory or Hub id.
+        engine: one of `ENGINES`.
+        base_model: what an adapter is served on; `None`: the base it names.
+
+    Example:
+
+    >>> from hf_longalign.records.training import RopeRecord
+    >>> rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    >>> record = TrainingRecord(RopeRecord("qwen2", 131072, rope))
+    >>> print(command_of(record, {"peft_type": "LORA", "r": 8}, "user/long", base_model="org/base"))
+    # Read, not run: https://docs.vllm.ai/en/stable/features/context_extension/
+    vllm serve org/base --enable-lora --max-lora-rank 8 --lora-modules user/long=user/long \\
+      --hf-overrides '{"rope_parameters": {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0,
+      "original_max_position_embeddings": 32768}, "max_position_embeddings": 131072}' \\
+      --max-model-len 131072
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}. Set one of them.")
+    known, rope = ENGINES[engine], record.rope.rope_parameters or {}
+    parts = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    if engine != "transformers":
+        for part in parts:
+            _check_known(part, engine)
+    reach = record.rope.max_position_embeddings or 0
+    if not reach:
+        raise ValueError(
+            f"`{name}` must have a range to be served in, got a model without `max_position_embeddings`. Serve it as "
+            "its base is served: it has no RoPE that could be lost."
+        )
+    lines = [f"# {'Run in the tests, read' if known.run else 'Read, not run'}: {known.source}"]
+    if adapter_config is None:
+        return "\n".join([*lines, known.whole(quote(name), reach)])
+    base = base_model or adapter_config.get("base_model_name_or_path")
+    rank = _rank(adapter_config)
+    plain = parts == [rope] and not str(record.architecture or "").endswith("ForConditionalGeneration")
+    if known.adapter is not None and rank is not None and plain and base:
+        return "\n".join([*lines, known.adapter(quote(base), quote(name), rank, rope, reach)])
+    merged = f"{Path(name).name}-merged"
+    options = f" --base_model {quote(base_model)}" if base_model else ""
+    return "\n".join(
+        [*lines, f"hf-longalign merge {quote(name)} {quote(merged)}{options}", known.whole(merged, reach)]
+    )
+
+
+def _check_known(rope: Mapping[str, Any], engine: str) -> None:
+    kind = str(rope.get("rope_type", "default"))
+    if kind not in _KNOWN:
+        what = f"rope_type={kind!r}"
+    elif more := sorted(set(rope) - _KNOWN[kind] - _ANY):
+        what = f"`{more[0]}` in {kind!r} RoPE"
+    else:
+        return
+    raise ValueError(
+        f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another way "
+        "than the training did. Set 'transformers'."
+    )
+
+
+def _rank(config: Mapping[str, Any]) -> int | None:
+    """The rank that a server must have room for; `None` where it knows no such adapter and it has to be merged."""
+    special = ("modules_to_save", "use_dora", "trainable_token_indices", "layer_replication", "megatron_config")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, special)):
+        return None
+    targets = config.get("target_modules") or []
+    if {"lm_head", "embed_tokens"} & {str(target).rsplit(".", 1)[-1] for target in targets}:
+        return None
+    largest = max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
+    return next((rank for rank in _RANKS if rank >= largest), None)

@@ -1,0 +1,383 @@
+"""Train arms that differ in one thing from a real model, ask all the same questions, and compare them in pairs.
+
+    accelerate launch recipes/study.py --config recipes/smollm2-135m/study_cpu.yaml
+
+Everything is kept in `output_dir`: a killed run goes on with the same command, trains no finished arm again and asks
+nothing twice. Several processes given the same folder share the work, also on several machines that mount it.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from study_data import (
+    HUB_DATA,
+    Pair,
+    compose_rows,
+    composed_rows,
+    documents,
+    questions,
+    read_documents,
+    read_pairs,
+    split_pairs,
+)
+from study_report import write_study
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter, scale_rope
+from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.needles import score_needle
+from hf_longalign.evaluation.perplexity import perplexity_by_position
+from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask
+from hf_longalign.rope import model_range
+from hf_longalign.run_record import versions
+from hf_longalign.text import normalise, token_f1
+
+
+logger = logging.getLogger("study")
+
+# Seeds of what is asked: choices are made by the answers to one set, and reported are those to another.
+QUESTION_SEEDS = {"development": 1, "report": 2}
+# Tokens of a text that is short to every model: where a regression would be seen.
+SHORT = 2048
+
+
+class Arm(NamedTuple):
+    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), with which blocks."""
+
+    title: str
+    scaled: bool = True
+    strategy: str | None = None
+    parts: bool = True
+
+
+ARMS = {
+    "plain": Arm("plain model", scaled=False),
+    "scaled": Arm("RoPE scaled, not trained"),
+    "ordinary": Arm("ordinary positions", strategy="none"),
+    "pose": Arm("pose", strategy="pose"),
+    "cream": Arm("cream", strategy="cream"),
+    "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
+    "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
+}
+
+
+@dataclass
+class StudyOptions:
+    """What is trained, on what, and what is asked."""
+
+    model: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or folder."})
+    base_name: str | None = field(
+        default=None, metadata={"help": "What report and cards call a model that is a folder: its Hub id."}
+    )
+    seeds: str = field(default=HUB_DATA, metadata={"help": "Hub id with HotpotQA's columns, or a folder of seeds."})
+    most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
+    output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
+    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "In the order of importance."})
+    training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
+    rows: int = field(default=128, metadata={"help": "Rows to train on."})
+    row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
+    gold_tokens: int = field(
+        default=300,
+        metadata={"help": "The most tokens of gold passages in a row; twice that in a text that is asked about."},
+    )
+    epochs: float = field(default=1.0, metadata={"help": "Times each row is trained on."})
+    batch_size: int = field(default=8, metadata={"help": "Rows of a step."})
+    micro_batch_size: int = field(default=8, metadata={"help": "Rows of a forward."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, cosine."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "Layers it changes."}
+    )
+    target_length: int = field(default=16384, metadata={"help": "Positions that RoPE is scaled and skips go to."})
+    rope_type: str = field(default="yarn", metadata={"help": "How RoPE is scaled."})
+    skip_probability: float = field(default=0.5, metadata={"help": "Share of the rows that are skipped."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
+    split: str = field(default="report", metadata={"help": "Whose questions: development (for choices) or report."})
+    cells: list[str] = field(
+        default_factory=lambda: ["512:4", "2048:4", "4096:3", "8192:2", "16384:2"],
+        metadata={"help": "length:texts, in the order in which they are asked."},
+    )
+    needles: int = field(default=16, metadata={"help": "Needles in a text, a multiple of `keys_at_once`."})
+    keys_at_once: int = field(default=4, metadata={"help": "Keys of a question for several."})
+    most_golds: int = field(default=24, metadata={"help": "The most questions about passages per text."})
+    perplexity_texts: str | None = field(
+        default=None, metadata={"help": "Folder of .txt files; unset: the passages of the questions."}
+    )
+    perplexity_documents: int = field(default=8, metadata={"help": "Documents of 2,048 tokens."})
+    minutes: float | None = field(default=None, metadata={"help": "Begin nothing new after so many, but report."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("arms", ARMS), ("split", QUESTION_SEEDS)):
+            value = getattr(self, name)
+            for word in value if isinstance(value, list) else [value]:
+                if word not in allowed:
+                    raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Correct it.")
+
+    @property
+    def grid(self) -> list[tuple[int, int]]:
+        """Length and number of every text, in the order in which they are asked."""
+        found = [tuple(map(int, cell.split(":"))) for cell in self.cells]
+        return [(length, number) for length, texts in found for number in range(texts)]
+
+
+class Unit(NamedTuple):
+    """A piece of work: where its result goes, what must be there before, and how it is done."""
+
+    result: Path
+    needs: Path | None
+    run: Callable[[], dict[str, Any]]
+
+
+class Study:
+    """The data, the arms and the work still to do."""
+
+    def __init__(self, options: StudyOptions) -> None:
+        self.options, self.folder = options, Path(options.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.config = AutoConfig.from_pretrained(options.model)
+        self.reach = model_range(self.config)
+        pairs = read_pairs(options.seeds, most=options.most_pairs)
+        self.pairs = split_pairs(pairs, self.count, rows=options.rows, gold_tokens=options.gold_tokens)
+        sizes = ", ".join(f"{len(own)} {name}" for name, own in self.pairs.items())
+        logger.info("%d usable pairs: %s.", len(pairs), sizes)
+
+    def count(self, text: str) -> int:
+        """Return the tokens a model is given for a text, chat template included."""
+        messages = [{"role": "user", "content": text}]
+        return len(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+
+    @property
+    def asked(self) -> list[Pair]:
+        """The pairs that are asked."""
+        return self.pairs[self.options.split]
+
+    def units(self) -> Iterator[Unit]:
+        """Yield all work in order: seed by seed the training, then text by text all arms."""
+        options = self.options
+        composed = self.folder / "data" / "composed.json"
+        yield Unit(composed, None, self.compose)
+        for seed in options.training_seeds:
+            arms = [arm for arm in options.arms if ARMS[arm].strategy or seed == options.training_seeds[0]]
+            for arm in arms:
+                if ARMS[arm].strategy:
+                    yield Unit(self.trained(arm, seed), composed, lambda a=arm, s=seed: self.train(a, s))
+            for cell in [*options.grid[:1], None, *options.grid[1:]]:
+                for arm in arms:
+                    if cell and not ARMS[arm].scaled and cell[0] > self.reach:
+                        continue  # nobody asks a model past its range
+                    name = "perplexity" if cell is None else f"{cell[0]}-{cell[1]}"
+                    result = self.arm_folder(arm, seed) / options.split / f"{name}.json"
+                    needs = self.trained(arm, seed) if ARMS[arm].strategy else None
+                    yield Unit(result, needs, lambda a=arm, s=seed, c=cell: self.examine(a, s, c))
+
+    def arm_folder(self, arm: str, seed: int) -> Path:
+        """Where all of an arm is kept."""
+        return self.folder / "arms" / f"{arm}-{seed}"
+
+    def trained(self, arm: str, seed: int) -> Path:
+        """The file that says that an arm is trained."""
+        return self.arm_folder(arm, seed) / "training.json"
+
+    def compose(self) -> dict[str, Any]:
+        """Make the rows that all arms are trained on."""
+        options, pairs = self.options, self.pairs["train"]
+        compose_rows(pairs, self.folder / "data", tokenizer=options.model, tokens=options.row_tokens)
+        return {"pairs": len(pairs)}
+
+    def train(self, arm: str, seed: int) -> dict[str, Any]:
+        """Train an arm from the model and save its adapter."""
+        options, what = self.options, ARMS[arm]
+        rows = composed_rows(self.folder / "data")
+        gpu = torch.cuda.is_available()
+        trainer = LongAlignSFTTrainer(
+            options.model,
+            args=LongAlignSFTConfig(
+                output_dir=str(self.arm_folder(arm, seed) / "adapter"),
+                num_train_epochs=options.epochs,
+                per_device_train_batch_size=options.micro_batch_size,
+                gradient_accumulation_steps=max(1, options.batch_size // options.micro_batch_size),
+                learning_rate=options.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.1,
+                max_length=options.row_tokens,
+                assistant_only_loss=True,
+                loss_weighting="sequence",
+                skip_strategy=what.strategy,
+                skip_target_length=options.target_length,
+                skip_probability=options.skip_probability,
+                rope_type=options.rope_type,
+                model_init_kwargs={"dtype": options.dtype},
+                bf16=gpu,
+                use_cpu=not gpu,
+                gradient_checkpointing=False,
+                seed=seed,
+                base_name=options.base_name,
+                license="apache-2.0",
+                save_strategy="no",
+                logging_steps=1,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=gpu,
+            ),
+            train_dataset=rows if what.parts else rows.remove_columns("parts"),
+            processing_class=self.tokenizer,
+            peft_config=LoraConfig(
+                r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules=options.lora_target_modules
+            ),
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        trainer.save_model()
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+        return {
+            "seconds": round(seconds, 1),
+            "steps": trainer.state.global_step,
+            "rows": len(rows),
+            "tokens": round(tokens * options.epochs),
+            "loss_first": round(sum(history[:3]) / len(history[:3]), 4),
+            "loss_last": round(sum(history[-3:]) / len(history[-3:]), 4),
+        }
+
+    def load(self, arm: str, seed: int) -> Any:
+        """Load the model of an arm."""
+        options, what = self.options, ARMS[arm]
+        device = {"": 0} if torch.cuda.is_available() else None
+        kwargs: dict[str, Any] = {"dtype": options.dtype, "device_map": device}
+        if what.strategy:
+            return load_adapter(self.arm_folder(arm, seed) / "adapter", base_model=options.model, **kwargs).eval()
+        config = self.config
+        if what.scaled:
+            config = scale_rope(config, options.target_length, options.rope_type)
+        return AutoModelForCausalLM.from_pretrained(options.model, config=config, **kwargs).eval()
+
+    def examine(self, arm: str, seed: int, cell: tuple[int, int] | None) -> dict[str, Any]:
+        """Ask an arm everything about one text, or read its perplexity below 2,048 tokens (`cell` is None)."""
+        model = self.load(arm, seed)
+        start = time.perf_counter()
+        if cell is None:
+            return {"losses": self.losses(model), "seconds": round(time.perf_counter() - start, 1)}
+        length, text = cell
+        options = self.options
+        prompts = questions(
+            self.asked,
+            self.count,
+            length=length,
+            text=text,
+            seed=QUESTION_SEEDS[options.split],
+            needles=options.needles,
+            keys_at_once=options.keys_at_once,
+            most_golds=options.most_golds,
+        )
+        generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(65_536, 4 * length))
+        examinee = Examinee(arm, f"{arm}-{seed}", generator)
+        with ResultStore(self.arm_folder(arm, seed) / options.split / "answers") as store:
+            ask(examinee, prompts, store, progress=False)
+            found = answers(examinee, prompts, store)
+        scored = [as_json(prompt, answer.text) for prompt, answer in zip(prompts, found, strict=True)]
+        return {"scores": scored, "seconds": round(time.perf_counter() - start, 1), **asdict(generator.stats)}
+
+    def losses(self, model: Any) -> list[list[float]]:
+        """Return the sum of the losses and the number of tokens of each document, read in windows below 2,048."""
+        options = self.options
+        texts = read_documents(options.perplexity_texts) if options.perplexity_texts else documents(self.asked)
+        ids = self.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        window = min(SHORT, self.reach)
+        starts = range(0, len(ids) - window + 1, window)[: options.perplexity_documents]
+        found = []
+        for start in starts:
+            loss = perplexity_by_position(model, [ids[start : start + window]], window=window, stride=window)
+            found.append([float(loss.sums.sum()), int(loss.counts.sum())])
+        return found
+
+
+def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
+    """Return a scored answer."""
+    if prompt.task == "passages":
+        score = max(token_f1(normalise(answer).split(), normalise(wanted).split()) for wanted in prompt.answers)
+    else:
+        score = score_needle(prompt, answer)["exact_match" if prompt.task == "multi_key" else "recall"]
+    sample = prompt.parts[0]
+    return {"task": prompt.task, "length": prompt.length, "sample": sample, "depth": prompt.depth, "score": score}
+
+
+def settings(options: StudyOptions) -> dict[str, Any]:
+    """Return what a reader must know to do the same again; of folders only the last part of their path."""
+    told = {name: value for name, value in asdict(options).items() if value is not None}
+    for name in ("output_dir", "minutes", "base_name"):
+        told.pop(name, None)
+    for name in ("model", "seeds", "perplexity_texts"):
+        if Path(told.get(name, "")).is_dir() and name in told:
+            told[name] = Path(told[name]).resolve().name
+    told["model"] = options.base_name or told["model"]
+    cpu = f"{os.cpu_count()} CPU cores, threads used: {torch.get_num_threads()}"
+    told["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return told | versions()
+
+
+@contextmanager
+def claimed(result: Path) -> Iterator[bool]:
+    """Yield whether this process alone may work on a result; the system lets go of what a killed one had claimed."""
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with result.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def work(units: list[Unit], minutes: float | None = None) -> bool:
+    """Do all units that nobody else does, in order; wait for those of others. Return whether all are done."""
+    start = time.monotonic()
+    while True:
+        missing = [unit for unit in units if not unit.result.exists()]
+        if not missing:
+            return True
+        for unit in missing:
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                return False
+            if unit.needs and not unit.needs.exists():
+                continue
+            with claimed(unit.result) as mine:
+                if mine and not unit.result.exists():
+                    part = unit.result.with_suffix(".part")
+                    part.write_text(json.dumps(unit.run()), encoding="utf-8")
+                    os.replace(part, unit.result)
+                    logger.info("%s", "/".join(unit.result.parts[-3:]))
+                    break
+        else:
+            time.sleep(1)
+
+
+def main() -> None:
+    """Do what is left of the study, then write the report of what is there."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logger.setLevel(logging.INFO)
+    (options,) = TrlParser([StudyOptions], description=__doc__).parse_args_and_config()
+    study = Study(options)
+    complete = work(list(study.units()), options.minutes)
+    titles = {arm: what.title for arm, what in ARMS.items() if arm in options.arms}
+    path = write_study(study.folder, titles, options.split, settings(options), complete=complete)
+    print(f"Wrote {path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The study: its data, its arithmetic against a naive reference, and a small run that is killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import hotpot_rows, tiny_llama, tiny_tokenizer
+
+from hf_longalign.evaluation.intervals import student_quantile
+
+
+ROOT = Path(__file__).parents[1]
+ARMS = ["scaled", "ordinary", "skip_parts", "skip_turns", "pose", "cream", "plain"]
+TRAINED = ARMS[1:-1]
+CELLS = ["1536:2", "3072:1"]
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    sys.path.insert(0, str(ROOT / "recipes"))
+    try:
+        import study_data
+        import study_report
+    finally:
+        sys.path.remove(str(ROOT / "recipes"))
+    return study_data, study_report
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """A folder of pairs and, line by line, contexts."""
+    folder = tmp_path_factory.mktemp("seeds")
+    rows = list(hotpot_rows(60))
+    for kind in ("seed_instruction", "seed_context"):
+        (folder / kind).mkdir()
+        for number, task in enumerate(("hotpotqa", "2wikiqa", "musique")):
+            own = rows[number::3]
+            lines = [{"instruction": row["question"], "answer": row["answer"]} for row in own]
+            if kind == "seed_context":
+                texts = [zip(row["context"]["title"], row["context"]["sentences"], strict=True) for row in own]
+                lines = [{"context": "\n\n".join(f"{title}\n{''.join(facts)}" for title, facts in t)} for t in texts]
+            (folder / kind / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_both_kinds_of_seeds_are_read_and_no_gold_passage_is_in_two_splits(recipes, seeds, tmp_path):
+    data, _ = recipes
+    from datasets import Dataset
+
+    Dataset.from_list(list(hotpot_rows(60))).to_parquet(tmp_path / "train.parquet")
+    found = [data.read_pairs(str(source)) for source in (seeds, tmp_path)]
+    assert len(found[0]) == len(found[1]) == 60
+    for pairs in found:
+        pair = next(pair for pair in pairs if pair.answer == "ware 7")
+        assert (
+            pair.gold
+            == ("Town 7\nTown 7 sold ware 7. It was so.", "Mill 7\nMill 7 is in town 7. It was so.")[: len(pair.gold)]
+        )
+        splits = data.split_pairs(pairs, lambda text: len(text.split()), rows=20, gold_tokens=40)
+        golds = [{passage for pair in own for passage in pair.gold} for own in splits.values()]
+        assert [len(own) for own in splits.values()] == [20, 10, 30]
+        assert not golds[0] & golds[1] and not golds[0] & golds[2] and not golds[1] & golds[2]
+    with pytest.raises(ValueError, match=r"`rows` must leave pairs to ask about, got 58 of 60. Set less."):
+        data.split_pairs(found[0], len, rows=58, gold_tokens=1000)
+
+
+def common_beginning(texts):
+    return "".join(chars[0] for chars in takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False)))
+
+
+def test_questions_share_one_text_that_holds_all_answers_and_fits(recipes, seeds):
+    data, _ = recipes
+    tokenizer = tiny_tokenizer()
+
+    def count(text, prefix=""):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return len(ids) + len(tokenizer(prefix)["input_ids"])
+
+    pairs = data.read_pairs(str(seeds))
+    asked = data.questions(pairs, count, length=3072, text=0, seed=1)
+    assert asked == data.questions(pairs, count, length=3072, text=0, seed=1)
+    tasks = defaultdict(list)
+    for prompt in asked:
+        tasks[prompt.task].append(prompt)
+        assert all(answer in prompt.text for answer in prompt.answers)
+        assert 0.7 * 3072 < count(prompt.text, prompt.prefix) <= 3072 - prompt.max_new_tokens
+    shared = common_beginning([prompt.text for prompt in asked])
+    assert all(prompt.text.startswith(shared) and len(prompt.text) - len(shared) < 350 for prompt in asked)
+    assert len(tasks["multi_key"]) == 16 and len(tasks["multi_query"]) == 4 and len(tasks["passages"]) > 4
+    assert len({prompt.answers for prompt in tasks["multi_key"]}) == 16
+    for several in tasks["multi_query"]:  # and the four that are asked for one by one belong to the same sample
+        alone = [prompt.answers[0] for prompt in tasks["multi_key"] if prompt.parts == several.parts]
+        assert tuple(alone) == several.answers
+    places = [shared.index(prompt.answers[0]) / len(shared) for prompt in tasks["multi_key"]]
+    assert np.corrcoef(places, [prompt.depth for prompt in tasks["multi_key"]])[0, 1] > 0.95
+    other = data.questions(pairs, count, length=3072, text=1, seed=2)
+    assert not {prompt.answers for prompt in asked} & {p.answers for p in other if p.task == "multi_key"}
+    with pytest.raises(ValueError, match=r"`cells` must have room for needles and the passages of a pair, got 500"):
+        data.questions(pairs, count, length=500, text=0, seed=1)
+
+
+def test_rows_to_train_on_tell_their_parts(recipes, seeds, tmp_path):
+    data, _ = recipes
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    pairs = data.read_pairs(str(seeds))[:12]
+    data.compose_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
+    rows = data.composed_rows(tmp_path / "data")
+    assert len(rows) == 12
+    for row in rows:
+        content = row["messages"][0]["content"]
+        kinds = [part["kind"] for part in row["parts"]]
+        assert kinds.count("context") > 1 and kinds[-1] == "question"
+        assert row["messages"][1]["content"] in content
+
+
+def naive_difference(scores, reference, arm, tasks, length):
+    """Mean over samples of the mean difference over their questions, seeds averaged, and its half width."""
+    by_sample = defaultdict(list)
+    for key in scores[reference]:
+        if key in scores[arm] and key[0] in tasks and length in (0, key[1]):
+            by_sample[key[2]].append(np.mean(scores[arm][key]) - np.mean(scores[reference][key]))
+    means = [np.mean(values) for values in by_sample.values()]
+    half = student_quantile(len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
+    return np.mean(means), half, len(means)
+
+
+def test_the_report_equals_a_naive_reference(recipes, tmp_path):
+    _, report = recipes
+    rng = np.random.default_rng(0)
+    scores = {arm: defaultdict(list) for arm in ("scaled", "ordinary", "skip_parts")}
+    losses = defaultdict(list)
+    for arm, own in scores.items():
+        for seed in (0,) if arm == "scaled" else (0, 1):
+            folder = tmp_path / "arms" / f"{arm}-{seed}"
+            (folder / "report").mkdir(parents=True)
+            if arm != "scaled":
+                told = {"seconds": 9.0, "steps": 3, "tokens": 99, "loss_first": 2.0, "loss_last": 1.0}
+                (folder / "training.json").write_text(json.dumps(told))
+            for length in (1024, 4096):
+                made = [("multi_key", length, f"{length}/{n // 4}", (n + 0.5) / 16) for n in range(16)]
+                made += [("passages", length, f"pair {n}", None) for n in range(6)]
+                rows = []
+                for key in made:
+                    value = float(rng.random() < 0.5) if key[0] == "multi_key" else float(rng.random())
+                    own[key].append(value)
+                    rows.append(dict(zip(("task", "length", "sample", "depth"), key, strict=True), score=value))
+                (folder / "report" / f"{length}-0.json").write_text(json.dumps({"scores": rows, "seconds": 1.0}))
+            own_losses = [[float(100 * (2 + rng.random())), 100] for _ in range(4)]
+            losses[arm].append(own_losses)
+            (folder / "report" / "perplexity.json").write_text(json.dumps({"losses": own_losses, "seconds": 1.0}))
+    titles = {arm: f"the {arm} one" for arm in scores}
+    path = report.write_study(tmp_path, titles, "report", {"model": "m"}, complete=False)
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert (
+        len(found["differences"]) == 3 * 3 * 3
+    )  # groups that were asked, pairs of arms, two lengths and both together
+    for one in found["differences"]:
+        tasks = report.GROUPS[one["group"]][1]
+        mean, half, samples = naive_difference(scores, one["reference"], one["arm"], tasks, one["length"])
+        assert one["value"] == pytest.approx(mean, abs=1e-4) and one["samples"] == samples
+        assert one["high"] - one["value"] == pytest.approx(half, abs=2e-4)
+    for arm in scores:
+        every = np.mean([[total / tokens for total, tokens in own] for own in losses[arm]], axis=0)
+        assert found["perplexity below 2,048"][arm] == pytest.approx(np.exp(every.mean()), abs=1e-3)
+    text = path.read_text()
+    assert "Not all that was planned is done" in text and "the skip_parts one − the ordinary one" in text
+    assert "| the ordinary one | 1 | 3 | 99 | 9 | 2.0 | 1.0 |" in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("accuracy_by_length.png", "heatmap.png"))
+
+
+def command(folder, seeds, output, *more):
+    options = ["--model", folder, "--seeds", seeds, "--output_dir", output, "--arms", *ARMS, "--rows", 12]
+    options += ["--row_tokens", 768, "--gold_tokens", 100, "--batch_size", 4, "--micro_batch_size", 2]
+    options += ["--target_length", 4096, "--dtype", "float32", "--cells", *CELLS, "--most_golds", 3, "--lora_r", 2]
+    options += ["--perplexity_documents", 2]
+    return [sys.executable, str(ROOT / "recipes" / "study.py"), *map(str, options), *more]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama(initializer_range=0.3, max_position_embeddings=2048).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trained(output):
+    return {path.parent.name: path.stat().st_mtime_ns for path in output.glob("arms/*/training.json")}
+
+
+def asked(output):
+    files = sorted(output.glob("arms/*/report/answers/*.jsonl"))
+    return [json.loads(line)["key"] for file in files for line in file.read_text().splitlines() if line.endswith("}")]
+
+
+def start(words):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process, ready):
+    deadline = time.monotonic() + 300
+    try:
+        while not ready():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
+    words = command(model, seeds, tmp_path)
+    kill_when(start(words), lambda: len(trained(tmp_path)) == 2)
+    first = trained(tmp_path)
+    kill_when(start(words), lambda: tmp_path.exists() and len(asked(tmp_path)) > 30)
+    second, answered = trained(tmp_path), asked(tmp_path)
+    assert first.items() <= second.items(), "no finished arm is trained again"
+    for process in [start(words), start(words)]:
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+        assert "report.md" in output
+    assert {name.rpartition("-")[0] for name in trained(tmp_path)} == set(TRAINED)
+    assert second.items() <= trained(tmp_path).items()
+    keys = asked(tmp_path)
+    assert set(answered) < set(keys) and len(keys) == len(set(keys)), "nothing is asked twice"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["complete"] and not list(tmp_path.rglob("*.part"))
+    seen = {(one["arm"], one["length"]) for one in report["scores"]}
+    assert {(arm, 3072) for arm in ARMS} - seen == {("plain", 3072)}, "nobody asks a model past its range"
+    pairs = {(one["arm"], one["reference"]) for one in report["differences"]}
+    assert len(pairs) == len(ARMS) * (len(ARMS) - 1) / 2 and ("skip_parts", "ordinary") in pairs
+    assert str(model) not in (tmp_path / "report.json").read_text() + (tmp_path / "report.md").read_text()
+    records = {
+        arm: json.loads((tmp_path / f"arms/{arm}-0/adapter/longalign_config.json").read_text()) for arm in TRAINED
+    }
+    assert {arm: record["positions"]["strategy"] for arm, record in records.items()} == {
+        "ordinary": "none",
+        "skip_parts": "skip_all",
+        "skip_turns": "skip_all",
+        "pose": "pose",
+        "cream": "cream",
+    }
+    assert records["skip_parts"]["coverage"] != records["skip_turns"]["coverage"]
+
+
+def test_what_is_no_arm_is_refused_by_name(model, seeds, tmp_path):
+    process = start([*command(model, seeds, tmp_path), "--arms", "skipp_parts"])
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and "`arms` must be among plain, scaled" in errors
