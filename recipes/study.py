@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_longalign[eval,synthesis]"]
+#
+# [tool.uv.sources]
+# hf_longalign = { git = "https://github.com/hf-longalign/hf_longalign" }
+# ///
 """Train arms that differ in one thing from a real model, ask all the same questions, and compare them in pairs.
 
     accelerate launch recipes/study.py --config recipes/smollm2-135m/study_cpu.yaml
