@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all")
+BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 
 class LongAlignSFTTrainer(WatchingSFTTrainer):

@@ -77,6 +77,7 @@ ARMS = {
     "cream": Arm("cream", strategy="cream"),
     "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
     "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
+    "skip_context": Arm("skip_context", strategy="skip_context"),
 }
 
 
