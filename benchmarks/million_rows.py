@@ -12,8 +12,8 @@ Each stage runs in a process of its own, over the files of the one before:
 - `nearest`: the closest contexts of every row by BM25;
 - `compose`: 10,000 rows out of all of them, each filled up to 2,048 tokens, once what a process needs is set up.
 
-The committed results are of two runs with `--rows 10000 100000 --engines 2000` and, without `nearest`, `--rows 1000000`. A
-process composes each row at its own cost, but tokens of a context are counted once: among a million few are met again.
+The committed results are of two runs: `--rows 10000 100000 --engines 2000`, and `--rows 1000000` without `nearest`.
+`compose` takes longer among a million, since few contexts are met again whose tokens are counted already.
 
 With `--engines` so many rows are composed by `datasets` on two processes, by two ranks of datatrove and by
 `map_batches` of Ray Data too, and must be equal. Memory is the peak of one process above that of its imports; CPU

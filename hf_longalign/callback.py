@@ -1,10 +1,12 @@
 """`SkipPositionCallback`: new positions every epoch and a preflight before the first step, in any `Trainer`."""
 
 import logging
+from collections import defaultdict
 from typing import Any
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign.collator import SkipPositionDataCollator
@@ -43,7 +45,8 @@ def check_parallelism(*, whole_rows: bool, n_gpu: int = 1) -> None:
         # The loss is right, the gradients are not; in TRL's own trainer too.
         raise ValueError(
             f"`sp_size` must be 1, got {parallelism.sp_size}: sequence parallelism makes gradients as many times too "
-            "large. Take it out of the parallelism config; FSDP2 and DeepSpeed ZeRO share memory exactly."
+            "large, in every version tried (up to transformers 5.24, accelerate 1.15 and DeepSpeed 0.19). Take it out "
+            "of the parallelism config; FSDP2 and DeepSpeed ZeRO share memory exactly."
         )
     if parallelism.cp_enabled and whole_rows:
         raise ValueError(
@@ -51,6 +54,26 @@ def check_parallelism(*, whole_rows: bool, n_gpu: int = 1) -> None:
             f"{parallelism.cp_size}: context parallelism drops the mask and cuts the rows. Take it out of the "
             "parallelism config (a skipped row is short), or set packing=False, skip_strategy='none' and "
             "loss_weighting='token'."
+        )
+
+
+def check_adapter(model: Any) -> None:
+    """Refuse, before the first step, an adapter on layers that tensor parallelism cuts by rows.
+
+    PEFT cuts their input a second time: not where nothing is learned, as in the preflight, but in the first step.
+
+    Raises:
+        ValueError: names the layers.
+    """
+    plans: dict[str | None, set[str]] = defaultdict(set)
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            plans[getattr(module.get_base_layer(), "_hf_tp_plan", None)].add(name.rpartition(".")[2])
+    if plans["rowwise"]:
+        raise ValueError(
+            "`target_modules` of the adapter must leave out what tensor parallelism cuts by rows, got "
+            f"{sorted(plans['rowwise'])}. Set them to {sorted(plans['colwise']) or ['q_proj', 'k_proj', 'v_proj']}, "
+            "or share memory by FSDP2 or ZeRO-3."
         )
 
 
@@ -86,6 +109,7 @@ class SkipPositionCallback(TrainerCallback):
         # 1.5 after a resume in the middle of the second epoch, 2.0 after one at its end.
         self._epoch = int(state.epoch or 0)
         check_parallelism(whole_rows=self.collator.strategy != "none" or self.collator.padding_free, n_gpu=args.n_gpu)
+        check_adapter(kwargs["model"])
         if self.preflight:
             pads = args.per_device_train_batch_size > 1 or bool(self.collator.pad_to_multiple_of)
             pads = pads or (args.eval_strategy != "no" and args.per_device_eval_batch_size > 1)

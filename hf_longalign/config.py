@@ -19,8 +19,8 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
 
         skip_strategy (`str`, *optional*, defaults to `"skip_all"`):
             How positions are skipped: `"none"`, SkipAlign's `"skip_inner"`, `"skip_outer"` and `"skip_all"`
-            (https://arxiv.org/abs/2405.03939), `"pose"`, `"randpos"` or `"cream"`. See
-            [`~hf_longalign.positions.sample_positions`].
+            (https://arxiv.org/abs/2405.03939), `"skip_context"` (anywhere but before a response), `"pose"`,
+            `"randpos"` or `"cream"`. See [`~hf_longalign.positions.sample_positions`].
         skip_target_length (`int` or `None`, *optional*):
             Number of positions to spread a sample over. `None`: the range the model is made for, RoPE scaling
             included.

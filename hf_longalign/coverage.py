@@ -189,10 +189,15 @@ class CoverageCallback(TrainerCallback):
     """Counts the relative distances of the documents that a run trains on, which spreads them over `target_length`.
 
     Processes count for themselves and add up their counts wherever the trainer is about to log or to save.
+
+    Args:
+        target_length: number of positions the run spreads its samples over.
+        copies: how many processes see the same batches, as those do that share one model by tensor parallelism.
     """
 
-    def __init__(self, target_length: int) -> None:
+    def __init__(self, target_length: int, copies: int = 1) -> None:
         self.coverage = DistanceCoverage(target_length)
+        self.copies = copies
         self._local = DistanceCoverage(target_length)
         self._pending: list[dict[str, torch.Tensor]] = []
 
@@ -221,7 +226,7 @@ class CoverageCallback(TrainerCallback):
         self._read()
         # A sum over processes on the device: NCCL has no other place for it.
         counts = torch.from_numpy(self._local.counts()).to(PartialState().device)
-        self.coverage.add_counts(reduce(counts, "sum").cpu().numpy())
+        self.coverage.add_counts(reduce(counts, "sum").cpu().numpy() // self.copies)
         self._local = DistanceCoverage(self.coverage.target_length)
 
     def metrics(self) -> dict[str, float]:

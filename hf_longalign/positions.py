@@ -158,6 +158,22 @@ def skip_all(lengths: np.ndarray, response: np.ndarray, target_length: int, rng:
     return skips_at(lengths, np.ones(lengths.size - 1, dtype=bool), target_length, rng)
 
 
+def skip_context(lengths: np.ndarray, response: np.ndarray, target_length: int, rng: np.random.Generator) -> Skips:
+    """Skip before every block but a response: between contexts, before the question, between turns.
+
+    Ours. SkipAlign's skip between an instruction and its response makes a model go on with nothing near, which no long
+    text does; here a response stays right behind what it answers. A sample without another boundary is cut at a random
+    token of its first block. For the sizes see [`skips_at`].
+    """
+    allowed = ~response[1:]
+    if not allowed.any():
+        if lengths[0] < 2:
+            return NO_SKIPS
+        cut = int(rng.integers(1, lengths[0]))
+        lengths, allowed = np.array([cut, lengths.sum() - cut]), np.array([True])
+    return skips_at(lengths, allowed, target_length, rng)
+
+
 def _turn_ends(response: np.ndarray) -> np.ndarray:
     """Bool `(blocks - 1,)`: the boundaries where a response is followed by an instruction."""
     return response[:-1] & ~response[1:]
@@ -251,6 +267,7 @@ STRATEGIES: dict[str, Sampler] = {
     "skip_inner": skip_inner,
     "skip_outer": skip_outer,
     "skip_all": skip_all,
+    "skip_context": skip_context,
     "pose": pose,
     "randpos": randpos,
     "cream": cream,

@@ -136,19 +136,20 @@ def hardware(args: "TrainingArguments") -> str:
     return f"{args.world_size} x {name}"
 
 
-def run_facts(args: "TrainingArguments", state: "TrainerState", *, resumed: bool) -> RunRecord:
+def run_facts(args: "TrainingArguments", state: "TrainerState", *, resumed: bool, copies: int = 1) -> RunRecord:
     """Return how a run went.
 
     Args:
         args: the arguments.
         state: the state, during or after training.
         resumed: whether it went on from a checkpoint; the time of the earlier part is not known then.
+        copies: how many processes share one model and so a batch.
     """
     seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
     return RunRecord(
         steps=state.global_step,
         epochs=None if state.epoch is None else round(float(state.epoch), 4),
-        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size // copies,
         learning_rate=float(args.learning_rate),
         schedule=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         optimizer=str(getattr(args.optim, "value", args.optim)),

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all")
+BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 
 class LongAlignSFTTrainer(WatchingSFTTrainer):
@@ -217,7 +217,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             ignore_padding_of_packed_rows(base.base_model, collator.pad_token_id, collator.pad_to_multiple_of)
         if collator.strategy != "none":
             self._check_lengths(collator.target_length)
-            self.coverage = CoverageCallback(collator.target_length)
+            self.coverage = CoverageCallback(collator.target_length, copies=self.get_tp_size())
             self.add_callback(self.coverage)
         self.add_callback(SkipPositionCallback(collator, preflight=self.args.preflight, log_probs=fused_log_probs))
         if self.args.eval_distances:
@@ -395,10 +395,10 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
                 max_length=self.args.max_length,
                 attention=base.config.get_text_config()._attn_implementation,
             ),
-            run=run_facts(self.args, self.state, resumed=self._resumed),
+            run=run_facts(self.args, self.state, resumed=self._resumed, copies=self.get_tp_size()),
             seed=self.args.seed,
             base=base_source(base.config, options.get("revision") if isinstance(options, dict) else None),
-            architecture=type(base).__name__,
+            architecture=type(base).__name__.removeprefix("FSDP"),  # FSDP2 renames the class while it trains
             data=self._data_source,
             coverage=coverage,
             distances=self.distances.record(self.state) if self.distances is not None else None,

@@ -17,7 +17,8 @@ class TrainingOptions:
     skip_strategy: str = field(
         default="skip_all",
         metadata={
-            "help": "How positions are skipped: none, skip_inner, skip_outer, skip_all, pose, randpos or cream.",
+            "help": "How positions are skipped: none, skip_inner, skip_outer, skip_all, skip_context, pose, randpos "
+            "or cream.",
             "choices": list(STRATEGIES),
         },
     )

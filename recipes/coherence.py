@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_longalign[eval]"]
+#
+# [tool.uv.sources]
+# hf_longalign = { git = "https://github.com/hf-longalign/hf_longalign" }
+# ///
 """The same as `hf-longalign coherence`, for those who launch scripts of a clone; its options: --help."""
 
 import sys

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_longalign[plot]"]
+#
+# [tool.uv.sources]
+# hf_longalign = { git = "https://github.com/hf-longalign/hf_longalign" }
+# ///
 """Train a tiny model on short samples, align it once per skip strategy, and ask it for facts at 16 times the length.
 
     python recipes/quickstart.py                 # under 4 minutes on 2 CPU cores, nothing is downloaded

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["hf_longalign[eval,synthesis]"]
+#
+# [tool.uv.sources]
+# hf_longalign = { git = "https://github.com/hf-longalign/hf_longalign" }
+# ///
 """Train arms that differ in one thing from a real model, ask all the same questions, and compare them in pairs.
 
     accelerate launch recipes/study.py --config recipes/smollm2-135m/study_cpu.yaml
@@ -70,6 +77,7 @@ ARMS = {
     "cream": Arm("cream", strategy="cream"),
     "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
     "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
+    "skip_context": Arm("skip_context", strategy="skip_context"),
 }
 
 

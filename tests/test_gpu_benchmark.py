@@ -27,8 +27,9 @@ def benchmark(folder, parts):
     return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
-def test_the_page_holds_the_formulas_table():
+def test_the_pages_hold_the_formulas_tables():
     assert formula.table() in (ROOT / "recipes" / "MEMORY.md").read_text()
+    assert formula.sharding_table() in (ROOT / "recipes" / "accelerate" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

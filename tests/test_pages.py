@@ -41,6 +41,7 @@ RUN = [
         "recipes/scale/README.md",
         "recipes/evaluation/README.md",
         "recipes/README.md",
+        "recipes/accelerate/README.md",
         "recipes/how_it_works.md",
         "recipes/publishing.md",
         "recipes/smollm2-135m/README.md",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_longalign.positions import STRATEGIES, composition, document_rng, get_strategy, sample_positions
 
 
-BOUNDARY = ("skip_inner", "skip_outer", "skip_all")
+BOUNDARY = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 
 def chi_square_limit(categories):

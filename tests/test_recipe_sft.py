@@ -292,3 +292,14 @@ def test_a_push_that_cannot_be_is_refused_before_torch_is_loaded(
     with pytest.raises(SystemExit):
         parse("--config", files / "config.yaml", "--output_dir", tmp_path, "--push_to_hub", *options)
     assert message in capsys.readouterr().err
+
+
+def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch):
+    """Copied to the other machine, as the message says, the run goes on."""
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda names: [*names, None])
+    with pytest.raises(ValueError, match=r"same checkpoints for every process, got \['checkpoint-2', None\]"):
+        sft.agreed_checkpoint(str(tmp_path))
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda names: names * 2)
+    assert sft.agreed_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")

@@ -24,6 +24,7 @@ STRATEGIES = {
     "skip_outer": "Positions jump between the turns.",
     "skip_all": "Positions jump at every boundary between blocks: turns, and where the data tells them, contexts and "
     "question.",
+    "skip_context": "Positions jump between contexts, before a question and between turns, never before a response.",
     "pose": "Positions jump once, at a random token (PoSE).",
     "randpos": "Positions are a random increasing subset of the target length (RandPos).",
     "cream": "Head and tail of a sample lie at the two ends of the target length, its middle between them (CREAM).",

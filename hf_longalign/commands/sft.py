@@ -161,6 +161,24 @@ def last_checkpoint(output_dir: str) -> str | None:
     return None
 
 
+def agreed_checkpoint(output_dir: str) -> str | None:
+    """Return the newest whole checkpoint, which all processes must find: else some would go on and some begin.
+
+    Raises:
+        ValueError: machines see different folders.
+    """
+    from accelerate.utils import gather_object
+
+    path = last_checkpoint(output_dir)
+    found = gather_object([path and Path(path).name])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"`output_dir` must hold the same checkpoints for every process, got {found} in {output_dir!r}. Set it to "
+            "a folder that all machines share, or copy the newest checkpoint to each of them."
+        )
+    return path
+
+
 def publish(trainer: "LongAlignSFTTrainer", args: PublishOptions) -> str:
     """Save the model and publish it, and return what to tell the user."""
     folder = str(trainer.args.output_dir)
@@ -217,7 +235,7 @@ def run(
         peft_config=get_peft_config(model_args),
     )
     resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(output_dir) if resume == "auto" else resume)
+    trainer.train(resume_from_checkpoint=agreed_checkpoint(output_dir) if resume == "auto" else resume)
     if training_args.push_to_hub:
         trainer.accelerator.print(publish(trainer, publish_args))
     else:
