@@ -50,9 +50,10 @@ def test_an_adapter_is_merged_at_its_revision_into_the_base_named(monkeypatch, c
     monkeypatch.setattr(
         "hf_longalign.adapter.merge_adapter", lambda *args, **options: asked.update(options, args=args)
     )
-    words = ("--base_model", "org/base", "--adapter_revision", "v2", "--dtype", "bfloat16")
-    assert main(["merge", "user/adapter", "out", *words]) == 0
-    assert asked == {"args": ("user/adapter", "out"), "base_model": "org/base", "revision": "v2", "dtype": "bfloat16"}
+    words = ("--base_model", "org/base", "--adapter_revision", "v2", "--dtype", "bfloat16", "--max_shard_size", "1GB")
+    assert main(["merge", "user/adapter", "out", *words, "--no_known_answers"]) == 0
+    named = {"base_model": "org/base", "revision": "v2", "dtype": "bfloat16", "max_shard_size": "1GB"}
+    assert asked == {"args": ("user/adapter", "out"), "known_answers": False, **named}
     assert capsys.readouterr().out == "Wrote out\n"
 
 

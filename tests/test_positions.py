@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_longalign.positions import STRATEGIES, composition, document_rng, get_strategy, sample_positions
 
 
-BOUNDARY = ("skip_inner", "skip_outer", "skip_all", "skip_context")
+BOUNDARY = ("skip_inner", "skip_outer", "skip_all")
 
 
 def chi_square_limit(categories):
@@ -120,6 +120,24 @@ def test_a_turn_ends_after_a_response_that_an_instruction_follows():
         )
         seen[strategy] |= set((np.flatnonzero(np.diff(positions) > 1) + 1).tolist())
     assert seen == {"skip_inner": {1, 2, 3, 5}, "skip_outer": {4}}
+
+
+def test_skip_context_never_skips_before_a_response():
+    # context, context, question, response, question, response
+    response = np.array([False, False, False, True, False, True])
+    seen, cuts = set(), set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        lengths = [2, 3, 2, 1, 2, 2]
+        places = sample_positions(lengths, strategy="skip_context", target_length=500, rng=rng, response=response)
+        seen |= set((np.flatnonzero(np.diff(places) > 1) + 1).tolist())
+        # One turn without contexts: its instruction is cut.
+        places = sample_positions([4, 3], strategy="skip_context", target_length=500, rng=rng)
+        cuts |= set((np.flatnonzero(np.diff(places) > 1) + 1).tolist())
+    assert seen == {2, 5, 8}
+    assert cuts == {1, 2, 3}
+    rng = np.random.default_rng(0)
+    assert sample_positions([1, 3], strategy="skip_context", target_length=50, rng=rng).tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("total", "parts"), [(0, 1), (5, 1), (0, 4), (4, 3), (6, 2)])
