@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign.attention import mark_boundaries
-from hf_longalign.blocks import IGNORE
+from hf_longalign.blocks import (
+    IGNORE,
+    Blocks,
+    block_response,
+    blocks_from_column,
+    blocks_from_labels,
+    blocks_to_column,
+)
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.loss import fused_log_probs
 from hf_longalign.publishing import PublishingSFTTrainer
@@ -62,7 +69,10 @@ def stretched_positions(block_lengths: ArrayLike, length: int, rng: np.random.Ge
 
 
 def first_documents(dataset: Any, count: int) -> list[dict[str, np.ndarray]]:
-    """Return the first documents that have a target: `input_ids`, `labels` and, where the rows tell them, `blocks`.
+    """Return the first documents that have a target: `input_ids`, `labels` and `blocks`, where a row may be cut.
+
+    A response and what it answers are one block: apart, a model would be asked to go on with nothing near, which no
+    long text does, and fail at any distance. Without another boundary what the first block holds is cut in the middle.
 
     Args:
         dataset: tokenised rows, packed or not.
@@ -73,19 +83,32 @@ def first_documents(dataset: Any, count: int) -> list[dict[str, np.ndarray]]:
         names = ("input_ids", "labels", "blocks", "block_lengths", "seq_lengths", "attention_mask")
         columns = {name: np.asarray(row[name]) for name in names if row.get(name) is not None}
         lengths, kept = columns.pop("block_lengths", None), columns.pop("attention_mask", None)
-        if lengths is not None:  # of a packed row, one number per token can be cut where its documents end
-            columns["blocks"] = np.repeat(np.arange(lengths.size) % 2, lengths)
-        ends = np.cumsum(columns.pop("seq_lengths", []))[:-1].astype(int)
+        documents = columns.pop("seq_lengths", None)
         columns.setdefault("labels", columns["input_ids"])
+        if lengths is not None:  # of a packed row, one number per token can be cut where its documents end
+            response = block_response(columns["labels"], lengths, documents)
+            columns["blocks"] = blocks_to_column(Blocks(lengths, response))
+        ends = np.cumsum([] if documents is None else documents)[:-1].astype(int)
         if kept is not None:
             columns = {name: values[kept != 0] for name, values in columns.items()}
         parts = {name: np.split(values, ends) for name, values in columns.items()}
         for index, labels in enumerate(parts["labels"]):
             if (labels[1:] != IGNORE).any():
-                found.append({name: values[index] for name, values in parts.items()})
+                document = {name: values[index] for name, values in parts.items()}
+                found.append({**document, "blocks": _joined(labels, document.get("blocks"))})
             if len(found) == count:
                 return found
     return found
+
+
+def _joined(labels: np.ndarray, column: np.ndarray | None) -> np.ndarray:
+    """One number per token, int `(n,)`, that changes where a row may be cut: at blocks, but before no response."""
+    lengths, response = blocks_from_labels(labels) if column is None else blocks_from_column(column)
+    starts = (np.cumsum(lengths) - lengths)[~response]
+    cuts = starts[starts > 0] if (starts > 0).any() else [max(1, lengths[0] // 2)]
+    changes = np.zeros(labels.size, dtype=int)
+    changes[cuts] = 1
+    return np.cumsum(changes) % 2
 
 
 def check_distances(distances: Sequence[int], rows: Sequence[dict[str, np.ndarray]], config: PretrainedConfig) -> None:

@@ -71,6 +71,21 @@ def test_plain_text_is_cut_in_the_middle_and_gaps_grow_in_proportion():
     assert (np.abs(shifts[1] - 10 * shifts[0]) <= 10).all()
 
 
+@pytest.mark.parametrize(
+    ("columns", "cuts"),
+    [
+        ({"labels": [-100] * 6 + [7, 8]}, [3]),
+        ({"labels": [-100, -100, 1, -100, -100, 2, 3, 4]}, [3]),
+        ({"labels": [-100] * 6 + [7, 8], "blocks": [0, 0, 1, 1, 0, 0, 3, 3]}, [2, 4]),
+        ({"labels": [-100] * 6 + [7, 8], "block_lengths": [1, 5, 2]}, [1]),
+        ({}, [4]),
+    ],
+)
+def test_a_response_stays_behind_what_it_answers(columns, cuts):
+    (row,) = first_documents([{"input_ids": list(range(8)), **columns}], 4)
+    assert (np.flatnonzero(np.diff(row["blocks"])) + 1).tolist() == cuts
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_loss_is_that_of_each_row_alone(tmp_path, packing):
     model = tiny_llama(initializer_range=0.3)
@@ -176,7 +191,7 @@ def test_documents_are_found_in_any_rows():
     assert found == [
         {"input_ids": [1, 2], "labels": [1, 2], "blocks": [0, 1]},
         {"input_ids": [3, 4, 5], "labels": [3, 4, 5], "blocks": [0, 1, 1]},
-        {"input_ids": [7, 8], "labels": [7, 8]},
+        {"input_ids": [7, 8], "labels": [7, 8], "blocks": [0, 1]},
     ]
     assert len(first_documents(rows, 1)) == 1
 
