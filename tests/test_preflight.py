@@ -93,7 +93,9 @@ def test_hybrids_pass_padded_with_a_warning(family, caplog):
     assert "skips act on its attention layers only" in caplog.text
 
 
-@pytest.mark.parametrize("strategy", ["skip_inner", "skip_outer", "skip_all", "skip_context", "pose", "randpos", "cream"])
+@pytest.mark.parametrize(
+    "strategy", ["skip_inner", "skip_outer", "skip_all", "skip_context", "pose", "randpos", "cream"]
+)
 @pytest.mark.parametrize("target_length", [8, 9, 64, 256])
 def test_every_strategy_and_small_target_lengths(strategy, target_length):
     for packed in (False, True):
