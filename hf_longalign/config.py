@@ -12,61 +12,11 @@ from hf_longalign.training_options import TrainingOptions
 
 @dataclass
 class LongAlignSFTConfig(TrainingOptions, SFTConfig):
-    r"""Configuration of [`LongAlignSFTTrainer`]: every field of [`trl.SFTConfig`] and the ones below.
+    """Configuration of [`LongAlignSFTTrainer`]: every field of [`trl.SFTConfig`], and those of [`TrainingOptions`].
 
-    Parameters:
-        > Parameters that control the positions
-
-        skip_strategy (`str`, *optional*, defaults to `"skip_all"`):
-            How positions are skipped: `"none"`, SkipAlign's `"skip_inner"`, `"skip_outer"` and `"skip_all"`
-            (https://arxiv.org/abs/2405.03939), `"skip_context"` (anywhere but before a response), `"pose"`,
-            `"randpos"` or `"cream"`. See [`~hf_longalign.positions.sample_positions`].
-        skip_target_length (`int` or `None`, *optional*):
-            Number of positions to spread a sample over. `None`: the range the model is made for, RoPE scaling
-            included.
-        skip_probability (`float`, *optional*, defaults to `0.5`):
-            Share of the samples that are skipped; the others keep ordinary positions.
-        rope_type (`str` or `None`, *optional*):
-            Scale the model's RoPE before it is loaded, so that its range covers `skip_target_length`: `"yarn"`,
-            `"linear"`, `"dynamic"`, `"llama3"` or `"proportional"` (Gemma 4). The model must be given by its name; see
-            [`~hf_longalign.rope.scale_rope`].
-
-        > Parameters that control the loss
-
-        loss_weighting (`str`, *optional*, defaults to `"token"`):
-            `"token"`: every target token of an optimiser step weighs the same, as in TRL. `"sequence"`: every sequence
-            does, LongAlign's formula (https://arxiv.org/abs/2401.18058), exact under packing, gradient accumulation
-            and several processes.
-
-        > Parameters that control the evaluation
-
-        eval_distances (`list[int]`, *optional*):
-            Distances, such as `[4096, 16384]`: each evaluation also gives the loss of short evaluation rows whose
-            blocks are moved apart until relative distances reach them, as `eval_loss_at_4096` and so on, which
-            `metric_for_best_model` may name. Measured before the first step, too. See
-            [`~hf_longalign.distances.stretched_positions`].
-        eval_distances_rows (`int`, *optional*, defaults to `16`):
-            How many rows, the first ones of the evaluation data.
-
-        > Parameters that control the card and the push
-
-        base_name (`str` or `None`, *optional*):
-            What the card and the published files call the base model, where it was loaded from a local folder: its
-            Hub id, or a neutral name.
-        license (`str` or `None`, *optional*):
-            Licence of the trained model, as the Hub names it.
-        languages (`list[str]`, *optional*):
-            ISO 639 codes of its languages.
-        hub_strategy (`str`, *optional*, defaults to `"end"`):
-            With `push_to_hub`, what is pushed before the end: `"end"`, nothing, unlike TRL's default; `"every_save"`,
-            every checkpoint, each as one commit that is compared and repeated like the last one. One that fails is
-            logged, and the training goes on.
-
-        > Parameters that control the checks
-
-        preflight (`bool`, *optional*, defaults to `True`):
-            Whether to prove with a few tiny forwards, before the first step, that documents do not see each other and
-            that attention reaches across skipped positions.
+    With `push_to_hub`, nothing is pushed before the end, unlike in TRL: set `hub_strategy="every_save"` to push every
+    checkpoint. Each is one commit that is compared and repeated like the last one; one that fails is logged, and the
+    training goes on.
 
     Example:
 

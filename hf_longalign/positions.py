@@ -272,6 +272,8 @@ STRATEGIES: dict[str, Sampler] = {
     "randpos": randpos,
     "cream": cream,
 }
+# Those that skip only between the blocks of a sample, never inside one.
+BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 
 class _Digest(np.random.bit_generator.ISeedSequence):

@@ -39,6 +39,7 @@ from hf_longalign.loss import (
     ignore_padding_of_packed_rows,
     one_label_per_sequence,
 )
+from hf_longalign.positions import BOUNDARY_STRATEGIES
 from hf_longalign.preflight import check_no_virtual_tokens
 from hf_longalign.preparation import (
     RowPreparer,
@@ -60,8 +61,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 logger = logging.getLogger(__name__)
-
-BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 
 class LongAlignSFTTrainer(WatchingSFTTrainer):

@@ -12,19 +12,23 @@ ROPE_TYPES = ("yarn", "linear", "dynamic", "llama3", "proportional")
 
 @dataclass
 class TrainingOptions:
-    """The fields of `LongAlignSFTConfig` without those of `trl.SFTConfig`, for a command line; they are told there."""
+    """The fields of [`LongAlignSFTConfig`] without those of [`trl.SFTConfig`]; each is told in its help."""
 
+    # Parameters that control the positions
     skip_strategy: str = field(
         default="skip_all",
         metadata={
-            "help": "How positions are skipped: none, skip_inner, skip_outer, skip_all, skip_context, pose, randpos "
-            "or cream.",
+            "help": "How positions are skipped: none, SkipAlign's skip_inner, skip_outer and skip_all "
+            "(https://arxiv.org/abs/2405.03939), skip_context (not before a response), pose, randpos or cream.",
             "choices": list(STRATEGIES),
         },
     )
     skip_target_length: int | None = field(
         default=None,
-        metadata={"help": "Number of positions to spread a sample over. Default: the range the model is made for."},
+        metadata={
+            "help": "Number of positions to spread a sample over. Unset: the range the model is made for, scaling "
+            "included."
+        },
     )
     skip_probability: float = field(
         default=0.5,
@@ -33,30 +37,46 @@ class TrainingOptions:
     rope_type: str | None = field(
         default=None,
         metadata={
-            "help": "Scale RoPE so that the model's range covers `skip_target_length`. Default: the model's own.",
+            "help": "Scale RoPE before the model is loaded, so that its range covers `skip_target_length`; the model "
+            "must be given by its name. proportional is Gemma 4's. Unset: the model's own.",
             "choices": list(ROPE_TYPES),
         },
     )
+
+    # Parameters that control the loss
     loss_weighting: Literal["token", "sequence"] = field(
         default="token",
-        metadata={"help": "Whether every target token (token) or every sequence (sequence) weighs the same."},
+        metadata={
+            "help": "Whether every target token of a step weighs the same, as in TRL (token), or every sequence "
+            "(sequence), LongAlign's formula (https://arxiv.org/abs/2401.18058)."
+        },
     )
+
+    # Parameters that control the evaluation
+    eval_distances: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Distances such as 4096 16384: each evaluation also gives the loss of short rows whose blocks are "
+            "moved apart until relative distances reach them, as eval_loss_at_4096, before the first step too."
+        },
+    )
+    eval_distances_rows: int = field(default=16, metadata={"help": "How many rows, the first of the evaluation data."})
+
+    # Parameters that control the card and the push
     base_name: str | None = field(
         default=None,
         metadata={"help": "What the card calls a base that was a local folder: its Hub id, or a neutral name."},
     )
     license: str | None = field(default=None, metadata={"help": "Licence of the trained model, as the Hub names it."})
     languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
-    eval_distances: list[int] | None = field(
-        default=None,
-        metadata={"help": "Distances at which evaluations give the loss of stretched rows, such as 4096 16384."},
-    )
-    eval_distances_rows: int = field(
-        default=16, metadata={"help": "Rows of the evaluation data that are stretched to `eval_distances`."}
-    )
+
+    # Parameters that control the checks
     preflight: bool = field(
         default=True,
-        metadata={"help": "Whether to prove before the first step that attention over skipped positions is right."},
+        metadata={
+            "help": "Prove by a few tiny forwards before the first step that documents do not see each other and that "
+            "attention reaches across skipped positions."
+        },
     )
 
     def check(self) -> None:

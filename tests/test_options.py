@@ -140,7 +140,7 @@ def test_hard_distractors_are_found_by_an_encoder(tmp_path):
     ]
     builder = ContextSynthesisBuilder(
         seeds=given, cache_dir=tmp_path, checks=["support"], n_distractors=1, show_progress=False,
-        hard_share=1.0, hard_by="embeddings", embedding_model=str(tmp_path / "encoder"),
+        hard_share=1.0, embedding_model=str(tmp_path / "encoder"),
     )  # fmt: skip
     builder.download_and_prepare()
     row = builder.as_dataset(split="train")[0]
@@ -168,7 +168,7 @@ def test_suites_take_their_options(tmp_path, model, monkeypatch):
     report = evaluate(
         str(model), suites=["puzzles", "ruler", "perplexity"], puzzles=["latest"], diagnose=True,
         ruler_tasks=["ruler_qa_squad"], ruler_questions=str(write(tmp_path / "squad.jsonl", questions)),
-        perplexity_limit=2, perplexity_window=256, output_dir=str(tmp_path / "report"), **common,
+        limit=2, perplexity_window=256, output_dir=str(tmp_path / "report"), **common,
     )  # fmt: skip
     puzzles, ruler = report.suites
     assert puzzles.tasks[0].diagnosis and ruler.tasks[0].task == "ruler_qa_squad" and ruler.tasks[0].samples == 1

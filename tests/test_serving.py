@@ -2,13 +2,7 @@
 
 import json
 import math
-import os
 import shlex
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 import warnings
 from dataclasses import replace
 
@@ -16,6 +10,7 @@ import pytest
 import torch
 from fake_endpoint import FakeEndpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig
+from served import transformers_serve
 from test_adapter import train
 from test_trainer import make_trainer
 from tiny import tiny_llama, tiny_tokenizer
@@ -283,38 +278,16 @@ def test_an_adapter_is_compared_with_what_it_answers_here(trained, tmp_path):
 
 
 def test_a_real_server_answers_past_the_range_of_the_base_as_the_local_model(trained, tmp_path):
-    """`transformers serve`, started as `serve_command` says."""
-    for module in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(module, reason='needs pip install "transformers[serving]" "hf_longalign[eval]"')
     _, _, merged = trained
-    (tmp_path / "hub").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = shlex.split(serve_command(merged, "transformers"), comments=True)
-    words = [sys.executable, "-m", "transformers.cli.transformers", *words[1:-1], str(port), "--device", "cpu"]
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-        generator = EndpointGenerator(str(merged), f"http://127.0.0.1:{port}")
+    assert serve_command(merged, "transformers").endswith(f"\ntransformers serve {merged} --port 8000")
+    with transformers_serve(merged, tmp_path) as url:
+        generator = EndpointGenerator(str(merged), url)
         prompt = Prompt("probe", "", 0, ledger(24), (), 32)
         ((_, served),) = generator.generate([prompt])
         told = generator.check_answers(load_record(merged).answers, str(merged))
         wrong = replace(load_record(merged).answers, answers=["Nothing"] * len(load_record(merged).answers.lines))
         with pytest.raises(ValueError, match="must answer as"):
             generator.check_answers(wrong, str(merged))
-    finally:
-        process.terminate()
-        process.wait(30)
     assert told.endswith("answered the same")
     tokenizer = AutoTokenizer.from_pretrained(merged)
     local = LocalGenerator(AutoModelForCausalLM.from_pretrained(merged), tokenizer)

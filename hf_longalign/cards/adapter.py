@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from hf_longalign.cards.markdown import code, listed, table
 from hf_longalign.cards.page import CARD, REPOSITORY, check_license, merge_card, render
 from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
+from hf_longalign.positions import BOUNDARY_STRATEGIES
 from hf_longalign.records.names import is_hub_id, suite_of
 from hf_longalign.records.report import Report
 from hf_longalign.records.training import HubSource, TrainingRecord
@@ -18,18 +19,9 @@ from hf_longalign.run_record import load_record
 from hf_longalign.serving import command_of
 
 
-STRATEGIES = {
-    "none": "Positions are ordinary.",
-    "skip_inner": "Positions jump inside a turn, between instruction and response.",
-    "skip_outer": "Positions jump between the turns.",
-    "skip_all": "Positions jump at every boundary between blocks: turns, and where the data tells them, contexts and "
-    "question.",
-    "skip_context": "Positions jump between contexts, before a question and between turns, never before a response.",
-    "pose": "Positions jump once, at a random token (PoSE).",
-    "randpos": "Positions are a random increasing subset of the target length (RandPos).",
-    "cream": "Head and tail of a sample lie at the two ends of the target length, its middle between them (CREAM).",
-}
 REPORT = "report.json"
+# Methods by their tag, with what is cited for them: what was not used must not be, for a citation is a claim.
+METHODS = {"skipalign": "wu2024long", "pose": "zhu2023pose", "randpos": None, "cream": None}
 PICTURES = {
     "needle_accuracy": "Accuracy by context length",
     "needle_heatmap": "Accuracy by depth and length",
@@ -76,11 +68,10 @@ def adapter_card(
     (True, True)
     """
     check_license(license=license)  # the Hub says so only when everything was uploaded
-    config = adapter_config or {}
-    base = _base(record, config, base_model)
-    data = record.data
-    strategy, whole = record.positions.strategy, adapter_config is None
+    config, data, whole = adapter_config or {}, record.data, adapter_config is None
+    base, strategy = _base(record, config, base_model), record.positions.strategy
     skipped, lora = strategy != "none", config.get("peft_type") == "LORA"
+    method = "skipalign" if strategy in BOUNDARY_STRATEGIES else strategy
     metadata = ModelCardData(
         base_model=base.name if base else None,
         base_model_relation=("finetune" if whole else "adapter") if base else None,
@@ -90,7 +81,7 @@ def adapter_card(
         license=license,
         pipeline_tag="text-generation",
         tags=[
-            *("hf_longalign", *(["long-context"] if skipped else []), *_method_tags(strategy)),
+            *("hf_longalign", *(["long-context"] if skipped else []), *([method] if method in METHODS else [])),
             *(["lora"] if lora else []),
             *("trl", "sft", *(tag for tag in tags if tag not in ("trl", "sft", "hf_longalign"))),
         ],
@@ -100,6 +91,14 @@ def adapter_card(
     serving = None
     with suppress(ValueError):  # not every RoPE is known to be served as it was trained
         serving = command_of(record, adapter_config, repo_id, base_model=base.name if base else None)
+    # One beside the card, drawn for a report, wins over one in a folder.
+    paths = {PurePosixPath(path).stem: path for path in sorted(images, key=lambda path: -path.count("/"))}
+    cited = {
+        METHODS.get(method): True,
+        "bai2024longalign": record.training.loss_weighting == "sequence",
+        "bai2023longbench": report is not None and any(suite.suite == "longbench" for suite in report.suites),
+        "vonwerra2020trl": True,
+    }
     values = {
         "serving": serving,
         "record": record,
@@ -108,16 +107,16 @@ def adapter_card(
         "data": data,
         "whole": whole,
         "skipped": skipped,
+        "keeps_blocks": strategy in BOUNDARY_STRATEGIES,
         "kind": ("model" if whole else "LoRA adapter" if lora else "adapter"),
         "name": repo_id,
         "scaled": '"factor"' in json.dumps(record.rope.rope_parameters),  # per layer type in some models
         "python": _python,
-        "how": STRATEGIES.get(strategy, "Positions are drawn by a function of the author's own."),
         "adapter": _adapter(config),
         "duration": duration,
         "distances": _distances(record),
-        "pictures": {name: (title, path) for name, title in PICTURES.items() if (path := _path(images, name))},
-        "citations": _citations(record, report),
+        "pictures": {name: (title, paths[name]) for name, title in PICTURES.items() if name in paths},
+        "citations": [key for key, used in cited.items() if key and used],
         **{helper.__name__: helper for helper in (headline, reaches, scores_note, scores_table, suite_of)},
     }
     return render("adapter.md.jinja", metadata, values)
@@ -130,32 +129,6 @@ def _base(record: TrainingRecord, config: Mapping[str, Any], given: str | None) 
         return None
     revision = known.revision if known and known.name == name else None
     return HubSource(name, revision or (config.get("revision") if named == name else None))
-
-
-def _method_tags(strategy: str) -> list[str]:
-    return (
-        ["skipalign"]
-        if strategy.startswith("skip_")
-        else [strategy]
-        if strategy in ("pose", "randpos", "cream")
-        else []
-    )
-
-
-def _citations(record: TrainingRecord, report: Report | None) -> list[str]:
-    # Only what was used: a citation is a claim about the method.
-    papers = {"skipalign": "wu2024long", "pose": "zhu2023pose"}
-    keys = [papers[tag] for tag in _method_tags(record.positions.strategy) if tag in papers]
-    keys += ["bai2024longalign"] if record.training.loss_weighting == "sequence" else []
-    keys += ["bai2023longbench"] if report and any(suite.suite == "longbench" for suite in report.suites) else []
-    return [*keys, "vonwerra2020trl"]
-
-
-def _path(images: Sequence[str], name: str) -> str | None:
-    """The picture of that name; one beside the card, drawn for a report, before one in a folder."""
-    return next(
-        (path for path in sorted(images, key=lambda path: path.count("/")) if PurePosixPath(path).stem == name), None
-    )
 
 
 def _adapter(config: Mapping[str, Any]) -> str:

@@ -76,8 +76,10 @@ class SynthesizeArguments:
         default="OPENAI_API_KEY",
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
-    max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
-    batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
+    max_concurrency: int | None = field(
+        default=None,
+        metadata={"help": "The most requests at once: to one endpoint (unset: 64), or of a local model (unset: 16)."},
+    )
     judge_model: str | None = field(
         default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
     )
@@ -152,15 +154,17 @@ def make_generators(args: SynthesizeArguments) -> tuple[Generator | str, Generat
 
 def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str]) -> Generator:
     """Return the generator of a model: its endpoints', or a local one on this process's own device."""
+    most = args.max_concurrency
     if endpoints:
-        return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=args.max_concurrency)
+        options = {} if most is None else {"max_concurrency": most}
+        return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, **options)
     from accelerate import PartialState
 
     from hf_longalign.synthesis.local import TransformersGenerator
 
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
-    return TransformersGenerator(model, batch_size=args.batch_size, device=device)
+    return TransformersGenerator(model, device=device, **({} if most is None else {"batch_size": most}))
 
 
 def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards: int = 1) -> dict[str, Any]:

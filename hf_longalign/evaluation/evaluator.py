@@ -41,7 +41,7 @@ from hf_longalign.evaluation.models import (
 )
 from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
-from hf_longalign.evaluation.perplexity import PerplexitySuite
+from hf_longalign.evaluation.perplexity import DOCUMENTS, PerplexitySuite
 from hf_longalign.evaluation.placement import needle_prompts
 from hf_longalign.evaluation.plan import GRIDS, cells_to_refine, plan_grid, seconds_per_prompt
 from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
@@ -218,7 +218,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
             documents = load_documents(options.perplexity_documents or options.haystack, options)
-            window, limit = options.perplexity_window or max(grid.lengths), options.perplexity_limit
+            window, limit = options.perplexity_window or max(grid.lengths), options.limit or DOCUMENTS
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
             asked: dict[str, Any] = {"max_length": examined.reach, "limit": options.limit, "chat": chat}

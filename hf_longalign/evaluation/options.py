@@ -101,12 +101,13 @@ class SuiteOptions:
         None, "Tokens that longer LongBench prompts are cut to, as published: 3500, 7500, 31500."
     )
     short_tasks: list[str] = _option(list(SHORT), "lm-eval tasks of short contexts.")
-    limit: int | None = _option(None, "Questions per task of longbench and short.")
+    limit: int | None = _option(
+        None, "Questions per task of longbench and short (unset: all), documents of perplexity (unset: 20)."
+    )
     perplexity_documents: str | None = _option(
         None, "Long documents for perplexity, as `haystack`; unset: the haystack's."
     )
     perplexity_window: int | None = _option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
-    perplexity_limit: int = _option(20, "Documents that perplexity is read of.")
 
     def check(self, endpoint: str | None = None) -> None:
         """Refuse, before anything is loaded, what would fail later.
@@ -129,8 +130,7 @@ class SuiteOptions:
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        numbers = ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window", "perplexity_limit")
-        for name in numbers:
+        for name in ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value!r}. Set a larger number, or leave it out.")

@@ -186,7 +186,7 @@ class PerplexitySuite:
                 "set with longer ones."
             )
         if len(self.documents) == limit:
-            logger.info("Perplexity is read of the first %d documents. Set `perplexity_limit` for more.", limit)
+            logger.info("Perplexity is read of the first %d documents. Set `limit` for more.", limit)
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
         """Have each model read this process's share of the documents."""

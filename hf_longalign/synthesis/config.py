@@ -144,9 +144,8 @@ class SynthesisOptions:
     hard_share: float = field(
         default=0.0, metadata={"help": "How likely the next distractor is the one closest to the gold context."}
     )
-    hard_by: str = field(default="bm25", metadata={"help": 'What "closest" means: "bm25" or "embeddings".'})
     embedding_model: str | None = field(
-        default=None, metadata={"help": 'The transformers encoder of hard_by "embeddings".'}
+        default=None, metadata={"help": "The transformers encoder that says what is closest; unset: BM25 does."}
     )
     reference: str = field(
         default="auto",
@@ -189,6 +188,11 @@ class SynthesisOptions:
         self.extra_fields()
         # Last, as it reads fields whose own values must be right first.
         self._validate_together()
+
+    @property
+    def hard_by(self) -> str:
+        """What says which context is closest to the gold one."""
+        return "bm25" if self.embedding_model is None else "embeddings"
 
     @property
     def distractor_limit(self) -> int | None:
@@ -237,10 +241,6 @@ class SynthesisOptions:
                 '`documents` must be given where `distractor_sources` holds "documents", got none. Name files.',
             ),
             (
-                self.hard_by == "embeddings" and self.hard_share > 0 and self.embedding_model is None,
-                '`embedding_model` must be given with hard_by "embeddings", got None. Name an encoder.',
-            ),
-            (
                 self.difficulty == "answer_loss" and self.difficulty_model is None,
                 '`difficulty_model` must be given with difficulty "answer_loss", got None. Name a causal model.',
             ),
@@ -264,7 +264,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("context", "instruction"),
     "difficulty": (None, "closed_book", "answer_loss"),
     "difficulty_use": USES,
-    "hard_by": ("bm25", "embeddings"),
     "reference": ("auto", "all", "none"),
 }
 _LARGE = 10**9

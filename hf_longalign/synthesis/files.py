@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 # These shape only how contexts are put together: another value needs no context anew.
 _COMPOSITION = (
-    *("n_distractors", "target_tokens", "distractor_sources", "hard_share", "hard_by"),
+    *("n_distractors", "target_tokens", "distractor_sources", "hard_share"),
     *("embedding_model", "reference", "test_share", "general_data", "general_share"),
 )
 # So much of a text to be summarised stands for it when the closest others are looked for.
@@ -220,10 +220,10 @@ class Files:
             " ".join(self.pool.text(index).split()[:_QUERY_WORDS]) if find_task(task).is_summary else instruction
             for index, (task, instruction) in enumerate(zip(*columns, strict=True))
         ]
-        if config.hard_by == "bm25":
+        if config.embedding_model is None:
             score = by_bm25(self.pool, queries)
         else:
-            score = by_embeddings(self.pool, queries, config.embedding_model or "")
+            score = by_embeddings(self.pool, queries, config.embedding_model)
         write_array(path, nearest(self.pool, config.distractor_sources, score))
 
 

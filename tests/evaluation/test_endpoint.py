@@ -5,17 +5,15 @@ import json
 import logging
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from fake_endpoint import FakeEndpoint
+from served import transformers_serve
 from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -325,37 +323,14 @@ def test_the_recipe_reports_what_the_server_tells_and_asks_it_once(tmp_path):
 
 
 def test_a_real_server_answers_as_the_local_generator(tmp_path):
-    for module in ("fastapi", "uvicorn"):
-        pytest.importorskip(module, reason='needs pip install "transformers[serving]"')
     folder = make_tiny_chat(tmp_path / "tiny")
-    (tmp_path / "hub").mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     prompts = [prompt_of("Which town was warned first?"), prompt_of("Context: a long text about", chat=False)]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-        url = f"http://127.0.0.1:{port}"
+    with transformers_serve(folder, tmp_path) as url:
         served = dict(EndpointGenerator(str(folder), url).generate(prompts))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         facts = EndpointGenerator(str(folder), url).look(prompts, token_counter(tokenizer, chat=True))
         with pytest.raises(EndpointError, match=f"Server is pinned to.*{folder.name}"):
             list(EndpointGenerator("org/other", url).generate(prompts))
-    finally:
-        process.terminate()
-        process.wait(30)
     # It says nothing of its range, and reads what it is sent.
     assert (facts.reach, facts.base) == (None, None) and facts.read == facts.sent
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -344,7 +344,7 @@ BAD = {
     ),
     "source": ({"distractor_sources": ["web"]}, r"`distractor_sources` must hold only same_task, .*, got 'web'"),
     "check": ({"checks": ["spelling"]}, r"`checks` must hold only complete, .*, got 'spelling'"),
-    "choice": ({"hard_by": "tfidf"}, r"`hard_by` must be one of 'bm25', 'embeddings', got 'tfidf'"),
+    "choice": ({"reference": "some"}, r"`reference` must be one of 'auto', 'all', 'none', got 'some'"),
     "range": ({"test_share": 1.5}, r"`test_share` must be between 0 and 0\.99, got 1\.5"),
     "tokenizer": ({"target_tokens": 4096}, r"`tokenizer` must be given with `target_tokens`, got None"),
     "task": ({"seeds": [{**PAIRS[0], "task": "squad"}]}, r"seeds, row 1, column `task`: unknown task"),

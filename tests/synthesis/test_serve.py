@@ -1,15 +1,10 @@
 """A real endpoint on loopback: `transformers serve` with a tiny model made on the fly."""
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from functools import partial
 
 import pytest
+from served import transformers_serve
 from tiny_chat import make_tiny_chat
 
 from hf_longalign.endpoint.client import OpenAIGenerator
@@ -19,41 +14,12 @@ from hf_longalign.synthesis.local import TransformersGenerator
 from hf_longalign.synthesis.runner import Runner
 
 
-for module in ("openai", "fastapi", "uvicorn"):
-    pytest.importorskip(module, reason='needs pip install "transformers[serving]"')
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """The model's folder and the server's URL."""
     folder = make_tiny_chat(tmp_path_factory.mktemp("models") / "tiny")
-    home = tmp_path_factory.mktemp("home")
-    (home / "hub").mkdir()  # the list of models fails without it
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with (home / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/health", process, home / "log")
-        yield str(folder), f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_for(url, process, log):
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with transformers_serve(folder, tmp_path_factory.mktemp("home")) as url:
+        yield str(folder), url
 
 
 def _request(generator, prompt, **sampling):
