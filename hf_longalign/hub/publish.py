@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,7 @@ def publish_dataset(
         )
     _check_number(files, "Write fewer shards, each up to 5 GB.")
     to = Destination(repo_id, "dataset", private, branch, create_pr, tag, token, endpoint)
-    return _send(
-        files,
-        to,
-        folder,
-        owned=lambda name: _SHARD.fullmatch(name) is not None,
-        dry_run=dry_run,
-        allow=allow,
-        resume_command=resume_command,
-    )
+    return _send(files, to, folder, lambda name: bool(_SHARD.fullmatch(name)), dry_run, allow, resume_command)
 
 
 def publish_adapter(
@@ -177,23 +170,13 @@ def publish_adapter(
     to = Destination(
         repo_id, "model", private, branch, create_pr, tag, token, endpoint, message or Destination.message
     )
-    return _send(
-        files,
-        to,
-        folder,
-        base_model=base_model,
-        owned=_is_owned,
-        dry_run=dry_run,
-        allow=allow,
-        resume_command=resume_command,
-    )
+    return _send(files, to, folder, _is_owned, dry_run, allow, resume_command, base_model)
 
 
 def _send(
     files: Mapping[str, Path | bytes],
     to: Destination,
     folder: Path,
-    *,
     owned: Callable[[str], bool],
     dry_run: str | Path | None,
     allow: Collection[str],
@@ -204,16 +187,9 @@ def _send(
     check_private(files, Machine.here(to.repo_id, base_model, token=to.token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
-    resume_command = resume_command or publish_command(
-        folder,
-        to.repo_id,
-        base_model=base_model,
-        private=to.private,
-        branch=to.branch,
-        create_pr=to.create_pr,
-        tag=to.tag,
-        allow=allow,
-    )
+    if resume_command is None:
+        given = {name: getattr(to, name) for name in ("repo_id", "private", "branch", "create_pr", "tag")}
+        resume_command = publish_command(folder, **given, base_model=base_model, allow=allow)
     return push(files, to, owned=owned, resume_command=resume_command)
 
 
@@ -249,6 +225,7 @@ def publish_command(
 
 
 def _is_published(name: str) -> bool:
+    # `*` of fnmatch matches slashes too.
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in PUBLISHED)
 
 
@@ -307,28 +284,20 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
         )
     changed = {}
     for name, text in texts.items():
+        read: Callable[[str], Any] = str
+        new, shown = text, read
         if name.endswith(".json"):
+            read, shown = json.loads, partial(json.dumps, ensure_ascii=False)
             value = json.loads(text)
-            new = _renamed(value, local, base_model)
             if name == "adapter_config.json" and base_model is not None:
-                new["base_model_name_or_path"] = base_model
-            if new != value:
-                changed[name] = (json.dumps(new, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-        else:
-            # The longest first: one folder may lie in another.
-            for path in sorted(local, key=len, reverse=True):
-                text = text.replace(path, str(base_model))
-            if text != texts[name]:
-                changed[name] = text.encode("utf-8")
+                value["base_model_name_or_path"] = base_model
+            new = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # The longest first: one folder may lie in another.
+        for path in sorted(local, key=len, reverse=True):
+            new = new.replace(shown(path), shown(str(base_model)))
+        if read(new) != read(text):
+            changed[name] = new.encode("utf-8")
     return changed
-
-
-def _renamed(value: Any, local: Collection[str], base_model: str | None) -> Any:
-    if isinstance(value, dict):
-        return {key: _renamed(item, local, base_model) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_renamed(item, local, base_model) for item in value]
-    return base_model if isinstance(value, str) and value in local else value
 
 
 def check_base_name(base_name: str | None, base: str | None) -> None:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,33 +56,6 @@ class PublishError(RuntimeError):
     """A push that is not complete; the message says how to go on."""
 
 
-def repeat(push: Callable[[], Result], repo_id: str, resume_command: str | None = None) -> Result:
-    """Run a push until it succeeds, waiting longer each time; what cannot pass by itself is raised at once.
-
-    Raises:
-        PublishError: the push failed for good or too often.
-
-    Example:
-
-    >>> repeat(lambda: "done", "user/rows")
-    'done'
-    """
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return push()
-        except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
-            # The client wraps what happens to an upload in a RuntimeError "Error while uploading …".
-            cause: BaseException = error
-            while isinstance(cause, RuntimeError) and not isinstance(cause, PublishError) and cause.__cause__:
-                cause = cause.__cause__
-            if not _passes(cause) or attempt == ATTEMPTS:
-                raise PublishError(_message(cause, repo_id, resume_command)) from error
-            wait = _seconds(cause, attempt)
-            logger.warning("Push to %s failed (%s); again in %.0f s.", repo_id, _line(cause), wait)
-            time.sleep(wait)
-    raise AssertionError("unreachable")
-
-
 def _passes(error: BaseException) -> bool:
     if isinstance(error, OfflineModeIsEnabled):
         return False
@@ -106,19 +79,14 @@ def _seconds(error: BaseException, attempt: int) -> float:
     return random.uniform(0.5, 1.0) * 2**attempt
 
 
-def _message(error: BaseException, repo_id: str, resume_command: str | None) -> str:
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    remedy = REMEDIES.get(status, "") if status else ""
-    if isinstance(error, OfflineModeIsEnabled):
-        remedy = "Unset `HF_HUB_OFFLINE`."
-    go_on = f"To go on, run: {resume_command}" if resume_command else "Call it again to go on."
+def _message(error: BaseException, repo_id: str, resume_command: str) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     parts = (
         f"The push to {repo_id} is not complete: {_line(error)}.",
-        remedy,
-        "What readers see is as it was or complete, never half.",
-        go_on,
+        "Unset `HF_HUB_OFFLINE`." if isinstance(error, OfflineModeIsEnabled) else REMEDIES.get(status, ""),
+        f"What readers see is as it was or complete, never half. To go on, run: {resume_command}",
     )
-    return " ".join(part for part in parts if part)
+    return " ".join(filter(None, parts))
 
 
 def _line(error: BaseException) -> str:
@@ -163,7 +131,7 @@ def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_
         to: where to.
         owned: whether a path of the repository is written by pushes of this kind alone: it is deleted if it is not in
             `files`.
-        resume_command: named in the error, see [`repeat`].
+        resume_command: the command that goes on, for the error.
 
     Raises:
         ValueError: the repository holds something else, or another visibility or tag than asked for.
@@ -178,12 +146,22 @@ def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_
     if get_token() is None and to.token is None:
         raise ValueError("`token` must have the right to write, got none. Run `hf auth login` first, or set it.")
     api = HfApi(endpoint=to.endpoint, token=to.token)
-
-    def attempt() -> str:
-        with _patience():
-            return _Attempt(api, to, files, owned).run()
-
-    return repeat(attempt, to.repo_id, resume_command)
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            with _patience():
+                return _Attempt(api, to, files, owned).run()
+        except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
+            # The client wraps what happens to an upload in a RuntimeError "Error while uploading …".
+            cause: BaseException = error
+            while isinstance(cause, RuntimeError) and not isinstance(cause, PublishError) and cause.__cause__:
+                cause = cause.__cause__
+            if not _passes(cause) or attempt == ATTEMPTS:
+                raise PublishError(_message(cause, to.repo_id, resume_command)) from error
+            wait = _seconds(cause, attempt)
+            logger.warning("Push to %s failed (%s); again in %.0f s.", to.repo_id, _line(cause), wait)
+            time.sleep(wait)
 
 
 def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
@@ -193,13 +171,11 @@ def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
     """
     to.check()
     folder = check_dry_run(folder)
-    for name, content in files.items():
+    for name, content in _final(files, to.repo_id, _published_card(to)).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if name == CARD:
-            path.write_bytes(_merged(content, to.repo_id, _published_card(to)))
-        elif isinstance(content, bytes):
-            path.write_bytes(_named(content, to.repo_id))
+        if isinstance(content, bytes):
+            path.write_bytes(content)
         else:
             shutil.copy2(content, path)
     logger.info("Dry run: what would go to %s is in %s.", to.repo_id, folder)
@@ -214,12 +190,15 @@ def check_dry_run(folder: str | Path) -> Path:
     return folder
 
 
+@dataclass
 class _Attempt:
     """One run through all steps of a push; any of them may fail, and the next attempt starts over."""
 
-    def __init__(self, api: HfApi, to: Destination, files: Files, owned: Callable[[str], bool]) -> None:
-        self.api, self.to, self.files, self.owned = api, to, files, owned
-        self.repo: dict[str, Any] = {"repo_type": to.repo_type}
+    api: HfApi
+    to: Destination
+    files: Files
+    owned: Callable[[str], bool]
+    repo: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> str:
         # Every step looks before it writes, so that an attempt after a lost answer finds its own work done.
@@ -230,9 +209,8 @@ class _Attempt:
         head = str(info.sha)
         held = self._held(head)
         card = _read_card(self.api, self.to, self.repo["repo_id"], head) if CARD in held else None
-        data = {name: _named(content, self.repo["repo_id"]) for name, content in sorted(self.files.items())}
-        data[CARD] = _merged(self.files[CARD], self.repo["repo_id"], card)
-        additions = [CommitOperationAdd(name, content) for name, content in data.items()]
+        final = _final(self.files, self.repo["repo_id"], card)
+        additions = [CommitOperationAdd(name, content) for name, content in sorted(final.items())]
         stale = [name for name in sorted(held) if self.owned(name) and name not in self.files]
         # Only what an earlier push of ours left may go: our cards name the package, other people's do not.
         if stale and "hf_longalign" not in (card or ""):
@@ -257,7 +235,8 @@ class _Attempt:
     def _create(self) -> str:
         """Create the repository unless it is there, and return its URL."""
         to = self.to
-        self.repo["repo_id"] = to.repo_id if "/" in to.repo_id else f"{self.api.whoami()['name']}/{to.repo_id}"
+        name = to.repo_id if "/" in to.repo_id else f"{self.api.whoami()['name']}/{to.repo_id}"
+        self.repo = {"repo_type": to.repo_type, "repo_id": name}
         info: Any
         try:
             info = self.api.repo_info(**self.repo)
@@ -336,14 +315,15 @@ def _same(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> 
     return True
 
 
-def _merged(card: Path | bytes, repo_id: str, published: str | None) -> bytes:
+def _final(files: Files, repo_id: str, published: str | None) -> dict[str, Any]:
+    """The files as they go: ours with the repository's whole name, the card with what people wrote in it."""
+    named = {
+        name: content.replace(REPOSITORY.encode(), repo_id.encode()) if isinstance(content, bytes) else content
+        for name, content in files.items()
+    }
+    card = files[CARD]
     text = (card if isinstance(card, bytes) else card.read_bytes()).decode("utf-8")
-    return merge_card(text.replace(REPOSITORY, repo_id), published).encode("utf-8")
-
-
-def _named(content: Any, repo_id: str) -> Any:
-    """What was written for this push, with the repository's whole name; a file stays as it is."""
-    return content.replace(REPOSITORY.encode(), repo_id.encode()) if isinstance(content, bytes) else content
+    return {**named, CARD: merge_card(text.replace(REPOSITORY, repo_id), published).encode("utf-8")}
 
 
 def _read_card(api: HfApi, to: Destination, repo_id: str, revision: str | None) -> str:

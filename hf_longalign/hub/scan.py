@@ -13,9 +13,11 @@ import string
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -122,7 +124,8 @@ class Machine:
             user = getpass.getuser()
         except (KeyError, OSError):  # a user without a name, in a container
             user = ""
-        names = {host, host.split(".")[0], user}
+        # One of letters alone, or one that others share, is a word like any other.
+        names = {name for name in (host, host.split(".")[0], user) if len(name) >= 4 and not name.isalpha()}
         return cls(
             # Short values and plain words ("true", "12345678") would be found everywhere.
             secrets=tuple(
@@ -134,13 +137,13 @@ class Machine:
             ),
             # Not `/` or `/root`, which stand in texts of any machine.
             folders=tuple(sorted({str(path) for path in (Path.home(), Path.cwd()) if len(path.parts) > 2})),
-            names=tuple(sorted(name for name in names if _is_telling(name) and name.lower() not in shown)),
+            names=tuple(sorted(n for n in names if n.lower() not in _COMMON and n.lower() not in shown)),
             hosts=(host,) if len(host) >= 4 and host.lower() not in _COMMON else (),
             looks_at_disk=True,
         )
 
     def patterns(self) -> dict[str, str]:
-        """Kind -> pattern, of what is worth searching for."""
+        """Kind -> pattern, of what is searched for everywhere, in vocabularies and pictures too."""
         kinds = {
             "a secret of this machine": (self.secrets, r"(%s)"),
             "a folder of this machine": (self.folders, r"(?:^|[^\w.:-])((?:%s)(?:[/\\][^\s\"'`<>|:;,)\]}]*|\b))"),
@@ -148,20 +151,6 @@ class Machine:
             "this host": (self.hosts, r"(?://|\w@)(%s)\b"),
         }
         return {kind: frame % "|".join(map(re.escape, words)) for kind, (words, frame) in kinds.items() if words}
-
-
-def _is_telling(name: str) -> bool:
-    """Whether a name stands out among words: one with digits or signs, and nobody else's.
-
-    >>> [_is_telling(name) for name in ("gpu-node-17", "j.doe", "anna", "ec2-user", "root")]
-    [True, True, False, False, False]
-    """
-    return len(name) >= 4 and name.lower() not in _COMMON and not name.isalpha()
-
-
-def row_patterns(machine: Machine) -> dict[str, str]:
-    """What is searched for everywhere, in the rows of a data set too: secrets, and this machine's own."""
-    return {**SECRETS, **machine.patterns()}
 
 
 def find_private(text: str, patterns: Mapping[str, str], allow: Collection[str] = ()) -> Iterator[Find]:
@@ -186,7 +175,7 @@ def find_in_text(text: str, machine: Machine, allow: Collection[str] = ()) -> It
     ['gpu-node-17', '/home/me/llama']
     """
     seen: list[str] = []
-    finds = list(find_private(text, {**row_patterns(machine), **PATHS}, allow))
+    finds = list(find_private(text, {**SECRETS, **machine.patterns(), **PATHS}, allow))
     for match in _LOCAL.finditer(text) if machine.looks_at_disk else ():
         first, second = match[1].split("/")[1:3]
         # Two parts that exist here: a path such as /v1/models of an API does not.
@@ -200,10 +189,9 @@ def find_in_text(text: str, machine: Machine, allow: Collection[str] = ()) -> It
 
 
 def _is_allowed(kind: str, found: str, allow: Collection[str]) -> bool:
-    within = [text.rstrip("/\\") for text in allow] if kind in _PATH_KINDS else []
-    return any(found in text for text in allow) or any(
-        text and found.startswith((f"{text}/", f"{text}\\")) for text in within
-    )
+    folders = [text.rstrip("/\\") for text in allow] if kind in _PATH_KINDS else []
+    within = tuple(f"{folder}{slash}" for folder in folders if folder for slash in "/\\")
+    return found.startswith(within) or any(found in text for text in allow)
 
 
 def _is_meant(kind: str, found: str) -> bool:
@@ -259,25 +247,31 @@ def scan(files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[
         if name.endswith(".parquet"):
             places = _in_parquet(content, machine, allow)
         elif name.endswith(".safetensors"):
-            places = _in_json(_safetensors_header(content), machine, allow)
+            # 8 bytes of its length, then JSON (https://github.com/huggingface/safetensors#format).
+            with _opened(content) as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            places = _in_json(header, machine, allow)
         else:
-            data = content if isinstance(content, bytes) else content.read_bytes()
-            places = _in_file(name, data, machine, allow)
+            with _opened(content) as file:
+                places = _in_file(name, file.read(), machine, allow)
         for where, find in places:
             yield Finding(name, where, find)
 
 
+def _opened(content: Path | bytes) -> BinaryIO:
+    return BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+
+
 def _in_file(name: str, data: bytes, machine: Machine, allow: Collection[str]) -> Iterator[tuple[str, Find]]:
+    own = partial(find_private, patterns=machine.patterns(), allow=allow)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
         # Every byte is a character of latin-1, so a picture or a model file can be searched like a text.
-        for find in find_private(data.decode("latin-1"), machine.patterns(), allow):
-            yield "its bytes", find
+        yield from (("its bytes", find) for find in own(data.decode("latin-1")))
         return
     if name in _VOCABULARY:
-        for find in find_private(text, machine.patterns(), allow):
-            yield "its vocabulary", find
+        yield from (("its vocabulary", find) for find in own(text))
         return
     value = None
     if name.endswith(".json"):
@@ -285,10 +279,10 @@ def _in_file(name: str, data: bytes, machine: Machine, allow: Collection[str]) -
             value = json.loads(text)
     if value is not None:
         yield from _in_json(value, machine, allow)
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            for find in find_in_text(line, machine, allow):
-                yield f"line {number}", find
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        for find in find_in_text(line, machine, allow):
+            yield f"line {number}", find
 
 
 def _in_json(value: Any, machine: Machine, allow: Collection[str]) -> Iterator[tuple[str, Find]]:
@@ -312,17 +306,8 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(item, key)
 
 
-def _safetensors_header(content: Path | bytes) -> Any:
-    """The header: 8 bytes of its length, then JSON (https://github.com/huggingface/safetensors#format)."""
-    if isinstance(content, bytes):
-        return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    with content.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
-
-
 def _in_parquet(content: Path | bytes, machine: Machine, allow: Collection[str]) -> Iterator[tuple[str, Find]]:
-    source = pa.BufferReader(content) if isinstance(content, bytes) else content
-    with pq.ParquetFile(source) as file:
+    with _opened(content) as source, pq.ParquetFile(source) as file:
         for key, value in (file.metadata.metadata or {}).items():
             if key != b"ARROW:schema":  # the same again, in base64
                 for find in find_in_text(value.decode("utf-8", "replace"), machine, allow):
@@ -330,7 +315,7 @@ def _in_parquet(content: Path | bytes, machine: Machine, allow: Collection[str])
         for name in file.schema_arrow.names:
             for find in find_in_text(name, machine, allow):
                 yield "a column's name", find
-        yield from _in_rows(file, row_patterns(machine), allow)
+        yield from _in_rows(file, {**SECRETS, **machine.patterns()}, allow)
 
 
 def _in_rows(file: pq.ParquetFile, patterns: Mapping[str, str], allow: Collection[str]) -> Iterator[tuple[str, Find]]:
