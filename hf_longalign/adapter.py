@@ -7,17 +7,19 @@ the same one in another precision or quantised apart.
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, metadata_load
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import metadata_load
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -25,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hf_longalign.probe import token_ids
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, legacy_rope, model_range, rope_record
-from hf_longalign.run_record import load_record, save_record
+from hf_longalign.run_record import load_record, model_file, save_record
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ _HEAD = 4096
 _TENSORS = 8
 # Twice the rounding of bfloat16, in which most models are published.
 _TOLERANCE = 2**-8
+# Which dimension counts tokens in an adapter's weights for an embedding or a head: trained whole, by LoRA, or for new
+# tokens alone.
+_TOKEN_WEIGHTS = {"weight": 0, "base_layer.weight": 0, "token_adapter.base_layer.weight": 0, "lora_B.weight": 0}
+_TOKEN_WEIGHTS |= {"lora_embedding_A": 1}
 # Read by whoever sees PEFT's warning of it.
 MARK = "rope_was_scaled_so_load_with_hf_longalign_load_adapter"
 
@@ -172,21 +178,17 @@ def _write_card(folder: Path, adapter: str | Path, revision: str | None, base_id
     from hf_longalign.cards import write_adapter_card
     from hf_longalign.plots import draw_training
 
-    facts: dict[str, Any] = {}
-    card = Path(adapter) / "README.md"
-    with suppress(EntryNotFoundError):
-        if not Path(adapter).is_dir():
-            card = Path(hf_hub_download(str(adapter), "README.md", revision=revision))
-    if card.is_file():
-        data = metadata_load(card) or {}
-        languages = data.get("language") or []
-        facts = {"license": data.get("license"), "base_model": data.get("base_model")}
-        facts["languages"] = [languages] if isinstance(languages, str) else languages
-    if not Path(base_id).exists():
-        facts["base_model"] = base_id
+    card = model_file(adapter, "README.md", revision)
+    data: dict[str, Any] = (card and metadata_load(card)) or {}
+    languages = data.get("language") or []
     with suppress(ImportError):
         draw_training(load_record(folder), folder / "assets")
-    write_adapter_card(folder, **facts)
+    write_adapter_card(
+        folder,
+        license=data.get("license"),
+        languages=[languages] if isinstance(languages, str) else languages,
+        base_model=data.get("base_model") if Path(base_id).exists() else base_id,
+    )
 
 
 @contextmanager
@@ -275,30 +277,23 @@ def _put_on(base: PreTrainedModel, adapter: str | Path, revision: str | None) ->
 def _resize_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
     """Give the base model as many tokens as the adapter's embeddings have; it brings the new rows itself."""
     layers: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
-    names = {name: module for name, module in base.named_modules() if any(module is layer for layer in layers)}
-    rows = {name: size for name in names if (size := _rows_of(name, weights)) is not None}
+    names = [name for name, module in base.named_modules() if any(module is layer for layer in layers)]
+    rows: dict[str, int] = {}
+    for name, (part, dimension) in product(names, _TOKEN_WEIGHTS.items()):
+        if (found := weights.get(f"base_model.model.{name}.{part}")) is not None:
+            rows.setdefault(name, found.shape[dimension])
     new = max(rows.values(), default=0) - layers[0].weight.shape[0]
     if not rows or new == 0:
         return
     base.resize_token_embeddings(max(rows.values()), mean_resizing=False)
     shared = layers[1] is None or layers[0].weight is layers[1].weight
-    for name in set() if shared else set(names) - set(rows):
+    for name in [] if shared else sorted(set(names) - set(rows)):
         logger.warning(
             "The adapter was saved without the rows of `%s` for %d new tokens, which are random now. Train with that "
             "module in `modules_to_save` to keep them.",
             name,
             new,
         )
-
-
-def _rows_of(name: str, weights: dict[str, torch.Tensor]) -> int | None:
-    """The number of tokens that an adapter's weights for an embedding or a head have."""
-    prefix = f"base_model.model.{name}."
-    for part in ("weight", "base_layer.weight", "token_adapter.base_layer.weight", "lora_B.weight"):
-        if prefix + part in weights:
-            return weights[prefix + part].shape[0]
-    factor = weights.get(prefix + "lora_embedding_A")
-    return None if factor is None else factor.shape[1]
 
 
 def _check_merge(
@@ -381,28 +376,22 @@ def weights_sample(model: nn.Module) -> dict[str, list[float]]:
     >>> {name: len(values) for name, values in weights_sample(model).items()}
     {'embed.weight': 8, 'norm.weight': 2}
     """
-    found = {name: weight for name, weight in _kept_weights(model) if type(weight.data) is torch.Tensor}
-    names = sorted(found)
-    step = max(1, -(-len(names) // _TENSORS))
-    sample = {}
-    for name in names[::step]:
-        flat = found[name].detach().flatten()
-        head = flat[:_HEAD]  # an embedding may have grown at its end by new tokens
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        kept = isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+        # PEFT keeps the base's own module, if it trains a copy, under `original_module`.
+        adapted = "lora_" in name or "modules_to_save" in name
+        # A DTensor holds a part alone.
+        if weight is not None and kept and not adapted and type(weight.data) is torch.Tensor:
+            found[f"{name.replace('.base_layer', '').replace('.original_module', '')}.weight"] = weight
+    names, sample = sorted(found), {}
+    for name in names[:: max(1, -(-len(names) // _TENSORS))]:
+        head = found[name].detach().flatten()[:_HEAD]  # an embedding may have grown at its end by new tokens
         values = head[:: max(1, head.numel() // _VALUES_EACH)][:_VALUES_EACH].float().cpu().tolist()
         if values:  # ZeRO-3 leaves an empty tensor
             sample[name] = [float(f"{value:.6g}") for value in values]
     return sample
-
-
-def _kept_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, module in model.named_modules():
-        kind = type(module).__name__.lower()
-        weight = getattr(module, "weight", None)
-        # PEFT keeps the base's own module, if it trains a copy, under `original_module`.
-        adapted = "lora_" in name or "modules_to_save" in name
-        if weight is not None and not adapted and ("norm" in kind or isinstance(module, nn.Embedding)):
-            clean = name.replace(".base_layer", "").replace(".original_module", "")
-            yield f"{clean}.weight", weight
 
 
 def check_weights(sample: dict[str, list[float]], model: nn.Module) -> None:
@@ -425,11 +414,8 @@ def check_weights(sample: dict[str, list[float]], model: nn.Module) -> None:
         return
     for name, expected in sample.items():
         values = present.get(name, [])
-        same = len(values) == len(expected) and all(
-            abs(value - other) <= _TOLERANCE * max(abs(value), abs(other)) + 1e-6
-            for value, other in zip(values, expected, strict=True)
-        )
-        if not same:
+        near = partial(math.isclose, rel_tol=_TOLERANCE, abs_tol=1e-6)
+        if len(values) != len(expected) or not all(map(near, values, expected)):
             raise ValueError(
                 f"The base model must have the weights its adapter was trained on, got others in `{name}`. Give the "
                 "model and revision the adapter names."

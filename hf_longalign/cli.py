@@ -11,10 +11,11 @@ from hf_longalign.version import __version__
 
 
 class Command(NamedTuple):
-    """A command and its module of `hf_longalign.commands`: `read` its options, then `run` it."""
+    """A command and its module of `hf_longalign.commands`: `read` its options, then `run` with them."""
 
     help: str
     module: str
+    read: str = "read"
 
 
 COMMANDS = {
@@ -24,8 +25,8 @@ COMMANDS = {
     "evaluate": Command("ask base and adapter the same questions", "evaluate"),
     "coherence": Command("does a data set need its contexts?", "coherence"),
     "journal": Command("look into the replies that a synthesis has paid for", "journal"),
-    "merge": Command("write base and adapter as one model", "merge"),
-    "serve-command": Command("how to serve an adapter with its RoPE", "serve_command"),
+    "merge": Command("write base and adapter as one model", "serving", "read_merge"),
+    "serve-command": Command("how to serve an adapter with its RoPE", "serving", "read_serve"),
     "push": Command("publish a data set or an adapter", "publishing"),
 }
 
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     # `read` imports no torch, so that a wrong option is refused at once; what `run` needs it imports itself.
     module = import_module(f"hf_longalign.commands.{command.module}")
-    options = module.read(rest)
+    options = getattr(module, command.read)(rest)
     start_logging()
     try:
         return int(module.run(*options))

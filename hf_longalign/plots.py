@@ -1,6 +1,8 @@
 """Every picture: scores by length and depth, perplexity, distances covered in training, lengths of a data set.
 
-Drawn without a display or a global state; equal numbers give equal bytes.
+Drawn without a display or a global state; equal numbers give equal bytes. Each function draws with a `title` that says
+what the reader should see, writes a PNG to `path`, whose folder it makes, and returns the path; it raises an
+ImportError where matplotlib is missing.
 """
 
 from bisect import bisect_right
@@ -65,13 +67,11 @@ def plot_accuracy_by_length(
     intervals: Mapping[str, ArrayLike] | None = None,
     what: str = "accuracy, exact match",
 ) -> Path:
-    """Draw accuracy against context length, one labelled curve per model, and return the file's path.
+    """Draw accuracy against context length, one labelled curve per model.
 
     Args:
         curves: float `(lengths,)` accuracies from 0 to 1 by name.
         lengths: context lengths in tokens, ascending; drawn on a logarithmic axis.
-        path: where the PNG goes; its folder is made.
-        title: what the reader should see.
         train_length: length of the training samples in tokens, drawn as a line.
         highlight: names drawn thick, the last one in the strongest colour; the others are thin.
         intervals: float `(lengths, 2)` lower and upper ends of the confidence intervals by name, drawn as bands.
@@ -79,7 +79,6 @@ def plot_accuracy_by_length(
 
     Raises:
         ValueError: a curve that is not one accuracy per length.
-        ImportError: matplotlib is missing.
     """
     lines = {name: _checked(name, values, (len(lengths),)) for name, values in curves.items()}
     bands = {name: _checked(name, values, (len(lengths), 2)) for name, values in (intervals or {}).items()}
@@ -91,33 +90,32 @@ def plot_accuracy_by_length(
             axes.text(train_length * 1.04, 0.02, "training length", color=QUIET, fontsize=9)
         for name, accuracy in lines.items():
             thick = name in highlight
-            axes.plot(
-                lengths,
-                accuracy,
-                marker="o",
-                markersize=6 if thick else 4,
-                linewidth=2.8 if thick else 1.4,
-                color=colours[name],
-                clip_on=False,
-                zorder=4 if thick else 3,
-            )
+            size, width, above = (6, 2.8, 4) if thick else (4, 1.4, 3)
+            style = {"marker": "o", "markersize": size, "linewidth": width, "zorder": above}
+            axes.plot(lengths, accuracy, color=colours[name], clip_on=False, **style)
         for name, band in bands.items():
             axes.fill_between(lengths, band[:, 0], band[:, 1], color=colours[name], alpha=0.15, linewidth=0)
-        _label_ends(axes, {name: float(accuracy[-1]) for name, accuracy in lines.items()}, colours, highlight)
-        _log_axis(axes, lengths)
+        # Each curve is named beside its right end, which is easier to follow than a legend.
+        ends, beside = {name: float(accuracy[-1]) for name, accuracy in lines.items()}, axes.get_yaxis_transform()
+        for name, height in spread(ends, gap=0.062, top=1.06).items():
+            drawn = {"transform": beside, "color": colours[name]}
+            axes.plot([1.015, 1.055], [ends[name], height], clip_on=False, linewidth=0.8, **drawn)
+            weight = "bold" if name in highlight else "normal"
+            axes.text(1.065, height, f"{ends[name]:.2f}  {name}", va="center", fontsize=10, fontweight=weight, **drawn)
+        _log_axis(axes, lengths, "context length in tokens")
         axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (1 if len(lengths) > 1 else 1.15))
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("context length in tokens")
         axes.set_ylabel(what)
         axes.grid(axis="y")
     return Path(path)
 
 
-def _log_axis(axes: Any, ticks: Sequence[int]) -> None:
+def _log_axis(axes: Any, ticks: Sequence[int], label: str) -> None:
     """A horizontal axis of lengths in which each doubling is as wide as the one before."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, tick_labels(ticks))
     axes.minorticks_off()
+    axes.set_xlabel(label)
 
 
 def _line_colours(names: Sequence[str], highlight: Sequence[str]) -> dict[str, str]:
@@ -125,23 +123,6 @@ def _line_colours(names: Sequence[str], highlight: Sequence[str]) -> dict[str, s
     ordered = [name for name in reversed(highlight) if name in names]
     ordered += [name for name in names if name not in ordered]
     return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(ordered)}
-
-
-def _label_ends(axes: Any, ends: dict[str, float], colours: dict[str, str], highlight: Sequence[str]) -> None:
-    """Name each curve beside its right end, which is easier to follow than a legend."""
-    beside = axes.get_yaxis_transform()
-    for name, height in spread(ends, gap=0.062, top=1.06).items():
-        axes.plot([1.015, 1.055], [ends[name], height], transform=beside, clip_on=False, color=colours[name], lw=0.8)
-        axes.text(
-            1.065,
-            height,
-            f"{ends[name]:.2f}  {name}",
-            transform=beside,
-            va="center",
-            fontsize=10,
-            fontweight="bold" if name in highlight else "normal",
-            color=colours[name],
-        )
 
 
 def spread(heights: Mapping[str, float], *, gap: float, top: float) -> dict[str, float]:
@@ -171,14 +152,12 @@ def plot_heatmap(
     title: str,
     reach: Mapping[str, int] | None = None,
 ) -> Path:
-    """Draw accuracy by depth and length, one panel per model on one colour scale, and return the file's path.
+    """Draw accuracy by depth and length, one panel per model on one colour scale.
 
     Args:
         panels: float `(depths, lengths)` accuracies from 0 to 1 by name, side by side.
         lengths: context lengths in tokens, one per column.
         depths: place of the fact, 0 at the beginning of the context, 1 at its end, one per row.
-        path: where the PNG goes; its folder is made.
-        title: what the reader should see.
         reach: effective length by name, after whose column a line is drawn.
 
     Raises:
@@ -211,13 +190,11 @@ def plot_heatmap(
 def plot_perplexity(
     curves: Mapping[str, Sequence[float | None]], edges: Sequence[int], path: str | Path, *, title: str
 ) -> Path:
-    """Draw perplexity against position, one labelled curve per model, and return the file's path.
+    """Draw perplexity against position, one labelled curve per model.
 
     Args:
         curves: perplexity by bin and name, `None` where a bin has no token.
         edges: `(bins + 1,)` positions, ascending; bin i holds those from `edges[i]` to `edges[i + 1] - 1`.
-        path: where the PNG goes; its folder is made.
-        title: what the reader should see.
 
     Raises:
         ValueError: a curve that is not one value per bin.
@@ -236,9 +213,8 @@ def plot_perplexity(
         axes.set_yscale("log", subs=[])  # matplotlib's own marks of a log axis are powers of ten: here, mostly none
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
-        _log_axis(axes, ticks)
+        _log_axis(axes, ticks, "tokens before the predicted one")
         axes.set_xlim(edges[0] or ticks[0] / 2, edges[-1])
-        axes.set_xlabel("tokens before the predicted one")
         axes.set_ylabel("perplexity, lower is better")
         axes.grid(axis="y")
         axes.legend(frameon=False)
@@ -276,9 +252,7 @@ def plot_coverage(
 
     Args:
         coverage: what a run covered, as `longalign_config.json` holds it.
-        path: where the PNG goes; its folder is made.
         evaluated_lengths: context lengths in tokens, drawn as lines.
-        title: what the reader should see.
 
     Raises:
         ValueError: a coverage without a histogram.
@@ -380,12 +354,7 @@ def plot_distances(
     Args:
         curves: mean loss by length and name.
         lengths: distances in positions, ascending.
-        path: where the PNG goes; its folder is made.
-        title: what the reader should see.
         ordinary: loss of the same rows as they are, drawn as a line across.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
     colours = _line_colours(list(curves), list(curves))
     with _canvas(path, (6.4, 3.2), title) as figure:
@@ -394,28 +363,20 @@ def plot_distances(
             axes.plot(lengths, values, marker="o", color=colours[name], linewidth=2, label=name)
         if ordinary is not None:
             axes.axhline(ordinary, color=INK, linestyle=(0, (3, 2)), linewidth=1.1, label="rows as they are")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, tick_labels(lengths))
-        axes.minorticks_off()
-        axes.set_xlabel("distance that the rows reach, in positions")
+        _log_axis(axes, lengths, "distance that the rows reach, in positions")
         axes.set_ylabel("loss, lower is better")
-        axes.grid(axis="y", color=QUIET, alpha=0.3, linewidth=0.6)
+        axes.grid(axis="y")
         axes.legend(frameon=False)
     return Path(path)
 
 
 def draw_training(record: TrainingRecord, folder: Path) -> None:
-    """Draw what a training record has numbers for: `coverage.png` and `distances.png`.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draw what a training record has numbers for: `coverage.png` and `distances.png`."""
     if record.coverage is not None and record.coverage.documents:
         plot_coverage(record.coverage, folder / "coverage.png")
     found = record.distances
-    if found is not None and len(found.lengths) > 1:
-        curves = {"before training": found.before, "after training": found.after}
-        known = {name: values for name, values in curves.items() if values is not None}
+    curves = {"before training": found.before, "after training": found.after} if found else {}
+    known = {name: losses for name, losses in curves.items() if losses is not None}
+    if found and known and len(found.lengths) > 1:
         title = f"Loss by distance, {found.rows} rows moved apart"
-        if known:
-            plot_distances(known, found.lengths, folder / "distances.png", title=title)
+        plot_distances(known, found.lengths, folder / "distances.png", title=title)

@@ -35,7 +35,7 @@ class PublishingSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         if is_peft_model(self.model):
             # Else PEFT writes a template with nothing filled in into every folder, or into a person's card.
-            self.model.create_or_update_model_card = _no_card
+            self.model.create_or_update_model_card = lambda output_dir: None
 
     def training_record(self) -> TrainingRecord:
         """Return what a reader of the model or adapter must know to load, repeat and judge it."""
@@ -67,7 +67,9 @@ class PublishingSFTTrainer(SFTTrainer):
 
         record, config = self.training_record(), None
         if is_peft_model(self.model):
-            config = json.loads(json.dumps(self.model.active_peft_config.to_dict(), default=_as_json))
+            # As PEFT saves it: sets of modules are lists there.
+            plain = self.model.active_peft_config.to_dict()
+            config = json.loads(json.dumps(plain, default=lambda v: sorted(v) if isinstance(v, set) else str(v)))
         try:
             draw_training(record, Path(folder) / "assets")
         except ImportError as error:
@@ -132,10 +134,7 @@ class PublishingSFTTrainer(SFTTrainer):
             token: a token with the right to write; `None`: `hub_token`, or the one of this machine.
             revision: branch to push to; `None`: `hub_revision`.
             private: whether a new repository is private; `None`: `hub_private_repo`.
-            create_pr: as in [`publish_adapter`], and so all that follow.
-            tag: the same.
-            dry_run: the same.
-            allow: the same.
+            create_pr, tag, dry_run, allow: as in [`publish_adapter`].
             **card: arguments of [`create_model_card`].
 
         Raises:
@@ -201,11 +200,3 @@ class PublishingSFTTrainer(SFTTrainer):
 
                 mark_scaled(folder, record.rope, self.model.get_base_model().config._name_or_path)
             self._write_card(folder)
-
-
-def _no_card(output_dir: str) -> None:
-    """Stand in for PEFT's writing of a README: the trainer writes its own."""
-
-
-def _as_json(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)

@@ -72,16 +72,15 @@ def model_range(config: PretrainedConfig) -> int:
             f"`max_position_embeddings` must be a number of positions, got {limit!r} in the config of "
             f"{text_config.model_type!r}. Set the target length yourself."
         )
-    lengths = [_range_of(parameters, limit) for _, parameters in _scalable(text_config)]
+    lengths = []
+    for _, parameters in _scalable(text_config):
+        kind, original = _rope_type(parameters), limit
+        if kind == "yarn":
+            original = parameters.get("original_max_position_embeddings", limit)
+        factor = parameters.get("factor") if kind in ("yarn", "dynamic") else None
+        # Rounded, as a target / original * original may lie an ulp below the target.
+        lengths.append(limit if factor is None else round(original * factor))
     return min(lengths, default=limit)
-
-
-def _range_of(parameters: dict[str, Any], limit: int) -> int:
-    rope_type, factor = _rope_type(parameters), parameters.get("factor")
-    if factor is None or rope_type not in ("yarn", "dynamic"):
-        return limit
-    original = parameters.get("original_max_position_embeddings", limit) if rope_type == "yarn" else limit
-    return round(original * factor)  # a target / original * original may lie an ulp below the target
 
 
 def _rope_type(parameters: dict[str, Any]) -> str:
@@ -131,7 +130,20 @@ def scale_rope(
     >>> model_range(scaled)
     32768
     """
-    _check_request(target_length, rope_type, parameters)
+    if isinstance(target_length, bool) or not isinstance(target_length, int) or target_length < 1:
+        raise ValueError(
+            f"`target_length` must be a positive integer, got {target_length!r}. Set the length you need."
+        )
+    if rope_type not in SCALING_KEYS:
+        raise ValueError(
+            f"`rope_type` must be one of {sorted(SCALING_KEYS)}, got {rope_type!r}. Set 'yarn' if in doubt."
+        )
+    unknown = sorted(set(parameters) - SCALING_KEYS[rope_type])
+    if unknown:
+        raise ValueError(
+            f"`{unknown[0]}` is no parameter of {rope_type!r} RoPE that can be set (`factor` follows from the target "
+            f"length), got {parameters[unknown[0]]!r}. Set one of {sorted(SCALING_KEYS[rope_type])}, or nothing."
+        )
     scaled = copy.deepcopy(config)
     text_config = scaled.get_text_config()
     entries = list(_scalable(text_config))
@@ -164,23 +176,6 @@ def _set_rope(text_config: PretrainedConfig, rope: dict[str, Any] | None, limit:
         text_config.original_max_position_embeddings = rope["original_max_position_embeddings"]
 
 
-def _check_request(target_length: int, rope_type: str, parameters: dict[str, Any]) -> None:
-    if isinstance(target_length, bool) or not isinstance(target_length, int) or target_length < 1:
-        raise ValueError(
-            f"`target_length` must be a positive integer, got {target_length!r}. Set the length you need."
-        )
-    if rope_type not in SCALING_KEYS:
-        raise ValueError(
-            f"`rope_type` must be one of {sorted(SCALING_KEYS)}, got {rope_type!r}. Set 'yarn' if in doubt."
-        )
-    unknown = sorted(set(parameters) - SCALING_KEYS[rope_type])
-    if unknown:
-        raise ValueError(
-            f"`{unknown[0]}` is no parameter of {rope_type!r} RoPE that can be set (`factor` follows from the target "
-            f"length), got {parameters[unknown[0]]!r}. Set one of {sorted(SCALING_KEYS[rope_type])}, or nothing."
-        )
-
-
 def _scaled(
     old: dict[str, Any], reach: int, target_length: int, rope_type: str, parameters: dict[str, Any]
 ) -> dict[str, Any]:
@@ -196,23 +191,17 @@ def _scaled(
             f"`rope_type` must be {old_type!r}, the scaling this model was made with, got {rope_type!r}. Set "
             f"`rope_type={old_type!r}` to scale it further."
         )
-    kept = {key: value for key, value in old.items() if key not in _EVERY_SCALING_KEY}
-    inherited = {key: old[key] for key in SCALING_KEYS[rope_type] if key in old and old_type == rope_type}
-    inherited.pop("attention_factor", None)  # it belongs to the old factor
-    new = {
-        **kept,
-        **(LLAMA3_DEFAULTS if rope_type == "llama3" else {}),
-        **inherited,
-        **parameters,
-        "rope_type": rope_type,
-    }
-    if rope_type == "longrope":
-        for key in ("short_factor", "long_factor"):
-            if not isinstance(new.get(key), (list, tuple)):
-                raise ValueError(
-                    f"`{key}` must be a list of numbers for 'longrope', got {new.get(key)!r}. Set it to the factors "
-                    "found for this model, or take `rope_type='yarn'`, which needs none."
-                )
+    new = {key: value for key, value in old.items() if key not in _EVERY_SCALING_KEY}
+    new |= LLAMA3_DEFAULTS if rope_type == "llama3" else {}
+    # Of its own type only; the attention factor belongs to the old factor.
+    inherited = SCALING_KEYS[rope_type] - {"attention_factor"} if old_type == rope_type else set()
+    new |= {key: old[key] for key in inherited if key in old} | parameters | {"rope_type": rope_type}
+    for key in ("short_factor", "long_factor") if rope_type == "longrope" else ():
+        if not isinstance(new.get(key), (list, tuple)):
+            raise ValueError(
+                f"`{key}` must be a list of numbers for 'longrope', got {new.get(key)!r}. Set it to the factors found "
+                "for this model, or take `rope_type='yarn'`, which needs none."
+            )
     if "original_max_position_embeddings" in SCALING_KEYS[rope_type]:
         new.setdefault("original_max_position_embeddings", reach)
     if rope_type in ("yarn", "longrope"):

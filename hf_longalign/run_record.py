@@ -6,7 +6,7 @@ Only what is known for certain stands in it, and no path of the machine that tra
 import json
 import re
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +34,23 @@ def save_record(directory: str | Path, record: TrainingRecord) -> Path:
     return path
 
 
+def model_file(model_id: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """Return a file of a model or adapter, a directory or a Hub id; `None` where it has no such file."""
+    path = Path(model_id) / name
+    if not Path(model_id).is_dir():
+        with suppress(EntryNotFoundError):
+            path = Path(hf_hub_download(str(model_id), name, revision=revision))
+    return path if path.is_file() else None
+
+
 def load_record(model_id: str | Path, revision: str | None = None) -> TrainingRecord:
     """Return the record of a model or adapter, a directory or a Hub id.
 
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    path = Path(model_id) / RECORD_NAME
-    if not Path(model_id).is_dir():
-        with suppress(EntryNotFoundError):  # told below, like a folder without one
-            path = Path(hf_hub_download(str(model_id), RECORD_NAME, revision=revision))
-    if not path.is_file():
+    path = model_file(model_id, RECORD_NAME, revision)
+    if path is None:
         raise ValueError(
             f"`{model_id}` has no {RECORD_NAME}, so it was not saved by `LongAlignSFTTrainer`. Load it with "
             "`peft.PeftModel.from_pretrained` on a base model that has the RoPE it was trained with."
@@ -118,14 +124,8 @@ def loaded_commit(name: str, file: str, revision: str | None = None) -> str | No
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the libraries a run stands on, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    """Return the versions of the libraries a run stands on, all of which this package requires."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def hardware(args: "TrainingArguments") -> str:

@@ -12,6 +12,7 @@ from shlex import quote
 from typing import Any
 
 from hf_longalign.records.training import TrainingRecord
+from hf_longalign.run_record import load_record, model_file
 
 
 @dataclass(frozen=True)
@@ -110,19 +111,9 @@ def serve_command(model: str | Path, engine: str = "vllm", *, base_model: str | 
     print(serve_command("user/qwen2.5-0.5b-128k", "vllm"))
     ```
     """
-    from contextlib import suppress
-
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from hf_longalign.run_record import load_record
-
-    record, path = load_record(model), Path(model) / "adapter_config.json"
-    if not Path(model).is_dir():
-        with suppress(EntryNotFoundError):  # a whole model
-            path = Path(hf_hub_download(str(model), path.name))
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return command_of(record, config, str(model), engine, base_model=base_model)
+    path = model_file(model, "adapter_config.json")
+    config = json.loads(path.read_text(encoding="utf-8")) if path else None
+    return command_of(load_record(model), config, str(model), engine, base_model=base_model)
 
 
 def command_of(
@@ -133,14 +124,7 @@ def command_of(
     *,
     base_model: str | None = None,
 ) -> str:
-    """Return what [`serve_command`] does, from what is known already.
-
-    Args:
-        record: of the training.
-        adapter_config: of PEFT; `None` of a whole model.
-        name: directory or Hub id.
-        engine: one of `ENGINES`.
-        base_model: what an adapter is served on; `None`: the base it names.
+    """Return what [`serve_command`] does, from the record of the training and PEFT's config, `None` of a whole model.
 
     Example:
 
@@ -158,9 +142,15 @@ def command_of(
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}. Set one of them.")
     known, rope = ENGINES[engine], record.rope.rope_parameters or {}
     parts = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    if engine != "transformers":
-        for part in parts:
-            _check_known(part, engine)
+    for part in parts if engine != "transformers" else []:
+        kind = str(part.get("rope_type", "default"))
+        more = sorted(set(part) - _KNOWN.get(kind, set()) - _ANY)
+        if kind not in _KNOWN or more:
+            what = f"`{more[0]}` in {kind!r} RoPE" if kind in _KNOWN else f"rope_type={kind!r}"
+            raise ValueError(
+                f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another "
+                "way than the training did. Set 'transformers'."
+            )
     reach = record.rope.max_position_embeddings or 0
     if not reach:
         raise ValueError(
@@ -177,23 +167,8 @@ def command_of(
         return "\n".join([*lines, known.adapter(quote(base), quote(name), rank, rope, reach)])
     merged = f"{Path(name).name}-merged"
     options = f" --base_model {quote(base_model)}" if base_model else ""
-    return "\n".join(
-        [*lines, f"hf-longalign merge {quote(name)} {quote(merged)}{options}", known.whole(merged, reach)]
-    )
-
-
-def _check_known(rope: Mapping[str, Any], engine: str) -> None:
-    kind = str(rope.get("rope_type", "default"))
-    if kind not in _KNOWN:
-        what = f"rope_type={kind!r}"
-    elif more := sorted(set(rope) - _KNOWN[kind] - _ANY):
-        what = f"`{more[0]}` in {kind!r} RoPE"
-    else:
-        return
-    raise ValueError(
-        f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another way "
-        "than the training did. Set 'transformers'."
-    )
+    merge = f"hf-longalign merge {quote(name)} {quote(merged)}{options}"
+    return "\n".join([*lines, merge, known.whole(merged, reach)])
 
 
 def _rank(config: Mapping[str, Any]) -> int | None:

@@ -127,7 +127,7 @@ def test_a_refusal_is_a_message_and_a_fault_keeps_its_traceback(tmp_path, monkey
         main(["coherence", "compare", str(tmp_path / "broken.json"), "gone"])
     for code, module in (("int('x')", "hf_longalign.example"), ("raise ValueError('x')", "example")):
         exec(f"def run(args): {code}", space := {"__name__": module})
-        monkeypatch.setattr("hf_longalign.commands.merge.run", space["run"])
+        monkeypatch.setattr("hf_longalign.commands.serving.run", space["run"])
         with pytest.raises(ValueError, match="x"):
             main(["merge", "adapter", "out"])
 

@@ -9,10 +9,11 @@ hf-longalign coherence compare outputs/report-with outputs/report-without --outp
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from hf_longalign.cards.markdown import table
 from hf_longalign.records import Report
 
 
@@ -35,7 +36,7 @@ def split(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     """Print, and write where asked, the comparison of two evaluations."""
-    text = compare(read_scores(args.with_contexts), read_scores(args.without)).to_markdown()
+    text = compare(read_scores(args.with_contexts), read_scores(args.without))
     print(text)
     if args.output:
         Path(args.output).write_text(text + "\n")
@@ -105,49 +106,32 @@ def without_contexts(chat: "Dataset") -> "Dataset":
     return chat.map(strip, features=chat.features)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Scores of the same evaluations for the two models, and the gap, in the unit of the scores."""
-
-    rows: dict[str, tuple[float, float]]
-
-    @property
-    def gap(self) -> float:
-        """The mean of the scores with contexts minus the mean of those without."""
-        return sum(score - other for score, other in self.rows.values()) / len(self.rows)
-
-    def to_markdown(self) -> str:
-        """Return the report."""
-        lines = [f"| {name} | {a:.2f} | {b:.2f} | {a - b:+.2f} |" for name, (a, b) in self.rows.items()]
-        means = [sum(pair[side] for pair in self.rows.values()) / len(self.rows) for side in (0, 1)]
-        return "\n".join(
-            [
-                "| evaluation | with contexts | without | gap |",
-                "| --- | --- | --- | --- |",
-                *lines,
-                f"| mean | {means[0]:.2f} | {means[1]:.2f} | {self.gap:+.2f} |",
-                "",
-                "A gap near zero means that the instructions did not need their contexts.",
-            ]
-        )
-
-
-def compare(with_contexts: Mapping[str, Any], without: Mapping[str, Any]) -> Comparison:
-    """Compare two evaluation results, each a mapping of names to scores, nested or not.
+def compare(with_contexts: Mapping[str, Any], without: Mapping[str, Any]) -> str:
+    """Return a table of two evaluation results, each a mapping of names to scores, nested or not, and of their gap.
 
     Raises:
         ValueError: the results do not name the same evaluations, or none.
 
     Example:
 
-    >>> compare({"qasper": 30.0, "niah": {"single": 90}}, {"qasper": 20.0, "niah": {"single": 70}}).gap
-    15.0
+    >>> print(compare({"qasper": 30.0, "niah": {"single": 90}}, {"qasper": 20.0, "niah": {"single": 70}}))
+    | evaluation | with contexts | without | gap |
+    | --- | ---: | ---: | ---: |
+    | niah/single | 90.00 | 70.00 | +20.00 |
+    | qasper | 30.00 | 20.00 | +10.00 |
+    | mean | 60.00 | 45.00 | +15.00 |
+    <BLANKLINE>
+    A gap near zero means that the instructions did not need their contexts.
     """
     first, second = _flat(with_contexts), _flat(without)
     if not first or set(first) != set(second):
         only = sorted(set(first) ^ set(second))
         raise ValueError(f"The two results must name the same evaluations, got differences in {only or 'both: none'}.")
-    return Comparison({name: (first[name], second[name]) for name in sorted(first)})
+    pairs = {name: (first[name], second[name]) for name in sorted(first)}
+    pairs["mean"] = (fmean(first.values()), fmean(second.values()))
+    rows = [(name, f"{a:.2f}", f"{b:.2f}", f"{a - b:+.2f}") for name, (a, b) in pairs.items()]
+    scores = table(("evaluation", "with contexts", "without", "gap"), rows, right=(1, 2, 3))
+    return f"{scores}\n\nA gap near zero means that the instructions did not need their contexts."
 
 
 def _flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -155,6 +139,6 @@ def _flat(results: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     for name, value in results.items():
         if isinstance(value, Mapping):
             found |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = float(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = value
     return found

@@ -26,7 +26,7 @@ READERS = {
 
 
 def is_unreadable(entry: Entry) -> bool:
-    """Whether the reply does not hold what it was asked for."""
+    """Return whether the reply does not hold what it was asked for."""
     try:
         READERS.get(entry.purpose, str)(entry.text)
     except ReplyError:
@@ -123,27 +123,18 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         prog="hf-longalign journal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for act, name, more in (
-        (list_replies, "list", ()),
-        (show, "show", ("key",)),
-        (export, "export", ("output",)),
-        (merge, "merge", ()),
-        (drop, "drop", ()),
-    ):
-        command = commands.add_parser(name, help=act.__doc__)
+    acts = {"list": list_replies, "show": show, "export": export, "merge": merge, "drop": drop}
+    parsers = {name: commands.add_parser(name, help=act.__doc__) for name, act in acts.items()}
+    for name, command in parsers.items():
+        command.set_defaults(act=acts[name])
         command.add_argument("journal")
-        for argument in more:
-            command.add_argument(argument)
-        if name == "list":
-            command.add_argument("--purpose", help="only replies asked for this purpose")
-        if name == "merge":
-            command.add_argument("others", nargs="+", help="journals, or folders of shards")
-        if name == "drop":
-            command.add_argument("--reason", required=True, choices=REASONS, help="which replies")
-            command.add_argument(
-                "--cache_dir", help="that of the run, if the journal lies elsewhere; unset: the default"
-            )
-        command.set_defaults(act=act)
+    parsers["list"].add_argument("--purpose", help="only replies asked for this purpose")
+    parsers["show"].add_argument("key", help="of a reply, or its beginning")
+    parsers["export"].add_argument("output", help="the file to write")
+    parsers["merge"].add_argument("others", nargs="+", help="journals, or folders of shards")
+    drops = parsers["drop"]
+    drops.add_argument("--reason", required=True, choices=REASONS, help="which replies")
+    drops.add_argument("--cache_dir", help="that of the run, if the journal lies elsewhere; unset: the default")
     return (parser.parse_args(arguments),)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub import get_token
 
@@ -16,12 +16,10 @@ from hf_longalign.commands.options import OptionParser
 from hf_longalign.hub import Destination, check_dry_run, publish_adapter, publish_command, publish_dataset
 
 
-class Hub(Protocol):
-    """Where a push goes: `HubOptions`, or the fields of the same names in `transformers.TrainingArguments`."""
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
-    hub_model_id: str | None
-    hub_private_repo: bool | None
-    hub_revision: str | None
+    Hub: TypeAlias = "RepositoryOptions | TrainingArguments"  # whose fields have the same names
 
 
 @dataclass
@@ -69,7 +67,7 @@ class PublishOptions:
                 f"`{given}` needs `push_to_hub`, got {getattr(self, given)!r} alone. Set `push_to_hub` too."
             )
 
-    def check_push(self, hub: Hub, folder: str | Path, token: str | None = None) -> None:
+    def check_push(self, hub: "Hub", folder: str | Path, token: str | None = None) -> None:
         """Refuse before the work what would be refused after it."""
         Destination(**destination(hub, folder), repo_type="model", create_pr=self.create_pr, tag=self.tag).check()
         if self.push_dry_run is not None:
@@ -119,7 +117,7 @@ class AdapterCardOptions(CardOptions):
         return {"base_model": self.base_name, "license": self.license, "languages": self.languages}
 
 
-def destination(hub: Hub, folder: str | Path) -> dict[str, Any]:
+def destination(hub: "Hub", folder: str | Path) -> dict[str, Any]:
     """Return where a push goes as arguments of `publish_dataset`; a repository without a name is called as the folder.
 
     >>> destination(HubOptions(hub_model_id="user/rows"), "outputs/contexts")

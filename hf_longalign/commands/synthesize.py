@@ -156,15 +156,15 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str]) 
     """Return the generator of a model: its endpoints', or a local one on this process's own device."""
     most = args.max_concurrency
     if endpoints:
-        options = {} if most is None else {"max_concurrency": most}
-        return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, **options)
+        at_once = 64 if most is None else most
+        return OpenAIGenerator(model, endpoints, api_key_env=args.api_key_env, max_concurrency=at_once)
     from accelerate import PartialState
 
     from hf_longalign.synthesis.local import TransformersGenerator
 
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
-    return TransformersGenerator(model, device=device, **({} if most is None else {"batch_size": most}))
+    return TransformersGenerator(model, batch_size=16 if most is None else most, device=device)
 
 
 def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards: int = 1) -> dict[str, Any]:
