@@ -106,17 +106,13 @@ def merge_adapter(
 
     Args:
         adapter: directory or Hub id of an adapter that `LongAlignSFTTrainer` saved.
-        output_dir: where the model goes; files of an earlier merge are replaced.
+        output_dir: where the model goes, and what is returned; files of an earlier merge are replaced.
         base_model: directory or Hub id of the base model; the one named by the adapter when `None`.
-        revision: revision of the adapter.
-        base_revision: revision of the base model; the one in the adapter's config when `None`.
+        revision, base_revision: as in [`load_adapter`].
         known_answers: whether to ask the model a few fixed prompts, one past the base's range, and keep its answers:
             `evaluate` compares with them what a server answers. Reads up to 16,384 tokens.
         max_shard_size: size of a file of weights at most, in bytes or as in "5GB".
         **model_kwargs: passed to `from_pretrained` of the base model (`dtype`, `device_map` …).
-
-    Returns:
-        `output_dir`.
 
     Raises:
         ValueError: as in [`load_adapter`]; or the adapter cannot be merged, or its merged logits are others.

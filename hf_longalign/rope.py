@@ -212,12 +212,7 @@ def _scaled(
 
 
 def check_range(config: PretrainedConfig, target_length: int, name: str = "target_length") -> None:
-    """Refuse a target length past the range of a model; see [`model_range`].
-
-    Args:
-        config: the model's, as loaded.
-        target_length: number of positions asked for.
-        name: the option that it was given by.
+    """Refuse a target length, given by the option `name`, past the range of a model; see [`model_range`].
 
     Raises:
         ValueError: with the call of [`scale_rope`] that loads the model for it.

@@ -17,20 +17,13 @@ from hf_longalign.run_record import load_record, model_file
 
 @dataclass(frozen=True)
 class Engine:
-    """A server: where its options are documented, whether tests of this package run it, and its two commands.
+    """A server, and its two commands."""
 
-    Attributes:
-        source: page that the options were read on.
-        whole: command that serves a merged model of a range.
-        adapter: command that serves an adapter on its base, from base, adapter, rank, overrides and range; `None`
-            where the adapter has to be merged.
-        run: whether a test starts it and compares its answers; what is not run was read in `source`.
-    """
-
-    source: str
-    whole: Callable[[str, int], str]
+    source: str  # the page that the options were read on
+    whole: Callable[[str, int], str]  # serves a merged model of a range
+    # Serves an adapter, from base, adapter, rank, overrides and range; `None`: it has to be merged.
     adapter: Callable[..., str] | None = None
-    run: bool = False
+    run: bool = False  # whether a test starts it and compares its answers, or it was only read of
 
 
 def _vllm(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:

@@ -10,7 +10,6 @@ The rule is one: what stands between the marks is written anew at every push, al
 So do the keys of the front matter that this package does not set.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -66,8 +65,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,  # else a misspelt name would show nothing, silently
     )
-    environment.filters.update(code=markdown.code, plain=markdown.plain, listed=markdown.listed, cell=markdown.cell)
-    environment.filters.update(commas="{:,}".format, json=json.dumps)
+    helpers = {name: getattr(markdown, name) for name in ("code", "plain", "listed", "cell")}
+    environment.filters.update(helpers, commas="{:,}".format)
     environment.globals.update(table=markdown.table, fenced=markdown.fenced, cite=cite)
     return environment
 

@@ -97,22 +97,14 @@ class Find(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What would tell of this machine.
+    """What would tell of this machine."""
 
-    Args:
-        secrets: values of its environment that are secrets by their name.
-        folders: searched for with what they hold.
-        names: searched for as words. A name of letters alone is a word like any other, so only names with digits or
-            signs are here; the other names are found in paths and addresses.
-        hosts: searched for in addresses.
-        looks_at_disk: whether a path that exists here is a find.
-    """
-
-    secrets: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()  # values of its environment that are secrets by their name
+    folders: tuple[str, ...] = ()  # searched for with what they hold
+    # Words with digits or signs; the other names are words like any other and are found in paths and addresses.
     names: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()
-    looks_at_disk: bool = False
+    hosts: tuple[str, ...] = ()  # searched for in addresses
+    looks_at_disk: bool = False  # whether a path that exists here is a find
 
     @classmethod
     def here(cls, *public: str | None, token: str | None = None) -> "Machine":
@@ -124,7 +116,6 @@ class Machine:
             user = getpass.getuser()
         except (KeyError, OSError):  # a user without a name, in a container
             user = ""
-        # One of letters alone, or one that others share, is a word like any other.
         names = {name for name in (host, host.split(".")[0], user) if len(name) >= 4 and not name.isalpha()}
         return cls(
             # Short values and plain words ("true", "12345678") would be found everywhere.

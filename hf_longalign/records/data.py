@@ -28,58 +28,31 @@ class Cost(Record):
 
 @dataclass(frozen=True)
 class DataRecord(Record):
-    """What is known of a data set; what is empty or `None` is not known and not told.
-
-    Attributes:
-        method: "context", "given" or "instruction".
-        splits: rows by configuration and split.
-        tasks: rows of `chat` by task.
-        rejected: rejected seeds by reason.
-        generator: "openai", "transformers" or "documents".
-        model: the model that wrote.
-        judge_model: the model that judged, where it is another one.
-        sampling: sampling settings by name.
-        longbench_prompts: tasks whose rows stand in LongBench's own prompts.
-        prompts: how many different prompts led to the contexts, and the digest of all their digests.
-        checks: the checks every context passed.
-        neutralised: rows of `chat` with marks of chat templates that were made plain words of.
-        lengths: the length of every row of `chat`, in `unit`.
-        unit: "tokens", or "words" where no tokenizer counted.
-        depths: `gold_depth` of the rows that have distractors.
-        contexts: the least and the most contexts of a row.
-        seeds: where the instructions and answers come from.
-        decontaminated: names of the evaluation sets that seeds and contexts must not overlap with.
-        ngram: how many words in a row count as an overlap.
-        cost: of the replies that the rows, rejected ones included, were made from.
-        settings: the other settings that were in use, by name.
-        languages: ISO 639 codes.
-        hf_longalign: version of this package.
-        version: of this format.
-    """
+    """What is known of a data set; what is empty or `None` is not known and not told."""
 
     VERSION: ClassVar[int] = 1
 
-    method: str
-    splits: dict[str, dict[str, int]]
-    tasks: dict[str, int]
-    rejected: dict[str, int] = field(default_factory=dict)
-    generator: str = ""
-    model: str = ""
-    judge_model: str = ""
+    method: str  # "context", "given" or "instruction"
+    splits: dict[str, dict[str, int]]  # rows by configuration and split
+    tasks: dict[str, int]  # rows of `chat` by task
+    rejected: dict[str, int] = field(default_factory=dict)  # seeds by reason
+    generator: str = ""  # "openai", "transformers" or "documents"
+    model: str = ""  # that wrote
+    judge_model: str = ""  # where it is another one
     sampling: dict[str, Any] = field(default_factory=dict)
-    longbench_prompts: list[str] = field(default_factory=list)
-    prompts: tuple[int, str] | None = None
-    checks: list[str] = field(default_factory=list)
-    neutralised: int = 0
-    lengths: list[int] = field(default_factory=list)
-    unit: str = "tokens"
-    depths: list[float] = field(default_factory=list)
-    contexts: tuple[int, int] | None = None
-    seeds: list[DataSource] = field(default_factory=list)
-    decontaminated: list[str] = field(default_factory=list)
-    ngram: int | None = None
-    cost: Cost | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    languages: list[str] = field(default_factory=list)
-    hf_longalign: str | None = None
-    version: int = 1
+    longbench_prompts: list[str] = field(default_factory=list)  # tasks whose rows stand in LongBench's own prompts
+    prompts: tuple[int, str] | None = None  # how many different ones led to the contexts, digest of their digests
+    checks: list[str] = field(default_factory=list)  # that every context passed
+    neutralised: int = 0  # rows of `chat` with marks of chat templates that were made plain words of
+    lengths: list[int] = field(default_factory=list)  # of every row of `chat`, in `unit`
+    unit: str = "tokens"  # or "words", where no tokenizer counted
+    depths: list[float] = field(default_factory=list)  # `gold_depth` of the rows that have distractors
+    contexts: tuple[int, int] | None = None  # the least and the most of a row
+    seeds: list[DataSource] = field(default_factory=list)  # where the instructions and answers come from
+    decontaminated: list[str] = field(default_factory=list)  # evaluation sets that nothing may overlap with
+    ngram: int | None = None  # so many words in a row are an overlap
+    cost: Cost | None = None  # of the replies that the rows, rejected ones included, were made from
+    settings: dict[str, Any] = field(default_factory=dict)  # the others that were in use, by name
+    languages: list[str] = field(default_factory=list)  # ISO 639 codes
+    hf_longalign: str | None = None  # version of this package
+    version: int = 1  # of this format

@@ -67,45 +67,25 @@ class Diagnosis(Record):
 
 @dataclass(frozen=True)
 class TaskResult(Record):
-    """The results of one task.
-
-    Attributes:
-        task: its name.
-        metric: the key of its metric in `hf_longalign.records.names.METRICS`; `None` where nothing was measured.
-        samples: questions asked, counted once, not per depth.
-        scores: of its metric, by label of the model.
-        others: means of its further metrics, by metric and label.
-        parts: means of its metric over a part of its prompts, such as "0-4k" or "hard", by part and label.
-        differences: between models, on the same prompts.
-        grid: by depth and length, where prompts have both.
-        length: of the prompts in tokens, where all have the same.
-        haystack: what needles lay in.
-        dataset: Hub id of the data behind it, where it is not that of its suite.
-        cut_answers: answers that ended at the limit of new tokens, by label.
-        cut_prompts: prompts that were shortened to fit.
-        left_out: prompts that were not asked.
-        diagnosis: at the longest length, by label, where it was asked for.
-        error: why it was not measured.
-        note: what a reader must know of the number.
-    """
+    """The results of one task."""
 
     task: str
-    metric: str | None = None
-    samples: int = 0
-    scores: dict[str, Score] = field(default_factory=dict)
-    others: dict[str, dict[str, float]] = field(default_factory=dict)
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)
-    differences: list[Difference] = field(default_factory=list)
-    grid: Grid | None = None
-    length: int | None = None
-    haystack: str | None = None
-    dataset: str | None = None
-    cut_answers: dict[str, int] = field(default_factory=dict)
-    cut_prompts: int = 0
-    left_out: int = 0
-    diagnosis: dict[str, Diagnosis] = field(default_factory=dict)
-    error: str | None = None
-    note: str | None = None
+    metric: str | None = None  # key of `hf_longalign.records.names.METRICS`; `None` where nothing was measured
+    samples: int = 0  # questions asked, counted once, not per depth
+    scores: dict[str, Score] = field(default_factory=dict)  # of its metric, by label of the model
+    others: dict[str, dict[str, float]] = field(default_factory=dict)  # means of further metrics, by metric and label
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # its metric over "0-4k" or "hard", by label
+    differences: list[Difference] = field(default_factory=list)  # between models, on the same prompts
+    grid: Grid | None = None  # where prompts have depth and length
+    length: int | None = None  # of the prompts in tokens, where all have the same
+    haystack: str | None = None  # what needles lay in
+    dataset: str | None = None  # Hub id of the data behind it, where it is not that of its suite
+    cut_answers: dict[str, int] = field(default_factory=dict)  # that ended at the limit of new tokens, by label
+    cut_prompts: int = 0  # shortened to fit
+    left_out: int = 0  # prompts that were not asked
+    diagnosis: dict[str, Diagnosis] = field(default_factory=dict)  # at the longest length, by label, if asked for
+    error: str | None = None  # why it was not measured
+    note: str | None = None  # what a reader must know of the number
 
     @property
     def scores_by_length(self) -> dict[int, dict[str, Score]]:
@@ -176,33 +156,20 @@ class Speed(Record):
 
 @dataclass(frozen=True)
 class Report(Record):
-    """The report of an evaluation.
-
-    Attributes:
-        models: what was asked, the reference first and the model of interest last.
-        suites: results by suite.
-        prompts: fingerprint of all that was asked; reports with the same one compare.
-        settings: what a reader must know to ask the same again.
-        date: ISO 8601.
-        perplexity: by position, where it was measured.
-        speed: by label of the model.
-        images: file names of the pictures beside `report.json`.
-        hf_longalign: version of this package.
-        version: of this format.
-    """
+    """The report of an evaluation."""
 
     VERSION: ClassVar[int] = 1
 
-    models: list[EvaluatedModel]
+    models: list[EvaluatedModel]  # the reference first, the model of interest last
     suites: list[SuiteResult]
-    prompts: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    date: str | None = None
+    prompts: str = ""  # fingerprint of all that was asked; reports with the same one compare
+    settings: dict[str, Any] = field(default_factory=dict)  # what a reader must know to ask the same again
+    date: str | None = None  # ISO 8601
     perplexity: PerplexityResult | None = None
-    speed: dict[str, Speed] = field(default_factory=dict)
-    images: list[str] = field(default_factory=list)
-    hf_longalign: str | None = None
-    version: int = 1
+    speed: dict[str, Speed] = field(default_factory=dict)  # by label of the model
+    images: list[str] = field(default_factory=list)  # file names beside `report.json`
+    hf_longalign: str | None = None  # version of this package
+    version: int = 1  # of this format
 
     @property
     def labels(self) -> list[str]:

@@ -106,42 +106,23 @@ class HubSource(Record):
 
 @dataclass(frozen=True)
 class TrainingRecord(Record):
-    """The record of a training run: `longalign_config.json` beside the weights.
-
-    Attributes:
-        rope: the RoPE of the base model, as trained.
-        positions: how positions were skipped.
-        training: batches and loss.
-        run: steps, batch, optimizer, time.
-        seed: of the trainer.
-        base: the base model, where it came from the Hub.
-        architecture: class of the model in transformers, adapter and wrappers aside.
-        data: the data set, where it came from the Hub.
-        coverage: relative distances trained; `None` with ordinary positions.
-        distances: loss by distance, where it was watched.
-        base_weights: a sample of the base model's weights, see `hf_longalign.adapter.weights_sample`.
-        answers: what the model answers to fixed prompts, by which a server is checked; of merged models.
-        hardware: number and name of the devices.
-        versions: of the libraries.
-        hf_longalign: version of this package.
-        version: of this format.
-    """
+    """The record of a training run: `longalign_config.json` beside the weights."""
 
     VERSION: ClassVar[int] = 1
 
-    rope: RopeRecord
+    rope: RopeRecord  # of the base model, as trained
     positions: PositionsRecord = field(default_factory=PositionsRecord)
     training: BatchesRecord = field(default_factory=BatchesRecord)
     run: RunRecord = field(default_factory=RunRecord)
-    seed: int | None = None
-    base: HubSource | None = None
-    architecture: str | None = None
-    data: HubSource | None = None
-    coverage: CoverageRecord | None = None
-    distances: DistancesRecord | None = None
-    base_weights: dict[str, list[float]] = field(default_factory=dict)
-    answers: AnswersRecord | None = None
-    hardware: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-    hf_longalign: str | None = None
-    version: int = 1
+    seed: int | None = None  # of the trainer
+    base: HubSource | None = None  # where it came from the Hub
+    architecture: str | None = None  # class of the model in transformers, adapter and wrappers aside
+    data: HubSource | None = None  # where it came from the Hub
+    coverage: CoverageRecord | None = None  # `None` with ordinary positions
+    distances: DistancesRecord | None = None  # where they were watched
+    base_weights: dict[str, list[float]] = field(default_factory=dict)  # see `hf_longalign.adapter.weights_sample`
+    answers: AnswersRecord | None = None  # of merged models, by which a server is checked
+    hardware: str | None = None  # number and name of the devices
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries
+    hf_longalign: str | None = None  # version of this package
+    version: int = 1  # of this format
