@@ -42,10 +42,7 @@ class PublishingSFTTrainer(SFTTrainer):
         raise NotImplementedError
 
     def create_model_card(  # type: ignore[override] # TRL's signature, not transformers'
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the card into `output_dir`: the one that checkpoints hold and [`push_to_hub`] publishes.
 

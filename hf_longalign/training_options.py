@@ -31,8 +31,7 @@ class TrainingOptions:
         },
     )
     skip_probability: float = field(
-        default=0.5,
-        metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."},
+        default=0.5, metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."}
     )
     rope_type: str | None = field(
         default=None,

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from loopback_hub import TOKEN, Hub
+from loopback_hub import Hub
 
 
 def main(folder):
@@ -50,6 +50,5 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     with Hub() as hub:
         # Read when the libraries are imported.
-        os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(place / "home"), HF_HUB_OFFLINE="0")
-        os.environ.update(HF_HUB_DISABLE_XET="1", HF_UPDATE_DOWNLOAD_COUNTS="0", HF_HUB_DISABLE_TELEMETRY="1")
+        os.environ.update(hub.environment(place / "home"))
         json.dump(main(place), sys.stdout)

@@ -8,6 +8,7 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -71,6 +72,12 @@ class Hub:
     def __exit__(self, *exc):
         self.server.shutdown()
         self.server.server_close()
+
+    def environment(self, home):
+        """The variables by which another process talks to this Hub, its caches in the folder `home`."""
+        ours = {"HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        return {**os.environ, **ours, **quiet, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
     def repo(self, name, kind="datasets"):
         return self.repos[kind, name]

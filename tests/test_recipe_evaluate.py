@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback_hub import TOKEN, Hub
+from loopback_hub import Hub
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -54,31 +54,16 @@ def command(models, output, *more, processes=1):
         config = ROOT / "recipes" / "accelerate" / "cpu.yaml"
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
         launcher += ["--num_processes", str(processes), "--main_process_port", "0"]
-    arguments = [
-        "--model",
-        models / "base",
-        "--adapter",
-        models / "adapter",
-        "--output_dir",
-        output,
-        *QUESTIONS,
-        *more,
-    ]
-    return [*launcher, str(RECIPE), *map(str, arguments)]
+    asked = ["--model", models / "base", "--adapter", models / "adapter", "--output_dir", output, *QUESTIONS, *more]
+    return [*launcher, str(RECIPE), *map(str, asked)]
 
 
-def environment(**more):
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", **more}
+ALONE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(models, output, *more, processes=1, env=None):
-    return subprocess.run(
-        command(models, output, *more, processes=processes),
-        env=env or environment(),
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+def run(models, output, *more, processes=1, env=ALONE):
+    words = command(models, output, *more, processes=processes)
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
 
 
 def report_of(output):
@@ -115,7 +100,7 @@ def test_the_report_compares_base_and_adapter(whole):
 
 
 def test_killed_it_goes_on_with_what_is_left(models, whole, tmp_path):
-    process = subprocess.Popen(command(models, tmp_path), env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(models, tmp_path), env=ALONE, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 300
         while len(keys_of(tmp_path) if (tmp_path / "answers").is_dir() else []) < 5:
@@ -147,10 +132,8 @@ def test_two_processes_equal_one(models, whole, tmp_path):
 
 def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
     with Hub() as hub:
-        env = environment(HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
-        done = run(
-            models, whole, "--push_to_hub", "--hub_model_id", "user/adapter", "--base_name", "org/base", env=env
-        )
+        words = ("--push_to_hub", "--hub_model_id", "user/adapter", "--base_name", "org/base")
+        done = run(models, whole, *words, env=hub.environment(tmp_path))
         assert done.returncode == 0, done.stderr[-3000:]
         assert f"{hub.url}/user/adapter" in done.stdout
         files = hub.repos["models", "user/adapter"].files()

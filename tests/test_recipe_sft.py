@@ -226,12 +226,8 @@ def test_the_adapter_is_published_once_with_its_card(files, tmp_path):
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         launcher += ["--config_file", str(RECIPE.parent / "accelerate" / "cpu.yaml")]
         command = [*launcher, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(tmp_path)]
-        hub_settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        environment = {**os.environ, **hub_settings, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        run = subprocess.run(
-            [*command, *names, *options], env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = {"env": hub.environment(tmp_path / "home"), "capture_output": True, "text": True, "timeout": 300}
+        run = subprocess.run([*command, *names, *options], **done)
         assert run.returncode == 0, run.stderr[-3000:]
         assert f"Published {hub.url}/user/adapter" in run.stdout
         repo = hub.repos["models", "user/adapter"]
@@ -252,10 +248,7 @@ def test_after_a_failed_push_the_command_told_trains_nothing(files, tmp_path):
     options += ("--hub_token", TOKEN, "--eval_strategy", "no")
     command = [sys.executable, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(output)]
     with Hub() as hub:
-        hub_settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
-        environment = {**os.environ, **hub_settings, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+        done = {"env": hub.environment(tmp_path / "home"), "capture_output": True, "text": True, "timeout": 300}
         hub.faults["commit"] = ["403"]
         run = subprocess.run([*command, *names, *options], **done)
         told = run.stderr.split("To go on, run: ")[1].strip()

@@ -124,18 +124,9 @@ PUBLISHED = {
 }
 
 
-def tiny(**overrides):
-    return LlamaConfig(
-        **{
-            "vocab_size": 32,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 64,
-            **overrides,
-        }
-    )
+def tiny():
+    sizes = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    return LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=64)
 
 
 def frequencies(config):
@@ -366,16 +357,9 @@ def test_scaling_set_on_a_loaded_model(rope_type):
 
 def test_scaling_per_layer_type_reaches_the_model():
     config = Gemma3TextConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
-        max_position_embeddings=64,
-    )
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], max_position_embeddings=64,
+    )  # fmt: skip
     check_rope_reached(AutoModelForCausalLM.from_config(scale_rope(config, 256)))
     model = AutoModelForCausalLM.from_config(config)
     model.config.rope_parameters = scale_rope(config, 256).rope_parameters

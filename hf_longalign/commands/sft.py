@@ -70,9 +70,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return data, training, model and publishing options."""
     # Most mistakes are found without TRL's SFTConfig, which takes torch, transformers and six seconds to import.
     early = OptionParser(
-        "sft",
-        (DataOptions, ModelConfig, TrainingOptions, HubOptions, PublishOptions),
-        foreign=_trainer_fields(),
+        "sft", (DataOptions, ModelConfig, TrainingOptions, HubOptions, PublishOptions), foreign=_trainer_fields()
     )
     if not {"-h", "--help"} & set(arguments):
         _, model, training, hub, publish = early.read(arguments)
@@ -188,10 +186,7 @@ def publish(trainer: "LongAlignSFTTrainer", args: PublishOptions) -> str:
 
 
 def run(
-    data_args: DataOptions,
-    training_args: "LongAlignSFTConfig",
-    model_args: ModelConfig,
-    publish_args: PublishOptions,
+    data_args: DataOptions, training_args: "LongAlignSFTConfig", model_args: ModelConfig, publish_args: PublishOptions
 ) -> int:
     """Train, evaluate, save, publish."""
     from transformers import AutoTokenizer

@@ -273,11 +273,7 @@ class Planned(NamedTuple):
 
 
 def estimate(
-    planned: Iterator[Planned],
-    plan: "Plan",
-    options: SynthesisOptions,
-    prices: Budget,
-    count: Callable[[str], int],
+    planned: Iterator[Planned], plan: "Plan", options: SynthesisOptions, prices: Budget, count: Callable[[str], int]
 ) -> tuple[dict[str, int], int, int, float]:
     """Return the requests by purpose, tokens in and out if no reply is asked for twice, and the most it may cost."""
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0

@@ -62,22 +62,9 @@ def adapters(folder: Path) -> dict[str, str]:
     for task in ("qasper", "gov_report"):
         lines = (json.dumps({**row, "all_classes": None, "language": "en", "dataset": task}) + "\n" for row in rows)
         (folder / f"{task}.jsonl").write_text("".join(lines))
-    questions = (
-        "--suites",
-        "needle",
-        "longbench",
-        "perplexity",
-        "--lengths",
-        512,
-        1024,
-        "--depths",
-        0,
-        1,
-        "--samples",
-        2,
-    )
+    questions = ("--suites", "needle", "longbench", "perplexity", "--lengths", 512, 1024, "--depths", 0, 1)
     questions += ("--longbench_source", folder, "--longbench_tasks", "qasper", "gov_report", "multi_news")
-    questions += ("--max_new_tokens", 16, "--limit", 4, "--dtype", "float32")
+    questions += ("--samples", 2, "--max_new_tokens", 16, "--limit", 4, "--dtype", "float32")
     look = folder / "look"
     publish = ("--push_to_hub", "--hub_model_id", "user/adapter", "--base_name", "org/base", "--push_dry_run", look)
     models = ("--model", base, "--adapter", folder / "adapter")

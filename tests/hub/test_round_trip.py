@@ -1,12 +1,11 @@
 """What the recipe and the trainer write goes to the Hub and comes back through the real clients, the same."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from loopback_hub import TOKEN, Hub
+from loopback_hub import Hub
 from tiny import tiny_tokenizer
 
 from hub.conftest import held
@@ -17,18 +16,7 @@ PRIVATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
 
 
 def run(hub, tmp_path, *command):
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": TOKEN,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "HF_HUB_OFFLINE": "0",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = hub.environment(tmp_path / "home")
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
     )
@@ -38,14 +26,9 @@ def run(hub, tmp_path, *command):
 
 def synthesise(hub, tmp_path):
     """A data set, written and published by the recipe."""
-    pairs = [
-        {
-            "instruction": f"What is sold in town {n}?",
-            "answer": f"ware {n}",
-            "context": f"Town {n} sells ware {n}. " * 5,
-        }
-        for n in range(6)
-    ]
+    names = ("instruction", "answer", "context")
+    rows = [(f"What is sold in town {n}?", f"ware {n}", f"Town {n} sells ware {n}. " * 5) for n in range(6)]
+    pairs = [dict(zip(names, row, strict=True)) for row in rows]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     command = [TESTS.parent / "recipes" / "synthesize.py", "--seeds", tmp_path / "pairs.jsonl", "--min_words", 5]
     command += ["--n_distractors", 2, "--checks", "support", "--cache_dir", tmp_path / "cache"]
