@@ -281,6 +281,7 @@ def _resize_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) 
     new = max(rows.values(), default=0) - layers[0].weight.shape[0]
     if not rows or new == 0:
         return
+    # Without the mean of all rows: the adapter brings the new ones.
     base.resize_token_embeddings(max(rows.values()), mean_resizing=False)
     shared = layers[1] is None or layers[0].weight is layers[1].weight
     for name in [] if shared else sorted(set(names) - set(rows)):
@@ -295,6 +296,7 @@ def _resize_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) 
 def _check_merge(
     adapter: str | Path, revision: str | None, output_dir: Path, base_id: str, model_kwargs: dict[str, Any]
 ) -> None:
+    # Before the base is loaded, which may take minutes.
     config = peft_config(adapter, revision)
     if config.is_prompt_learning:
         raise ValueError(
@@ -353,6 +355,7 @@ def _some_logits(model: Any) -> torch.Tensor:
     """Logits of 16 tokens over the model's range, float32 `(16, vocabulary)`."""
     (ids,), _ = token_ids(model.config.get_text_config(), [16])
     reach = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 16
+    # Over the whole range: another RoPE gives the same logits near the beginning.
     places = torch.arange(16) * max(1, reach // 16 - 1)
     device = model.get_input_embeddings().weight.device
     inputs = {"input_ids": ids, "position_ids": places, "attention_mask": torch.ones_like(ids)}
@@ -381,6 +384,7 @@ def weights_sample(model: nn.Module) -> dict[str, list[float]]:
         # A DTensor holds a part alone.
         if weight is not None and kept and not adapted and type(weight.data) is torch.Tensor:
             found[f"{name.replace('.base_layer', '').replace('.original_module', '')}.weight"] = weight
+    # From the first layer to the last, as a fine-tuned model may differ in some only.
     names, sample = sorted(found), {}
     for name in names[:: max(1, -(-len(names) // _TENSORS))]:
         head = found[name].detach().flatten()[:_HEAD]  # an embedding may have grown at its end by new tokens

@@ -4,7 +4,6 @@ One of the prompts is longer than the base's own range, where a server that has 
 otherwise. Engines round differently, so an answer ends where the model was not sure of its next token.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,7 +83,9 @@ def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord
         return_dict_in_generate=True,
     )
     found = AnswersRecord(chat=chat)
-    longest = _lines_for(past, lambda count: encode(count)["input_ids"].shape[1])
+    few, more = (encode(lines)["input_ids"].shape[1] for lines in (4, 12))
+    # The fewest lines, near enough, whose prompt reaches past the range of the base.
+    longest = max(1, round(4 + (past - few) / ((more - few) / 8) + 0.5))
     # Two of the long prompt, for each is read anew; all of a short one, for a small model is sure of few.
     asked = sorted({*((lines, n) for lines in (1, 24) for n in range(len(QUESTIONS))), (longest, 0), (longest, 1)})
     for lines, question in asked:
@@ -103,9 +104,3 @@ def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord
             found.tokens.append(length)
             found.answers.append(answer)
     return found
-
-
-def _lines_for(tokens: int, count: Callable[[int], int]) -> int:
-    """The fewest lines that make a prompt of at least so many tokens, near enough."""
-    each = (count(12) - count(4)) / 8
-    return max(1, round(4 + (tokens - count(4)) / each + 0.5))

@@ -28,6 +28,7 @@ def lazy_exports(
         if name not in exports:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{exports[name]}"), name)
+        # Python asks this function for what the module lacks: from now on it does not.
         setattr(sys.modules[package], name, value)
         return value
 

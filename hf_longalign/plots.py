@@ -103,6 +103,7 @@ def plot_accuracy_by_length(
             weight = "bold" if name in highlight else "normal"
             axes.text(1.065, height, f"{ends[name]:.2f}  {name}", va="center", fontsize=10, fontweight=weight, **drawn)
         _log_axis(axes, lengths, "context length in tokens")
+        # A single length would be a point on the frame.
         axes.set_xlim(lengths[0] / 1.15, lengths[-1] * (1 if len(lengths) > 1 else 1.15))
         axes.set_ylim(0, 1.02)
         axes.set_ylabel(what)
@@ -168,6 +169,7 @@ def plot_heatmap(
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for index, (axes, (name, values)) in enumerate(zip(all_axes, panels.items(), strict=True)):
             accuracy = _checked(name, values, (len(depths), len(lengths)))
+            # From 0 to 1 in every panel, or equal scores would differ in colour.
             image = axes.imshow(accuracy, vmin=0, vmax=1, cmap="cividis", aspect="auto")
             for (row, column), value in np.ndenumerate(accuracy):
                 colour = "white" if value < 0.55 else "black"

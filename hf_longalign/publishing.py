@@ -93,6 +93,7 @@ class PublishingSFTTrainer(SFTTrainer):
         """
         from hf_longalign.hub import Destination, check_base_name
 
+        # Trainer calls this in its constructor, so that nobody trains for a push that cannot be.
         strategy = HubStrategy(self.args.hub_strategy)
         if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(

@@ -269,6 +269,7 @@ def apply_rope(record: RopeRecord, config: PretrainedConfig) -> PretrainedConfig
             f"The base model must be a {record.model_type!r}, as in training, got {text_config.model_type!r}. Give "
             "the base model the adapter was trained on."
         )
+    # transformers writes into the dictionary that a config is given.
     _set_rope(text_config, copy.deepcopy(record.rope_parameters), record.max_position_embeddings)
     return scaled
 

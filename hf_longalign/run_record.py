@@ -76,6 +76,7 @@ def base_source(config: "PretrainedConfig", revision: str | None = None) -> HubS
     name = str(getattr(config, "_name_or_path", "") or "")
     if not name or Path(name).is_absolute() or Path(name).exists():
         return None
+    # A name does not tell the Hub from a folder that has gone since; the cache knows what came from there.
     commit = loaded_commit(name, "config.json", revision)
     return None if commit is None else HubSource(name, commit)
 
@@ -145,6 +146,7 @@ def run_facts(args: "TrainingArguments", state: "TrainerState", *, resumed: bool
         resumed: whether it went on from a checkpoint; the time of the earlier part is not known then.
         copies: how many processes share one model and so a batch.
     """
+    # The last one: every `train` of a trainer adds its own.
     seconds = next((log["train_runtime"] for log in reversed(state.log_history) if "train_runtime" in log), None)
     return RunRecord(
         steps=state.global_step,

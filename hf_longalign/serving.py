@@ -155,6 +155,7 @@ def command_of(
         return "\n".join([*lines, known.whole(quote(name), reach)])
     base = base_model or adapter_config.get("base_model_name_or_path")
     rank = _rank(adapter_config)
+    # Overrides on a command line reach one set of parameters of a text model, none by layer type or below it.
     plain = parts == [rope] and not str(record.architecture or "").endswith("ForConditionalGeneration")
     if known.adapter is not None and rank is not None and plain and base:
         return "\n".join([*lines, known.adapter(quote(base), quote(name), rank, rope, reach)])

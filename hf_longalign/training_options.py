@@ -106,6 +106,7 @@ class TrainingOptions:
             raise ValueError(
                 f"`eval_distances_rows` must be at least 1, got {self.eval_distances_rows!r}. Set 16 if in doubt."
             )
+        # A `Literal` is checked on a command line alone.
         if self.loss_weighting not in ("token", "sequence"):
             raise ValueError(
                 f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "

@@ -11,6 +11,8 @@ import json
 import os
 import re
 import threading
+import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
 
@@ -85,6 +87,30 @@ class Hub:
     def files(self, name, kind="datasets", revision="main"):
         """What a push has written in a revision."""
         return {path: data for path, data in self.repo(name, kind).files(revision).items() if path != ".gitattributes"}
+
+
+@contextmanager
+def in_this_process(monkeypatch):
+    """Yield a Hub; nobody waits between attempts, and no token of the machine is used."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with Hub() as hub:
+        yield hub
+
+
+@contextmanager
+def as_default(monkeypatch):
+    """Yield the same as the Hub that is asked where no other is named, with the right to write."""
+    with in_this_process(monkeypatch) as hub:
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -157,7 +156,7 @@ def read(tmp_path, yaml, *arguments):
 
 def test_a_yaml_and_the_command_line_give_the_same_and_the_latter_wins(tmp_path):
     yaml = "number: 3\nshare: 1e-1\nname: x\nparts: [a, b]\nsizes: [4, 5]\nkind: b\nflag: true\n"
-    words = shlex.split("--number 3 --share 1e-1 --name x --parts a b --sizes 4 5 --kind b --flag")
+    words = "--number 3 --share 1e-1 --name x --parts a b --sizes 4 5 --kind b --flag".split()
     assert read(tmp_path, yaml) == OptionParser("example", [Example]).read(words)[0]
     assert read(tmp_path, yaml, "--number", "4", "--parts", "c").number == 4
     assert read(tmp_path, "parts: a\n").parts == ["a"]

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 from fake_endpoint import FakeEndpoint
-from loopback_hub import TOKEN, Hub
+from loopback_hub import as_default
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import BertConfig, BertModel
 
@@ -64,11 +64,7 @@ def test_a_private_repository_is_made_private(tmp_path, monkeypatch):
     chat = tmp_path / "rows" / "chat"
     Dataset.from_list([{"messages": []}]).to_parquet(chat / "train-00000-of-00001.parquet")
     (tmp_path / "rows" / "README.md").write_text("# Rows\n")
-    with Hub() as hub:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    with as_default(monkeypatch) as hub:
         words = ("--hub_model_id", "user/rows", "--hub_private_repo", "true")
         assert main(["push", str(tmp_path / "rows"), *words]) == 0
         assert hub.repos["datasets", "user/rows"].private

@@ -64,33 +64,7 @@ TINY_STUDY = (
     "--arms scaled ordinary --rows 8 --row_tokens 768 --batch_size 4 --micro_batch_size 2 --target_length 4096 "
     "--dtype float32 --cells 1536:1 --most_golds 2 --perplexity_documents 1 --seeds hotpotqa/hotpot_qa"
 )
-WORDS = [
-    "the",
-    "old",
-    "mill",
-    "by",
-    "the",
-    "sea",
-    "was",
-    "sold",
-    "to",
-    "a",
-    "man",
-    "who",
-    "had",
-    "ten",
-    "boats",
-    "and",
-    "a",
-    "red",
-    "cow",
-    "in",
-    "the",
-    "hills",
-    "of",
-    "his",
-    "land",
-]
+WORDS = "the old mill by the sea was sold to a man who had ten boats and a red cow in the hills of his land".split()
 
 
 def reply(body):

@@ -1,11 +1,9 @@
 """The trainer's own card and push: one card everywhere, nothing swallowed, nothing private."""
 
 import logging
-import time
 
 import pytest
-from huggingface_hub import constants
-from loopback_hub import TOKEN, Hub
+from loopback_hub import as_default
 from peft import LoraConfig
 from test_trainer import make_trainer
 
@@ -17,15 +15,7 @@ LORA = LoraConfig(target_modules=["q_proj", "v_proj"])
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with Hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with as_default(monkeypatch) as hub:
         yield hub
 
 

@@ -135,6 +135,7 @@ def _adapter(config: Mapping[str, Any]) -> str:
     if config.get("peft_type") != "LORA":
         return str(config.get("peft_type") or "")
     targets = config.get("target_modules") or []
+    # By the last part of their names: PEFT may list every module of every layer.
     names = [targets] if isinstance(targets, str) else sorted({name.rsplit(".", 1)[-1] for name in targets})
     modules = "" if isinstance(targets, str) or len(targets) == len(names) else f" ({len(targets):,} modules)"
     parts = [

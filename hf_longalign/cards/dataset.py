@@ -56,6 +56,7 @@ def dataset_card(
         license=license,
         language=record.languages or None,
         task_categories=[*categories, "text-generation"],
+        # Of what is trained on: contexts and rejected seeds are no further rows.
         size_categories=[size_category(sum(record.splits["chat"].values()))],
         tags=["hf_longalign", "trl", "long-context", "instruction-tuning", *written],
         configs=[

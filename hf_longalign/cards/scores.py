@@ -1,7 +1,7 @@
 """The scores of a `Report` as a card's tables, as the Hub's `model-index`, and as its `.eval_results`."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import yaml
@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from hf_longalign.cards.markdown import code, listed, plain, table
 from hf_longalign.cards.page import REPOSITORY, SOURCE
 from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Reach, Report, Score, SuiteResult, TaskResult
+from hf_longalign.records.report import Difference, Reach, Report, Score, SuiteResult, TaskResult
 
 
 class _Measured(NamedTuple):
@@ -155,13 +155,17 @@ def scores_table(report: Report, suite: SuiteResult) -> str:
     """Return the tasks of a suite as a table, a column per model, with 95 % intervals where there are any."""
     labels, metrics = report.labels, _metrics(suite)
     change = [f"{labels[-1]} − {labels[0]}"] if len(labels) > 1 else []
+    # Where all tasks have one metric, the note under the table names it.
     head = ["task", *(["metric"] if len(metrics) > 1 else []), "samples", *labels, *change]
     rows: list[list[Any]] = []
     for task in suite.tasks:
         if task.scores:
             metric = [metric_of(task.metric or "score").title] if len(metrics) > 1 else []
-            cells = [_score(task.scores.get(label)) for label in labels]
-            rows.append([code(task.task), *metric, task.samples, *cells, *([_change(task, labels)] if change else [])])
+            cells = [_shown(task.scores.get(label), percent, "–") for label in labels]
+            found = _difference(task, labels)
+            told = _shown(found, _signed, " to ")
+            changed = [f"**{told}**" if found and found.significant else told] if change else []
+            rows.append([code(task.task), *metric, task.samples, *cells, *changed])
     for group in suite.groups:
         cells = [percent(group.scores[label]) if label in group.scores else "" for label in labels]
         rows.append(
@@ -200,25 +204,16 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _score(score: Score | None) -> str:
-    if score is None or score.low is None or score.high is None:
-        return "" if score is None else percent(score.value)
-    return f"{percent(score.value)} ({percent(score.low)}–{percent(score.high)})"
-
-
-def _difference(task: TaskResult, labels: list[str]) -> Any:
-    found = (d for d in task.differences if (d.label, d.reference) == (labels[-1], labels[0]))
-    return next(found, None)
-
-
-def _change(task: TaskResult, labels: list[str]) -> str:
-    change = _difference(task, labels)
-    if change is None:
+def _shown(found: Score | Difference | None, write: Callable[[float], str], to: str) -> str:
+    if found is None:
         return ""
-    if change.low is None or change.high is None:
-        return _signed(change.value)
-    text = f"{_signed(change.value)} ({_signed(change.low)} to {_signed(change.high)})"
-    return f"**{text}**" if change.significant else text
+    if found.low is None or found.high is None:
+        return write(found.value)
+    return f"{write(found.value)} ({write(found.low)}{to}{write(found.high)})"
+
+
+def _difference(task: TaskResult, labels: list[str]) -> Difference | None:
+    return next((d for d in task.differences if (d.label, d.reference) == (labels[-1], labels[0])), None)
 
 
 def _signed(value: float) -> str:

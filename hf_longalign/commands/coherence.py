@@ -53,6 +53,7 @@ def read_scores(path: str) -> dict[str, Any]:
     if "suites" not in found:
         return found
     report = Report.from_json(found)
+    # The model of interest comes last: the adapter, not its base.
     label = report.labels[-1]
     return {
         f"{suite.suite}: {task.task}": 100 * task.scores[label].value
@@ -103,6 +104,7 @@ def without_contexts(chat: "Dataset") -> "Dataset":
         bare = {"messages": [question, row["messages"][-1]], "parts": [part], "n_contexts": 0, "context_ids": []}
         return {**row, **empty, **bare}
 
+    # With its features: a column that is null in every row would lose its type.
     return chat.map(strip, features=chat.features)
 
 

@@ -32,6 +32,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the options of the models, the suites, the Hub, publishing and the card."""
     classes = (ModelOptions, SuiteOptions, HubOptions, PublishOptions, AdapterCardOptions)
     parser = OptionParser("evaluate", classes, DESCRIPTION)
+    # A model may stand first without its option.
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     model, suites, hub, publish, card = parser.read(arguments)

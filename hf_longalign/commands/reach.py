@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         args=LongAlignSFTConfig(
             args.output_dir,
+            # Only the measured rows are stretched; nothing else is drawn.
             skip_strategy="none",
             skip_target_length=max(distances) if args.rope_type else None,
             rope_type=args.rope_type,

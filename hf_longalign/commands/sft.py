@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
     from hf_longalign.config import LongAlignSFTConfig
-    from hf_longalign.trainer import LongAlignSFTTrainer
 
 DESCRIPTION = """Instruction-tune a causal language model on short data with skipped positions.
 
@@ -145,44 +144,30 @@ def check_columns(dataset: "Dataset | IterableDataset", text_field: str) -> None
         )
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """Return the newest checkpoint that was written whole; a run killed while saving leaves another."""
+def agreed_checkpoint(output_dir: str) -> str | None:
+    """Return the newest checkpoint that was written whole; a run killed while saving leaves another.
+
+    Raises:
+        ValueError: machines see different folders: some processes would go on and some begin.
+    """
+    from accelerate.utils import gather_object
+
+    newest: str | None = None
     # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet.
-    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
-    for path in found:
+    for path in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
         try:
             json.loads((path / "trainer_state.json").read_text())  # the last file of a checkpoint
         except (OSError, json.JSONDecodeError):
             logger.warning("%s is not complete and left aside.", path)
         else:
-            return str(path)
-    return None
-
-
-def agreed_checkpoint(output_dir: str) -> str | None:
-    """Return the newest whole checkpoint, which all processes must find: else some would go on and some begin.
-
-    Raises:
-        ValueError: machines see different folders.
-    """
-    from accelerate.utils import gather_object
-
-    path = last_checkpoint(output_dir)
-    found = gather_object([path and Path(path).name])
+            newest = str(path)
+    found = gather_object([newest and Path(newest).name])
     if len(set(found)) > 1:
         raise ValueError(
             f"`output_dir` must hold the same checkpoints for every process, got {found} in {output_dir!r}. Set it to "
             "a folder that all machines share, or copy the newest checkpoint to each of them."
         )
-    return path
-
-
-def publish(trainer: "LongAlignSFTTrainer", args: PublishOptions) -> str:
-    """Save the model and publish it, and return what to tell the user."""
-    folder = str(trainer.args.output_dir)
-    to = destination(trainer.args, folder)
-    command = publish_command(folder, base_model=trainer.args.base_name, **to, **args.options())
-    return args.push(trainer.push_to_hub, command)
+    return newest
 
 
 def run(
@@ -232,7 +217,9 @@ def run(
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=agreed_checkpoint(output_dir) if resume == "auto" else resume)
     if training_args.push_to_hub:
-        trainer.accelerator.print(publish(trainer, publish_args))
+        to = destination(training_args, output_dir)
+        command = publish_command(output_dir, base_model=training_args.base_name, **to, **publish_args.options())
+        trainer.accelerator.print(publish_args.push(trainer.push_to_hub, command))
     else:
         trainer.save_model(output_dir)
         trainer.accelerator.print(f"Saved to {output_dir}")

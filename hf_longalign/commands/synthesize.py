@@ -129,6 +129,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     )
     args, options, hub, publish, card = parser.read(arguments)
     try:
+        # What is wrong with several classes together; each checks itself when it is read.
         options.validate()
         publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub and not args.dry_run and args.output_dir is not None:
@@ -172,6 +173,7 @@ def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards
     from accelerate import PartialState
 
     generator, judge = make_generators(args)
+    # Rounded down: all shards together stay below the whole.
     tokens = None if args.budget_tokens is None else args.budget_tokens // shards
     usd = None if args.budget_usd is None else args.budget_usd / shards
     return {
@@ -302,6 +304,7 @@ def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, wri
         yield Planned("pair", pair_prompt(seed.context or ""), _PAIR_WORDS)
     elif writes:
         yield from _writing(seed, plan)
+    # Without its context a row is asked too, unless the difficulty of its seed has asked that already.
     if options.answerability:
         words = plan.words if seed.context is None else 0
         yield Planned("open_book", answer_prompt(seed, task, seed.context or ""), _SPOKEN_WORDS, words)

@@ -97,6 +97,7 @@ def publish_dataset(
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     if CARD not in files or not any(name.endswith(".parquet") for name in files):
         raise ValueError(f"`folder` must hold README.md and Parquet files, got {folder}. Write it with the synthesis.")
+    # What else lies there, a journal or a log, was not meant for everyone.
     other = sorted(name for name in files if not _DATASET.fullmatch(name))
     if other:
         raise ValueError(
@@ -210,6 +211,7 @@ def publish_command(
     >>> publish_command("out", "user/rows", tag="v1", allow=["/data/my rows"])
     "hf-longalign push out --hub_model_id user/rows --tag v1 --allow '/data/my rows'"
     """
+    # No token: a shell keeps what is typed.
     given = {
         "hub_model_id": repo_id,
         "base_name": base_model,
@@ -239,6 +241,7 @@ def _is_owned(name: str) -> bool:
 
 def _select(folder: Path) -> dict[str, Path]:
     """The files of a model to publish by name; what stays is logged."""
+    # Not deeper: what is published lies at the top or one folder down.
     entries = [*sorted(folder.glob("*")), *sorted(folder.glob("*/*"))]
     names = {path.relative_to(folder).as_posix(): path for path in entries}
     files = {name: path for name, path in names.items() if path.is_file() and _is_published(name)}

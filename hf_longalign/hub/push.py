@@ -138,6 +138,7 @@ def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_
         PublishError: the push did not arrive whole.
     """
     to.check()
+    # Under torchrun and accelerate every process runs the same lines, and they would race for the commit.
     if int(os.environ.get("RANK") or 0) != 0:
         raise ValueError(
             f"Only the main process must push, got process {os.environ['RANK']}. Call it through "

@@ -333,6 +333,7 @@ def _text_arrays(array: pa.Array) -> Iterator[pa.Array]:
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         yield array
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        # `values` would ignore that a batch is a slice of a longer array.
         yield from _text_arrays(array.flatten())
     elif pa.types.is_map(kind):
         yield from _text_arrays(array.keys)

@@ -1,12 +1,9 @@
 """A loopback Hub for pushes in this process, and folders to push."""
 
-import time
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import constants
-from loopback_hub import TOKEN, Hub
+from loopback_hub import TOKEN, in_this_process
 
 from hf_longalign.hub import publish_dataset
 
@@ -24,14 +21,7 @@ configs:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub; nobody waits between attempts, and no token of the machine is used."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with Hub() as hub:
+    with in_this_process(monkeypatch) as hub:
         yield hub
 
 
