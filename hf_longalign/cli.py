@@ -70,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # `read` imports no torch, so that a wrong option is refused at once; what `run` needs it imports itself.
     module = import_module(f"hf_longalign.commands.{command.module}")
     options = getattr(module, command.read)(rest)
-    start_logging()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for client in ("httpx", "httpx2"):  # which log every request
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         return int(module.run(*options))
     except (ValueError, RuntimeError, ImportError) as error:
@@ -97,10 +99,3 @@ def is_refusal(error: Exception) -> bool:
         return False
     # Only what a `raise` wrote: `int(text)` fails in a frame of this package too, and is a fault whose place matters.
     return place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
-
-
-def start_logging() -> None:
-    """Log what the package says, and not every request."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for client in ("httpx", "httpx2"):
-        logging.getLogger(client).setLevel(logging.WARNING)

@@ -243,13 +243,7 @@ def _checked(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray
     return array
 
 
-def plot_coverage(
-    coverage: CoverageRecord,
-    path: str | Path,
-    *,
-    evaluated_lengths: Sequence[int] = (),
-    title: str = "Relative distances covered in training",
-) -> Path:
+def plot_coverage(coverage: CoverageRecord, path: str | Path, *, evaluated_lengths: Sequence[int] = ()) -> Path:
     """Draw how often training met each distance between two tokens, and which distances it met at all.
 
     Args:
@@ -263,7 +257,7 @@ def plot_coverage(
     if not histogram.pairs:
         raise ValueError("`coverage` must hold a histogram, got none. Give the record's own.")
     edges, pairs = np.asarray(histogram.edges), np.asarray(histogram.pairs, dtype=float)
-    with _canvas(path, (8.4, 4.6), title) as figure:
+    with _canvas(path, (8.4, 4.6), "Relative distances covered in training") as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         heights = pairs / np.diff(edges)  # bins at the end may be narrower: a mean per distance compares
         # Bins without a pair lie below a logarithmic axis.

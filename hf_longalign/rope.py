@@ -18,13 +18,8 @@ from hf_longalign.records.training import RopeRecord
 # The keys transformers reads for each type (`modeling_rope_utils`), `factor` apart: the target length sets it.
 SCALING_KEYS = {
     "yarn": {
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
+        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
     },
     "linear": set(),
     "dynamic": set(),

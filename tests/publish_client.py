@@ -38,18 +38,9 @@ def push_base(folder, name, seed):
 def train(folder):
     config = scale_rope(AutoConfig.from_pretrained(folder / "base"), 1024)
     arguments = LongAlignSFTConfig(
-        output_dir=str(folder / "adapter"),
-        max_steps=2,
-        learning_rate=1.0,
-        optim="sgd",
-        max_length=128,
-        packing=True,
-        skip_target_length=1024,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+        output_dir=str(folder / "adapter"), max_steps=2, learning_rate=1.0, optim="sgd", max_length=128, packing=True,
+        skip_target_length=1024, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+    )  # fmt: skip
     trainer = LongAlignSFTTrainer(
         AutoModelForCausalLM.from_pretrained(folder / "base", config=config),
         args=arguments,

@@ -34,9 +34,6 @@ def pairs(count):
     return [{"instruction": f"What did town {n} sell?", "answer": f"ware {n}"} for n in range(count)]
 
 
-# -- training
-
-
 def test_a_data_set_is_read_at_its_revision(monkeypatch):
     asked = {}
     rows = DatasetDict(train=Dataset.from_list([{"text": "a"}]))
@@ -57,9 +54,6 @@ def test_an_adapter_is_merged_at_its_revision_into_the_base_named(monkeypatch, c
     assert capsys.readouterr().out == "Wrote out\n"
 
 
-# -- publishing
-
-
 def test_a_private_repository_is_made_private(tmp_path, monkeypatch):
     chat = tmp_path / "rows" / "chat"
     Dataset.from_list([{"messages": []}]).to_parquet(chat / "train-00000-of-00001.parquet")
@@ -68,9 +62,6 @@ def test_a_private_repository_is_made_private(tmp_path, monkeypatch):
         words = ("--hub_model_id", "user/rows", "--hub_private_repo", "true")
         assert main(["push", str(tmp_path / "rows"), *words]) == 0
         assert hub.repos["datasets", "user/rows"].private
-
-
-# -- synthesis
 
 
 def plan(capsys, *words):
@@ -141,9 +132,6 @@ def test_hard_distractors_are_found_by_an_encoder(tmp_path):
     builder.download_and_prepare()
     row = builder.as_dataset(split="train")[0]
     assert "market" in row["messages"][0]["content"] and "1 2 3" not in row["messages"][0]["content"]
-
-
-# -- evaluation
 
 
 def test_suites_take_their_options(tmp_path, model, monkeypatch):

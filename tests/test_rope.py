@@ -38,14 +38,11 @@ from hf_longalign.run_record import RECORD_NAME, load_record, save_record
 
 
 QWEN_YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
-LLAMA31 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA31 |= {"original_max_position_embeddings": 8192}
+DEEPSEEK_YARN = {"rope_type": "yarn", "rope_theta": 10000, "factor": 40, "original_max_position_embeddings": 4096}
+DEEPSEEK_YARN |= {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+OLD_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 PHI3_FACTORS = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
 
 # The positions of published models, as their config.json and model card give them.
@@ -54,38 +51,19 @@ PUBLISHED = {
     "llama-3.2-1b": (LlamaConfig(max_position_embeddings=131072, rope_parameters={**LLAMA31, "factor": 32.0}), 131072),
     "llama-2-7b": (LlamaConfig(max_position_embeddings=4096), 4096),
     "qwen2.5-7b": (Qwen2Config(max_position_embeddings=32768), 32768),
-    "qwen2.5-7b, yarn as its card says": (
+    "qwen2.5-7b, yarn of its card": (
         Qwen2Config(max_position_embeddings=32768, rope_parameters={**QWEN_YARN}),
         131072,
     ),
     "qwen3-4b": (Qwen3Config(max_position_embeddings=40960), 40960),
-    "qwen3-4b, yarn as its card says": (
+    "qwen3-4b, yarn of its card": (
         Qwen3Config(max_position_embeddings=40960, rope_parameters={**QWEN_YARN}),
         131072,
     ),
-    "qwen3-4b, yarn given the old way": (
-        Qwen3Config(
-            max_position_embeddings=40960,
-            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-        ),
-        131072,
-    ),
+    "qwen3-4b, the old yarn": (Qwen3Config(max_position_embeddings=40960, rope_scaling=OLD_YARN), 131072),
     "gpt-oss-20b": (GptOssConfig(), 131072),
     "deepseek-v3": (
-        AutoConfig.for_model(
-            "deepseek_v3",
-            max_position_embeddings=163840,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 10000,
-                "factor": 40,
-                "original_max_position_embeddings": 4096,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-            },
-        ),
+        AutoConfig.for_model("deepseek_v3", max_position_embeddings=163840, rope_parameters=DEEPSEEK_YARN),
         163840,
     ),
     "gemma-3-4b": (
@@ -246,7 +224,7 @@ def test_gemma_4_is_scaled_by_its_own_type():
     torch.testing.assert_close(before[name.format("sliding_attention")], after[name.format("sliding_attention")])
 
 
-@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-4b, yarn as its card says", "olmo-3-7b"])
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen3-4b, yarn of its card", "olmo-3-7b"])
 def test_the_remedy_past_the_range_works(name):
     config, limit = PUBLISHED[name]
     check_range(config, limit)

@@ -26,46 +26,28 @@ from hf_longalign.records.training import PositionsRecord, RopeRecord, TrainingR
 
 def task(name, metric, base, adapter, spread=0.02, **more):
     change = adapter - base
-    return TaskResult(
-        name,
-        metric,
-        samples=200,
-        scores={
-            "base": Score(base, base - spread, base + spread),
-            "adapter": Score(adapter, adapter - spread, adapter + spread),
-        },
-        differences=[Difference("adapter", "base", change, change - spread, change + spread)],
-        **more,
-    )
+    scores = {
+        label: Score(value, value - spread, value + spread) for label, value in (("base", base), ("adapter", adapter))
+    }
+    differences = [Difference("adapter", "base", change, change - spread, change + spread)]
+    return TaskResult(name, metric, samples=200, scores=scores, differences=differences, **more)
 
 
-NEEDLE = task(
-    "single",
-    "exact_match",
-    0.5,
-    0.9,
-    haystack="built-in noise",
-    grid=Grid(
-        [1024, 4096],
-        [0.0, 1.0],
-        {"base": [[0.5, 0.5]] * 2, "adapter": [[1.0, 0.8]] * 2},
-        {"base": [Score(0.5)] * 2, "adapter": [Score(1.0, 0.9, 1.0), Score(0.8, 0.7, 0.9)]},
-    ),
-)
+CELLS = {"base": [[0.5, 0.5]] * 2, "adapter": [[1.0, 0.8]] * 2}
+BY_LENGTH = {"base": [Score(0.5)] * 2, "adapter": [Score(1.0, 0.9, 1.0), Score(0.8, 0.7, 0.9)]}
+GRID = Grid([1024, 4096], [0.0, 1.0], CELLS, BY_LENGTH)
+NEEDLE = task("single", "exact_match", 0.5, 0.9, haystack="built-in noise", grid=GRID)
+TASKS = [
+    task("qasper", "qa_f1", 0.271, 0.334),
+    task("gov_report", "rouge_l", 0.24, 0.245),
+    task("hotpotqa", "qa_f1", 0.4, 0.3, cut_answers={"adapter": 3}),
+    TaskResult("lcc", error="no network"),
+]
 REPORT = Report(
     [EvaluatedModel("base", "org/base", what="the base as published"), EvaluatedModel("adapter", "out")],
     [
         SuiteResult("needle", [NEEDLE]),
-        SuiteResult(
-            "longbench",
-            [
-                task("qasper", "qa_f1", 0.271, 0.334),
-                task("gov_report", "rouge_l", 0.24, 0.245),
-                task("hotpotqa", "qa_f1", 0.4, 0.3, cut_answers={"adapter": 3}),
-                TaskResult("lcc", error="no network"),
-            ],
-            [GroupResult("average", {"base": 0.304, "adapter": 0.293})],
-        ),
+        SuiteResult("longbench", TASKS, [GroupResult("average", {"base": 0.304, "adapter": 0.293})]),
         SuiteResult("short", [task("arc_easy", "acc_norm", 0.5, 0.5, dataset="allenai/ai2_arc")]),
     ],
     prompts="8f4e2b0c9a7d6e5f",
