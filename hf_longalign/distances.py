@@ -216,11 +216,10 @@ class DistanceCallback(TrainerCallback):
         share = self._seconds / max(time.perf_counter() - self._start, 1e-9)
         logger.log(
             logging.WARNING if share > LARGEST_SHARE else logging.INFO,
-            "The losses at %d distances took %.1f %% of the training time. For less, lower `eval_distances_rows`, now "
-            "%d, or evaluate less often.",
+            "The losses at %d distances took %.1f %% of the training time. For less, name fewer of them or "
+            "evaluate less often.",
             len(self.distances),
             100 * share,
-            max(map(len, self.rows.values())),
         )
 
     def _log(self) -> None:
@@ -253,17 +252,20 @@ class DistanceCallback(TrainerCallback):
 class WatchingSFTTrainer(PublishingSFTTrainer):
     """`SFTTrainer` whose evaluations also give the losses at `eval_distances`."""
 
+    # Of each evaluation data set so many rows, the first ones, are stretched.
+    watched_rows = 16
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.distances: DistanceCallback | None = None
         self._distance_rows: dict[str, list[dict[str, np.ndarray]]] = {}
         super().__init__(*args, **kwargs)
 
     def _watch_distances(self, collator: SkipPositionDataCollator) -> None:
-        distances, count = self.args.eval_distances or [], self.args.eval_distances_rows
+        distances = self.args.eval_distances or []
         datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name, dataset in datasets.items():
             if name not in self._distance_rows:  # not prepared here
-                self._distance_rows[name] = first_documents(dataset or (), count)
+                self._distance_rows[name] = first_documents(dataset or (), self.watched_rows)
             check_distances(distances, self._distance_rows[name], self.model.config)
 
         def forward(batch: dict[str, Any]) -> torch.Tensor:
@@ -292,6 +294,6 @@ class WatchingSFTTrainer(PublishingSFTTrainer):
         if self.distances is not None and description == "Evaluation":
             prefix = kwargs.get("metric_key_prefix", "eval")
             rows = self._distance_rows.get(prefix.removeprefix("eval_")) or self._distance_rows.get("eval")
-            rows = rows or first_documents(dataloader.dataset, self.args.eval_distances_rows)
+            rows = rows or first_documents(dataloader.dataset, self.watched_rows)
             output.metrics.update(self.distances.measure(prefix, rows))
         return output

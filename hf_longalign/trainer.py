@@ -311,7 +311,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
         with PartialState().local_main_process_first():
             dataset = prepare_rows(rows, preparer, dataset_name, only_tokens=packing, **progress)
             if watched:  # before they are packed and shuffled: the same rows for every run
-                self._distance_rows[dataset_name] = first_documents(dataset, args.eval_distances_rows)
+                self._distance_rows[dataset_name] = first_documents(dataset, self.watched_rows)
             if packing:
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)

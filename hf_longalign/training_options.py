@@ -59,7 +59,6 @@ class TrainingOptions:
             "moved apart until relative distances reach them, as eval_loss_at_4096, before the first step too."
         },
     )
-    eval_distances_rows: int = field(default=16, metadata={"help": "How many rows, the first of the evaluation data."})
 
     # Parameters that control the card and the push
     base_name: str | None = field(
@@ -102,10 +101,6 @@ class TrainingOptions:
             )
         for distance in self.eval_distances or ():
             check_target_length(distance, name="eval_distances")
-        if self.eval_distances_rows < 1:
-            raise ValueError(
-                f"`eval_distances_rows` must be at least 1, got {self.eval_distances_rows!r}. Set 16 if in doubt."
-            )
         # A `Literal` is checked on a command line alone.
         if self.loss_weighting not in ("token", "sequence"):
             raise ValueError(

@@ -20,7 +20,7 @@ from hf_longalign.run_record import load_record
 
 
 DISTANCES = [256, 1024]
-WATCHED = {"eval_distances": DISTANCES, "eval_distances_rows": 5}
+WATCHED = {"eval_distances": DISTANCES}
 
 
 def naive_positions(blocks, length, ids):
@@ -141,7 +141,7 @@ def test_the_best_checkpoint_the_log_the_record_and_the_card(tmp_path):
     assert losses[4] == pytest.approx(min(losses[1:4]), abs=1e-5)
     trainer.save_model(str(tmp_path))
     record = load_record(tmp_path).distances
-    assert (record.lengths, record.rows) == (DISTANCES, 5)
+    assert (record.lengths, record.rows) == (DISTANCES, 8)
     assert record.before == pytest.approx([logs[0][f"eval_loss_at_{distance}"] for distance in DISTANCES], abs=1e-5)
     assert record.after == pytest.approx([logs[4][f"eval_loss_at_{distance}"] for distance in DISTANCES], abs=1e-5)
     card = (tmp_path / "README.md").read_text()
@@ -166,7 +166,6 @@ def test_a_resumed_run_knows_its_base(tmp_path):
         ({"eval_distances": [2048]}, "`eval_distances` must be at most 1024, the range of this"),
         ({"eval_distances": [256], "eval_dataset": None}, "`eval_distances` needs evaluation rows"),
         ({"eval_distances": [0]}, "`eval_distances` must be at least"),
-        ({"eval_distances": [256], "eval_distances_rows": 0}, "`eval_distances_rows` must be at least 1, got 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_asked_is_refused_by_name(tmp_path, options, message):

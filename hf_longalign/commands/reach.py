@@ -45,7 +45,11 @@ def run(args: argparse.Namespace) -> int:
     dataset = dataset.select(range(min(2 * args.rows, len(dataset))))
     distances = args.distances or doubles(args.max_length, model_range(AutoConfig.from_pretrained(args.model)))
     on_gpu = torch.cuda.is_available()
-    trainer = LongAlignSFTTrainer(
+
+    class Reaching(LongAlignSFTTrainer):
+        watched_rows = args.rows
+
+    trainer = Reaching(
         args.model,
         args=LongAlignSFTConfig(
             args.output_dir,
@@ -54,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
             skip_target_length=max(distances) if args.rope_type else None,
             rope_type=args.rope_type,
             eval_distances=distances,
-            eval_distances_rows=args.rows,
             max_length=args.max_length,
             assistant_only_loss="messages" in dataset.column_names,
             model_init_kwargs={"dtype": args.dtype},
