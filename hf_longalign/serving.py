@@ -135,15 +135,9 @@ def command_of(
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}. Set one of them.")
     known, rope = ENGINES[engine], record.rope.rope_parameters or {}
     parts = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    for part in parts if engine != "transformers" else []:
-        kind = str(part.get("rope_type", "default"))
-        more = sorted(set(part) - _KNOWN.get(kind, set()) - _ANY)
-        if kind not in _KNOWN or more:
-            what = f"`{more[0]}` in {kind!r} RoPE" if kind in _KNOWN else f"rope_type={kind!r}"
-            raise ValueError(
-                f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another "
-                "way than the training did. Set 'transformers'."
-            )
+    if engine != "transformers":
+        for part in parts:
+            _check_known(part, engine)
     reach = record.rope.max_position_embeddings or 0
     if not reach:
         raise ValueError(
@@ -163,6 +157,20 @@ def command_of(
     options = f" --base_model {quote(base_model)}" if base_model else ""
     merge = f"hf-longalign merge {quote(name)} {quote(merged)}{options}"
     return "\n".join([*lines, merge, known.whole(merged, reach)])
+
+
+def _check_known(rope: Mapping[str, Any], engine: str) -> None:
+    kind = str(rope.get("rope_type", "default"))
+    if kind not in _KNOWN:
+        what = f"rope_type={kind!r}"
+    elif more := sorted(set(rope) - _KNOWN[kind] - _ANY):
+        what = f"`{more[0]}` in {kind!r} RoPE"
+    else:
+        return
+    raise ValueError(
+        f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another way "
+        "than the training did. Set 'transformers'."
+    )
 
 
 def _rank(config: Mapping[str, Any]) -> int | None:

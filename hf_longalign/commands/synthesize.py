@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
@@ -15,7 +15,7 @@ from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOpt
 from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
-from hf_longalign.synthesis.budget import Budget
+from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.prompts import (
     Facts,
@@ -129,7 +129,6 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     )
     args, options, hub, publish, card = parser.read(arguments)
     try:
-        # What is wrong with several classes together; each checks itself when it is read.
         options.validate()
         publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub and not args.dry_run and args.output_dir is not None:
@@ -173,7 +172,6 @@ def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards
     from accelerate import PartialState
 
     generator, judge = make_generators(args)
-    # Rounded down: all shards together stay below the whole.
     tokens = None if args.budget_tokens is None else args.budget_tokens // shards
     usd = None if args.budget_usd is None else args.budget_usd / shards
     return {
@@ -191,30 +189,29 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     pipeline = builder.pipeline
     pipeline.check()
     seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
+    writes = args.generator != "documents"
     budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
     if args.generator == "batch":
         budget = budget.at(HostedBatches.price_share)
-    # Without a tokenizer: about four bytes of UTF-8 are a token, in English and, as characters are longer, elsewhere.
-    count = counter.count if counter else lambda text: ceil(len(text.encode()) / 4)
-    planned = partial(planned_requests, plan=plan, options=options, writes=args.generator != "documents")
-    every = (request for seed in seeds for request in planned(seed))
-    requests, prompt_tokens, completion_tokens, most = estimate(every, plan, options, budget, count)
-    usd = budget.cost(prompt_tokens, completion_tokens).usd
-    tasks = sorted(Counter(seed.task for seed in seeds).items())
-    print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks))
+    count = counter.count if counter else None
+    found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
+    tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
+    print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
     for reason, number in pipeline.all_seeds.skipped.most_common():
         print(f"skipped    {number:,}: {reason}")
     print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
-    listed = ", ".join(f"{number:,} {purpose}" for purpose, number in requests.items())
-    print(f"requests   {listed or 'none'}")
-    print(f"tokens     about {prompt_tokens:,} in and {completion_tokens:,} out, without retries")
-    print(f"cost       about ${usd:,.2f}; ${most:,.2f} if every reply and retry runs to its limit")
+    requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())
+    print(f"requests   {requests or 'none'}")
+    print(f"tokens     about {found.prompt_tokens:,} in and {found.completion_tokens:,} out, without retries")
+    print(
+        f"cost       about ${found.spend.usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit"
+    )
     if plan.judge:
         print("           and what the judge is asked where an answer does not stand in its context word for word")
     for number, seed in enumerate(seeds[:: max(1, len(seeds) // 3)][:3], 1):
-        for request in planned(seed):
-            print(f"\n--- seed {number} of 3, {seed.origin}: {request.purpose} ---")
-            print("\n\n".join(f"[{role}]\n{content}" for role, content in request.messages))
+        for planned in planned_requests(seed, plan, options, writes=writes):
+            print(f"\n--- seed {number} of 3, {seed.origin}: {planned.purpose} ---")
+            print("\n\n".join(f"[{role}]\n{content}" for role, content in planned.messages))
 
 
 def run(
@@ -265,8 +262,9 @@ _TOKENS_PER_WORD = 4 / 3
 _FACT_WORDS, _OUTLINE_WORDS, _PAIR_WORDS, _SPOKEN_WORDS = 150, 40, 40, 30
 
 
-class Planned(NamedTuple):
-    """One request that will be made: what for, its prompt, words of its reply, words of it that are not known yet."""
+@dataclass(frozen=True)
+class Planned:
+    """One request that will be made: what for, its prompt, words of it that are not known yet, words of its reply."""
 
     purpose: str
     messages: Messages
@@ -274,24 +272,56 @@ class Planned(NamedTuple):
     unknown_words: int = 0
 
 
+@dataclass
+class Estimate:
+    """What a run will ask if no reply has to be asked for twice.
+
+    Attributes:
+        requests: number of requests by purpose.
+        prompt_tokens: tokens of the prompts.
+        completion_tokens: tokens of the replies, if they are as long as asked for.
+        spend: tokens and dollars of both.
+        most: the same if every reply runs to its limit and every retry is used.
+    """
+
+    requests: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    spend: Spend = field(default_factory=Spend)
+    most: Spend = field(default_factory=Spend)
+
+
 def estimate(
-    planned: Iterator[Planned], plan: "Plan", options: SynthesisOptions, prices: Budget, count: Callable[[str], int]
-) -> tuple[dict[str, int], int, int, float]:
-    """Return the requests by purpose, tokens in and out if no reply is asked for twice, and the most it may cost."""
+    seeds: Sequence[Seed],
+    plan: "Plan",
+    options: SynthesisOptions,
+    *,
+    writes: bool,
+    budget: Budget | None = None,
+    count: Callable[[str], int] | None = None,
+) -> Estimate:
+    """Estimate what a run over `seeds` costs."""
+    # About four bytes of UTF-8 are a token, in English and, with longer characters, in most scripts.
+    count = count or (lambda text: ceil(len(text.encode()) / 4))
+    prices, found, most = budget or Budget(), Estimate(), Spend()
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
-    requests: Counter[str] = Counter()
-    prompt_tokens = completion_tokens = most = 0.0
-    for request in planned:
+    prompt_tokens = completion_tokens = 0.0
+    for seed in seeds:
+        for planned in planned_requests(seed, plan, options, writes=writes):
+            share = 1.0 if planned.purpose == "closed_book" else kept
+            found.requests[planned.purpose] += 1
+            prompt = sum(count(text) for _, text in planned.messages) + planned.unknown_words * _TOKENS_PER_WORD
+            prompt_tokens += share * prompt
+            completion_tokens += share * min(planned.reply_words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
+            most += prices.cost(ceil(prompt), plan.sampling.max_tokens)
+    for purpose in found.requests:
         # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
-        share = 1.0 if request.purpose == "closed_book" else kept
-        prompt = sum(count(text) for _, text in request.messages) + request.unknown_words * _TOKENS_PER_WORD
-        prompt_tokens += share * prompt
-        completion_tokens += share * min(request.reply_words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
-        most += (1 + plan.retries) * prices.cost(ceil(prompt), plan.sampling.max_tokens).usd
-        requests[request.purpose] += 1
-    shares = {purpose: 1.0 if purpose == "closed_book" else kept for purpose in requests}
-    asked = {purpose: ceil(shares[purpose] * number) for purpose, number in requests.items()}
-    return asked, ceil(prompt_tokens), ceil(completion_tokens), most
+        if purpose != "closed_book":
+            found.requests[purpose] = ceil(kept * found.requests[purpose])
+    found.prompt_tokens, found.completion_tokens = ceil(prompt_tokens), ceil(completion_tokens)
+    found.spend = prices.cost(found.prompt_tokens, found.completion_tokens)
+    found.most = Spend(most.tokens * (1 + plan.retries), most.usd * (1 + plan.retries))
+    return found
 
 
 def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
@@ -304,7 +334,6 @@ def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, wri
         yield Planned("pair", pair_prompt(seed.context or ""), _PAIR_WORDS)
     elif writes:
         yield from _writing(seed, plan)
-    # Without its context a row is asked too, unless the difficulty of its seed has asked that already.
     if options.answerability:
         words = plan.words if seed.context is None else 0
         yield Planned("open_book", answer_prompt(seed, task, seed.context or ""), _SPOKEN_WORDS, words)
