@@ -263,18 +263,15 @@ class Study:
         more: dict[str, Any] = {}
         if ARMS[arm].long_rows:
             seconds = json.loads(self.trained("ordinary", seed).read_text())["seconds"]
-            probe = self.trainer(arm, seed, max_steps=3)
-            probe.add_callback(clock := StepClock())
+            probe, clock = self.trainer(arm, seed, max_steps=3)
             probe.train()
             more["max_steps"] = max(1, round(seconds / min(clock.seconds)))
-        trainer = self.trainer(arm, seed, **more)
-        start = time.perf_counter()
+        trainer, clock = self.trainer(arm, seed, **more)
         trainer.train()
-        seconds = time.perf_counter() - start
         trainer.save_model()
         history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         return {
-            "seconds": round(seconds, 1),
+            "seconds": round(sum(clock.seconds), 1),
             "steps": trainer.state.global_step,
             "rows": len(trainer.train_dataset),
             "tokens": trainer.state.num_input_tokens_seen,
@@ -282,12 +279,12 @@ class Study:
             "loss_last": round(sum(history[-3:]) / len(history[-3:]), 4),
         }
 
-    def trainer(self, arm: str, seed: int, **more: Any) -> LongAlignSFTTrainer:
-        """Return the trainer of an arm."""
+    def trainer(self, arm: str, seed: int, **more: Any) -> tuple[LongAlignSFTTrainer, StepClock]:
+        """Return the trainer of an arm, and what times its steps."""
         options, what, gpu = self.options, ARMS[arm], torch.cuda.is_available()
         rows = composed_rows(self.folder / ("data_long" if what.long_rows else "data"))
         micro = 1 if what.long_rows else options.micro_batch_size
-        return LongAlignSFTTrainer(
+        trainer = LongAlignSFTTrainer(
             options.model,
             args=LongAlignSFTConfig(
                 output_dir=str(self.arm_folder(arm, seed) / "adapter"),
@@ -328,6 +325,8 @@ class Study:
                 r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules=options.lora_target_modules
             ),
         )
+        trainer.add_callback(clock := StepClock())
+        return trainer, clock
 
     def load(self, arm: str, seed: int) -> Any:
         """Load the model of an arm, or take it from among those that were asked last."""
