@@ -206,12 +206,11 @@ def publish_command(
     dry_run: str | Path | None = None,
     allow: Collection[str] = (),
 ) -> str:
-    """Return a push as one command of a shell; a token stays in the environment or in `hf auth login`.
+    """Return a push as one command of a shell, which keeps what is typed: so without a token.
 
     >>> publish_command("out", "user/rows", tag="v1", allow=["/data/my rows"])
     "hf-longalign push out --hub_model_id user/rows --tag v1 --allow '/data/my rows'"
     """
-    # No token: a shell keeps what is typed.
     given = {
         "hub_model_id": repo_id,
         "base_name": base_model,
