@@ -1,8 +1,9 @@
 """The options of `LongAlignSFTConfig` that are this package's own, and what is wrong with them: without torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from hf_longalign.options import option
 from hf_longalign.positions import STRATEGIES, check_share, check_target_length, get_strategy
 
 
@@ -15,66 +16,49 @@ class TrainingOptions:
     """The fields of [`LongAlignSFTConfig`] without those of [`trl.SFTConfig`]; each is told in its help."""
 
     # Parameters that control the positions
-    skip_strategy: str = field(
-        default="skip_all",
-        metadata={
-            "help": "How positions are skipped: none, SkipAlign's skip_inner, skip_outer and skip_all "
-            "(https://arxiv.org/abs/2405.03939), skip_context (not before a response), pose, randpos or cream.",
-            "choices": list(STRATEGIES),
-        },
+    skip_strategy: str = option(
+        "skip_all",
+        "How positions are skipped: none, SkipAlign's skip_inner, skip_outer and skip_all "
+        "(https://arxiv.org/abs/2405.03939), skip_context (not before a response), pose, randpos or cream.",
+        choices=list(STRATEGIES),
     )
-    skip_target_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "Number of positions to spread a sample over. Unset: the range the model is made for, scaling "
-            "included."
-        },
+    skip_target_length: int | None = option(
+        None, "Number of positions to spread a sample over. Unset: the range the model is made for, scaling included."
     )
-    skip_probability: float = field(
-        default=0.5, metadata={"help": "Share of the samples that are skipped; the others keep ordinary positions."}
-    )
-    rope_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scale RoPE before the model is loaded, so that its range covers `skip_target_length`; the model "
-            "must be given by its name. proportional is Gemma 4's. Unset: the model's own.",
-            "choices": list(ROPE_TYPES),
-        },
+    skip_probability: float = option(0.5, "Share of the samples that are skipped; the others keep ordinary positions.")
+    rope_type: str | None = option(
+        None,
+        "Scale RoPE before the model is loaded, so that its range covers `skip_target_length`; the model "
+        "must be given by its name. proportional is Gemma 4's. Unset: the model's own.",
+        choices=list(ROPE_TYPES),
     )
 
     # Parameters that control the loss
-    loss_weighting: Literal["token", "sequence"] = field(
-        default="token",
-        metadata={
-            "help": "Whether every target token of a step weighs the same, as in TRL (token), or every sequence "
-            "(sequence), LongAlign's formula (https://arxiv.org/abs/2401.18058)."
-        },
+    loss_weighting: Literal["token", "sequence"] = option(
+        "token",
+        "Whether every target token of a step weighs the same, as in TRL (token), or every sequence "
+        "(sequence), LongAlign's formula (https://arxiv.org/abs/2401.18058).",
     )
 
     # Parameters that control the evaluation
-    eval_distances: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Distances such as 4096 16384: each evaluation also gives the loss of short rows whose blocks are "
-            "moved apart until relative distances reach them, as eval_loss_at_4096, before the first step too."
-        },
+    eval_distances: list[int] | None = option(
+        None,
+        "Distances such as 4096 16384: each evaluation also gives the loss of short rows whose blocks are "
+        "moved apart until relative distances reach them, as eval_loss_at_4096, before the first step too.",
     )
 
     # Parameters that control the card and the push
-    base_name: str | None = field(
-        default=None,
-        metadata={"help": "What the card calls a base that was a local folder: its Hub id, or a neutral name."},
+    base_name: str | None = option(
+        None, "What the card calls a base that was a local folder: its Hub id, or a neutral name."
     )
-    license: str | None = field(default=None, metadata={"help": "Licence of the trained model, as the Hub names it."})
-    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
+    license: str | None = option(None, "Licence of the trained model, as the Hub names it.")
+    languages: list[str] = option([], "ISO 639 codes of its languages.")
 
     # Parameters that control the checks
-    preflight: bool = field(
-        default=True,
-        metadata={
-            "help": "Prove by a few tiny forwards before the first step that documents do not see each other and that "
-            "attention reaches across skipped positions."
-        },
+    preflight: bool = option(
+        True,
+        "Prove by a few tiny forwards before the first step that documents do not see each other and that "
+        "attention reaches across skipped positions.",
     )
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1] / "hf_longalign"
 MODULES = sorted(ROOT.rglob("*.py"))
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 # What stands below every wing and knows none of them.
-BELOW = {"records", "text", "plots", "endpoint", "puzzles", "version", "lazy"}
+BELOW = {"records", "text", "plots", "endpoint", "puzzles", "version", "lazy", "options"}
 # What joins the wings.
 JOINS = {"__init__", "__main__", "cli", "commands"}
 # Standard library and NumPy alone; cards also make their front matter and page with what the Hub's own client uses.

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,6 +14,7 @@ from hf_longalign.cards import write_adapter_card
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.hub import Destination, check_dry_run, publish_adapter, publish_command, publish_dataset
+from hf_longalign.options import option
 
 
 if TYPE_CHECKING:
@@ -26,37 +27,31 @@ if TYPE_CHECKING:
 class RepositoryOptions:
     """Where to push, under the names that `transformers.TrainingArguments` has for it."""
 
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "The repository, user/name; unset: called as the folder that is published."}
+    hub_model_id: str | None = option(
+        None, "The repository, user/name; unset: called as the folder that is published."
     )
-    hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private; unset: as its owner has it."}
-    )
-    hub_revision: str | None = field(default=None, metadata={"help": "Branch to push to; unset: main."})
+    hub_private_repo: bool | None = option(None, "Whether a new repository is private; unset: as its owner has it.")
+    hub_revision: str | None = option(None, "Branch to push to; unset: main.")
 
 
 @dataclass
 class HubOptions(RepositoryOptions):
     """Where to push, and whether to."""
 
-    push_to_hub: bool = field(default=False, metadata={"help": "Publish the result on the Hub."})
+    push_to_hub: bool = option(False, "Publish the result on the Hub.")
 
 
 @dataclass
 class PublishOptions:
     """How a push is made."""
 
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of pushing to main."})
-    tag: str | None = field(default=None, metadata={"help": "Tag what was pushed, such as v1.0."})
-    push_dry_run: str | None = field(
-        default=None, metadata={"help": "Write exactly the files of a push into this folder, and push nothing."}
-    )
-    allow: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Texts that look private and may be seen by everyone, such as a path in a row; a folder allows "
-            "what lies in it."
-        },
+    create_pr: bool = option(False, "Open a pull request instead of pushing to main.")
+    tag: str | None = option(None, "Tag what was pushed, such as v1.0.")
+    push_dry_run: str | None = option(None, "Write exactly the files of a push into this folder, and push nothing.")
+    allow: list[str] = option(
+        [],
+        "Texts that look private and may be seen by everyone, such as a path in a row; a folder allows "
+        "what lies in it.",
     )
 
     def check_idle(self, *, push_to_hub: bool) -> None:
@@ -94,9 +89,7 @@ class PublishOptions:
 class CardOptions:
     """What a card says that the files do not know."""
 
-    license: str | None = field(
-        default=None, metadata={"help": "Licence of what is published, as the Hub names it: cc-by-4.0, apache-2.0 …"}
-    )
+    license: str | None = option(None, "Licence of what is published, as the Hub names it: cc-by-4.0, apache-2.0 …")
 
     def check(self) -> None:
         """Refuse a licence that is not written as the Hub's ids are."""
@@ -107,10 +100,8 @@ class CardOptions:
 class AdapterCardOptions(CardOptions):
     """The same of the card of an adapter."""
 
-    base_name: str | None = field(
-        default=None, metadata={"help": "What the adapter calls its base where that is a local folder: its Hub id."}
-    )
-    languages: list[str] = field(default_factory=list, metadata={"help": "ISO 639 codes of its languages."})
+    base_name: str | None = option(None, "What the adapter calls its base where that is a local folder: its Hub id.")
+    languages: list[str] = option([], "ISO 639 codes of its languages.")
 
     def card(self) -> dict[str, Any]:
         """Return them as arguments of `write_adapter_card`."""

@@ -4,7 +4,7 @@ import ast
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from trl import ModelConfig, ScriptArguments
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import HubOptions, PublishOptions, destination
 from hf_longalign.hub import check_base_name, publish_command
+from hf_longalign.options import option
 from hf_longalign.training_options import TrainingOptions
 
 
@@ -36,12 +37,9 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 class DataOptions(ScriptArguments):
     """The data set: a Hub id, a folder, or a JSONL or Parquet file (`dataset_name`), in any TRL format."""
 
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Revision of a Hub data set: branch, tag or commit."}
-    )
-    test_size: float = field(
-        default=0.0,
-        metadata={"help": "Share of the training split to hold out for evaluation where there is no test split."},
+    dataset_revision: str | None = option(None, "Revision of a Hub data set: branch, tag or commit.")
+    test_size: float = option(
+        0.0, "Share of the training split to hold out for evaluation where there is no test split."
     )
 
     @property

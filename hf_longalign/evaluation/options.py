@@ -1,14 +1,12 @@
 """What an evaluation asks, of whom, and how: the options of `evaluate` and of the command line. Imports no torch."""
 
-# ruff: noqa: RUF009 (what `_option` returns is a field)
-
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hf_longalign.evaluation.needles import TASKS as NEEDLES
 from hf_longalign.evaluation.ruler_data import TASKS as RULER
+from hf_longalign.options import option
 from hf_longalign.puzzles import TASKS as PUZZLES
 from hf_longalign.records.names import is_hub_id
 
@@ -20,38 +18,31 @@ LOCAL_SUITES = ("short", "perplexity")
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
 
-def _option(default: Any, help: str, **shown: Any) -> Any:
-    """A field with the text, and the choices, that the command line shows."""
-    if isinstance(default, list):  # of which every object gets one of its own
-        return field(default_factory=lambda: list(default), metadata={"help": help, **shown})
-    return field(default=default, metadata={"help": help, **shown})
-
-
 @dataclass
 class ModelOptions:
     """What is evaluated, and how it is loaded or reached."""
 
     model: str = field(metadata={"help": "Directory or Hub id of the model; of an adapter, its base."})
-    adapter: str | None = _option(None, "Directory or Hub id of the adapter.")
-    model_revision: str | None = _option(None, "Revision of the model.")
-    adapter_revision: str | None = _option(None, "Revision of the adapter.")
-    tokenizer: str | None = _option(None, "Tokenizer for all; unset: the model's, if the adapter's is the same.")
-    dtype: str = _option("auto", "Precision of the weights.")
-    attn_implementation: str | None = _option(None, "Attention, as in transformers.")
-    load_in_4bit: bool = _option(False, "Quantise the base with bitsandbytes.")
-    trust_remote_code: bool = _option(False, "Run code that comes with the model.")
-    endpoint: str | None = _option(
+    adapter: str | None = option(None, "Directory or Hub id of the adapter.")
+    model_revision: str | None = option(None, "Revision of the model.")
+    adapter_revision: str | None = option(None, "Revision of the adapter.")
+    tokenizer: str | None = option(None, "Tokenizer for all; unset: the model's, if the adapter's is the same.")
+    dtype: str = option("auto", "Precision of the weights.")
+    attn_implementation: str | None = option(None, "Attention, as in transformers.")
+    load_in_4bit: bool = option(False, "Quantise the base with bitsandbytes.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    endpoint: str | None = option(
         None, "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."
     )
-    check_served: str = _option(
+    check_served: str = option(
         "stored",
         "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its answers were "
         "kept, as `merge` does), local (else the model is loaded here and asked) or off.",
         choices=["stored", "local", "off"],
     )
-    api_key_env: str = _option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
-    max_concurrency: int = _option(16, "The most requests at once to the endpoint.")
-    batch_tokens: int = _option(65536, "Tokens of a batch, answers included.")
+    api_key_env: str = option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
+    max_concurrency: int = option(16, "The most requests at once to the endpoint.")
+    batch_tokens: int = option(65536, "Tokens of a batch, answers included.")
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later."""
@@ -66,48 +57,48 @@ class ModelOptions:
 class SuiteOptions:
     """What is asked."""
 
-    suites: list[str] = _option(["needle", "puzzles"], f"Any of {', '.join(SUITES)}.")
-    output_dir: str = _option("outputs/report", "Folder of the report and of all answers.")
-    chat: bool | None = _option(None, "Ask through the chat template; unset: if the tokenizer has one.")
-    seed: int = _option(0, "Seed of keys, values, places and puzzles; RULER has its own, 42.")
-    lengths: list[int] = _option([], "Context lengths in tokens; unset: 1,024 and its doubles in the model's range.")
-    depths: list[float] = _option([0.0, 0.25, 0.5, 0.75, 1.0], "Depths of the needle, 0 to 1.")
-    samples: int | None = _option(
+    suites: list[str] = option(["needle", "puzzles"], f"Any of {', '.join(SUITES)}.")
+    output_dir: str = option("outputs/report", "Folder of the report and of all answers.")
+    chat: bool | None = option(None, "Ask through the chat template; unset: if the tokenizer has one.")
+    seed: int = option(0, "Seed of keys, values, places and puzzles; RULER has its own, 42.")
+    lengths: list[int] = option([], "Context lengths in tokens; unset: 1,024 and its doubles in the model's range.")
+    depths: list[float] = option([0.0, 0.25, 0.5, 0.75, 1.0], "Depths of the needle, 0 to 1.")
+    samples: int | None = option(
         None, "Samples of each task at each length, a needle's at all depths; unset: what `minutes` allow."
     )
-    minutes: float = _option(15.0, "Time for reading, where `samples` is unset.")
-    needle_tasks: list[str] = _option(list(NEEDLES), f"Any of {', '.join(NEEDLES)}.")
-    puzzles: list[str] = _option(list(PUZZLES), f"Any of {', '.join(PUZZLES)}.")
-    diagnose: bool = _option(
+    minutes: float = option(15.0, "Time for reading, where `samples` is unset.")
+    needle_tasks: list[str] = option(list(NEEDLES), f"Any of {', '.join(NEEDLES)}.")
+    puzzles: list[str] = option(list(PUZZLES), f"Any of {', '.join(PUZZLES)}.")
+    diagnose: bool = option(
         False, "Ask each puzzle over its evidence alone and closed-book, too, to tell why it failed."
     )
-    ruler_tasks: list[str] = _option(list(RULER), f"Any of {', '.join(RULER)}.")
-    ruler_questions: str | None = _option(
+    ruler_tasks: list[str] = option(list(RULER), f"Any of {', '.join(RULER)}.")
+    ruler_questions: str | None = option(
         None, "Questions for RULER: SQuAD's or HotpotQA's JSON, or JSONL; unset: invented ones."
     )
-    max_new_tokens: int = _option(128, "Room for an answer, in tokens.")
-    haystack: str | None = _option(
+    max_new_tokens: int = option(128, "Room for an answer, in tokens.")
+    haystack: str | None = option(
         None, "A text file, a folder of them or user/name[:config][@split]; unset: built-in sentences."
     )
-    longbench_tasks: list[str] = _option(
+    longbench_tasks: list[str] = option(
         ["context_synthesis"],
         "LongBench tasks; `context_synthesis`: that paper's eight; `all`: those of v1; `even`: those of "
         "LongBench-E; `v2`: the multiple choice of v2.",
     )
-    longbench_source: str | None = _option(
+    longbench_source: str | None = option(
         None, "Hub id, data.zip, v2's data.json or a folder of `<task>.jsonl`; unset: LongBench's own."
     )
-    longbench_length: int | None = _option(
+    longbench_length: int | None = option(
         None, "Tokens that longer LongBench prompts are cut to, as published: 3500, 7500, 31500."
     )
-    short_tasks: list[str] = _option(list(SHORT), "lm-eval tasks of short contexts.")
-    limit: int | None = _option(
+    short_tasks: list[str] = option(list(SHORT), "lm-eval tasks of short contexts.")
+    limit: int | None = option(
         None, "Questions per task of longbench and short (unset: all), documents of perplexity (unset: 20)."
     )
-    perplexity_documents: str | None = _option(
+    perplexity_documents: str | None = option(
         None, "Long documents for perplexity, as `haystack`; unset: the haystack's."
     )
-    perplexity_window: int | None = _option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
+    perplexity_window: int | None = option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
 
     def check(self, endpoint: str | None = None) -> None:
         """Refuse, before anything is loaded, what would fail later.
