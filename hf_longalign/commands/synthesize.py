@@ -16,7 +16,7 @@ from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.synthesis.config import SynthesisOptions, json_object
 from hf_longalign.synthesis.prompts import (
     Facts,
     Messages,
@@ -62,9 +62,9 @@ class SynthesizeArguments:
     generator: str = field(
         default="documents",
         metadata={
-            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a local model, or "
-            "nobody, where the seeds have their contexts.",
-            "choices": ["openai", "batch", "transformers", "documents"],
+            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a model on this "
+            "machine by transformers or by vLLM, or nobody, where the seeds have their contexts.",
+            "choices": ["openai", "batch", "transformers", "vllm", "documents"],
         },
     )
     model: str | None = field(default=None, metadata={"help": "The model that writes."})
@@ -77,7 +77,19 @@ class SynthesizeArguments:
         metadata={"help": "The environment variable that holds the key; the key itself never."},
     )
     max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
-    batch_size: int = field(default=16, metadata={"help": 'Rows at once with generator "transformers".'})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows at once of a model on this machine; unset: 16 by transformers, 256 by vLLM."},
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": 'A LoRA adapter on the model, with generator "vllm": folder or Hub id.'}
+    )
+    vllm_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of `vllm.LLM`, as JSON or YAML: tensor_parallel_size, max_model_len, hf_overrides …"
+        },
+    )
     judge_model: str | None = field(
         default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
     )
@@ -108,6 +120,10 @@ class SynthesizeArguments:
             raise ValueError(
                 f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
             )
+        for name in ("adapter", "vllm_options"):
+            if getattr(self, name) is not None and self.generator != "vllm":
+                raise ValueError(f"`{name}` must be unset with generator {self.generator!r}. Set `--generator vllm`.")
+        json_object("vllm_options", self.vllm_options)
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(
                 f"`shard_index` must be from 0 to below `num_shards`, got {self.shard_index} of {self.num_shards}. "
@@ -147,6 +163,8 @@ def make_generators(args: SynthesizeArguments) -> tuple[Generator | str, Generat
     if args.generator == "batch":
         batches = HostedBatches(args.endpoints[0], api_key_env=args.api_key_env)
         return BatchGenerator(str(args.model), batches), judge
+    if args.generator == "vllm":
+        return make_vllm(args), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else []), judge
 
 
@@ -160,7 +178,23 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str]) 
 
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
-    return TransformersGenerator(model, batch_size=args.batch_size, device=device)
+    return TransformersGenerator(model, batch_size=args.batch_size or 16, device=device)
+
+
+def make_vllm(args: SynthesizeArguments) -> Generator:
+    """Return a model in vLLM, which spreads it over the GPUs by itself."""
+    from accelerate import PartialState
+
+    from hf_longalign.synthesis.vllm import VLLMGenerator
+
+    processes = PartialState().num_processes
+    if processes > 1:
+        raise ValueError(
+            f'`generator` "vllm" must run in one process, got {processes}: they would share a GPU. Start it without '
+            "`accelerate launch`, with `--vllm_options '{\"tensor_parallel_size\": 8}'`, or start a shard per GPU."
+        )
+    options = json_object("vllm_options", args.vllm_options)
+    return VLLMGenerator(str(args.model), adapter=args.adapter, batch_size=args.batch_size or 256, **options)
 
 
 def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards: int = 1) -> dict[str, Any]:

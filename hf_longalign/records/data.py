@@ -35,7 +35,7 @@ class DataRecord(Record):
         splits: rows by configuration and split.
         tasks: rows of `chat` by task.
         rejected: rejected seeds by reason.
-        generator: "openai", "transformers" or "documents".
+        generator: "openai", "batch", "transformers", "vllm" or "documents".
         model: the model that wrote.
         judge_model: the model that judged, where it is another one.
         sampling: sampling settings by name.

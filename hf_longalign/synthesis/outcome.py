@@ -62,7 +62,7 @@ class Provenance:
     """Where a context comes from.
 
     Attributes:
-        generator: "openai", "transformers" or "documents".
+        generator: "openai", "batch", "transformers", "vllm" or "documents".
         model: the model that wrote it; empty for a given text.
         prompt_hash: digest of the prompt that led to it; empty for a given text.
         journal_keys: the keys of its replies in the journal, in the order they were asked for.

@@ -15,7 +15,7 @@ from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.chat import to_messages
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
-from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.synthesis.config import SynthesisOptions, json_object
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
@@ -163,7 +163,11 @@ class Pipeline:
             generator=config.generator,
             model=config.model,
             sampling=Sampling(
-                config.temperature, config.top_p, config.max_tokens, config.sampling_seed, config.extra_fields()
+                config.temperature,
+                config.top_p,
+                config.max_tokens,
+                config.sampling_seed,
+                json_object("extra_body", config.extra_body),
             ),
             rules=Rules(
                 tuple(config.checks),
