@@ -218,7 +218,7 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     """Print what a run would do, and ask nothing."""
     pipeline = builder.pipeline
     pipeline.check()
-    seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
+    seeds, plan, counter = pipeline.seeds.seeds, pipeline.plan, builder.files.counter
     writes = args.generator != "documents"
     budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
     if args.generator == "batch":
@@ -227,7 +227,7 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
     print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
-    for reason, number in pipeline.all_seeds.skipped.most_common():
+    for reason, number in pipeline.seeds.skipped.most_common():
         print(f"skipped    {number:,}: {reason}")
     print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
     requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())

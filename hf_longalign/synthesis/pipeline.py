@@ -46,8 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# So many seeds tell the language of all.
-_LANGUAGE_SAMPLE = 1000
 # What a step asks for, as the user sees it.
 _STEPS = {
     "answer_blind": "closed-book answers",
@@ -123,38 +121,30 @@ class Pipeline:
             logger.info("This process stops asking: %s", stop)
 
     @cached_property
-    def all_seeds(self) -> SeedSet:
-        """The seeds, or for instruction synthesis the chunks pairs are written for."""
+    def seeds(self) -> SeedSet:
+        """The seeds of this shard, or for instruction synthesis the chunks that pairs are written for."""
         config = self.config
-        if config.method == "instruction":
-            return SeedSet(
-                draw_chunks(self.files.documents, config.chunk_words, config.pairs_per_document, config.seed)
+        if config.method != "instruction":
+            return read_seeds(
+                config.seeds,
+                contexts=config.contexts,
+                on_bad_seed=config.on_bad_seed,
+                per_task=config.seeds_per_task,
+                control=self.files.control,
+                on_control_tokens=config.on_control_tokens,
+                part=self.shard,
             )
-        return read_seeds(
-            config.seeds,
-            contexts=config.contexts,
-            on_bad_seed=config.on_bad_seed,
-            per_task=config.seeds_per_task,
-            control=self.files.control,
-            on_control_tokens=config.on_control_tokens,
-        )
-
-    @property
-    def seeds(self) -> list[Seed]:
-        """The seeds of this shard."""
-        index, count = self.shard
-        # In turns: seeds of one task stand together, and each machine should get some of every task.
-        return self.all_seeds.seeds[index::count]
+        found = SeedSet(self.shard)
+        for chunk in draw_chunks(self.files.documents, config.chunk_words, config.pairs_per_document, config.seed):
+            found.add(chunk)
+        return found
 
     @cached_property
     def plan(self) -> Plan:
         """How contexts are written and what they are held to."""
         config = self.config
         # Of all seeds, not of the shard's: a context must not pass in one shard and fail in the merged run.
-        seeds = self.all_seeds.seeds
-        sample = seeds[:: max(1, len(seeds) // _LANGUAGE_SAMPLE)]
-        texts = (f"{seed.instruction} {seed.answer} {(seed.context or '')[:200]}" for seed in sample)
-        language = config.language or majority_language(texts)
+        language = config.language or majority_language(self.seeds.sample)
         template = None
         if config.prompt_template is not None:
             path = Path(config.prompt_template)
@@ -208,11 +198,11 @@ class Pipeline:
         for name in filter(asks.get, asks):
             if self.generator is None:
                 raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
-        seeds = self.seeds
-        for reason, number in self.all_seeds.skipped.most_common():
+        seeds = self.seeds.seeds
+        for reason, number in self.seeds.skipped.most_common():
             logger.warning("Skipped %d seeds: %s.", number, reason)
-        if self.all_seeds.neutralised:
-            logger.warning("Made words of marks of chat templates in %d seeds.", self.all_seeds.neutralised)
+        if self.seeds.neutralised:
+            logger.warning("Made words of marks of chat templates in %d seeds.", self.seeds.neutralised)
         if config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):
@@ -231,7 +221,7 @@ class Pipeline:
         self.check()
         # What costs nothing comes first, then the short answers, then the long contexts: what is left out early is
         # not paid for later.
-        outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds]
+        outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds.seeds]
         outcomes = self._chosen(outcomes)
         outcomes = self._with_contexts(outcomes)
         # Only now, and beside all others: a context that was rewritten may repeat another one.

@@ -63,7 +63,7 @@ def test_two_processes_ask_each_thing_once_and_one_reads_the_seeds(tmp_path, fol
     asked = [[request.key for request in generator.asked] for generator in generators]
     assert len({*asked[0], *asked[1]}) == len(asked[0]) + len(asked[1]) == 24 + 23 + 3
     assert min(map(len, asked)) >= 6
-    assert sorted("all_seeds" in vars(pipeline) for pipeline in pipelines) == [False, True]
+    assert sorted("seeds" in vars(pipeline) for pipeline in pipelines) == [False, True]
     alone = ContextSynthesisBuilder(
         cache_dir=tmp_path / "alone",
         generator=Slow(fail=[5]),
@@ -73,7 +73,7 @@ def test_two_processes_ask_each_thing_once_and_one_reads_the_seeds(tmp_path, fol
         show_progress=False,
     )
     assert alone.prepare_outcomes()
-    together = next(pipeline for pipeline in pipelines if "all_seeds" in vars(pipeline)).files
+    together = next(pipeline for pipeline in pipelines if "seeds" in vars(pipeline)).files
     assert together.accepted.equals(alone.files.accepted) and together.rejected.equals(alone.files.rejected)
     assert not folder.exists()
 
