@@ -1,9 +1,10 @@
 """Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
+import asyncio
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -13,28 +14,16 @@ from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
 from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
-from hf_longalign.endpoint.protocol import Generator, RunStopped
+from hf_longalign.endpoint.protocol import Generator, Reply, Request, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.config import SynthesisOptions, json_object
-from hf_longalign.synthesis.prompts import (
-    Facts,
-    Messages,
-    Outline,
-    answer_prompt,
-    context_prompt,
-    facts_prompt,
-    outline_prompt,
-    pair_prompt,
-    section_prompt,
-)
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.writer import Plan, score_closed_book, score_open_book, write_context, write_pair
 
 
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-    from hf_longalign.synthesis.writer import Plan
 
 
 DESCRIPTION = """Turn short instruction-answer pairs into long-context chat data.
@@ -219,12 +208,12 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     pipeline = builder.pipeline
     pipeline.check()
     seeds, plan, counter = pipeline.seeds.seeds, pipeline.plan, builder.files.counter
-    writes = args.generator != "documents"
-    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    prices = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
     if args.generator == "batch":
-        budget = budget.at(HostedBatches.price_share)
-    count = counter.count if counter else None
-    found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
+        prices = prices.at(HostedBatches.price_share)
+    rehearsal = Rehearsal(plan, options, writes=args.generator != "documents")
+    found = estimate(seeds, rehearsal, prices, counter.count if counter else None)
+    prompt, completion = ceil(found.prompt_tokens), ceil(found.completion_tokens)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
     print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
     for reason, number in pipeline.seeds.skipped.most_common():
@@ -232,16 +221,17 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
     requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())
     print(f"requests   {requests or 'none'}")
-    print(f"tokens     about {found.prompt_tokens:,} in and {found.completion_tokens:,} out, without retries")
-    print(
-        f"cost       about ${found.spend.usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit"
-    )
+    print(f"tokens     about {prompt:,} in and {completion:,} out, without retries")
+    usd = prices.cost(prompt, completion).usd
+    print(f"cost       about ${usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit")
     if plan.judge:
         print("           and what the judge is asked where an answer does not stand in its context word for word")
     for number, seed in enumerate(seeds[:: max(1, len(seeds) // 3)][:3], 1):
-        for planned in planned_requests(seed, plan, options, writes=writes):
-            print(f"\n--- seed {number} of 3, {seed.origin}: {planned.purpose} ---")
-            print("\n\n".join(f"[{role}]\n{content}" for role, content in planned.messages))
+        rehearsal.asked.clear()
+        asyncio.run(rehearsal.rehearse(seed))
+        for request, _ in rehearsal.asked:
+            print(f"\n--- seed {number} of 3, {seed.origin}: {request.purpose} ---")
+            print("\n\n".join(f"[{role}]\n{content}" for role, content in request.messages))
 
 
 def run(
@@ -292,14 +282,59 @@ _TOKENS_PER_WORD = 4 / 3
 _FACT_WORDS, _OUTLINE_WORDS, _PAIR_WORDS, _SPOKEN_WORDS = 150, 40, 40, 30
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One request that will be made: what for, its prompt, words of it that are not known yet, words of its reply."""
+def _words(number: float) -> str:
+    """Text of as many tokens as so many words have: "the " is one, and four bytes."""
+    return "the " * round(number * _TOKENS_PER_WORD)
 
-    purpose: str
-    messages: Messages
-    reply_words: int
-    unknown_words: int = 0
+
+class Rehearsal:
+    """Notes what is asked for a seed, and answers in the words that were asked for, as if all were good at once.
+
+    Attributes:
+        asked: the requests so far, each with the words of its reply.
+    """
+
+    def __init__(self, plan: Plan, options: SynthesisOptions, *, writes: bool) -> None:
+        # No checks, and no judge: what one is asked is not known before there are replies.
+        self.plan = replace(plan, rules=replace(plan.rules, checks=()), judge=None)
+        self.options = options
+        self.writes = writes
+        self.asked: list[tuple[Request, int]] = []
+
+    async def __call__(self, request: Request) -> Reply:
+        """Note a request and answer it."""
+        number, purpose = self.plan.sections, request.purpose
+        words = {
+            "facts": _FACT_WORDS,
+            "outline": _OUTLINE_WORDS * number,
+            "section": ceil(self.plan.words / number),
+            "context": self.plan.words,
+            "pair": _PAIR_WORDS,
+        }.get(purpose, _SPOKEN_WORDS)
+        self.asked.append((request, words))
+        half = _words(words / 2)
+        texts = {
+            "facts": f"Evidence:\n- {half}\nDistraction:\n- {half}",
+            "outline": "\n".join(f"Section {n}: {_words(_OUTLINE_WORDS)}" for n in range(1, number + 1)),
+            "pair": f"Question: {half}\nAnswer: {half}",
+        }
+        return Reply(texts.get(purpose, f"Context:\n{_words(words)}"), "stop", 0, 0, request.model)
+
+    async def rehearse(self, seed: Seed) -> None:
+        """Ask all that a run would ask for a seed."""
+        options, plan, context = self.options, self.plan, seed.context or ""
+        blind = options.difficulty == "closed_book"
+        if blind:
+            await score_closed_book(seed, plan, self, options.difficulty_samples)
+        if options.method == "instruction":
+            outcome = await write_pair(seed, plan, self, lambda *_: None)
+            seed = outcome.seed
+        elif self.writes:
+            context = (await write_context(seed, plan, self, lambda *_: None)).context
+        if options.answerability:
+            await score_open_book(seed, context, plan, self)
+            if not blind:
+                await score_closed_book(seed, plan, self)
 
 
 @dataclass
@@ -310,83 +345,39 @@ class Estimate:
         requests: number of requests by purpose.
         prompt_tokens: tokens of the prompts.
         completion_tokens: tokens of the replies, if they are as long as asked for.
-        spend: tokens and dollars of both.
-        most: the same if every reply runs to its limit and every retry is used.
+        most: tokens and dollars if every reply runs to its limit and every retry is used.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    spend: Spend = field(default_factory=Spend)
+    prompt_tokens: float = 0
+    completion_tokens: float = 0
     most: Spend = field(default_factory=Spend)
 
 
 def estimate(
-    seeds: Sequence[Seed],
-    plan: "Plan",
-    options: SynthesisOptions,
-    *,
-    writes: bool,
-    budget: Budget | None = None,
-    count: Callable[[str], int] | None = None,
+    seeds: Sequence[Seed], rehearsal: Rehearsal, prices: Budget, count: Callable[[str], int] | None
 ) -> Estimate:
     """Estimate what a run over `seeds` costs."""
     # About four bytes of UTF-8 are a token, in English and, with longer characters, in most scripts.
     count = count or (lambda text: ceil(len(text.encode()) / 4))
-    prices, found, most = budget or Budget(), Estimate(), Spend()
+    found, plan, options = Estimate(), rehearsal.plan, rehearsal.options
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
-    prompt_tokens = completion_tokens = 0.0
-    for seed in seeds:
-        for planned in planned_requests(seed, plan, options, writes=writes):
-            share = 1.0 if planned.purpose == "closed_book" else kept
-            found.requests[planned.purpose] += 1
-            prompt = sum(count(text) for _, text in planned.messages) + planned.unknown_words * _TOKENS_PER_WORD
-            prompt_tokens += share * prompt
-            completion_tokens += share * min(planned.reply_words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
-            most += prices.cost(ceil(prompt), plan.sampling.max_tokens)
-    for purpose in found.requests:
-        # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
-        if purpose != "closed_book":
-            found.requests[purpose] = ceil(kept * found.requests[purpose])
-    found.prompt_tokens, found.completion_tokens = ceil(prompt_tokens), ceil(completion_tokens)
-    found.spend = prices.cost(found.prompt_tokens, found.completion_tokens)
-    found.most = Spend(most.tokens * (1 + plan.retries), most.usd * (1 + plan.retries))
+
+    async def rehearse() -> None:
+        for seed in seeds:
+            rehearsal.asked.clear()
+            await rehearsal.rehearse(seed)
+            for request, words in rehearsal.asked:
+                # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
+                share = 1.0 if request.purpose == "closed_book" else kept
+                prompt = sum(count(text) for _, text in request.messages)
+                found.requests[request.purpose] += 1
+                found.prompt_tokens += share * prompt
+                found.completion_tokens += share * min(words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
+                found.most += prices.cost(prompt, plan.sampling.max_tokens)
+
+    asyncio.run(rehearse())
+    for purpose in set(found.requests) - {"closed_book"}:
+        found.requests[purpose] = ceil(kept * found.requests[purpose])
+    found.most = Spend(found.most.tokens * (1 + plan.retries), found.most.usd * (1 + plan.retries))
     return found
-
-
-def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
-    """Yield the requests a seed needs if every reply is good at once. A judge's are not known before the replies."""
-    task = find_task(seed.task)
-    if options.difficulty == "closed_book":
-        for _ in range(options.difficulty_samples):
-            yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
-    if options.method == "instruction":
-        yield Planned("pair", pair_prompt(seed.context or ""), _PAIR_WORDS)
-    elif writes:
-        yield from _writing(seed, plan)
-    if options.answerability:
-        words = plan.words if seed.context is None else 0
-        yield Planned("open_book", answer_prompt(seed, task, seed.context or ""), _SPOKEN_WORDS, words)
-        if options.difficulty != "closed_book":
-            yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
-
-
-def _writing(seed: Seed, plan: "Plan") -> Iterator[Planned]:
-    task, facts, unknown = find_task(seed.task), None, 0
-    if plan.facts_first:
-        yield Planned("facts", facts_prompt(seed, task), _FACT_WORDS)
-        facts, unknown = Facts("", ("…",), ("…",)), _FACT_WORDS
-    if plan.sections == 1:
-        prompt = context_prompt(seed, task, plan.words, facts=facts, template=plan.template)
-        yield Planned("context", prompt, plan.words, unknown)
-        return
-    sections = plan.sections
-    outline = Outline("", ("…",) * sections)
-    yield Planned(
-        "outline", outline_prompt(seed, task, plan.words, sections, facts=facts), _OUTLINE_WORDS * sections, unknown
-    )
-    for number in range(1, sections + 1):
-        words = ceil(plan.words / sections)
-        # A section's prompt holds the plan, which is not written yet, and the last words of the section before.
-        shown = _OUTLINE_WORDS * sections + (200 if number > 1 else 0)
-        yield Planned("section", section_prompt(seed, task, words, outline, number, ""), words, shown)

@@ -5,7 +5,7 @@ Everything that is paid for happens here, through the journal; all the rest can 
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,15 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a step asks for, as the user sees it.
-_STEPS = {
-    "answer_blind": "closed-book answers",
-    "write": "contexts",
-    "write_pair": "pairs",
-    "judge": "verdicts",
-    "rewrite": "rewriting",
-    "answer_both": "answers",
-}
 _REPEATED = "duplicate: it nearly repeats another context; choose other names, places, figures and events"
 
 
@@ -145,6 +136,7 @@ class Pipeline:
         config = self.config
         # Of all seeds, not of the shard's: a context must not pass in one shard and fail in the merged run.
         language = config.language or majority_language(self.seeds.sample)
+        answering = config.judge_model or config.model
         template = None
         if config.prompt_template is not None:
             path = Path(config.prompt_template)
@@ -171,7 +163,8 @@ class Pipeline:
             facts_first=config.facts_first,
             template=template,
             retries=config.retries,
-            judge=self._answering_model if "judge" in config.checks else None,
+            judge=answering if "judge" in config.checks else None,
+            answering=answering,
         )
 
     @cached_property
@@ -231,7 +224,7 @@ class Pipeline:
         if not self.config.answerability:
             return outcomes
         numbers = accepted(outcomes)
-        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
+        return _replaced(outcomes, numbers, self._ask("answers", [outcomes[number] for number in numbers]))
 
     def _ask(self, step: str, items: Sequence[Any]) -> list[Any]:
         """Do a step for every item, together with the team; returns the results in the order of the items."""
@@ -249,47 +242,19 @@ class Pipeline:
         """Do a step for every item, through the journal and the generator."""
         if self.generator is None:
             return []
-        work, progress = getattr(self, f"_{step}"), Progress(len(items), name=_STEPS[step], show=self.show_progress)
+        name, work = _STEPS[step]
+        progress = Progress(len(items), name=name, show=self.show_progress)
         try:
             # Opened for a step and closed after it, so that nothing that computes in between holds the file open.
             with Journal(self.journal) as journal:
                 runner = Runner(self.generator, journal, budget=self.budget, progress=progress)
 
-                async def job(item: Any, ask: Ask) -> Any:
-                    return await work(item, ask, runner.count)
+                def job(item: Any, ask: Ask) -> Awaitable[Any]:
+                    return work(self, item, ask, runner.count)
 
                 return runner.run(partial(job, item) for item in items)
         finally:
             progress.close()
-
-    # The steps. A process that follows another does them by their names.
-
-    async def _answer_blind(self, seed: Seed, ask: Ask, count: Count) -> float | None:
-        return await score_closed_book(
-            seed, self._answering_model, self.plan.sampling, self.config.difficulty_samples, ask
-        )
-
-    async def _write(self, seed: Seed, ask: Ask, count: Count) -> Outcome:
-        return await write_context(seed, self.plan, ask, count=count)
-
-    async def _write_pair(self, chunk: Seed, ask: Ask, count: Count) -> Outcome:
-        return await write_pair(chunk, self.plan, ask, count=count)
-
-    async def _judge(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-        return await judge_given(outcome, self.plan, ask)
-
-    async def _rewrite(self, refused: Outcome, ask: Ask, count: Count) -> Outcome:
-        return await write_context(refused.seed, self.plan, ask, count=count, refused=refused)
-
-    async def _answer_both(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-        # With the context and without it: a row that needs none teaches nothing.
-        model, sampling = self._answering_model, self.plan.sampling
-        found = {
-            "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
-            "answerable_without": await score_closed_book(outcome.seed, model, sampling, 1, ask),
-        }
-        known = {name: score for name, score in found.items() if score is not None}
-        return replace(outcome, scores={**outcome.scores, **known})
 
     def _decontaminated(self, outcome: Outcome) -> Outcome:
         seed = outcome.seed
@@ -312,7 +277,7 @@ class Pipeline:
         seeds = [outcomes[number].seed for number in numbers]
         scores: list[float | None]
         if config.difficulty == "closed_book":
-            scores = self._ask("answer_blind", seeds)
+            scores = self._ask("closed_book", seeds)
         else:
             scores = list(answer_losses(seeds, config.difficulty_model or ""))
         outcomes = list(outcomes)
@@ -327,11 +292,6 @@ class Pipeline:
             if place not in kept:
                 outcomes[number] = replace(outcomes[number], reason=f"difficulty: not chosen by {config.difficulty}")
         return outcomes
-
-    @property
-    def _answering_model(self) -> str:
-        """The model that answers: the judge where there is one, so that no model marks its own texts."""
-        return self.config.judge_model or self.config.model
 
     def _with_contexts(self, outcomes: list[Outcome]) -> list[Outcome]:
         numbers = accepted(outcomes)
@@ -366,6 +326,30 @@ class Pipeline:
         return [
             replace(outcome, checks=(*outcome.checks, passed)) if outcome.accepted else outcome for outcome in outcomes
         ]
+
+
+async def _answers(pipeline: Pipeline, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+    # With the context and without it: a row that needs none teaches nothing.
+    found = {
+        "answerable_with": await score_open_book(outcome.seed, outcome.context, pipeline.plan, ask),
+        "answerable_without": await score_closed_book(outcome.seed, pipeline.plan, ask),
+    }
+    known = {name: score for name, score in found.items() if score is not None}
+    return replace(outcome, scores={**outcome.scores, **known})
+
+
+# What is asked for, as the user sees it, and how for one item. A process that follows another gets the name of a step.
+_STEPS: dict[str, tuple[str, Callable[[Pipeline, Any, Ask, Count], Awaitable[Any]]]] = {
+    "closed_book": (
+        "closed-book answers",
+        lambda of, seed, ask, count: score_closed_book(seed, of.plan, ask, of.config.difficulty_samples),
+    ),
+    "write": ("contexts", lambda of, seed, ask, count: write_context(seed, of.plan, ask, count)),
+    "write_pair": ("pairs", lambda of, chunk, ask, count: write_pair(chunk, of.plan, ask, count)),
+    "judge": ("verdicts", lambda of, outcome, ask, count: judge_given(outcome, of.plan, ask)),
+    "rewrite": ("rewriting", lambda of, old, ask, count: write_context(old.seed, of.plan, ask, count, old)),
+    "answers": ("answers", _answers),
+}
 
 
 def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence[Outcome]) -> list[Outcome]:
