@@ -217,8 +217,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
     def prepare_outcomes(self) -> bool:
         """Write or check every context, if that is not done yet; here the money is spent.
 
-        Returns:
-            Whether this process goes on to compose the rows: of several that ask together, one does.
+        Returns whether this process goes on to compose the rows: of several that ask together, one does.
         """
         return self.pipeline.run()
 

@@ -43,17 +43,12 @@ class Composer:
     """Composes rows of a pool. A row depends on the seed, the pool and the row's own id alone.
 
     Attributes:
-        pool: all contexts.
         sources: where distractors come from, the preferred source first.
         limit: distractors per row; `None` for as many as fit into the budget.
-        counter: counts tokens; `None` where no tokenizer is given.
-        budget: tokens per row; `None` for no budget.
+        budget: tokens per row, counted by `counter`; `None` for no budget.
         reference: "auto", "all" or "none".
         nearest: int32 `(rows, sources, neighbours)`, the closest texts of every row, -1 where there are no more;
             `None` without hard distractors.
-        hard_share: how likely the next distractor is the closest one left.
-        avoid_conflicts: pass over contexts that conflict with the gold one.
-        seed: seed of everything drawn.
     """
 
     pool: Pool
@@ -75,31 +70,19 @@ class Composer:
             BudgetError: the context and its prompt alone exceed the budget.
         """
         begun = self._begin(index)
-        made = compose(
-            self._piece(index, begun.named),
-            self._candidates(index, begun),
-            begun.prompt,
-            begun.rng,
-            limit=self.limit,
-            ruler=self._ruler(begun.record["answer"]),
-        )
-        return self._to_row(begun, made)
+        return self._to_row(begun, self._compose(index, begun, self._candidates(index, begun), self.limit))
 
     def over_budget(self, index: int) -> str | None:
         """Return why `row` would raise `BudgetError`, or `None` if it would not."""
-        begun = self._begin(index)
         try:
-            compose(
-                self._piece(index, begun.named),
-                iter(()),
-                begun.prompt,
-                begun.rng,
-                limit=0,
-                ruler=self._ruler(begun.record["answer"]),
-            )
+            self._compose(index, self._begin(index), iter(()), limit=0)
         except BudgetError as error:
             return str(error)
         return None
+
+    def _compose(self, index: int, begun: _Begun, candidates: Iterator[Piece], limit: int | None) -> Composition:
+        gold, ruler = self._piece(index, begun.named), self._ruler(begun.record["answer"])
+        return compose(gold, candidates, begun.prompt, begun.rng, limit=limit, ruler=ruler)
 
     def _begin(self, index: int) -> _Begun:
         record = self.pool.row(index)

@@ -54,12 +54,7 @@ class Waiting:
 
 
 class BatchingGenerator(ABC):
-    """The half of a generator on this machine that knows no model: what waits is generated together.
-
-    Args:
-        name: the name that is recorded.
-        batch_size: the most requests at once.
-    """
+    """The half of a generator on this machine that knows no model: what waits is generated together."""
 
     def __init__(self, name: str, batch_size: int) -> None:
         if batch_size < 1:

@@ -59,12 +59,11 @@ _FEATURES = {"chat": _CHAT, "contexts": _CONTEXTS, "rejected": {**_CONTEXTS, "re
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a context comes from.
+    """Where a context comes from; of a given text nothing but the kind "documents" is known.
 
     Attributes:
         generator: "openai", "batch", "transformers", "vllm" or "documents".
-        model: the model that wrote it; empty for a given text.
-        prompt_hash: digest of the prompt that led to it; empty for a given text.
+        prompt_hash: digest of the prompt that led to it.
         journal_keys: the keys of its replies in the journal, in the order they were asked for.
         attempts: how many times it was begun.
     """
@@ -81,12 +80,8 @@ class Outcome:
     """One seed with its context.
 
     Attributes:
-        seed: the pair.
         context: the text; of a rejected seed the last one that was tried, or empty.
-        title: what the text is about, where it is known.
         reason: why the seed was rejected; empty for one that goes into the data.
-        checks: what was checked, in order.
-        provenance: where the text comes from.
         scores: measured difficulty and answerability by name.
     """
 

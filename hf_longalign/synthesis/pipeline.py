@@ -54,11 +54,7 @@ class Pipeline:
     """Turns the seeds of a configuration into outcomes on disk, once for all three configurations of a data set.
 
     Attributes:
-        config: what is made and how.
-        files: where the outcomes go.
         generator: writes, answers and judges; `None` where contexts are given and nothing is asked.
-        journal: path of the journal.
-        budget: what a run may spend.
         show_progress: a bar (`True`), nothing (`False`), or a bar on a terminal and log lines elsewhere (`None`).
         team: the processes that ask together; `None` for this one alone.
         shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
@@ -78,12 +74,8 @@ class Pipeline:
     def run(self) -> bool:
         """Ask for everything, and write the outcomes if they are not on disk; of a shard, only its replies remain.
 
-        Returns:
-            Whether this process goes on to compose: of a team, one does.
-
-        Raises:
-            ValueError: what `check` raises, or no seed was accepted.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
+        Returns whether this process goes on to compose: of a team, one does. Raises what `check` raises, a ValueError
+        where no seed was accepted, or `RunStopped`: the budget is spent or the endpoint gone, and a rerun continues.
         """
         if not self._done:
             if self.team is not None:

@@ -134,9 +134,8 @@ class Pool:
     """Accepted contexts, then documents, as columns; texts are read where they are needed.
 
     Attributes:
-        table: rows with the columns of `contexts`, in the order of the seeds.
+        table: rows with the columns of `contexts`, in the order of the seeds; `test` says which are of the test split.
         documents: texts that only distract.
-        test: for every row of the table, whether it belongs to the test split.
         folder: where the words of all texts are kept; `None` to keep them in memory.
     """
 
@@ -278,12 +277,9 @@ def offer(
 ) -> Iterator[int]:
     """Yield indices of contexts, none twice: group after group, each shuffled, a share of it the nearest first.
 
-    Args:
-        groups: indices by source, the preferred source first.
-        rng: draws the order.
-        own: the row's own index, which is not offered.
-        nearest: for each group the indices closest to what is asked, closest first; -1 is none.
-        hard_share: how likely the next context is the nearest one left in its group.
+    `groups` are indices by source, the preferred source first; the row's `own` is not offered. `nearest` holds for
+    each group the indices closest to what is asked, closest first, -1 for none; `hard_share` is how likely the next
+    context is the nearest one left in its group.
 
     Example:
 
@@ -319,13 +315,8 @@ def nearest(
     """Return the closest contexts of every row, int32 `(rows, sources, neighbours)`, padded with -1.
 
     A source of more than `compared` texts is dealt out at random into parts, and a row is compared with those of one.
-
-    Args:
-        pool: all texts.
-        sources: where distractors come from.
-        score: for the indices of some texts, a function of a row that returns how close each of them is to it.
-        neighbours: how many of each source. Equal scores keep the order of the contexts.
-        compared: with how many texts of a source a row is compared at most.
+    `score` takes the indices of some texts and returns a function of a row: how close each of them is to it. Equal
+    scores keep the order of the contexts.
     """
     found = np.full((pool.size, len(sources), neighbours), -1, np.int32)
     for place, source in enumerate(sources):

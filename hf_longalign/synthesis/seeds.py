@@ -28,10 +28,8 @@ class Seed:
     Attributes:
         seed_id: the row's own id, or a digest of its content.
         task: LongBench's name of the task, or "general".
-        instruction: what is asked.
         answer: the target: given, never written by the package.
-        context: the text the pair was written for, where it is given.
-        title: the title of that text, where it is given.
+        context: the text the pair was written for, where it is given, and its `title`.
         origin: file name and line, for messages and for the `rejected` rows; never a path.
         neutralised: how many marks of chat templates were made plain words of, in all its texts.
     """
@@ -267,17 +265,12 @@ class Document:
 def read_documents(
     sources: Sequence[str], *, control: ControlTokens | None = None, on_control_tokens: str = "neutralise"
 ) -> list[Document]:
-    """Read documents.
+    """Read documents, each text once.
 
-    Args:
-        sources: text files (one document each) or patterns such as `essays/*.txt`; JSONL, CSV, Parquet or Hub data
-            sets with a column `text` or `context`, and a `title` where there is one.
-        control: the marks of chat templates to look for; `None` to leave them in.
-        on_control_tokens: "neutralise" makes plain words of them, "reject" refuses the document.
-
-    Raises:
-        BadRowError: a row without a text.
-        ValueError: no such file, a text file that is empty or not UTF-8, or a refused document.
+    `sources` are text files (one document each) or patterns such as `essays/*.txt`; JSONL, CSV, Parquet or Hub data
+    sets with a column `text` or `context`, and a `title` where there is one. `control` and `on_control_tokens` are
+    those of `read_seeds`. Raises a BadRowError for a row without a text, a ValueError for no such file, or one that is
+    empty, not UTF-8 or refused.
     """
     paths: list[str] = []
     for source in sources:

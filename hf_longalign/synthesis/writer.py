@@ -54,12 +54,7 @@ class Plan:
 
     Attributes:
         generator: the generator's kind, as it stands in the rows.
-        model: the model's name, as it stands in requests and rows.
-        sampling: how replies are drawn; a retry adds one to its seed.
-        rules: what a context is held to.
-        words: words asked for per context.
-        reply_words: the most words asked for in one reply; longer contexts are written as outline, then sections.
-        facts_first: list the facts first, then write from them.
+        words: words asked for per context; beyond `reply_words` it is written as outline, then sections.
         template: a custom prompt, checked.
         retries: how many more replies a seed may cost when one cannot be read or fails a check.
         judge: the model that judges support, or `None` for no judge.
