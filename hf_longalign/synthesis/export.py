@@ -256,14 +256,10 @@ def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost
     if not keys or journal is None or not Path(journal).is_file():
         return None
     with Journal(journal) as held:
-        replies = [held.get(key) for key in sorted(keys)]
-        usd = held.usd_of(keys)
-    known = [reply for reply in replies if reply is not None]
-    if len(known) < len(keys):
+        replies, prompt, completion, usd = held.cost_of(keys)
+    if replies < len(keys):
         return None
-    prompt = sum(reply.prompt_tokens for reply in known)
-    completion = sum(reply.completion_tokens for reply in known)
     if not usd and budget is not None:  # paid for before prices were given
         usd = budget.cost(prompt, completion).usd
     # Without prices a cost of $0.00 would be a lie.
-    return Cost(len(known), prompt, completion, usd or None)
+    return Cost(replies, prompt, completion, usd or None)

@@ -1,8 +1,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -538,11 +536,3 @@ def test_all_configurations_are_made_from_one_reading_of_the_seeds(tmp_path, mon
         assert load_dataset(str(folder), name, split="train", cache_dir=tmp_path / "hf").num_rows == number
     assert len(read) == 1 and caplog.text.count("Skipped 1 seeds: empty (`answer`)") == 1
     assert len(put) == len(set(put)) == 23 + 3
-
-
-def test_the_exports_are_lazy():
-    code = (
-        "import sys, hf_longalign; assert 'datasets' not in sys.modules;"
-        "from hf_longalign.synthesis.builder import ContextSynthesisBuilder"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
