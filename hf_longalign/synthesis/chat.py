@@ -9,7 +9,8 @@ import numpy as np
 
 from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
 from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
-from hf_longalign.synthesis.outcome import SCORES, part
+from hf_longalign.synthesis.disk import table_row
+from hf_longalign.synthesis.outcome import SCORES
 from hf_longalign.synthesis.pool import Pool, offer
 from hf_longalign.synthesis.tasks import find_task, prompt_parts
 from hf_longalign.synthesis.tokens import TokenCounter
@@ -85,7 +86,7 @@ class Composer:
         return compose(gold, candidates, begun.prompt, begun.rng, limit=limit, ruler=ruler)
 
     def _begin(self, index: int) -> _Begun:
-        record = self.pool.row(index)
+        record = table_row(self.pool.table, index)
         # By the row's id, never one generator for all: rows are made by many processes in any order, and must be the
         # same.
         rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
@@ -153,8 +154,9 @@ class Composer:
         return {
             "messages": messages,
             "parts": [
-                *(part(0, span, "context") for span in made.contexts),
-                part(0, made.question, "question"),
+                {"message": 0, "start": start, "end": end, "kind": kind}
+                for kind, spans in (("context", made.contexts), ("question", [made.question]))
+                for start, end in spans
             ],
             **{name: record[name] for name in ("task", "instruction", "answer", *kept)},
             "reference": begun.reference,

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
-from hf_longalign.synthesis.disk import read_array, read_table, table_row, write_array, write_table
+from hf_longalign.synthesis.disk import read_table, table_row, write_array, write_table
 from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
@@ -131,7 +131,7 @@ class Files:
             counter=self.counter,
             budget=config.target_tokens,
             reference=config.reference,
-            nearest=read_array(nearest) if config.hard_share and nearest.is_file() else None,
+            nearest=np.load(nearest, mmap_mode="r") if config.hard_share and nearest.is_file() else None,
             hard_share=config.hard_share,
             avoid_conflicts="conflict" in config.checks,
             seed=config.seed,

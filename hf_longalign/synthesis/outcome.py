@@ -129,11 +129,6 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def part(message: int, span: tuple[int, int], kind: str) -> dict[str, Any]:
-    """Return one entry of `parts`: characters `start` to `end` of `messages[message]["content"]`."""
-    return {"message": message, "start": span[0], "end": span[1], "kind": kind}
-
-
 def general_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of general data with the columns of `chat`; what it does not have is null."""
     # Lists are empty and not null: readers loop over them.

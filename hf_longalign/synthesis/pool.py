@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hf_longalign.lazy import require
 from hf_longalign.synthesis.checks import NEUTRALISED
-from hf_longalign.synthesis.disk import read_array, table_row, whole, write_array
+from hf_longalign.synthesis.disk import whole, write_array
 from hf_longalign.synthesis.seeds import Document
 from hf_longalign.text import content_words, digest, normalise
 
@@ -74,7 +74,7 @@ class Words:
         empty = not hashes.stat().st_size  # which cannot be mapped
         mapped = np.empty(0, np.uint32) if empty else np.memmap(hashes, np.uint32, "r")
         # As plain arrays over the same memory: slicing a memmap costs more than all that is done with the slice.
-        return cls(np.asarray(mapped), np.asarray(read_array(ends)))
+        return cls(np.asarray(mapped), np.load(ends))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -156,10 +156,6 @@ class Pool:
     def __len__(self) -> int:
         return self.size + len(self.documents)
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return a row of the table."""
-        return table_row(self.table, index)
-
     def text(self, index: int) -> str:
         """Return a context or document."""
         return self.table["context"][index].as_py() if index < self.size else self.documents[index - self.size].text
@@ -174,16 +170,14 @@ class Pool:
         A row of the train split never sees the context of a test row; the other way round is no leak. The arrays are
         shared by all rows of a task and split: nothing here grows with the pool.
         """
-        return [self.members(source, int(self.tasks[index]), bool(self.test[index])) for source in sources]
-
-    def members(self, source: str, task: int, for_test: bool) -> np.ndarray:
-        """Return the indices of a source, as the rows of a task and split may use it."""
-        key = (source, task, for_test)
-        if key not in self._groups:
-            among_documents = source == "documents"
-            found = np.arange(self.size, len(self)) if among_documents else np.flatnonzero(self.usable(*key))
-            self._groups[key] = found
-        return self._groups[key]
+        groups = []
+        for source in sources:
+            key = (source, int(self.tasks[index]), bool(self.test[index]))
+            if key not in self._groups:
+                documents = np.arange(self.size, len(self))
+                self._groups[key] = documents if source == "documents" else np.flatnonzero(self.usable(*key))
+            groups.append(self._groups[key])
+        return groups
 
     def usable(self, source: str, task: int, for_test: bool, texts: Any = slice(None)) -> np.ndarray:
         """Return which of the contexts `texts` the rows of a task and split may take from a source."""

@@ -37,6 +37,7 @@ Job = Callable[[Ask], Awaitable[T]]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
+_LOG_SECONDS = 30.0
 
 
 class _AnsweredElsewhereError(Exception):
@@ -48,7 +49,7 @@ class _AnsweredElsewhereError(Exception):
 
 
 class Progress:
-    """A bar on a terminal, a log line every `log_every` seconds elsewhere.
+    """A bar on a terminal, a log line every half minute elsewhere.
 
     `counts` holds what happened to seeds and requests by name ("done", "rejected", "retried", "asked", "journaled"),
     `faults` the attempts that gave no reply.
@@ -58,15 +59,12 @@ class Progress:
     (1, 1)
     """
 
-    def __init__(
-        self, total: int | None = None, *, name: str = "contexts", show: bool | None = None, log_every: float = 30.0
-    ) -> None:
+    def __init__(self, total: int | None = None, *, name: str = "contexts", show: bool | None = None) -> None:
         self.counts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.spend = Spend()
         self._name = name
         # Off a terminal a bar would fill a log with thousands of lines.
-        self._log_every = log_every
         self._logged = time.monotonic()
         # disable=None: tqdm hides the bar where stderr is no terminal, and the log lines take over.
         self._bar = tqdm(
@@ -113,7 +111,7 @@ class Progress:
     def _refresh(self) -> None:
         if not self._bar.disable:
             self._bar.set_postfix(self._shown(), refresh=False)
-        elif self._log and time.monotonic() - self._logged > self._log_every:
+        elif self._log and time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
             logger.info("%s", self)
 
