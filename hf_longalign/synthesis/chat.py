@@ -1,7 +1,7 @@
 """One row of the `chat` configuration from one accepted context: choose distractors, compose, record."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -147,9 +147,9 @@ class Composer:
         if any(self.pool.neutralised[begun.offered[source]] for source in made.sources if source in begun.offered):
             # The row's own text has said so already; this says it of the others.
             kept_checks = [check for check in checks if check["name"] != "control_tokens"]
-            checks = [*kept_checks, Check("control_tokens", NEUTRALISED, "in a distractor").to_dict()]
+            checks = [*kept_checks, asdict(Check("control_tokens", NEUTRALISED, "in a distractor"))]
         if self.avoid_conflicts:
-            checks = [*checks, Check("conflict", PASSED, f"{len(begun.passed_over)} passed over").to_dict()]
+            checks = [*checks, asdict(Check("conflict", PASSED, f"{len(begun.passed_over)} passed over"))]
         kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
         return {
             "messages": messages,

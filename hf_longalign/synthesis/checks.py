@@ -7,7 +7,7 @@ context and its distractors in `pool`.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
@@ -80,10 +80,6 @@ class Check:
     name: str
     outcome: str
     detail: str = ""
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the check as it stands in a row."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

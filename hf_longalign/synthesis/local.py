@@ -315,18 +315,13 @@ class Draw:
 
 
 def recorded_name(model: str, revision: str | None = None) -> str:
-    """Return the name of a model as it is recorded: a Hub id with its revision, of a folder no path (see below)."""
+    """Return the name of a model as it is recorded: a Hub id with its revision, a folder's last part with a hash.
+
+    The hash is of its files: names, sizes, and 64 KiB of every 16 MiB.
+    """
     folder = Path(model)
-    return folder_name(folder) if folder.is_dir() else f"{model}@{revision}" if revision else model
-
-
-def cannot_load(name: str, source: str, error: Exception) -> EndpointError:
-    """Return why a model cannot be loaded; libraries name the folder, a path of this machine, in their messages."""
-    return EndpointError(f"The model {name!r} cannot be loaded: {str(error).replace(source, name)}")
-
-
-def folder_name(folder: Path) -> str:
-    """A model folder's last part with a hash of its files: names, sizes, and 64 KiB of every 16 MiB."""
+    if not folder.is_dir():
+        return f"{model}@{revision}" if revision else model
     digest = hashlib.blake2b(digest_size=4)
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         size = file.stat().st_size
@@ -336,3 +331,8 @@ def folder_name(folder: Path) -> str:
                 content.seek(start)
                 digest.update(content.read(_BLOCK))
     return f"{folder.resolve().name}-{digest.hexdigest()}"
+
+
+def cannot_load(name: str, source: str, error: Exception) -> EndpointError:
+    """Return why a model cannot be loaded; libraries name the folder, a path of this machine, in their messages."""
+    return EndpointError(f"The model {name!r} cannot be loaded: {str(error).replace(source, name)}")

@@ -123,7 +123,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "context": outcome.context,
         "words": word_count(outcome.context),
         **asdict(outcome.provenance),
-        "checks": [check.to_dict() for check in outcome.checks],
+        "checks": list(map(asdict, outcome.checks)),
         **{name: outcome.scores.get(name) for name in SCORES},
         "reason": outcome.reason,
     }

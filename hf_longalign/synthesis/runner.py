@@ -189,7 +189,7 @@ class Runner:
             self._breaker.usable()
         elif kind == "unusable":
             reply = self.journal.get(key)
-            self._halt_if(self._breaker.unusable(reason, key, reply.text if reply else ""))
+            self._halt(self._breaker.unusable(reason, key, reply.text if reply else ""))
 
     def run(self, jobs: Iterable[Job[T]]) -> list[T]:
         """Run every job, in any order, and return their results in the order of the jobs.
@@ -287,7 +287,7 @@ class Runner:
             if error.kind != CONTENT_FILTER:
                 self.journal.release(request)
                 self._refused = error
-                self._halt_if(self._breaker.refused(error))
+                self._halt(self._breaker.refused(error))
                 raise
             # Kept, so that no later run pays for the same refusal.
             reply = Reply("", CONTENT_FILTER, 0, 0, request.model)
@@ -349,15 +349,11 @@ class Runner:
             if stored is not None:
                 raise _AnsweredElsewhereError(stored)
 
-    def _halt(self, reason: BaseException) -> None:
-        """Send nothing more; the first reason is the one that is raised."""
-        if self._stop is None:
+    def _halt(self, reason: BaseException | None) -> None:
+        """Send nothing more, if there is a reason; the first is the one that is raised."""
+        if reason is not None and self._stop is None:
             self._stop = reason
             self.generator.drain()
-
-    def _halt_if(self, reason: RunStopped | None) -> None:
-        if reason is not None:
-            self._halt(reason)
 
     def _interrupt(self, reason: BaseException) -> None:
         """Stop in order the first time, at once the second."""

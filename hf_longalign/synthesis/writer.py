@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
 from typing import TypeVar
 
@@ -92,12 +93,15 @@ class Dialogue:
     prompt_hash: str = ""
 
     async def get(
-        self, purpose: str, prompt: Callable[[str | None], Messages], read: Callable[[str], T], reason: str | None
+        self, purpose: str, prompt: Callable[..., Messages], read: Callable[[str], T], reason: str | None
     ) -> tuple[T, str | None]:
-        """Ask until the reply can be read; returns what was read and the finish reason. Raises `GiveUpError`."""
+        """Ask `prompt(reason=…)` until the reply can be read; returns what was read and the finish reason.
+
+        Raises `GiveUpError`.
+        """
         sampling = self.plan.sampling
         while True:
-            messages = prompt(reason)
+            messages = prompt(reason=reason)
             # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
             request = Request(messages, self.plan.model, sampling.again(self.used), purpose)
             try:
@@ -184,9 +188,7 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, count: Count) -> Outcome
     dialogue = Dialogue(plan, ask, count)
 
     async def attempt(reason: str | None) -> Outcome:
-        (question, answer), _ = await dialogue.get(
-            "pair", lambda why: pair_prompt(context, reason=why), read_pair, reason
-        )
+        (question, answer), _ = await dialogue.get("pair", partial(pair_prompt, context), read_pair, reason)
         seed = replace(chunk, instruction=question, answer=answer)
         found = await asyncio.to_thread(verify_context, context, seed, plan.rules, written=False)
         checks = [Check("parse", PASSED), *found]
@@ -214,13 +216,10 @@ async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) 
     """Title, text and finish reason, in as many steps as the plan has."""
     task, facts = find_task(seed.task), None
     if plan.facts_first:
-        facts, _ = await dialogue.get("facts", lambda why: facts_prompt(seed, task, reason=why), read_facts, reason)
+        facts, _ = await dialogue.get("facts", partial(facts_prompt, seed, task), read_facts, reason)
     if plan.sections > 1:
         return await _sections(seed, plan, dialogue, facts, reason)
-
-    def prompt(why: str | None) -> Messages:
-        return context_prompt(seed, task, plan.words, facts=facts, template=plan.template, reason=why)
-
+    prompt = partial(context_prompt, seed, task, plan.words, facts=facts, template=plan.template)
     (title, context), finish_reason = await dialogue.get("context", prompt, read_context, reason)
     return title or (facts.title if facts else None), context, finish_reason
 
@@ -230,22 +229,15 @@ async def _sections(
 ) -> tuple[str | None, str, str | None]:
     """Outline first, then the sections one by one, each shown how the text before it ends."""
     task, number_of = find_task(seed.task), plan.sections
-
-    def plan_prompt(why: str | None) -> Messages:
-        return outline_prompt(seed, task, plan.words, number_of, facts=facts, reason=why)
-
-    outline, finish_reason = await dialogue.get(
-        "outline", plan_prompt, lambda text: read_outline(text, number_of), reason
-    )
+    prompt = partial(outline_prompt, seed, task, plan.words, number_of, facts=facts)
+    read = partial(read_outline, sections=number_of)
+    outline, finish_reason = await dialogue.get("outline", prompt, read, reason)
     written: list[str] = []
     # One after the other, since each is shown how the one before ends.
     for number in range(1, number_of + 1):
         before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
-
-        def prompt(why: str | None, number: int = number, before: str = before) -> Messages:
-            words = ceil(plan.words / number_of)
-            return section_prompt(seed, task, words, outline, number, before, reason=why)
-
+        words = ceil(plan.words / number_of)
+        prompt = partial(section_prompt, seed, task, words, outline, number, before)
         (_, section), finish = await dialogue.get("section", prompt, read_context, None)
         written.append(section)
         # One section that was cut off makes the whole text one.
