@@ -1,5 +1,7 @@
 """Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
+# ruff: noqa: RUF009 (what `option` returns is a field)
+
 import asyncio
 import sys
 from collections import Counter
@@ -17,7 +19,7 @@ from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, Reply, Request, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.config import SynthesisOptions, json_object
+from hf_longalign.synthesis.config import SynthesisOptions, json_object, option
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.writer import Plan, score_closed_book, score_open_book, write_context, write_pair
 
@@ -39,66 +41,45 @@ goes on where it stopped when it is started again. On several GPUs: accelerate l
 class SynthesizeArguments:
     """Who writes, what it may cost, and where everything goes."""
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the Parquet files and the card; of a run in shards, for the journal of each."},
+    output_dir: str | None = option(
+        None, "Folder for the Parquet files and the card; of a run in shards, for the journal of each."
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
+    cache_dir: str | None = option(None, "Folder for the journal and prepared data; unset: the cache of datasets.")
+    journal: str | None = option(None, "The journal's file; unset: one in `cache_dir`.")
+    seeds_license: str | None = option(None, "Licence of the seeds, as the Hub names it.")
+    generator: str = option(
+        "documents",
+        "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a model on this "
+        "machine by transformers or by vLLM, or nobody, where the seeds have their contexts.",
+        choices=["openai", "batch", "transformers", "vllm", "documents"],
     )
-    journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
-    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, as the Hub names it."})
-    generator: str = field(
-        default="documents",
-        metadata={
-            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a model on this "
-            "machine by transformers or by vLLM, or nobody, where the seeds have their contexts.",
-            "choices": ["openai", "batch", "transformers", "vllm", "documents"],
-        },
+    model: str | None = option(None, "The model that writes.")
+    endpoints: list[str] = option(
+        ["http://localhost:8000/v1"], "Base URLs of OpenAI-compatible endpoints that serve the model."
     )
-    model: str | None = field(default=None, metadata={"help": "The model that writes."})
-    endpoints: list[str] = field(
-        default_factory=lambda: ["http://localhost:8000/v1"],
-        metadata={"help": "Base URLs of OpenAI-compatible endpoints that serve the model."},
+    api_key_env: str = option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
+    max_concurrency: int = option(64, "The most requests at once to one endpoint.")
+    batch_size: int | None = option(
+        None, "Rows at once of a model on this machine; unset: 16 by transformers, 256 by vLLM."
     )
-    api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "The environment variable that holds the key; the key itself never."},
+    adapter: str | None = option(None, 'A LoRA adapter on the model, with generator "vllm": folder or Hub id.')
+    vllm_options: dict[str, Any] | str | None = option(
+        None, "Arguments of `vllm.LLM`, as JSON or YAML: tensor_parallel_size, max_model_len, hf_overrides …"
     )
-    max_concurrency: int = field(default=64, metadata={"help": "The most requests at once to one endpoint."})
-    batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Rows at once of a model on this machine; unset: 16 by transformers, 256 by vLLM."},
+    judge_model: str | None = option(None, "A model that judges and answers in place of the one that writes.")
+    judge_endpoints: list[str] = option([], "Base URLs of its endpoints; unset: a local model.")
+    prompt_price: float = option(0.0, "Dollars per million prompt tokens.")
+    completion_price: float = option(0.0, "Dollars per million completion tokens.")
+    budget_tokens: int | None = option(None, "Stop before more tokens are spent.")
+    budget_usd: float | None = option(None, "Stop before more dollars are spent.")
+    num_proc: int | None = option(None, "Processes that compose rows.")
+    num_shards: int = option(
+        1,
+        "Ask for one of so many parts of the seeds, with that part of the budget, and compose nothing; "
+        "merge the journals afterwards.",
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": 'A LoRA adapter on the model, with generator "vllm": folder or Hub id.'}
-    )
-    vllm_options: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Arguments of `vllm.LLM`, as JSON or YAML: tensor_parallel_size, max_model_len, hf_overrides …"
-        },
-    )
-    judge_model: str | None = field(
-        default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
-    )
-    judge_endpoints: list[str] = field(
-        default_factory=list, metadata={"help": "Base URLs of its endpoints; unset: a local model."}
-    )
-    prompt_price: float = field(default=0.0, metadata={"help": "Dollars per million prompt tokens."})
-    completion_price: float = field(default=0.0, metadata={"help": "Dollars per million completion tokens."})
-    budget_tokens: int | None = field(default=None, metadata={"help": "Stop before more tokens are spent."})
-    budget_usd: float | None = field(default=None, metadata={"help": "Stop before more dollars are spent."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that compose rows."})
-    num_shards: int = field(
-        default=1,
-        metadata={
-            "help": "Ask for one of so many parts of the seeds, with that part of the budget, and compose nothing; "
-            "merge the journals afterwards."
-        },
-    )
-    shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
+    shard_index: int = option(0, "Which part, from 0.")
+    dry_run: bool = option(False, "Print the plan, three prompts and the cost; ask nothing.")
 
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""

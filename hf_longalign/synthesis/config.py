@@ -3,6 +3,8 @@
 No field holds a key, an address or anything else of an endpoint: those belong to the generator object.
 """
 
+# ruff: noqa: RUF009 (what `option` returns is a field)
+
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +13,13 @@ from typing import Any
 from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
 from hf_longalign.synthesis.pool import SOURCES
 from hf_longalign.synthesis.selection import USES
+
+
+def option(default: Any, help: str, **shown: Any) -> Any:
+    """Return a field with the text, and the choices, that the command line shows."""
+    if isinstance(default, list):  # of which every object gets one of its own
+        return field(default_factory=lambda: list(default), metadata={"help": help, **shown})
+    return field(default=default, metadata={"help": help, **shown})
 
 
 # Ten contexts a sample, as in https://arxiv.org/abs/2502.15592.
@@ -22,151 +31,95 @@ class SynthesisOptions:
     """The fields of `ContextSynthesisConfig` without those of `datasets.BuilderConfig`, for a command line."""
 
     # Parameters that control the seeds
-    seeds: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Files (.jsonl, .csv, .parquet), or Hub data sets user/name[:config][@split], each with an "
-            "optional task= in front. Columns: instruction, answer; optional task, context, title, id."
-        },
+    seeds: list[str] | None = option(
+        None,
+        "Files (.jsonl, .csv, .parquet), or Hub data sets user/name[:config][@split], each with an "
+        "optional task= in front. Columns: instruction, answer; optional task, context, title, id.",
     )
-    contexts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "task=file: contexts of that task's seeds, line by line, where they stand in a second file."
-        },
+    contexts: list[str] = option(
+        [], "task=file: contexts of that task's seeds, line by line, where they stand in a second file."
     )
-    on_bad_seed: str = field(
-        default="raise", metadata={"help": 'What to do about a bad row: "raise", or "skip" to count it and go on.'}
+    on_bad_seed: str = option("raise", 'What to do about a bad row: "raise", or "skip" to count it and go on.')
+    on_control_tokens: str = option(
+        "neutralise",
+        "What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "
+        '"neutralise" makes plain words of them, "reject" makes theirs a bad row. Replies with one are asked for '
+        "again.",
     )
-    on_control_tokens: str = field(
-        default="neutralise",
-        metadata={
-            "help": "What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "
-            '"neutralise" makes plain words of them, "reject" makes theirs a bad row. Replies with one are asked for '
-            "again."
-        },
-    )
-    seeds_per_task: int | None = field(default=None, metadata={"help": "Use only the first so many seeds of a task."})
+    seeds_per_task: int | None = option(None, "Use only the first so many seeds of a task.")
 
     # Parameters that control how contexts are written
-    method: str = field(
-        default="context",
-        metadata={
-            "help": '"context": texts for human pairs. "instruction", the baseline: pairs for texts of `documents`.'
-        },
+    method: str = option(
+        "context", '"context": texts for human pairs. "instruction", the baseline: pairs for texts of `documents`.'
     )
-    context_words: int = field(default=2000, metadata={"help": "Words asked for per context."})
-    reply_words: int = field(
-        default=2000,
-        metadata={"help": "The most words asked for in one reply; a longer context is an outline, then sections."},
+    context_words: int = option(2000, "Words asked for per context.")
+    reply_words: int = option(
+        2000, "The most words asked for in one reply; a longer context is an outline, then sections."
     )
-    facts_first: bool = field(
-        default=False, metadata={"help": "Ask for evidence and distraction first, then for the text that holds them."}
+    facts_first: bool = option(False, "Ask for evidence and distraction first, then for the text that holds them.")
+    prompt_template: str | None = option(None, "A text file with a prompt of your own in place of the built-in one.")
+    temperature: float | None = option(
+        0.8, "Sampling temperature; 0.8 is the paper's for open models. null: it is not sent."
     )
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "A text file with a prompt of your own in place of the built-in one."}
+    top_p: float | None = option(1.0, "Nucleus sampling; null: it is not sent.")
+    max_tokens: int = option(4096, "The most tokens of one reply.")
+    sampling_seed: int | None = option(0, "Seed of the first reply; a retry adds one. null: none is sent.")
+    extra_body: dict[str, Any] | str | None = option(
+        None, "More fields of a request, as JSON or YAML: chat_template_kwargs, min_p, max_completion_tokens …"
     )
-    temperature: float | None = field(
-        default=0.8,
-        metadata={"help": "Sampling temperature; 0.8 is the paper's for open models. null: it is not sent."},
-    )
-    top_p: float | None = field(default=1.0, metadata={"help": "Nucleus sampling; null: it is not sent."})
-    max_tokens: int = field(default=4096, metadata={"help": "The most tokens of one reply."})
-    sampling_seed: int | None = field(
-        default=0, metadata={"help": "Seed of the first reply; a retry adds one. null: none is sent."}
-    )
-    extra_body: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "More fields of a request, as JSON or YAML: chat_template_kwargs, min_p, max_completion_tokens …"
-        },
-    )
-    retries: int = field(
-        default=2, metadata={"help": "How many more replies a seed may cost when one is unreadable or fails a check."}
-    )
-    chunk_words: int = field(
-        default=3000, metadata={"help": 'Words of a chunk of a document, with method "instruction".'}
-    )
-    pairs_per_document: int = field(
-        default=1, metadata={"help": 'Chunks drawn from each document, with method "instruction".'}
-    )
+    retries: int = option(2, "How many more replies a seed may cost when one is unreadable or fails a check.")
+    chunk_words: int = option(3000, 'Words of a chunk of a document, with method "instruction".')
+    pairs_per_document: int = option(1, 'Chunks drawn from each document, with method "instruction".')
 
     # Parameters that control verification
-    checks: list[str] = field(
-        default_factory=lambda: list(DEFAULT_CHECKS), metadata={"help": f"Checks to run, out of {', '.join(CHECKS)}."}
-    )
-    min_words: int = field(default=200, metadata={"help": "A context of fewer words is rejected."})
-    max_words: int | None = field(default=None, metadata={"help": "A context of more words is rejected."})
-    language: str | None = field(
-        default=None, metadata={"help": "Two-letter code the contexts must have; unset: the language of the seeds."}
-    )
+    checks: list[str] = option(list(DEFAULT_CHECKS), f"Checks to run, out of {', '.join(CHECKS)}.")
+    min_words: int = option(200, "A context of fewer words is rejected.")
+    max_words: int | None = option(None, "A context of more words is rejected.")
+    language: str | None = option(None, "Two-letter code the contexts must have; unset: the language of the seeds.")
 
     # Parameters that control difficulty
-    difficulty: str | None = field(
-        default=None,
-        metadata={
-            "help": '"closed_book" (the judge, or else the generator, answers without context) or "answer_loss" '
-            "(a local model)."
-        },
+    difficulty: str | None = option(
+        None,
+        '"closed_book" (the judge, or else the generator, answers without context) or "answer_loss" (a local model).',
     )
-    difficulty_use: str = field(default="record", metadata={"help": f"How seeds are chosen by it: {', '.join(USES)}."})
-    difficulty_share: float = field(default=0.5, metadata={"help": "The share of each task's seeds that is kept."})
-    difficulty_samples: int = field(default=1, metadata={"help": "Closed-book answers per seed."})
-    difficulty_model: str | None = field(default=None, metadata={"help": 'The local model of "answer_loss".'})
-    answerability: bool = field(
-        default=False,
-        metadata={
-            "help": "Record how well the judge, or else the generator, answers each row with and without context."
-        },
+    difficulty_use: str = option("record", f"How seeds are chosen by it: {', '.join(USES)}.")
+    difficulty_share: float = option(0.5, "The share of each task's seeds that is kept.")
+    difficulty_samples: int = option(1, "Closed-book answers per seed.")
+    difficulty_model: str | None = option(None, 'The local model of "answer_loss".')
+    answerability: bool = option(
+        False, "Record how well the judge, or else the generator, answers each row with and without context."
     )
 
     # Parameters that control composition
-    n_distractors: int | None = field(
-        default=None,
-        metadata={"help": "Distractors per sample; unset: 9 as published, or with `target_tokens` as many as fit."},
+    n_distractors: int | None = option(
+        None, "Distractors per sample; unset: 9 as published, or with `target_tokens` as many as fit."
     )
-    target_tokens: int | None = field(
-        default=None, metadata={"help": "Fill each sample up to so many tokens, chat template and answer included."}
+    target_tokens: int | None = option(
+        None, "Fill each sample up to so many tokens, chat template and answer included."
     )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "The tokenizer that counts: the one you train with."}
+    tokenizer: str | None = option(None, "The tokenizer that counts: the one you train with.")
+    distractor_sources: list[str] = option(
+        ["same_task"], f"Where distractors come from, out of {', '.join(SOURCES)}; the next when one is used up."
     )
-    distractor_sources: list[str] = field(
-        default_factory=lambda: ["same_task"],
-        metadata={"help": f"Where distractors come from, out of {', '.join(SOURCES)}; the next when one is used up."},
+    documents: list[str] = option(
+        [], "Text files, patterns, or data sets with a column text or context, for distractors or pairs."
     )
-    documents: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Text files, patterns, or data sets with a column text or context, for distractors or pairs."
-        },
+    hard_share: float = option(0.0, "How likely the next distractor is the one closest to the gold context.")
+    hard_by: str = option("bm25", 'What "closest" means: "bm25" or "embeddings".')
+    embedding_model: str | None = option(None, 'The transformers encoder of hard_by "embeddings".')
+    reference: str = option(
+        "auto",
+        'Name the gold context by title or ID in the prompt: "auto" where the instruction does not tell '
+        'which context is meant, "all", or "none".',
     )
-    hard_share: float = field(
-        default=0.0, metadata={"help": "How likely the next distractor is the one closest to the gold context."}
-    )
-    hard_by: str = field(default="bm25", metadata={"help": 'What "closest" means: "bm25" or "embeddings".'})
-    embedding_model: str | None = field(
-        default=None, metadata={"help": 'The transformers encoder of hard_by "embeddings".'}
-    )
-    reference: str = field(
-        default="auto",
-        metadata={
-            "help": 'Name the gold context by title or ID in the prompt: "auto" where the instruction does not tell '
-            'which context is meant, "all", or "none".'
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn after the replies."})
+    seed: int = option(0, "Seed of everything that is drawn after the replies.")
 
     # Parameters that control the data set as a whole
-    test_share: float = field(default=0.0, metadata={"help": "Share of the seeds whose rows go into a test split."})
-    general_data: list[str] = field(
-        default_factory=list, metadata={"help": "Data with a column `messages` to mix into the train split."}
-    )
-    general_share: float = field(default=0.0, metadata={"help": "Share of the train rows that is general data."})
-    decontaminate_against: list[str] = field(
-        default_factory=list, metadata={"help": "Evaluation files; seeds and contexts that overlap are rejected."}
-    )
-    decontaminate_ngram: int = field(default=13, metadata={"help": "Words in a row that make an overlap."})
+    test_share: float = option(0.0, "Share of the seeds whose rows go into a test split.")
+    general_data: list[str] = option([], "Data with a column `messages` to mix into the train split.")
+    general_share: float = option(0.0, "Share of the train rows that is general data.")
+    decontaminate_against: list[str] = option([], "Evaluation files; seeds and contexts that overlap are rejected.")
+    decontaminate_ngram: int = option(13, "Words in a row that make an overlap.")
 
     def validate(self) -> None:
         """Check every field that can be checked without reading data.
