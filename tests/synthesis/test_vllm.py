@@ -205,12 +205,6 @@ def test_the_stand_in_is_as_documented(name, monkeypatch):
     if installed is None:
         pytest.skip('needs the sources of vLLM: pip install "hf_longalign[vllm]"')
     theirs = _declared(Path(installed.origin).parent / DOCUMENTED[name], name)
-    if name == "EngineArgs":
-        assert set(theirs) >= vllm_stand_in.ENGINE_ARGUMENTS
-        return
-    if name == "TokensPrompt":
-        assert "prompt_token_ids" in theirs
-        return
     for argument in inspect.signature(attrgetter(name)(vllm_stand_in)).parameters.values():
         if argument.kind is argument.VAR_KEYWORD:
             continue

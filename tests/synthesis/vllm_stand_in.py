@@ -10,8 +10,14 @@ from types import SimpleNamespace
 from transformers import AutoTokenizer
 
 
-# Of `EngineArgs`, which `LLM` hands its other arguments to.
-ENGINE_ARGUMENTS = {"enable_prefix_caching", "enable_lora", "max_lora_rank", "max_model_len"}
+@dataclass
+class EngineArgs:
+    """What `LLM` hands its other arguments to."""
+
+    enable_prefix_caching: bool | None = None
+    enable_lora: bool = False
+    max_lora_rank: int = 16
+    max_model_len: int = 512
 
 
 @dataclass
@@ -34,6 +40,11 @@ class LoRARequest:
     lora_name: str
     lora_int_id: int
     lora_path: str = ""
+
+
+@dataclass
+class TokensPrompt:
+    prompt_token_ids: list[int]
 
 
 @dataclass
@@ -66,10 +77,10 @@ class LLM:
         self, model, *, tensor_parallel_size=1, dtype="auto", quantization=None, revision=None,
         tokenizer_revision=None, seed=0, gpu_memory_utilization=0.92, enforce_eager=False, hf_overrides=None, **kwargs,
     ):  # fmt: skip
-        assert set(kwargs) <= ENGINE_ARGUMENTS, f"EngineArgs has no {set(kwargs) - ENGINE_ARGUMENTS}"
+        length = EngineArgs(**kwargs).max_model_len  # refuses what it does not know
         self.made.append({"model": model, "revision": revision, "hf_overrides": hf_overrides, **kwargs})
         self._tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model_config = SimpleNamespace(max_model_len=kwargs.get("max_model_len", 512))
+        self.model_config = SimpleNamespace(max_model_len=length)
 
     def get_tokenizer(self):
         return self._tokenizer
@@ -81,7 +92,7 @@ class LLM:
         assert len(prompts) == len(sampling_params)
         self.asked.append((prompts, sampling_params, lora_request))
         return [
-            self._answer(prompt["prompt_token_ids"], params)
+            self._answer(TokensPrompt(**prompt).prompt_token_ids, params)
             for prompt, params in zip(prompts, sampling_params, strict=True)
         ]
 
