@@ -27,11 +27,14 @@ class Engine:
 
 
 def _vllm(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:
-    overrides = {"rope_parameters": rope, "max_position_embeddings": reach}
     return (
         f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {adapter}={adapter} \\\n"
-        f"  --hf-overrides {quote(json.dumps(overrides))} \\\n  --max-model-len {reach}"
+        f"  --hf-overrides {quote(json.dumps(_overrides(rope, reach)))} \\\n  --max-model-len {reach}"
     )
+
+
+def _overrides(rope: dict[str, Any], reach: int) -> dict[str, Any]:
+    return {"rope_parameters": rope, "max_position_embeddings": reach}
 
 
 def _sglang(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:
@@ -104,9 +107,33 @@ def serve_command(model: str | Path, engine: str = "vllm", *, base_model: str | 
     print(serve_command("user/qwen2.5-0.5b-128k", "vllm"))
     ```
     """
+    record, config = _saved(model)
+    return command_of(record, config, str(model), engine, base_model=base_model)
+
+
+def vllm_options(adapter: str | Path) -> dict[str, Any]:
+    """Return the arguments of `vllm.LLM` with which an adapter computes what it was trained for: RoPE, range, rank.
+
+    Raises:
+        ValueError: no record of the training, a RoPE that vLLM computes in another way, or an adapter to be merged.
+    """
+    record, config = _saved(adapter)
+    rope, rank = record.rope.rope_parameters or {}, _rank(config or {})
+    if rank is None or not _is_plain(record):
+        raise ValueError(
+            f"`adapter` must be one that vLLM loads beside its base, got {str(adapter)!r}. Merge it with "
+            f"`hf-longalign merge {quote(str(adapter))} merged`, and set `model` to the result instead."
+        )
+    _check_known(rope, "vllm")
+    reach = record.rope.max_position_embeddings
+    lora = {"enable_lora": True, "max_lora_rank": rank}
+    return {**lora, "hf_overrides": _overrides(rope, reach or 0), "max_model_len": reach} if reach else lora
+
+
+def _saved(model: str | Path) -> tuple[TrainingRecord, dict[str, Any] | None]:
+    """The record of a model or adapter, and PEFT's configuration of an adapter."""
     path = model_file(model, "adapter_config.json")
-    config = json.loads(path.read_text(encoding="utf-8")) if path else None
-    return command_of(load_record(model), config, str(model), engine, base_model=base_model)
+    return load_record(model), json.loads(path.read_text(encoding="utf-8")) if path else None
 
 
 def command_of(
@@ -149,14 +176,18 @@ def command_of(
         return "\n".join([*lines, known.whole(quote(name), reach)])
     base = base_model or adapter_config.get("base_model_name_or_path")
     rank = _rank(adapter_config)
-    # Overrides on a command line reach one set of parameters of a text model, none by layer type or below it.
-    plain = parts == [rope] and not str(record.architecture or "").endswith("ForConditionalGeneration")
-    if known.adapter is not None and rank is not None and plain and base:
+    if known.adapter is not None and rank is not None and _is_plain(record) and base:
         return "\n".join([*lines, known.adapter(quote(base), quote(name), rank, rope, reach)])
     merged = f"{Path(name).name}-merged"
     options = f" --base_model {quote(base_model)}" if base_model else ""
     merge = f"hf-longalign merge {quote(name)} {quote(merged)}{options}"
     return "\n".join([*lines, merge, known.whole(merged, reach)])
+
+
+def _is_plain(record: TrainingRecord) -> bool:
+    """Whether one RoPE is that of all layers of a model of text alone: of others vLLM and SGLang override a part."""
+    layered = any(isinstance(value, dict) for value in (record.rope.rope_parameters or {}).values())
+    return not layered and not str(record.architecture or "").endswith("ForConditionalGeneration")
 
 
 def _check_known(rope: Mapping[str, Any], engine: str) -> None:

@@ -1,9 +1,10 @@
 """Turn short instruction-answer pairs into long-context chat data, or tell what that would cost: `synthesize`."""
 
+import asyncio
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -13,28 +14,17 @@ from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
 from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
-from hf_longalign.endpoint.protocol import Generator, RunStopped
+from hf_longalign.endpoint.protocol import Generator, Reply, Request, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
+from hf_longalign.options import option
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.config import SynthesisOptions
-from hf_longalign.synthesis.prompts import (
-    Facts,
-    Messages,
-    Outline,
-    answer_prompt,
-    context_prompt,
-    facts_prompt,
-    outline_prompt,
-    pair_prompt,
-    section_prompt,
-)
+from hf_longalign.synthesis.config import SynthesisOptions, json_object
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.writer import Plan, score_closed_book, score_open_book, write_context, write_pair
 
 
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder
-    from hf_longalign.synthesis.writer import Plan
 
 
 DESCRIPTION = """Turn short instruction-answer pairs into long-context chat data.
@@ -50,56 +40,46 @@ goes on where it stopped when it is started again. On several GPUs: accelerate l
 class SynthesizeArguments:
     """Who writes, what it may cost, and where everything goes."""
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the Parquet files and the card; of a run in shards, for the journal of each."},
+    output_dir: str | None = option(
+        None, "Folder for the Parquet files and the card; of a run in shards, for the journal of each."
     )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the journal and prepared data; unset: the cache of datasets."}
+    cache_dir: str | None = option(None, "Folder for the journal and prepared data; unset: the cache of datasets.")
+    journal: str | None = option(None, "The journal's file; unset: one in `cache_dir`.")
+    seeds_license: str | None = option(None, "Licence of the seeds, as the Hub names it.")
+    generator: str = option(
+        "documents",
+        "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a model on this "
+        "machine by transformers or by vLLM, or nobody, where the seeds have their contexts.",
+        choices=["openai", "batch", "transformers", "vllm", "documents"],
     )
-    journal: str | None = field(default=None, metadata={"help": "The journal's file; unset: one in `cache_dir`."})
-    seeds_license: str | None = field(default=None, metadata={"help": "Licence of the seeds, as the Hub names it."})
-    generator: str = field(
-        default="documents",
-        metadata={
-            "help": "Who writes: an endpoint, the Batch API of the first endpoint (half the price), a local model, or "
-            "nobody, where the seeds have their contexts.",
-            "choices": ["openai", "batch", "transformers", "documents"],
-        },
+    model: str | None = option(None, "The model that writes.")
+    endpoints: list[str] = option(
+        ["http://localhost:8000/v1"], "Base URLs of OpenAI-compatible endpoints that serve the model."
     )
-    model: str | None = field(default=None, metadata={"help": "The model that writes."})
-    endpoints: list[str] = field(
-        default_factory=lambda: ["http://localhost:8000/v1"],
-        metadata={"help": "Base URLs of OpenAI-compatible endpoints that serve the model."},
+    api_key_env: str = option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
+    max_concurrency: int | None = option(
+        None,
+        "The most requests at once: to one endpoint (unset: 64), or rows of a model on this machine (unset: 16 by "
+        "transformers, 256 by vLLM).",
     )
-    api_key_env: str = field(
-        default="OPENAI_API_KEY",
-        metadata={"help": "The environment variable that holds the key; the key itself never."},
+    adapter: str | None = option(None, 'A LoRA adapter on the model, with generator "vllm": folder or Hub id.')
+    vllm_options: dict[str, Any] | str | None = option(
+        None, "Arguments of `vllm.LLM`, as JSON or YAML: tensor_parallel_size, max_model_len, hf_overrides …"
     )
-    max_concurrency: int | None = field(
-        default=None,
-        metadata={"help": "The most requests at once: to one endpoint (unset: 64), or of a local model (unset: 16)."},
+    judge_model: str | None = option(None, "A model that judges and answers in place of the one that writes.")
+    judge_endpoints: list[str] = option([], "Base URLs of its endpoints; unset: a local model.")
+    prompt_price: float = option(0.0, "Dollars per million prompt tokens.")
+    completion_price: float = option(0.0, "Dollars per million completion tokens.")
+    budget_tokens: int | None = option(None, "Stop before more tokens are spent.")
+    budget_usd: float | None = option(None, "Stop before more dollars are spent.")
+    num_proc: int | None = option(None, "Processes that compose rows.")
+    num_shards: int = option(
+        1,
+        "Ask for one of so many parts of the seeds, with that part of the budget, and compose nothing; "
+        "merge the journals afterwards.",
     )
-    judge_model: str | None = field(
-        default=None, metadata={"help": "A model that judges and answers in place of the one that writes."}
-    )
-    judge_endpoints: list[str] = field(
-        default_factory=list, metadata={"help": "Base URLs of its endpoints; unset: a local model."}
-    )
-    prompt_price: float = field(default=0.0, metadata={"help": "Dollars per million prompt tokens."})
-    completion_price: float = field(default=0.0, metadata={"help": "Dollars per million completion tokens."})
-    budget_tokens: int | None = field(default=None, metadata={"help": "Stop before more tokens are spent."})
-    budget_usd: float | None = field(default=None, metadata={"help": "Stop before more dollars are spent."})
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that compose rows."})
-    num_shards: int = field(
-        default=1,
-        metadata={
-            "help": "Ask for one of so many parts of the seeds, with that part of the budget, and compose nothing; "
-            "merge the journals afterwards."
-        },
-    )
-    shard_index: int = field(default=0, metadata={"help": "Which part, from 0."})
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan, three prompts and the cost; ask nothing."})
+    shard_index: int = option(0, "Which part, from 0.")
+    dry_run: bool = option(False, "Print the plan, three prompts and the cost; ask nothing.")
 
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
@@ -110,6 +90,10 @@ class SynthesizeArguments:
             raise ValueError(
                 f"`model` must be given with generator {self.generator!r}, got None. Name the one that writes."
             )
+        for name in ("adapter", "vllm_options"):
+            if getattr(self, name) is not None and self.generator != "vllm":
+                raise ValueError(f"`{name}` must be unset with generator {self.generator!r}. Set `--generator vllm`.")
+        json_object("vllm_options", self.vllm_options)
         if not 0 <= self.shard_index < self.num_shards:
             raise ValueError(
                 f"`shard_index` must be from 0 to below `num_shards`, got {self.shard_index} of {self.num_shards}. "
@@ -149,6 +133,8 @@ def make_generators(args: SynthesizeArguments) -> tuple[Generator | str, Generat
     if args.generator == "batch":
         batches = HostedBatches(args.endpoints[0], api_key_env=args.api_key_env)
         return BatchGenerator(str(args.model), batches), judge
+    if args.generator == "vllm":
+        return make_vllm(args), judge
     return make_generator(args, str(args.model), args.endpoints if args.generator == "openai" else []), judge
 
 
@@ -165,6 +151,23 @@ def make_generator(args: SynthesizeArguments, model: str, endpoints: list[str]) 
     state = PartialState()
     device = f"cuda:{state.local_process_index}" if state.num_processes > 1 and state.device.type == "cuda" else None
     return TransformersGenerator(model, batch_size=16 if most is None else most, device=device)
+
+
+def make_vllm(args: SynthesizeArguments) -> Generator:
+    """Return a model in vLLM, which spreads it over the GPUs by itself."""
+    from accelerate import PartialState
+
+    from hf_longalign.synthesis.vllm import VLLMGenerator
+
+    processes = PartialState().num_processes
+    if processes > 1:
+        raise ValueError(
+            f'`generator` "vllm" must run in one process, got {processes}: they would share a GPU. Start it without '
+            "`accelerate launch`, with `--vllm_options '{\"tensor_parallel_size\": 8}'`, or start a shard per GPU."
+        )
+    most = args.max_concurrency
+    options = json_object("vllm_options", args.vllm_options)
+    return VLLMGenerator(str(args.model), adapter=args.adapter, batch_size=256 if most is None else most, **options)
 
 
 def builder_options(args: SynthesizeArguments, options: SynthesisOptions, shards: int = 1) -> dict[str, Any]:
@@ -188,30 +191,31 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     """Print what a run would do, and ask nothing."""
     pipeline = builder.pipeline
     pipeline.check()
-    seeds, plan, counter = pipeline.seeds, pipeline.plan, builder.files.counter
-    writes = args.generator != "documents"
-    budget = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
+    seeds, plan, counter = pipeline.seeds.seeds, pipeline.plan, builder.files.counter
+    prices = Budget(prompt_price=args.prompt_price, completion_price=args.completion_price)
     if args.generator == "batch":
-        budget = budget.at(HostedBatches.price_share)
-    count = counter.count if counter else None
-    found = estimate(seeds, plan, options, writes=writes, budget=budget, count=count)
+        prices = prices.at(HostedBatches.price_share)
+    rehearsal = Rehearsal(plan, options, writes=args.generator != "documents")
+    found = estimate(seeds, rehearsal, prices, counter.count if counter else None)
+    prompt, completion = ceil(found.prompt_tokens), ceil(found.completion_tokens)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
     print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
-    for reason, number in pipeline.all_seeds.skipped.most_common():
+    for reason, number in pipeline.seeds.skipped.most_common():
         print(f"skipped    {number:,}: {reason}")
     print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
     requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())
     print(f"requests   {requests or 'none'}")
-    print(f"tokens     about {found.prompt_tokens:,} in and {found.completion_tokens:,} out, without retries")
-    print(
-        f"cost       about ${found.spend.usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit"
-    )
+    print(f"tokens     about {prompt:,} in and {completion:,} out, without retries")
+    usd = prices.cost(prompt, completion).usd
+    print(f"cost       about ${usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit")
     if plan.judge:
         print("           and what the judge is asked where an answer does not stand in its context word for word")
     for number, seed in enumerate(seeds[:: max(1, len(seeds) // 3)][:3], 1):
-        for planned in planned_requests(seed, plan, options, writes=writes):
-            print(f"\n--- seed {number} of 3, {seed.origin}: {planned.purpose} ---")
-            print("\n\n".join(f"[{role}]\n{content}" for role, content in planned.messages))
+        rehearsal.asked.clear()
+        asyncio.run(rehearsal.rehearse(seed))
+        for request, _ in rehearsal.asked:
+            print(f"\n--- seed {number} of 3, {seed.origin}: {request.purpose} ---")
+            print("\n\n".join(f"[{role}]\n{content}" for role, content in request.messages))
 
 
 def run(
@@ -262,14 +266,59 @@ _TOKENS_PER_WORD = 4 / 3
 _FACT_WORDS, _OUTLINE_WORDS, _PAIR_WORDS, _SPOKEN_WORDS = 150, 40, 40, 30
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One request that will be made: what for, its prompt, words of it that are not known yet, words of its reply."""
+def _words(number: float) -> str:
+    """Text of as many tokens as so many words have: "the " is one, and four bytes."""
+    return "the " * round(number * _TOKENS_PER_WORD)
 
-    purpose: str
-    messages: Messages
-    reply_words: int
-    unknown_words: int = 0
+
+class Rehearsal:
+    """Notes what is asked for a seed, and answers in the words that were asked for, as if all were good at once.
+
+    Attributes:
+        asked: the requests so far, each with the words of its reply.
+    """
+
+    def __init__(self, plan: Plan, options: SynthesisOptions, *, writes: bool) -> None:
+        # No checks, and no judge: what one is asked is not known before there are replies.
+        self.plan = replace(plan, rules=replace(plan.rules, checks=()), judge=None)
+        self.options = options
+        self.writes = writes
+        self.asked: list[tuple[Request, int]] = []
+
+    async def __call__(self, request: Request) -> Reply:
+        """Note a request and answer it."""
+        number, purpose = self.plan.sections, request.purpose
+        words = {
+            "facts": _FACT_WORDS,
+            "outline": _OUTLINE_WORDS * number,
+            "section": ceil(self.plan.words / number),
+            "context": self.plan.words,
+            "pair": _PAIR_WORDS,
+        }.get(purpose, _SPOKEN_WORDS)
+        self.asked.append((request, words))
+        half = _words(words / 2)
+        texts = {
+            "facts": f"Evidence:\n- {half}\nDistraction:\n- {half}",
+            "outline": "\n".join(f"Section {n}: {_words(_OUTLINE_WORDS)}" for n in range(1, number + 1)),
+            "pair": f"Question: {half}\nAnswer: {half}",
+        }
+        return Reply(texts.get(purpose, f"Context:\n{_words(words)}"), "stop", 0, 0, request.model)
+
+    async def rehearse(self, seed: Seed) -> None:
+        """Ask all that a run would ask for a seed."""
+        options, plan, context = self.options, self.plan, seed.context or ""
+        blind = options.difficulty == "closed_book"
+        if blind:
+            await score_closed_book(seed, plan, self, options.difficulty_samples)
+        if options.method == "instruction":
+            outcome = await write_pair(seed, plan, self, lambda *_: None)
+            seed = outcome.seed
+        elif self.writes:
+            context = (await write_context(seed, plan, self, lambda *_: None)).context
+        if options.answerability:
+            await score_open_book(seed, context, plan, self)
+            if not blind:
+                await score_closed_book(seed, plan, self)
 
 
 @dataclass
@@ -280,83 +329,39 @@ class Estimate:
         requests: number of requests by purpose.
         prompt_tokens: tokens of the prompts.
         completion_tokens: tokens of the replies, if they are as long as asked for.
-        spend: tokens and dollars of both.
-        most: the same if every reply runs to its limit and every retry is used.
+        most: tokens and dollars if every reply runs to its limit and every retry is used.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    spend: Spend = field(default_factory=Spend)
+    prompt_tokens: float = 0
+    completion_tokens: float = 0
     most: Spend = field(default_factory=Spend)
 
 
 def estimate(
-    seeds: Sequence[Seed],
-    plan: "Plan",
-    options: SynthesisOptions,
-    *,
-    writes: bool,
-    budget: Budget | None = None,
-    count: Callable[[str], int] | None = None,
+    seeds: Sequence[Seed], rehearsal: Rehearsal, prices: Budget, count: Callable[[str], int] | None
 ) -> Estimate:
     """Estimate what a run over `seeds` costs."""
     # About four bytes of UTF-8 are a token, in English and, with longer characters, in most scripts.
     count = count or (lambda text: ceil(len(text.encode()) / 4))
-    prices, found, most = budget or Budget(), Estimate(), Spend()
+    found, plan, options = Estimate(), rehearsal.plan, rehearsal.options
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
-    prompt_tokens = completion_tokens = 0.0
-    for seed in seeds:
-        for planned in planned_requests(seed, plan, options, writes=writes):
-            share = 1.0 if planned.purpose == "closed_book" else kept
-            found.requests[planned.purpose] += 1
-            prompt = sum(count(text) for _, text in planned.messages) + planned.unknown_words * _TOKENS_PER_WORD
-            prompt_tokens += share * prompt
-            completion_tokens += share * min(planned.reply_words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
-            most += prices.cost(ceil(prompt), plan.sampling.max_tokens)
-    for purpose in found.requests:
-        # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
-        if purpose != "closed_book":
-            found.requests[purpose] = ceil(kept * found.requests[purpose])
-    found.prompt_tokens, found.completion_tokens = ceil(prompt_tokens), ceil(completion_tokens)
-    found.spend = prices.cost(found.prompt_tokens, found.completion_tokens)
-    found.most = Spend(most.tokens * (1 + plan.retries), most.usd * (1 + plan.retries))
+
+    async def rehearse() -> None:
+        for seed in seeds:
+            rehearsal.asked.clear()
+            await rehearsal.rehearse(seed)
+            for request, words in rehearsal.asked:
+                # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
+                share = 1.0 if request.purpose == "closed_book" else kept
+                prompt = sum(count(text) for _, text in request.messages)
+                found.requests[request.purpose] += 1
+                found.prompt_tokens += share * prompt
+                found.completion_tokens += share * min(words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
+                found.most += prices.cost(prompt, plan.sampling.max_tokens)
+
+    asyncio.run(rehearse())
+    for purpose in set(found.requests) - {"closed_book"}:
+        found.requests[purpose] = ceil(kept * found.requests[purpose])
+    found.most = Spend(found.most.tokens * (1 + plan.retries), found.most.usd * (1 + plan.retries))
     return found
-
-
-def planned_requests(seed: Seed, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> Iterator[Planned]:
-    """Yield the requests a seed needs if every reply is good at once. A judge's are not known before the replies."""
-    task = find_task(seed.task)
-    if options.difficulty == "closed_book":
-        for _ in range(options.difficulty_samples):
-            yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
-    if options.method == "instruction":
-        yield Planned("pair", pair_prompt(seed.context or ""), _PAIR_WORDS)
-    elif writes:
-        yield from _writing(seed, plan)
-    if options.answerability:
-        words = plan.words if seed.context is None else 0
-        yield Planned("open_book", answer_prompt(seed, task, seed.context or ""), _SPOKEN_WORDS, words)
-        if options.difficulty != "closed_book":
-            yield Planned("closed_book", answer_prompt(seed, task), _SPOKEN_WORDS)
-
-
-def _writing(seed: Seed, plan: "Plan") -> Iterator[Planned]:
-    task, facts, unknown = find_task(seed.task), None, 0
-    if plan.facts_first:
-        yield Planned("facts", facts_prompt(seed, task), _FACT_WORDS)
-        facts, unknown = Facts("", ("…",), ("…",)), _FACT_WORDS
-    if plan.sections == 1:
-        prompt = context_prompt(seed, task, plan.words, facts=facts, template=plan.template)
-        yield Planned("context", prompt, plan.words, unknown)
-        return
-    sections = plan.sections
-    outline = Outline("", ("…",) * sections)
-    yield Planned(
-        "outline", outline_prompt(seed, task, plan.words, sections, facts=facts), _OUTLINE_WORDS * sections, unknown
-    )
-    for number in range(1, sections + 1):
-        words = ceil(plan.words / sections)
-        # A section's prompt holds the plan, which is not written yet, and the last words of the section before.
-        shown = _OUTLINE_WORDS * sections + (200 if number > 1 else 0)
-        yield Planned("section", section_prompt(seed, task, words, outline, number, ""), words, shown)

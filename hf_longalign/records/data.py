@@ -36,7 +36,7 @@ class DataRecord(Record):
     splits: dict[str, dict[str, int]]  # rows by configuration and split
     tasks: dict[str, int]  # rows of `chat` by task
     rejected: dict[str, int] = field(default_factory=dict)  # seeds by reason
-    generator: str = ""  # "openai", "batch", "transformers" or "documents"
+    generator: str = ""  # "openai", "batch", "transformers", "vllm" or "documents"
     model: str = ""  # that wrote
     judge_model: str = ""  # where it is another one
     sampling: dict[str, Any] = field(default_factory=dict)

@@ -33,7 +33,7 @@ class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
     equal folders on every machine, and neither a path nor anything of an endpoint stands in it.
 
     Attributes:
-        generator: "openai", "transformers" or "documents"; set by the builder.
+        generator: "openai", "batch", "transformers", "vllm" or "documents"; set by the builder.
         model: the name of the model that writes; set by the builder.
         judge_model: the name of the model that judges; set by the builder.
     """
@@ -111,8 +111,8 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
     Method: Context Synthesis, https://arxiv.org/abs/2502.15592.
 
     Args:
-        generator: writes the contexts (`OpenAIGenerator`, `TransformersGenerator`), or "documents" where the seeds
-            have theirs.
+        generator: writes the contexts (`OpenAIGenerator`, `TransformersGenerator`, `VLLMGenerator` …), or "documents"
+            where the seeds have theirs.
         judge: another generator that judges and answers; by default the one that writes.
         journal: path of the journal of replies; by default `journal.sqlite` beside the prepared data.
         budget: what a run may spend at most.
@@ -217,8 +217,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
     def prepare_outcomes(self) -> bool:
         """Write or check every context, if that is not done yet; here the money is spent.
 
-        Returns:
-            Whether this process goes on to compose the rows: of several that ask together, one does.
+        Returns whether this process goes on to compose the rows: of several that ask together, one does.
         """
         return self.pipeline.run()
 

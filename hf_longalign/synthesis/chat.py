@@ -1,7 +1,7 @@
 """One row of the `chat` configuration from one accepted context: choose distractors, compose, record."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
 from hf_longalign.synthesis.compose import BudgetError, Composition, Piece, Ruler, compose
-from hf_longalign.synthesis.outcome import SCORES, part
+from hf_longalign.synthesis.disk import table_row
+from hf_longalign.synthesis.outcome import SCORES
 from hf_longalign.synthesis.pool import Pool, offer
 from hf_longalign.synthesis.tasks import find_task, prompt_parts
 from hf_longalign.synthesis.tokens import TokenCounter
@@ -43,17 +44,12 @@ class Composer:
     """Composes rows of a pool. A row depends on the seed, the pool and the row's own id alone.
 
     Attributes:
-        pool: all contexts.
         sources: where distractors come from, the preferred source first.
         limit: distractors per row; `None` for as many as fit into the budget.
-        counter: counts tokens; `None` where no tokenizer is given.
-        budget: tokens per row; `None` for no budget.
+        budget: tokens per row, counted by `counter`; `None` for no budget.
         reference: "auto", "all" or "none".
         nearest: int32 `(rows, sources, neighbours)`, the closest texts of every row, -1 where there are no more;
             `None` without hard distractors.
-        hard_share: how likely the next distractor is the closest one left.
-        avoid_conflicts: pass over contexts that conflict with the gold one.
-        seed: seed of everything drawn.
     """
 
     pool: Pool
@@ -75,34 +71,22 @@ class Composer:
             BudgetError: the context and its prompt alone exceed the budget.
         """
         begun = self._begin(index)
-        made = compose(
-            self._piece(index, begun.named),
-            self._candidates(index, begun),
-            begun.prompt,
-            begun.rng,
-            limit=self.limit,
-            ruler=self._ruler(begun.record["answer"]),
-        )
-        return self._to_row(begun, made)
+        return self._to_row(begun, self._compose(index, begun, self._candidates(index, begun), self.limit))
 
     def over_budget(self, index: int) -> str | None:
         """Return why `row` would raise `BudgetError`, or `None` if it would not."""
-        begun = self._begin(index)
         try:
-            compose(
-                self._piece(index, begun.named),
-                iter(()),
-                begun.prompt,
-                begun.rng,
-                limit=0,
-                ruler=self._ruler(begun.record["answer"]),
-            )
+            self._compose(index, self._begin(index), iter(()), limit=0)
         except BudgetError as error:
             return str(error)
         return None
 
+    def _compose(self, index: int, begun: _Begun, candidates: Iterator[Piece], limit: int | None) -> Composition:
+        gold, ruler = self._piece(index, begun.named), self._ruler(begun.record["answer"])
+        return compose(gold, candidates, begun.prompt, begun.rng, limit=limit, ruler=ruler)
+
     def _begin(self, index: int) -> _Begun:
-        record = self.pool.row(index)
+        record = table_row(self.pool.table, index)
         # By the row's id, never one generator for all: rows are made by many processes in any order, and must be the
         # same.
         rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
@@ -163,15 +147,16 @@ class Composer:
         if any(self.pool.neutralised[begun.offered[source]] for source in made.sources if source in begun.offered):
             # The row's own text has said so already; this says it of the others.
             kept_checks = [check for check in checks if check["name"] != "control_tokens"]
-            checks = [*kept_checks, Check("control_tokens", NEUTRALISED, "in a distractor").to_dict()]
+            checks = [*kept_checks, asdict(Check("control_tokens", NEUTRALISED, "in a distractor"))]
         if self.avoid_conflicts:
-            checks = [*checks, Check("conflict", PASSED, f"{len(begun.passed_over)} passed over").to_dict()]
+            checks = [*checks, asdict(Check("conflict", PASSED, f"{len(begun.passed_over)} passed over"))]
         kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
         return {
             "messages": messages,
             "parts": [
-                *(part(0, span, "context") for span in made.contexts),
-                part(0, made.question, "question"),
+                {"message": 0, "start": start, "end": end, "kind": kind}
+                for kind, spans in (("context", made.contexts), ("question", [made.question]))
+                for start, end in spans
             ],
             **{name: record[name] for name in ("task", "instruction", "answer", *kept)},
             "reference": begun.reference,

@@ -7,7 +7,7 @@ context and its distractors in `pool`.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
 from typing import Any
@@ -81,21 +81,12 @@ class Check:
     outcome: str
     detail: str = ""
 
-    def to_dict(self) -> dict[str, str]:
-        """Return the check as it stands in a row."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Rules:
-    """What a context is held to.
+    """What a context is held to: names of checks, limits in words, a two-letter code of the language.
 
-    Attributes:
-        checks: the names of the checks to run.
-        min_words: fewer words fail.
-        max_words: more words fail; `None` for no limit.
-        language: two-letter code of the language; `None` leaves the check open.
-        control: the marks of chat templates that must not stand in it.
+    Where `language` is `None` that check stays open; `control` are the marks of chat templates it must not hold.
     """
 
     checks: tuple[str, ...]
@@ -130,15 +121,10 @@ def verify_context(
     finish_reason: str | None = None,
     title: str | None = None,
 ) -> list[Check]:
-    """Run the checks of `rules` on a context.
+    """Run the checks of `rules` on a context for a seed.
 
-    Args:
-        context: the text.
-        seed: the pair it is for.
-        rules: which checks, with which limits.
-        written: whether a model wrote it; a given text cannot refuse, talk about the task or be cut off.
-        finish_reason: why the model stopped; "length" means in mid-sentence.
-        title: what the model called it.
+    A text that no model has `written` cannot refuse, talk about the task or be cut off. `finish_reason` says why the
+    model stopped: "length" means in mid-sentence.
 
     Example:
 

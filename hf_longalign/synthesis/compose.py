@@ -56,15 +56,12 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Composition:
-    """A composed prompt. All offsets are characters (code points) of `content`, the end exclusive.
+    """A composed prompt. All offsets are characters (code points) of `content`, the user message, the end exclusive.
 
     Attributes:
-        content: the user message.
-        contexts: start and end of every context.
-        question: start and end of what follows the contexts.
+        contexts: start and end of every context; `question` those of what follows the contexts.
         sources: the id of the row each context comes from.
-        gold_index: which of the contexts is the gold one.
-        gold_depth: the share of the distractors' characters that stands before it, 0.0 to 1.0.
+        gold_depth: the share of the distractors' characters that stands before the gold context, 0.0 to 1.0.
         cut: the indices of the distractors that were cut to fit: none or one, as a rule.
         tokens: tokens of the whole sample; `None` without a budget.
     """

@@ -130,7 +130,7 @@ class SynthesisOptions:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
-        self.extra_fields()
+        json_object("extra_body", self.extra_body)
         # Last, as it reads fields whose own values must be right first.
         self._validate_together()
 
@@ -153,22 +153,6 @@ class SynthesisOptions:
         for task, count in sorted(tasks.items()):
             by_source = {"same_task": count - 1, "other_tasks": total - count, "documents": documents}
             found[task] = sum(by_source[source] for source in self.distractor_sources)
-        return found
-
-    def extra_fields(self) -> dict[str, Any]:
-        """Return `extra_body` as a dictionary.
-
-        Raises:
-            ValueError: it is no JSON object.
-        """
-        found: Any = self.extra_body or {}
-        if isinstance(found, str):
-            try:
-                found = json.loads(found)
-            except json.JSONDecodeError:
-                found = None
-        if not isinstance(found, dict):
-            raise ValueError(f"`extra_body` must be a JSON object, got {self.extra_body!r}. Quote names and text.")
         return found
 
     def _validate_together(self) -> None:
@@ -201,6 +185,23 @@ class SynthesisOptions:
         ):
             if condition:
                 raise ValueError(message)
+
+
+def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Return the value of an option that is a dictionary, or JSON on a command line.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    found: Any = value or {}
+    if isinstance(found, str):
+        try:
+            found = json.loads(found)
+        except json.JSONDecodeError:
+            found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"`{name}` must be a JSON object, got {value!r}. Quote names and text.")
+    return found
 
 
 _CHOICES: dict[str, tuple[Any, ...]] = {

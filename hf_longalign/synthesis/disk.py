@@ -131,11 +131,6 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def read_array(path: Path) -> np.ndarray:
-    """Map an array into memory."""
-    return np.load(path, mmap_mode="r")
-
-
 def network_file_system(folder: Path) -> str | None:
     """Return the type of the network's file system that `folder` lies on, or `None` for a disk of this machine."""
     import psutil

@@ -40,12 +40,7 @@ _WRITTEN = re.compile(r"README\.md|assets/[^/]+\.png|[^/]+/[^/]+-\d{5}-of-\d{5}\
 def check_output(folder: Path, *kept: Path) -> None:
     """Refuse a folder that `export` would replace and that holds, or will hold, anything but an earlier output.
 
-    Args:
-        folder: where the output goes.
-        kept: the journal and other paths that must outlive it.
-
-    Raises:
-        ValueError: names what would be lost.
+    `kept` are the journal and other paths that must outlive it. Raises a ValueError that names what would be lost.
     """
     inside = next((path for path in kept if path.resolve().is_relative_to(folder.resolve())), None)
     if inside is not None:
@@ -77,16 +72,11 @@ def export(
     bytes. A configuration without rows is left out: nothing could load it.
 
     Args:
-        folder: where to; it must be absent, empty, or written by this function.
+        folder: where to; it must be absent, empty, or written by this function, else a ValueError.
         data: data sets by configuration and split.
         config: the settings the card names.
-        journal: the journal of the replies, for the card's cost.
-        budget: the prices of tokens, for the card's cost.
-        license: licence of the data set, as the Hub names it.
-        seeds_license: licence of the seeds, as the Hub names it.
-
-    Raises:
-        ValueError: the folder holds something else.
+        journal: the journal of the replies, and `budget` the prices of tokens, for the card's cost.
+        license: licence of the data set, and `seeds_license` of the seeds, as the Hub names them.
     """
     folder = Path(folder)
     check_output(folder)
@@ -266,14 +256,10 @@ def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost
     if not keys or journal is None or not Path(journal).is_file():
         return None
     with Journal(journal) as held:
-        replies = [held.get(key) for key in sorted(keys)]
-        usd = held.usd_of(keys)
-    known = [reply for reply in replies if reply is not None]
-    if len(known) < len(keys):
+        replies, prompt, completion, usd = held.cost_of(keys)
+    if replies < len(keys):
         return None
-    prompt = sum(reply.prompt_tokens for reply in known)
-    completion = sum(reply.completion_tokens for reply in known)
     if not usd and budget is not None:  # paid for before prices were given
         usd = budget.cost(prompt, completion).usd
     # Without prices a cost of $0.00 would be a lie.
-    return Cost(len(known), prompt, completion, usd or None)
+    return Cost(replies, prompt, completion, usd or None)

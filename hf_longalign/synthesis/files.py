@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from hf_longalign.synthesis.chat import Composer
 from hf_longalign.synthesis.compose import BudgetError
-from hf_longalign.synthesis.disk import read_array, read_table, table_row, write_array, write_table
+from hf_longalign.synthesis.disk import read_table, table_row, write_array, write_table
 from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
 from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
@@ -45,12 +45,7 @@ _MADE = re.compile(rf"(?:{'|'.join(CONFIGS)}|outcomes|composition)-[0-9a-f]{{16}
 
 @dataclass
 class Files:
-    """The files of a data set, in its folder, which its three configurations share.
-
-    Attributes:
-        config: what is made and how.
-        folder: where the files lie.
-    """
+    """The files of a data set, in its folder, which its three configurations share."""
 
     config: "ContextSynthesisConfig"
     folder: Path
@@ -136,7 +131,7 @@ class Files:
             counter=self.counter,
             budget=config.target_tokens,
             reference=config.reference,
-            nearest=read_array(nearest) if config.hard_share and nearest.is_file() else None,
+            nearest=np.load(nearest, mmap_mode="r") if config.hard_share and nearest.is_file() else None,
             hard_share=config.hard_share,
             avoid_conflicts="conflict" in config.checks,
             seed=config.seed,
@@ -230,10 +225,8 @@ class Files:
 def forget_outcomes(folder: Path, keys: Set[str]) -> list[str]:
     """Remove what was made from the replies `keys` in the folder of a data set, so that the next run makes it anew.
 
-    Outcomes that rest on other replies too stay: they could only be made again by paying for those.
-
-    Returns:
-        The names of the folders that were removed; of prepared rows all, as they do not say what they are made from.
+    Outcomes that rest on other replies too stay: they could only be made again by paying for those. Returns the names
+    of the folders that were removed; of prepared rows all, as they do not say what they are made from.
     """
     names = sorted(path.name for path in folder.glob("*-*") if _MADE.fullmatch(path.name))
     stale = []
@@ -263,15 +256,9 @@ class _Documents(Sequence[Document]):
 def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int) -> list[dict[str, Any]]:
     """Return general rows, each `{"messages": [...], "seed_id": ...}`, that make up `share` of the whole.
 
-    Args:
-        sources: files or Hub data sets with a column `messages` of `{"role", "content"}`.
-        share: general rows over all rows, from 0 up to, but not including, 1. Where the sources hold too few, all
-            of them are returned.
-        long_rows: how many rows they are mixed with.
-        seed: seed of the draw.
-
-    Raises:
-        BadRowError: a row whose `messages` are no conversation that ends with the assistant.
+    `sources` have a column `messages` of `{"role", "content"}`; where they hold too few rows to be mixed with
+    `long_rows` others, all are returned. Raises a BadRowError for no conversation, or one that the assistant does not
+    end.
 
     Example:
 

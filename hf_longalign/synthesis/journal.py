@@ -180,11 +180,13 @@ class Journal:
                 connection.executemany(statement, keys)
         return len(keys)
 
-    def usd_of(self, keys: Iterable[str]) -> float:
-        """What the replies to these keys cost in dollars, at the prices of the runs that paid for them."""
+    def cost_of(self, keys: Iterable[str]) -> tuple[int, int, int, float]:
+        """How many of these keys have a reply, and what those cost: tokens in, tokens out, dollars as then paid."""
+        query = "SELECT 1, prompt_tokens, completion_tokens, usd FROM replies WHERE key = ?"
         with self._locked() as connection:
-            found = (connection.execute("SELECT usd FROM replies WHERE key = ?", (key,)).fetchone() for key in keys)
-            return sum(row[0] for row in found if row)
+            found = [connection.execute(query, (key,)).fetchone() or (0, 0, 0, 0.0) for key in sorted(keys)]
+        replies, prompt, completion, usd = map(sum, zip(*found, strict=True))
+        return replies, prompt, completion, usd
 
     def totals(self) -> Totals:
         """What the journal holds, in numbers."""

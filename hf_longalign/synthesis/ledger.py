@@ -20,12 +20,7 @@ _TABLES = (
 
 
 class JournalLedger:
-    """The ledger of a run that asks in batches; see [`~hf_longalign.endpoint.batch.Ledger`].
-
-    Args:
-        journal: where batches and replies stand.
-        budget: what replies cost.
-    """
+    """The ledger of a run that asks in batches; see [`~hf_longalign.endpoint.batch.Ledger`]."""
 
     def __init__(self, journal: Journal, budget: Budget) -> None:
         self.journal = journal

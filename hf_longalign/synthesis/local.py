@@ -1,9 +1,10 @@
-"""Replies from a local transformers model: what waits is generated together, each row drawn on its own."""
+"""Replies from a model on this machine: what waits is generated together, each row drawn on its own."""
 
 import asyncio
 import hashlib
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ _STRIDE = 2**24
 
 
 @dataclass
-class _Waiting:
+class Waiting:
+    """A request with its prompt's token ids, and where its reply is awaited."""
+
     request: Request
     prompt: list[int]
     reply: "asyncio.Future[Reply]"
@@ -50,50 +53,17 @@ class _Waiting:
             self.reply.set_exception(outcome)
 
 
-class TransformersGenerator:
-    """Generates with a causal language model from the Hub or a folder, whose tokenizer has a chat template.
+class BatchingGenerator(ABC):
+    """The half of a generator on this machine that knows no model: what waits is generated together."""
 
-    The random numbers of a reply depend on its request alone: neither on the batch it is in nor on the device. What a
-    batch can still change are the last bits of the logits, since padding and batch size choose other kernels; in
-    float32 that seldom turns a token, in bfloat16 more often. The journal keeps the first reply either way.
-
-    A folder is recorded by its name and a hash of its files, so that another model under the same path is another key.
-
-    Parameters:
-        model: Hub id or folder.
-        revision: of a Hub id; recorded with it.
-        batch_size: the most rows at once; halved when memory runs out.
-        device: "cuda", "mps", "cpu" or "auto" (spread over all GPUs); by default the best there is.
-        dtype: of the weights; "auto" is what the model was saved in.
-
-    Example (nothing is loaded before the first request):
-
-    >>> generator = TransformersGenerator("org/tiny", revision="v2", batch_size=4)
-    >>> generator.model, generator.concurrency
-    ('org/tiny@v2', 4)
-    """
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        revision: str | None = None,
-        batch_size: int = 16,
-        device: str | None = None,
-        dtype: str = "auto",
-    ) -> None:
+    def __init__(self, name: str, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size!r}. Set it to what the memory holds.")
-        self._source = model
-        self._revision = revision
-        self._device = device
-        self._dtype = dtype
-        folder = Path(model)
-        self.model = folder_name(folder) if folder.is_dir() else f"{model}@{revision}" if revision else model
+        self.model = name
         self.concurrency = batch_size
         self._loaded: tuple[Any, Any] | None = None
         self._loading = threading.Lock()
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[Waiting] = []
         self._working: asyncio.Task[None] | None = None
         self._draining = False
 
@@ -107,7 +77,7 @@ class TransformersGenerator:
             raise RunStopped("The run is stopping.")
         # Long prompts take milliseconds, during which other replies could be handed over.
         prompt = await asyncio.to_thread(self._encode, request)
-        waiting = _Waiting(request, prompt, asyncio.get_running_loop().create_future())
+        waiting = Waiting(request, prompt, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work())
@@ -141,11 +111,95 @@ class TransformersGenerator:
                 waiting.end(outcome)
 
     def _load(self) -> tuple[Any, Any]:
+        """The model and its tokenizer, read where they are first needed."""
         # Two threads may need the model at once: the check and the first prompt.
         with self._loading:
             if self._loaded is None:
-                self._loaded = self._read_files()
+                model, tokenizer = self._read_files()
+                if not getattr(tokenizer, "chat_template", None):
+                    raise EndpointError(
+                        f"The tokenizer of {self.model!r} has no chat template. Take an instruct model."
+                    )
+                self._loaded = model, tokenizer
         return self._loaded
+
+    def _encode(self, request: Request) -> list[int]:
+        """The prompt's token ids. Raises `GenerationError` where it and the reply exceed the model's length."""
+        model, tokenizer = self._load()
+        messages = [{"role": role, "content": content} for role, content in request.messages]
+        try:
+            ids: list[int] = (
+                tokenizer.apply_chat_template(
+                    messages,
+                    add_generation_prompt=True,
+                    return_dict=False,
+                    **request.sampling.extra.get("chat_template_kwargs", {}),
+                )
+                if request.chat
+                else tokenizer(messages[0]["content"])["input_ids"]
+            )
+        except Exception as error:  # noqa: BLE001 - a template raises what it likes
+            raise GenerationError(BAD_REQUEST, f"The chat template refuses the messages: {error}") from None
+        # Beyond it most models go on in nonsense without an error.
+        length = self._length(model)
+        if length is not None and len(ids) + request.sampling.token_limit > length:
+            raise GenerationError(
+                TOO_LONG,
+                f"{len(ids)} tokens of prompt and {request.sampling.token_limit} of reply exceed the {length} of "
+                f"{self.model!r}. Set a smaller `max_tokens`.",
+            )
+        return ids
+
+    @abstractmethod
+    def _read_files(self) -> tuple[Any, Any]:
+        """The model and its tokenizer. Raises `EndpointError` where they cannot be loaded."""
+
+    @abstractmethod
+    def _length(self, model: Any) -> int | None:
+        """The most tokens of prompt and reply; `None` for no limit."""
+
+    @abstractmethod
+    def _generate(self, batch: Sequence[Waiting]) -> Sequence[Reply]:
+        """The replies of a batch, in its order."""
+
+
+class TransformersGenerator(BatchingGenerator):
+    """Generates with a causal language model from the Hub or a folder, whose tokenizer has a chat template.
+
+    The random numbers of a reply depend on its request alone: neither on the batch it is in nor on the device. What a
+    batch can still change are the last bits of the logits, since padding and batch size choose other kernels; in
+    float32 that seldom turns a token, in bfloat16 more often. The journal keeps the first reply either way.
+
+    A folder is recorded by its name and a hash of its files, so that another model under the same path is another key.
+
+    Parameters:
+        model: Hub id or folder.
+        revision: of a Hub id; recorded with it.
+        batch_size: the most rows at once; halved when memory runs out.
+        device: "cuda", "mps", "cpu" or "auto" (spread over all GPUs); by default the best there is.
+        dtype: of the weights; "auto" is what the model was saved in.
+
+    Example (nothing is loaded before the first request):
+
+    >>> generator = TransformersGenerator("org/tiny", revision="v2", batch_size=4)
+    >>> generator.model, generator.concurrency
+    ('org/tiny@v2', 4)
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        batch_size: int = 16,
+        device: str | None = None,
+        dtype: str = "auto",
+    ) -> None:
+        super().__init__(recorded_name(model, revision), batch_size)
+        self._source = model
+        self._revision = revision
+        self._device = device
+        self._dtype = dtype
 
     def _read_files(self) -> tuple[Any, Any]:
         import torch
@@ -160,39 +214,13 @@ class TransformersGenerator:
                 self._source, revision=self._revision, dtype=self._dtype, **where
             )
         except (OSError, ValueError) as error:
-            # transformers names the folder, a path of this machine, in its messages.
-            told = str(error).replace(self._source, self.model)
-            raise EndpointError(f"The model {self.model!r} cannot be loaded: {told}") from None
-        if tokenizer.chat_template is None:
-            raise EndpointError(f"The tokenizer of {self.model!r} has no chat template. Take an instruct model.")
+            raise cannot_load(self.model, self._source, error) from None
         return (model.eval() if where else model.eval().to(device)), tokenizer
 
-    def _encode(self, request: Request) -> list[int]:
-        """The prompt's token ids. Raises `GenerationError` where it and the reply exceed the model's length."""
-        model, tokenizer = self._load()
-        messages = [{"role": role, "content": content} for role, content in request.messages]
-        if not request.chat:
-            raise GenerationError(BAD_REQUEST, "A request to a local model must be a chat.")
-        try:
-            ids: list[int] = tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                return_dict=False,
-                **request.sampling.extra.get("chat_template_kwargs", {}),
-            )
-        except Exception as error:  # noqa: BLE001 - a template raises what it likes
-            raise GenerationError(BAD_REQUEST, f"The chat template refuses the messages: {error}") from None
-        # Beyond it most models go on in nonsense without an error.
-        length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if length is not None and len(ids) + request.sampling.token_limit > length:
-            raise GenerationError(
-                TOO_LONG,
-                f"{len(ids)} tokens of prompt and {request.sampling.token_limit} of reply exceed the {length} of "
-                f"{self.model!r}. Set a smaller `max_tokens`.",
-            )
-        return ids
+    def _length(self, model: Any) -> int | None:
+        return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    def _generate(self, batch: Sequence[_Waiting]) -> list[Reply]:
+    def _generate(self, batch: Sequence[Waiting]) -> list[Reply]:
         import torch
 
         try:
@@ -207,7 +235,7 @@ class TransformersGenerator:
         torch.cuda.empty_cache()
         return self._generate(batch[:half]) + self._generate(batch[half:])
 
-    def _generate_at_once(self, batch: Sequence[_Waiting]) -> list[Reply]:
+    def _generate_at_once(self, batch: Sequence[Waiting]) -> list[Reply]:
         """Prompts are padded on the left, so that every row's last token is its newest."""
         import torch
         from transformers import GenerationConfig
@@ -286,8 +314,14 @@ class Draw:
         return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
 
 
-def folder_name(folder: Path) -> str:
-    """A model folder's last part with a hash of its files: names, sizes, and 64 KiB of every 16 MiB."""
+def recorded_name(model: str, revision: str | None = None) -> str:
+    """Return the name of a model as it is recorded: a Hub id with its revision, a folder's last part with a hash.
+
+    The hash is of its files: names, sizes, and 64 KiB of every 16 MiB.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"{model}@{revision}" if revision else model
     digest = hashlib.blake2b(digest_size=4)
     for file in sorted(path for path in folder.iterdir() if path.is_file()):
         size = file.stat().st_size
@@ -297,3 +331,8 @@ def folder_name(folder: Path) -> str:
                 content.seek(start)
                 digest.update(content.read(_BLOCK))
     return f"{folder.resolve().name}-{digest.hexdigest()}"
+
+
+def cannot_load(name: str, source: str, error: Exception) -> EndpointError:
+    """Return why a model cannot be loaded; libraries name the folder, a path of this machine, in their messages."""
+    return EndpointError(f"The model {name!r} cannot be loaded: {str(error).replace(source, name)}")

@@ -59,12 +59,11 @@ _FEATURES = {"chat": _CHAT, "contexts": _CONTEXTS, "rejected": {**_CONTEXTS, "re
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a context comes from.
+    """Where a context comes from; of a given text nothing but the kind "documents" is known.
 
     Attributes:
-        generator: "openai", "transformers" or "documents".
-        model: the model that wrote it; empty for a given text.
-        prompt_hash: digest of the prompt that led to it; empty for a given text.
+        generator: "openai", "batch", "transformers", "vllm" or "documents".
+        prompt_hash: digest of the prompt that led to it.
         journal_keys: the keys of its replies in the journal, in the order they were asked for.
         attempts: how many times it was begun.
     """
@@ -81,12 +80,8 @@ class Outcome:
     """One seed with its context.
 
     Attributes:
-        seed: the pair.
         context: the text; of a rejected seed the last one that was tried, or empty.
-        title: what the text is about, where it is known.
         reason: why the seed was rejected; empty for one that goes into the data.
-        checks: what was checked, in order.
-        provenance: where the text comes from.
         scores: measured difficulty and answerability by name.
     """
 
@@ -128,15 +123,10 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "context": outcome.context,
         "words": word_count(outcome.context),
         **asdict(outcome.provenance),
-        "checks": [check.to_dict() for check in outcome.checks],
+        "checks": list(map(asdict, outcome.checks)),
         **{name: outcome.scores.get(name) for name in SCORES},
         "reason": outcome.reason,
     }
-
-
-def part(message: int, span: tuple[int, int], kind: str) -> dict[str, Any]:
-    """Return one entry of `parts`: characters `start` to `end` of `messages[message]["content"]`."""
-    return {"message": message, "start": span[0], "end": span[1], "kind": kind}
 
 
 def general_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Everything that is paid for happens here, through the journal; all the rest can 
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.chat import to_messages
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
-from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.synthesis.config import SynthesisOptions, json_object
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
@@ -46,17 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# So many seeds tell the language of all.
-_LANGUAGE_SAMPLE = 1000
-# What a step asks for, as the user sees it.
-_STEPS = {
-    "answer_blind": "closed-book answers",
-    "write": "contexts",
-    "write_pair": "pairs",
-    "judge": "verdicts",
-    "rewrite": "rewriting",
-    "answer_both": "answers",
-}
 _REPEATED = "duplicate: it nearly repeats another context; choose other names, places, figures and events"
 
 
@@ -65,11 +54,7 @@ class Pipeline:
     """Turns the seeds of a configuration into outcomes on disk, once for all three configurations of a data set.
 
     Attributes:
-        config: what is made and how.
-        files: where the outcomes go.
         generator: writes, answers and judges; `None` where contexts are given and nothing is asked.
-        journal: path of the journal.
-        budget: what a run may spend.
         show_progress: a bar (`True`), nothing (`False`), or a bar on a terminal and log lines elsewhere (`None`).
         team: the processes that ask together; `None` for this one alone.
         shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
@@ -89,12 +74,8 @@ class Pipeline:
     def run(self) -> bool:
         """Ask for everything, and write the outcomes if they are not on disk; of a shard, only its replies remain.
 
-        Returns:
-            Whether this process goes on to compose: of a team, one does.
-
-        Raises:
-            ValueError: what `check` raises, or no seed was accepted.
-            RunStopped: the budget is spent or the endpoint gone; a rerun continues.
+        Returns whether this process goes on to compose: of a team, one does. Raises what `check` raises, a ValueError
+        where no seed was accepted, or `RunStopped`: the budget is spent or the endpoint gone, and a rerun continues.
         """
         if not self._done:
             if self.team is not None:
@@ -123,38 +104,31 @@ class Pipeline:
             logger.info("This process stops asking: %s", stop)
 
     @cached_property
-    def all_seeds(self) -> SeedSet:
-        """The seeds, or for instruction synthesis the chunks pairs are written for."""
+    def seeds(self) -> SeedSet:
+        """The seeds of this shard, or for instruction synthesis the chunks that pairs are written for."""
         config = self.config
-        if config.method == "instruction":
-            return SeedSet(
-                draw_chunks(self.files.documents, config.chunk_words, config.pairs_per_document, config.seed)
+        if config.method != "instruction":
+            return read_seeds(
+                config.seeds,
+                contexts=config.contexts,
+                on_bad_seed=config.on_bad_seed,
+                per_task=config.seeds_per_task,
+                control=self.files.control,
+                on_control_tokens=config.on_control_tokens,
+                part=self.shard,
             )
-        return read_seeds(
-            config.seeds,
-            contexts=config.contexts,
-            on_bad_seed=config.on_bad_seed,
-            per_task=config.seeds_per_task,
-            control=self.files.control,
-            on_control_tokens=config.on_control_tokens,
-        )
-
-    @property
-    def seeds(self) -> list[Seed]:
-        """The seeds of this shard."""
-        index, count = self.shard
-        # In turns: seeds of one task stand together, and each machine should get some of every task.
-        return self.all_seeds.seeds[index::count]
+        found = SeedSet(self.shard)
+        for chunk in draw_chunks(self.files.documents, config.chunk_words, config.pairs_per_document, config.seed):
+            found.add(chunk)
+        return found
 
     @cached_property
     def plan(self) -> Plan:
         """How contexts are written and what they are held to."""
         config = self.config
         # Of all seeds, not of the shard's: a context must not pass in one shard and fail in the merged run.
-        seeds = self.all_seeds.seeds
-        sample = seeds[:: max(1, len(seeds) // _LANGUAGE_SAMPLE)]
-        texts = (f"{seed.instruction} {seed.answer} {(seed.context or '')[:200]}" for seed in sample)
-        language = config.language or majority_language(texts)
+        language = config.language or majority_language(self.seeds.sample)
+        answering = config.judge_model or config.model
         template = None
         if config.prompt_template is not None:
             path = Path(config.prompt_template)
@@ -163,7 +137,11 @@ class Pipeline:
             generator=config.generator,
             model=config.model,
             sampling=Sampling(
-                config.temperature, config.top_p, config.max_tokens, config.sampling_seed, config.extra_fields()
+                config.temperature,
+                config.top_p,
+                config.max_tokens,
+                config.sampling_seed,
+                json_object("extra_body", config.extra_body),
             ),
             rules=Rules(
                 tuple(config.checks),
@@ -177,7 +155,8 @@ class Pipeline:
             facts_first=config.facts_first,
             template=template,
             retries=config.retries,
-            judge=self._answering_model if "judge" in config.checks else None,
+            judge=answering if "judge" in config.checks else None,
+            answering=answering,
         )
 
     @cached_property
@@ -204,11 +183,11 @@ class Pipeline:
         for name in filter(asks.get, asks):
             if self.generator is None:
                 raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
-        seeds = self.seeds
-        for reason, number in self.all_seeds.skipped.most_common():
+        seeds = self.seeds.seeds
+        for reason, number in self.seeds.skipped.most_common():
             logger.warning("Skipped %d seeds: %s.", number, reason)
-        if self.all_seeds.neutralised:
-            logger.warning("Made words of marks of chat templates in %d seeds.", self.all_seeds.neutralised)
+        if self.seeds.neutralised:
+            logger.warning("Made words of marks of chat templates in %d seeds.", self.seeds.neutralised)
         if config.generator == "documents":
             check_contexts(seeds)
         if self.shard == (0, 1):
@@ -227,7 +206,7 @@ class Pipeline:
         self.check()
         # What costs nothing comes first, then the short answers, then the long contexts: what is left out early is
         # not paid for later.
-        outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds]
+        outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds.seeds]
         outcomes = self._chosen(outcomes)
         outcomes = self._with_contexts(outcomes)
         # Only now, and beside all others: a context that was rewritten may repeat another one.
@@ -237,7 +216,7 @@ class Pipeline:
         if not self.config.answerability:
             return outcomes
         numbers = accepted(outcomes)
-        return _replaced(outcomes, numbers, self._ask("answer_both", [outcomes[number] for number in numbers]))
+        return _replaced(outcomes, numbers, self._ask("answers", [outcomes[number] for number in numbers]))
 
     def _ask(self, step: str, items: Sequence[Any]) -> list[Any]:
         """Do a step for every item, together with the team; returns the results in the order of the items."""
@@ -255,47 +234,19 @@ class Pipeline:
         """Do a step for every item, through the journal and the generator."""
         if self.generator is None:
             return []
-        work, progress = getattr(self, f"_{step}"), Progress(len(items), name=_STEPS[step], show=self.show_progress)
+        name, work = _STEPS[step]
+        progress = Progress(len(items), name=name, show=self.show_progress)
         try:
             # Opened for a step and closed after it, so that nothing that computes in between holds the file open.
             with Journal(self.journal) as journal:
                 runner = Runner(self.generator, journal, budget=self.budget, progress=progress)
 
-                async def job(item: Any, ask: Ask) -> Any:
-                    return await work(item, ask, runner.count)
+                def job(item: Any, ask: Ask) -> Awaitable[Any]:
+                    return work(self, item, ask, runner.count)
 
                 return runner.run(partial(job, item) for item in items)
         finally:
             progress.close()
-
-    # The steps. A process that follows another does them by their names.
-
-    async def _answer_blind(self, seed: Seed, ask: Ask, count: Count) -> float | None:
-        return await score_closed_book(
-            seed, self._answering_model, self.plan.sampling, self.config.difficulty_samples, ask
-        )
-
-    async def _write(self, seed: Seed, ask: Ask, count: Count) -> Outcome:
-        return await write_context(seed, self.plan, ask, count=count)
-
-    async def _write_pair(self, chunk: Seed, ask: Ask, count: Count) -> Outcome:
-        return await write_pair(chunk, self.plan, ask, count=count)
-
-    async def _judge(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-        return await judge_given(outcome, self.plan, ask)
-
-    async def _rewrite(self, refused: Outcome, ask: Ask, count: Count) -> Outcome:
-        return await write_context(refused.seed, self.plan, ask, count=count, refused=refused)
-
-    async def _answer_both(self, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
-        # With the context and without it: a row that needs none teaches nothing.
-        model, sampling = self._answering_model, self.plan.sampling
-        found = {
-            "answerable_with": await score_open_book(outcome.seed, outcome.context, model, sampling, ask),
-            "answerable_without": await score_closed_book(outcome.seed, model, sampling, 1, ask),
-        }
-        known = {name: score for name, score in found.items() if score is not None}
-        return replace(outcome, scores={**outcome.scores, **known})
 
     def _decontaminated(self, outcome: Outcome) -> Outcome:
         seed = outcome.seed
@@ -318,7 +269,7 @@ class Pipeline:
         seeds = [outcomes[number].seed for number in numbers]
         scores: list[float | None]
         if config.difficulty == "closed_book":
-            scores = self._ask("answer_blind", seeds)
+            scores = self._ask("closed_book", seeds)
         else:
             scores = list(answer_losses(seeds, config.difficulty_model or ""))
         outcomes = list(outcomes)
@@ -333,11 +284,6 @@ class Pipeline:
             if place not in kept:
                 outcomes[number] = replace(outcomes[number], reason=f"difficulty: not chosen by {config.difficulty}")
         return outcomes
-
-    @property
-    def _answering_model(self) -> str:
-        """The model that answers: the judge where there is one, so that no model marks its own texts."""
-        return self.config.judge_model or self.config.model
 
     def _with_contexts(self, outcomes: list[Outcome]) -> list[Outcome]:
         numbers = accepted(outcomes)
@@ -372,6 +318,30 @@ class Pipeline:
         return [
             replace(outcome, checks=(*outcome.checks, passed)) if outcome.accepted else outcome for outcome in outcomes
         ]
+
+
+async def _answers(pipeline: Pipeline, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
+    # With the context and without it: a row that needs none teaches nothing.
+    found = {
+        "answerable_with": await score_open_book(outcome.seed, outcome.context, pipeline.plan, ask),
+        "answerable_without": await score_closed_book(outcome.seed, pipeline.plan, ask),
+    }
+    known = {name: score for name, score in found.items() if score is not None}
+    return replace(outcome, scores={**outcome.scores, **known})
+
+
+# What is asked for, as the user sees it, and how for one item. A process that follows another gets the name of a step.
+_STEPS: dict[str, tuple[str, Callable[[Pipeline, Any, Ask, Count], Awaitable[Any]]]] = {
+    "closed_book": (
+        "closed-book answers",
+        lambda of, seed, ask, count: score_closed_book(seed, of.plan, ask, of.config.difficulty_samples),
+    ),
+    "write": ("contexts", lambda of, seed, ask, count: write_context(seed, of.plan, ask, count)),
+    "write_pair": ("pairs", lambda of, chunk, ask, count: write_pair(chunk, of.plan, ask, count)),
+    "judge": ("verdicts", lambda of, outcome, ask, count: judge_given(outcome, of.plan, ask)),
+    "rewrite": ("rewriting", lambda of, old, ask, count: write_context(old.seed, of.plan, ask, count, old)),
+    "answers": ("answers", _answers),
+}
 
 
 def _replaced(outcomes: Sequence[Outcome], numbers: Sequence[int], new: Sequence[Outcome]) -> list[Outcome]:

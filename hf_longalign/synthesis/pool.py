@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from hf_longalign.lazy import require
 from hf_longalign.synthesis.checks import NEUTRALISED
-from hf_longalign.synthesis.disk import read_array, table_row, whole, write_array
+from hf_longalign.synthesis.disk import whole, write_array
 from hf_longalign.synthesis.seeds import Document
 from hf_longalign.text import content_words, digest, normalise
 
@@ -74,7 +74,7 @@ class Words:
         empty = not hashes.stat().st_size  # which cannot be mapped
         mapped = np.empty(0, np.uint32) if empty else np.memmap(hashes, np.uint32, "r")
         # As plain arrays over the same memory: slicing a memmap costs more than all that is done with the slice.
-        return cls(np.asarray(mapped), np.asarray(read_array(ends)))
+        return cls(np.asarray(mapped), np.load(ends))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -134,9 +134,8 @@ class Pool:
     """Accepted contexts, then documents, as columns; texts are read where they are needed.
 
     Attributes:
-        table: rows with the columns of `contexts`, in the order of the seeds.
+        table: rows with the columns of `contexts`, in the order of the seeds; `test` says which are of the test split.
         documents: texts that only distract.
-        test: for every row of the table, whether it belongs to the test split.
         folder: where the words of all texts are kept; `None` to keep them in memory.
     """
 
@@ -157,10 +156,6 @@ class Pool:
     def __len__(self) -> int:
         return self.size + len(self.documents)
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return a row of the table."""
-        return table_row(self.table, index)
-
     def text(self, index: int) -> str:
         """Return a context or document."""
         return self.table["context"][index].as_py() if index < self.size else self.documents[index - self.size].text
@@ -175,16 +170,14 @@ class Pool:
         A row of the train split never sees the context of a test row; the other way round is no leak. The arrays are
         shared by all rows of a task and split: nothing here grows with the pool.
         """
-        return [self.members(source, int(self.tasks[index]), bool(self.test[index])) for source in sources]
-
-    def members(self, source: str, task: int, for_test: bool) -> np.ndarray:
-        """Return the indices of a source, as the rows of a task and split may use it."""
-        key = (source, task, for_test)
-        if key not in self._groups:
-            among_documents = source == "documents"
-            found = np.arange(self.size, len(self)) if among_documents else np.flatnonzero(self.usable(*key))
-            self._groups[key] = found
-        return self._groups[key]
+        groups = []
+        for source in sources:
+            key = (source, int(self.tasks[index]), bool(self.test[index]))
+            if key not in self._groups:
+                documents = np.arange(self.size, len(self))
+                self._groups[key] = documents if source == "documents" else np.flatnonzero(self.usable(*key))
+            groups.append(self._groups[key])
+        return groups
 
     def usable(self, source: str, task: int, for_test: bool, texts: Any = slice(None)) -> np.ndarray:
         """Return which of the contexts `texts` the rows of a task and split may take from a source."""
@@ -278,12 +271,9 @@ def offer(
 ) -> Iterator[int]:
     """Yield indices of contexts, none twice: group after group, each shuffled, a share of it the nearest first.
 
-    Args:
-        groups: indices by source, the preferred source first.
-        rng: draws the order.
-        own: the row's own index, which is not offered.
-        nearest: for each group the indices closest to what is asked, closest first; -1 is none.
-        hard_share: how likely the next context is the nearest one left in its group.
+    `groups` are indices by source, the preferred source first; the row's `own` is not offered. `nearest` holds for
+    each group the indices closest to what is asked, closest first, -1 for none; `hard_share` is how likely the next
+    context is the nearest one left in its group.
 
     Example:
 
@@ -319,13 +309,8 @@ def nearest(
     """Return the closest contexts of every row, int32 `(rows, sources, neighbours)`, padded with -1.
 
     A source of more than `compared` texts is dealt out at random into parts, and a row is compared with those of one.
-
-    Args:
-        pool: all texts.
-        sources: where distractors come from.
-        score: for the indices of some texts, a function of a row that returns how close each of them is to it.
-        neighbours: how many of each source. Equal scores keep the order of the contexts.
-        compared: with how many texts of a source a row is compared at most.
+    `score` takes the indices of some texts and returns a function of a row: how close each of them is to it. Equal
+    scores keep the order of the contexts.
     """
     found = np.full((pool.size, len(sources), neighbours), -1, np.int32)
     for place, source in enumerate(sources):

@@ -37,6 +37,7 @@ Job = Callable[[Ask], Awaitable[T]]
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
+_LOG_SECONDS = 30.0
 
 
 class _AnsweredElsewhereError(Exception):
@@ -48,7 +49,7 @@ class _AnsweredElsewhereError(Exception):
 
 
 class Progress:
-    """A bar on a terminal, a log line every `log_every` seconds elsewhere.
+    """A bar on a terminal, a log line every half minute elsewhere.
 
     `counts` holds what happened to seeds and requests by name ("done", "rejected", "retried", "asked", "journaled"),
     `faults` the attempts that gave no reply.
@@ -58,15 +59,12 @@ class Progress:
     (1, 1)
     """
 
-    def __init__(
-        self, total: int | None = None, *, name: str = "contexts", show: bool | None = None, log_every: float = 30.0
-    ) -> None:
+    def __init__(self, total: int | None = None, *, name: str = "contexts", show: bool | None = None) -> None:
         self.counts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.spend = Spend()
         self._name = name
         # Off a terminal a bar would fill a log with thousands of lines.
-        self._log_every = log_every
         self._logged = time.monotonic()
         # disable=None: tqdm hides the bar where stderr is no terminal, and the log lines take over.
         self._bar = tqdm(
@@ -113,7 +111,7 @@ class Progress:
     def _refresh(self) -> None:
         if not self._bar.disable:
             self._bar.set_postfix(self._shown(), refresh=False)
-        elif self._log and time.monotonic() - self._logged > self._log_every:
+        elif self._log and time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
             logger.info("%s", self)
 
@@ -191,7 +189,7 @@ class Runner:
             self._breaker.usable()
         elif kind == "unusable":
             reply = self.journal.get(key)
-            self._halt_if(self._breaker.unusable(reason, key, reply.text if reply else ""))
+            self._halt(self._breaker.unusable(reason, key, reply.text if reply else ""))
 
     def run(self, jobs: Iterable[Job[T]]) -> list[T]:
         """Run every job, in any order, and return their results in the order of the jobs.
@@ -289,7 +287,7 @@ class Runner:
             if error.kind != CONTENT_FILTER:
                 self.journal.release(request)
                 self._refused = error
-                self._halt_if(self._breaker.refused(error))
+                self._halt(self._breaker.refused(error))
                 raise
             # Kept, so that no later run pays for the same refusal.
             reply = Reply("", CONTENT_FILTER, 0, 0, request.model)
@@ -351,15 +349,11 @@ class Runner:
             if stored is not None:
                 raise _AnsweredElsewhereError(stored)
 
-    def _halt(self, reason: BaseException) -> None:
-        """Send nothing more; the first reason is the one that is raised."""
-        if self._stop is None:
+    def _halt(self, reason: BaseException | None) -> None:
+        """Send nothing more, if there is a reason; the first is the one that is raised."""
+        if reason is not None and self._stop is None:
             self._stop = reason
             self.generator.drain()
-
-    def _halt_if(self, reason: RunStopped | None) -> None:
-        if reason is not None:
-            self._halt(reason)
 
     def _interrupt(self, reason: BaseException) -> None:
         """Stop in order the first time, at once the second."""

@@ -16,6 +16,8 @@ from hf_longalign.synthesis.tokens import ControlTokens
 from hf_longalign.text import clean, digest
 
 
+# At most so many beginnings of seeds tell the language of all.
+_SAMPLE = 200
 _TASK_PREFIX = re.compile(r"^(?P<task>\w+)=(?P<source>.+)$")
 
 
@@ -26,10 +28,8 @@ class Seed:
     Attributes:
         seed_id: the row's own id, or a digest of its content.
         task: LongBench's name of the task, or "general".
-        instruction: what is asked.
         answer: the target: given, never written by the package.
-        context: the text the pair was written for, where it is given.
-        title: the title of that text, where it is given.
+        context: the text the pair was written for, where it is given, and its `title`.
         origin: file name and line, for messages and for the `rejected` rows; never a path.
         neutralised: how many marks of chat templates were made plain words of, in all its texts.
     """
@@ -46,22 +46,38 @@ class Seed:
 
 @dataclass
 class SeedSet:
-    """What reading gave.
+    """What reading gave; of a shard, its own seeds alone are kept, so that a million cost it little memory.
 
     Attributes:
-        seeds: in the order they were read.
-        skipped: how many rows were skipped, by reason.
-        neutralised: in how many seeds marks of chat templates were made plain words of.
+        part: index and number of the parts. Seeds are dealt out in turns: those of one task stand together, and each
+            machine should get some of every task.
+        seeds: those of the part, in the order they were read.
+        skipped: how many rows were skipped, by reason, of all parts.
+        neutralised: in how many seeds marks of chat templates were made plain words of, in all parts.
+        total: how many seeds there are, in all parts.
+        sample: beginnings of some seeds, evenly spread over all, whatever the part.
     """
 
+    part: tuple[int, int] = (0, 1)
     seeds: list[Seed] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     neutralised: int = 0
+    total: int = 0
+    sample: list[str] = field(default_factory=list)
+    _stride: int = 1
 
-    @property
-    def tasks(self) -> Counter[str]:
-        """How many seeds each task has."""
-        return Counter(seed.task for seed in self.seeds)
+    def add(self, seed: Seed) -> None:
+        """Count a seed, and keep it if it belongs to the part."""
+        index, count = self.part
+        if self.total % count == index:
+            self.seeds.append(seed)
+        if self.total % self._stride == 0:
+            self.sample.append(f"{seed.instruction} {seed.answer} {(seed.context or '')[:200]}")
+            # How many there will be is not known: one of two goes, and from here on half as many are taken.
+            if len(self.sample) == _SAMPLE:
+                self.sample, self._stride = self.sample[::2], 2 * self._stride
+        self.neutralised += seed.neutralised > 0
+        self.total += 1
 
 
 def read_seeds(
@@ -72,8 +88,9 @@ def read_seeds(
     per_task: int | None = None,
     control: ControlTokens | None = None,
     on_control_tokens: str = "neutralise",
+    part: tuple[int, int] = (0, 1),
 ) -> SeedSet:
-    """Read and check seeds, each row once.
+    """Read and check seeds, each row once, and keep those of a part.
 
     Args:
         sources: one or several of `path.jsonl`, `path.csv`, `path.parquet`, `user/name[:config][@split]`, each with an
@@ -86,6 +103,8 @@ def read_seeds(
         per_task: keep only the first so many seeds of each task.
         control: the marks of chat templates to look for; `None` to leave them in.
         on_control_tokens: "neutralise" makes plain words of them, "reject" makes theirs a bad row.
+        part: index and number of the parts. All rows are read for any of them: which seeds are its own depends on
+            which rows before are bad or repeat others.
 
     Raises:
         BadRowError: a bad row, named by file, line and column.
@@ -106,8 +125,8 @@ def read_seeds(
     for task in given:
         if tasks[task] > 1:  # line k of one file of contexts cannot belong to two files of seeds
             raise ValueError(f"`contexts` of {task} must belong to one file of seeds, got {tasks[task]}. Join them.")
-    found = SeedSet()
-    first_seen: dict[str, Row] = {}
+    found = SeedSet(part)
+    first_seen: dict[str, tuple[str, int, str]] = {}
     kept: Counter[str] = Counter()
     for task, row in ((task, row) for task, source in named for row in read_rows(source)):
         try:
@@ -125,9 +144,8 @@ def read_seeds(
         # Counted after bad and repeated rows are gone: the first so many good ones.
         elif per_task is None or kept[seed.task] < per_task:
             kept[seed.task] += 1
-            found.seeds.append(seed)
-            found.neutralised += seed.neutralised > 0
-    if not found.seeds:
+            found.add(seed)
+    if not found.total:
         raise ValueError(f"`seeds` must hold at least one good row, got none and {found.skipped.total()} bad ones.")
     return found
 
@@ -209,15 +227,17 @@ def _text(row: Row, column: str, required: bool = False) -> Any:
     return value.strip()
 
 
-def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, Row]) -> bool:
+def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, tuple[str, int, str]]) -> bool:
     """Whether the very same row was read before; another row under the same id is an error."""
-    # By the row it was read from, not by the file: the same pair may stand in two files.
-    first = first_seen.setdefault(seed.seed_id, row)
-    if first is row:
+    # By the row it was read from, not by the file: the same pair may stand in two files. Its place alone is kept.
+    place = (row.file, row.number, row.unit)
+    first = first_seen.setdefault(seed.seed_id, place)
+    if first is place:
         return False
     if row.values.get("id") is None:
         return True
-    remedy = f"{seed.seed_id!r} stands at {first.unit} {first.number} of {first.file} already. Rename one."
+    file, number, unit = first
+    remedy = f"{seed.seed_id!r} stands at {unit} {number} of {file} already. Rename one."
     raise BadRowError(row, "duplicate id", remedy, "id")
 
 
@@ -245,17 +265,12 @@ class Document:
 def read_documents(
     sources: Sequence[str], *, control: ControlTokens | None = None, on_control_tokens: str = "neutralise"
 ) -> list[Document]:
-    """Read documents.
+    """Read documents, each text once.
 
-    Args:
-        sources: text files (one document each) or patterns such as `essays/*.txt`; JSONL, CSV, Parquet or Hub data
-            sets with a column `text` or `context`, and a `title` where there is one.
-        control: the marks of chat templates to look for; `None` to leave them in.
-        on_control_tokens: "neutralise" makes plain words of them, "reject" refuses the document.
-
-    Raises:
-        BadRowError: a row without a text.
-        ValueError: no such file, a text file that is empty or not UTF-8, or a refused document.
+    `sources` are text files (one document each) or patterns such as `essays/*.txt`; JSONL, CSV, Parquet or Hub data
+    sets with a column `text` or `context`, and a `title` where there is one. `control` and `on_control_tokens` are
+    those of `read_seeds`. Raises a BadRowError for a row without a text, a ValueError for no such file, or one that is
+    empty, not UTF-8 or refused.
     """
     paths: list[str] = []
     for source in sources:

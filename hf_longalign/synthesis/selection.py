@@ -74,14 +74,12 @@ def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]], device: s
 
 
 def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, share: float, seed: int = 0) -> list[int]:
-    """Return the indices of the seeds to keep, in order, the same share of every task.
+    """Return the indices of the seeds to keep, in order, the same `share` of every task.
 
     Args:
-        seeds: the pairs.
-        hardness: how hard each is; higher is harder.
+        hardness: how hard each seed is; higher is harder.
         use: "record" keeps all; "select" keeps the hardest; "stratify" keeps the same number from each quarter of the
             hardness; "weight" draws, the hardest three times as likely as the easiest.
-        share: the share of each task that is kept, above 0 and up to 1.
         seed: seed of the draw. Each pair's draw depends on its own id alone.
 
     Example:
@@ -144,9 +142,8 @@ _UNSPACED = re.compile(f"[{UNSPACED}]")
 class Duplicates:
     """Finds near-duplicates by MinHash over word 5-grams (datasketch), and remembers the sketches of texts.
 
-    Args:
-        threshold: share of common 5-grams (estimated Jaccard similarity) from which two texts count as the same.
-        processes: how many sketch; unset: as many as there are processors, for 8,000 texts and more.
+    `threshold` is the share of common 5-grams (estimated Jaccard similarity) from which two texts count as the same.
+    As many `processes` sketch as there are processors, for 8,000 texts and more, where none are set.
     """
 
     def __init__(self, threshold: float = 0.8, processes: int | None = None):
@@ -258,15 +255,12 @@ class Contamination:
     """The n-grams of evaluation data.
 
     Args:
-        sources: evaluation files or Hub data sets, read as `read_rows` does. Every string of every row counts, also
-            inside lists and dicts.
+        sources: evaluation files or Hub data sets, read as `read_rows` does; a row that cannot be read is raised.
+            Every string of every row counts, also inside lists and dicts.
         ngram: words in a row that make an overlap; 13 by default, as in GPT-3 (https://arxiv.org/abs/2005.14165).
             A string of the evaluation data with fewer words, but at least `shortest`, counts as a whole: most
             questions are shorter than 13 words. Where words are not divided by blanks, two characters are one.
         shortest: strings of fewer words overlap with nothing: "yes" and "in 1912" contaminate nobody.
-
-    Raises:
-        BadRowError: a row of an evaluation file cannot be read.
 
     Example:
 

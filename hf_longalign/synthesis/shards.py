@@ -67,8 +67,7 @@ def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count:
 def fill_shard(builder: ContextSynthesisBuilder, folder: str | Path) -> bool:
     """Do what `run_shard` does, for the part that stands in `builder.pipeline.shard`, alone or with a team.
 
-    Returns:
-        Whether this process has put the shard into the folder: of a team, one does.
+    Returns whether this process has put the shard into the folder: of a team, one does.
     """
     index, count = builder.pipeline.shard
     name = f"shard-{index}-of-{count}.sqlite"
@@ -124,11 +123,7 @@ def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
 
 
 def finished_shards(folder: str | Path) -> list[Path]:
-    """Return the shards in a folder, of all counts.
-
-    Raises:
-        ValueError: of every count one is missing; names them.
-    """
+    """Return the shards in a folder, of all counts. Raises a ValueError where of every count one is missing."""
     found = {path: match for path in sorted(Path(folder).iterdir()) if (match := _NAME.fullmatch(path.name))}
     missing: dict[int, set[int]] = {}
     for match in found.values():

@@ -8,6 +8,7 @@ one-page summary of the report" does not say which.
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from hf_longalign.longbench_prompts import TEMPLATES
 
@@ -57,63 +58,56 @@ class Task:
 _BREAKS = re.compile(r"[ \t]*\n\s*")
 _ENCYCLOPEDIA = "several passages of an encyclopedia, each under its own heading"
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            name="narrativeqa",
-            genre="a long excerpt of a novel or of a film script",
-            noun="story",
-            template=TEMPLATES["narrativeqa"].replace("asconcisely", "as concisely"),
+
+def _task(name: str, genre: str, noun: str, **more: Any) -> Task:
+    return Task(name, genre, noun, **{"template": TEMPLATES.get(name), **more})
+
+
+_TASKS = (
+    _task(
+        "narrativeqa",
+        "a long excerpt of a novel or of a film script",
+        "story",
+        template=TEMPLATES["narrativeqa"].replace("asconcisely", "as concisely"),
+    ),
+    _task(
+        "qasper",
+        "a scientific article on language processing, with abstract, method, data, experiments and results",
+        "article",
+    ),
+    _task("hotpotqa", _ENCYCLOPEDIA, "passages"),
+    _task("2wikimqa", _ENCYCLOPEDIA, "passages", aliases=("2wikiqa",)),
+    _task("musique", _ENCYCLOPEDIA, "passages"),
+    _task(
+        "gov_report",
+        "a report by a government agency, with findings, figures and recommendations",
+        "report",
+        named_template=(
+            "You are given several reports by government agencies. Write a one-page summary of one of them.\n\n"
+            "Reports:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
         ),
-        Task(
-            name="qasper",
-            genre="a scientific article on language processing, with abstract, method, data, experiments and results",
-            noun="article",
-            template=TEMPLATES["qasper"],
+        aliases=("govreport",),
+    ),
+    _task("qmsum", "the transcript of a meeting, turn by turn, each turn opened by its speaker's name", "transcript"),
+    _task(
+        "multi_news",
+        "several news articles by different papers on one event",
+        "news",
+        named_template=(
+            "You are given the news on several events. Write a one-page summary of the news on one of them.\n\n"
+            "News:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
         ),
-        Task(name="hotpotqa", genre=_ENCYCLOPEDIA, noun="passages", template=TEMPLATES["hotpotqa"]),
-        Task(
-            name="2wikimqa", genre=_ENCYCLOPEDIA, noun="passages", template=TEMPLATES["2wikimqa"], aliases=("2wikiqa",)
-        ),
-        Task(name="musique", genre=_ENCYCLOPEDIA, noun="passages", template=TEMPLATES["musique"]),
-        Task(
-            name="gov_report",
-            genre="a report by a government agency, with findings, figures and recommendations",
-            noun="report",
-            template=TEMPLATES["gov_report"],
-            named_template=(
-                "You are given several reports by government agencies. Write a one-page summary of one of them.\n\n"
-                "Reports:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
-            ),
-            aliases=("govreport",),
-        ),
-        Task(
-            name="qmsum",
-            genre="the transcript of a meeting, turn by turn, each turn opened by its speaker's name",
-            noun="transcript",
-            template=TEMPLATES["qmsum"],
-        ),
-        Task(
-            name="multi_news",
-            genre="several news articles by different papers on one event",
-            noun="news",
-            template=TEMPLATES["multi_news"],
-            named_template=(
-                "You are given the news on several events. Write a one-page summary of the news on one of them.\n\n"
-                "News:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
-            ),
-            aliases=("multinews",),
-            marks=(("NEWLINE_CHAR", "\n"), ("|||||", "\n\n"), ("story_separator_special_tag", "\n\n")),
-        ),
-        Task(
-            name="general",
-            genre="a text of the kind the instruction is about",
-            noun="text",
-            template="Read the text, then follow the instruction below it.\n\n{context}\n\n{input}",
-        ),
-    )
-}
+        aliases=("multinews",),
+        marks=(("NEWLINE_CHAR", "\n"), ("|||||", "\n\n"), ("story_separator_special_tag", "\n\n")),
+    ),
+    _task(
+        "general",
+        "a text of the kind the instruction is about",
+        "text",
+        template="Read the text, then follow the instruction below it.\n\n{context}\n\n{input}",
+    ),
+)
+TASKS = {task.name: task for task in _TASKS}
 _ALIASES = {alias: task.name for task in TASKS.values() for alias in task.aliases}
 
 

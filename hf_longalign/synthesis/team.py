@@ -29,12 +29,9 @@ _POLL_SECONDS = 0.1
 
 
 class Team:
-    """One process's view of the processes that ask together.
+    """One process's view of the processes that ask together: its `rank` of `size`; 0 leads at first.
 
-    Args:
-        folder: a folder for this run alone, seen by all its processes; the leader makes it with `found`.
-        rank: number of this process; 0 leads at first.
-        size: number of processes.
+    `folder` is for this run alone and seen by all of them; the leader makes it with `found`.
     """
 
     def __init__(self, folder: Path, rank: int, size: int) -> None:
@@ -143,8 +140,7 @@ class Team:
 def join_team(parent: Path) -> Team | None:
     """Return the team of the processes that `accelerate` or `torchrun` started, or `None` for one process alone.
 
-    Args:
-        parent: the same folder in every process, on a disk that all of them see.
+    `parent` is the same folder in every process, on a disk that all of them see.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list

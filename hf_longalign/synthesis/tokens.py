@@ -19,11 +19,8 @@ _LEAST_CHARACTERS = 3
 class TokenCounter:
     """Counts the tokens of texts and of whole conversations, as training will see them: with the chat template.
 
-    Args:
-        tokenizer: a name, a path, or a tokenizer.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, so the length of a sample is unknown.
+    The tokenizer is a name, a path, or the object. Raises a ValueError where it has no chat template, so that the
+    length of a sample is unknown.
     """
 
     def __init__(self, tokenizer: Any):
@@ -59,10 +56,8 @@ class ControlTokens:
     """Finds the marks by which chat templates divide turns, in texts that come from outside.
 
     A tokenizer takes them for what they say wherever they stand: a context with `<|im_end|><|im_start|>user` in it
-    becomes two turns in training, and another prompt than was meant at an endpoint.
-
-    Args:
-        special_tokens: those of the tokenizer that will be trained, next to the known ones of other templates.
+    becomes two turns in training, and another prompt than was meant at an endpoint. `special_tokens` are those of the
+    tokenizer that will be trained, next to the known ones of other templates.
 
     Example:
 

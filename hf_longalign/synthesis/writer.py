@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import ceil
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Sampling
 from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, VERDICTS, Check, Rules, failures, verify_context
@@ -34,88 +35,8 @@ from hf_longalign.text import clean, digest, holds, normalise, token_f1, word_co
 
 T = TypeVar("T")
 Ask = Callable[[Request], Awaitable[Reply]]
-
-
-class Count(Protocol):
-    """Counts "retried" and "rejected" seeds, "usable" and "unusable" replies, the latter with reason and key."""
-
-    def __call__(self, kind: str, reason: str = "", key: str = "") -> None:
-        """Count one."""
-
-
-def ignore_count(kind: str, reason: str = "", key: str = "") -> None:
-    """Count nothing."""
-
-
-class GiveUpError(Exception):
-    """No usable context, and no retry left; the message is the reason."""
-
-
-@dataclass
-class Dialogue:
-    """The requests made for one seed: their keys, the last one of its own, and how many retries they have used."""
-
-    ask: Ask
-    model: str
-    sampling: Sampling
-    retries: int
-    used: int = 0
-    keys: list[str] = field(default_factory=list)
-    last: str = ""
-    prompt_hash: str = ""
-    count: Count = ignore_count
-
-    async def get(
-        self, purpose: str, prompt: Callable[[str | None], Messages], read: Callable[[str], T], reason: str | None
-    ) -> tuple[T, str | None]:
-        """Ask until the reply can be read; returns what was read and the finish reason.
-
-        Raises:
-            GiveUpError: no retry is left, or the generator will never reply.
-        """
-        while True:
-            messages = prompt(reason)
-            # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
-            request = Request(messages, self.model, self.sampling.again(self.used), purpose)
-            try:
-                reply = await self.ask(request)
-            except GenerationError as error:
-                self.count("unusable", error.kind, request.key)
-                raise GiveUpError(f"{error.kind}: {clean(error.told)}") from None
-            self.keys.append(request.key)
-            self.last = request.key
-            self.prompt_hash = digest(*(part for message in messages for part in message))
-            try:
-                return read(reply.text), reply.finish_reason
-            except ReplyError as error:
-                cut = f"it was cut off at the limit of {self.sampling.token_limit} tokens; be shorter: "
-                reason = f"parse: {cut if reply.finish_reason == 'length' else ''}{error}"
-                self.refuse(reason)
-
-    def provenance(self, generator: str) -> Provenance:
-        """Return where the text that came of it is from."""
-        return Provenance(generator, self.model, self.prompt_hash, tuple(self.keys), self.used + 1)
-
-    def refuse(self, reason: str) -> None:
-        """Count the last reply as unusable and use up a retry.
-
-        Raises:
-            GiveUpError: none is left.
-        """
-        self.count("unusable", reason, self.last)
-        self.retry(reason)
-
-    def retry(self, reason: str) -> None:
-        """Use up a retry.
-
-        Raises:
-            GiveUpError: none is left.
-        """
-        if self.used >= self.retries:
-            raise GiveUpError(reason)
-        self.used += 1
-        self.count("retried")
-
+# Counts "retried" and "rejected" seeds, "usable" and "unusable" replies, the latter with reason and key.
+Count = Callable[..., None]
 
 # Enough to go on from; the whole text before would be paid for again with every section.
 _TAIL_WORDS = 200
@@ -124,21 +45,21 @@ _ANSWER_TOKENS = 512
 _SHORT_WORDS = 3
 
 
+class GiveUpError(Exception):
+    """No usable context, and no retry left; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How contexts are written.
 
     Attributes:
         generator: the generator's kind, as it stands in the rows.
-        model: the model's name, as it stands in requests and rows.
-        sampling: how replies are drawn; a retry adds one to its seed.
-        rules: what a context is held to.
-        words: words asked for per context.
-        reply_words: the most words asked for in one reply; longer contexts are written as outline, then sections.
-        facts_first: list the facts first, then write from them.
+        words: words asked for per context; beyond `reply_words` it is written as outline, then sections.
         template: a custom prompt, checked.
         retries: how many more replies a seed may cost when one cannot be read or fails a check.
         judge: the model that judges support, or `None` for no judge.
+        answering: the model that answers: the judge's where there is one, so that no model marks its own texts.
     """
 
     generator: str
@@ -151,6 +72,7 @@ class Plan:
     template: str | None = None
     retries: int = 2
     judge: str | None = None
+    answering: str = ""
 
     @property
     def sections(self) -> int:
@@ -158,78 +80,121 @@ class Plan:
         return max(1, ceil(self.words / self.reply_words))
 
 
-async def write_context(
-    seed: Seed, plan: Plan, ask: Ask, *, count: Count = ignore_count, refused: Outcome | None = None
-) -> Outcome:
+@dataclass
+class Dialogue:
+    """The requests made for one seed: their keys, the last one of its own, and how many retries they have used."""
+
+    plan: Plan
+    ask: Ask
+    count: Count
+    used: int = 0
+    keys: list[str] = field(default_factory=list)
+    last: str = ""
+    prompt_hash: str = ""
+
+    async def get(
+        self, purpose: str, prompt: Callable[..., Messages], read: Callable[[str], T], reason: str | None
+    ) -> tuple[T, str | None]:
+        """Ask `prompt(reason=…)` until the reply can be read; returns what was read and the finish reason.
+
+        Raises `GiveUpError`.
+        """
+        sampling = self.plan.sampling
+        while True:
+            messages = prompt(reason=reason)
+            # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
+            request = Request(messages, self.plan.model, sampling.again(self.used), purpose)
+            try:
+                reply = await self.ask(request)
+            except GenerationError as error:
+                self.count("unusable", error.kind, request.key)
+                raise GiveUpError(f"{error.kind}: {clean(error.told)}") from None
+            self.keys.append(request.key)
+            self.last = request.key
+            self.prompt_hash = digest(*(part for message in messages for part in message))
+            try:
+                return read(reply.text), reply.finish_reason
+            except ReplyError as error:
+                cut = f"it was cut off at the limit of {sampling.token_limit} tokens; be shorter: "
+                reason = f"parse: {cut if reply.finish_reason == 'length' else ''}{error}"
+                self.refuse(reason)
+
+    def refuse(self, reason: str) -> None:
+        """Count the last reply as unusable and use up a retry; raises `GiveUpError` where none is left."""
+        self.count("unusable", reason, self.last)
+        self.retry(reason)
+
+    def retry(self, reason: str) -> None:
+        """Use up a retry; raises `GiveUpError` where none is left."""
+        if self.used >= self.plan.retries:
+            raise GiveUpError(reason)
+        self.used += 1
+        self.count("retried")
+
+    async def settle(self, begun: Outcome, attempt: Callable[[str | None], Awaitable[Outcome]]) -> Outcome:
+        """Attempt until an outcome is accepted, or no retry is left: then it is the last one, with the last reason."""
+        best = begun
+        try:
+            if begun.reason:
+                self.retry(begun.reason)
+            while True:
+                # Kept only with its checks: the retries may end in the middle of the next attempt.
+                best = await attempt(best.reason or None)
+                if best.accepted:
+                    self.count("usable")
+                    break
+                self.refuse(best.reason)
+        except GiveUpError as error:
+            best = replace(best, reason=str(error))
+            self.count("rejected")
+        keys, attempts = tuple(self.keys), self.used + 1
+        origin = Provenance(self.plan.generator, self.plan.model, self.prompt_hash, keys, attempts)
+        return replace(best, provenance=origin)
+
+
+async def write_context(seed: Seed, plan: Plan, ask: Ask, count: Count, refused: Outcome | None = None) -> Outcome:
     """Have a model write the context of a seed.
 
     `refused` is an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
-    anew, with that reason, out of the same allowance. The outcome is accepted, or rejected with the last reason.
+    anew, with that reason, out of the same allowance.
     """
-    dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
-    drafted, reason = Draft(), refused.reason if refused else None
-    try:
-        if refused is not None:
-            # It goes on where the first writing ended, so that `retries` bounds what a seed costs in all.
-            dialogue.used = refused.provenance.attempts - 1
-            dialogue.keys += refused.provenance.journal_keys
-            dialogue.prompt_hash = refused.provenance.prompt_hash
-            drafted = Draft(refused.context, refused.title, list(refused.checks))
-            dialogue.retry(refused.reason)
-        while True:
-            title, context, finish_reason = await _text(seed, plan, dialogue, reason)
-            # Some milliseconds per context: beside the event loop, so that replies go on arriving.
-            found = await asyncio.to_thread(
-                verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
-            )
-            checks = [Check("parse", PASSED), *found]
-            if plan.judge is not None:
-                checks = await _judge(seed, context, checks, plan, ask, dialogue.keys)
-            # Only now: a kept draft always has its checks, also where the retries end in the middle of the next one.
-            drafted = Draft(context, title, checks)
-            reason = failures(checks)
-            if not reason:
-                count("usable")
-                break
-            dialogue.refuse(reason)
-    except GiveUpError as error:
-        reason = str(error)
-        count("rejected")
-    return Outcome(
-        seed=seed,
-        context=drafted.context,
-        title=drafted.title,
-        reason=reason or "",
-        checks=tuple(drafted.checks),
-        provenance=dialogue.provenance(plan.generator),
-    )
+    dialogue = Dialogue(plan, ask, count)
+    if refused is not None:
+        # It goes on where the first writing ended, so that `retries` bounds what a seed costs in all.
+        before = refused.provenance
+        dialogue.used, dialogue.prompt_hash = before.attempts - 1, before.prompt_hash
+        dialogue.keys += before.journal_keys
+
+    async def attempt(reason: str | None) -> Outcome:
+        title, context, finish_reason = await _text(seed, plan, dialogue, reason)
+        # Some milliseconds per context: beside the event loop, so that replies go on arriving.
+        found = await asyncio.to_thread(
+            verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
+        )
+        checks = [Check("parse", PASSED), *found]
+        if plan.judge is not None:
+            checks = await _judge(seed, context, checks, plan, ask, dialogue.keys)
+        return Outcome(seed, context, title, failures(checks), tuple(checks))
+
+    return await dialogue.settle(refused or Outcome(seed), attempt)
 
 
-async def write_pair(chunk: Seed, plan: Plan, ask: Ask, *, count: Count = ignore_count) -> Outcome:
+async def write_pair(chunk: Seed, plan: Plan, ask: Ask, count: Count) -> Outcome:
     """Have a model write an instruction and an answer for a text: instruction synthesis, the paper's baseline.
 
     The opposite of context synthesis: here the target is synthetic (https://arxiv.org/abs/2502.15592).
     """
     context = chunk.context or ""
-    dialogue = Dialogue(ask, plan.model, plan.sampling, plan.retries, count=count)
-    seed, checks, reason = chunk, [], None
-    try:
-        while True:
-            (question, answer), _ = await dialogue.get(
-                "pair", lambda why: pair_prompt(context, reason=why), read_pair, reason
-            )
-            seed = replace(chunk, instruction=question, answer=answer)
-            found = await asyncio.to_thread(verify_context, context, seed, plan.rules, written=False)
-            checks = [Check("parse", PASSED), *found]
-            reason = failures(checks)
-            if not reason:
-                count("usable")
-                break
-            dialogue.refuse(reason)
-    except GiveUpError as error:
-        reason = str(error)
-        count("rejected")
-    return Outcome(seed, context, chunk.title, reason or "", tuple(checks), dialogue.provenance(plan.generator))
+    dialogue = Dialogue(plan, ask, count)
+
+    async def attempt(reason: str | None) -> Outcome:
+        (question, answer), _ = await dialogue.get("pair", partial(pair_prompt, context), read_pair, reason)
+        seed = replace(chunk, instruction=question, answer=answer)
+        found = await asyncio.to_thread(verify_context, context, seed, plan.rules, written=False)
+        checks = [Check("parse", PASSED), *found]
+        return Outcome(seed, context, chunk.title, failures(checks), tuple(checks))
+
+    return await dialogue.settle(Outcome(chunk, context, chunk.title), attempt)
 
 
 def check_given(seed: Seed, plan: Plan) -> Outcome:
@@ -247,26 +212,14 @@ async def judge_given(outcome: Outcome, plan: Plan, ask: Ask) -> Outcome:
     return replace(outcome, checks=tuple(checks), reason=failures(checks), provenance=provenance)
 
 
-@dataclass
-class Draft:
-    """One attempt: the text and its checks."""
-
-    context: str = ""
-    title: str | None = None
-    checks: list[Check] = field(default_factory=list)
-
-
 async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> tuple[str | None, str, str | None]:
     """Title, text and finish reason, in as many steps as the plan has."""
     task, facts = find_task(seed.task), None
     if plan.facts_first:
-        facts, _ = await dialogue.get("facts", lambda why: facts_prompt(seed, task, reason=why), read_facts, reason)
+        facts, _ = await dialogue.get("facts", partial(facts_prompt, seed, task), read_facts, reason)
     if plan.sections > 1:
         return await _sections(seed, plan, dialogue, facts, reason)
-
-    def prompt(why: str | None) -> Messages:
-        return context_prompt(seed, task, plan.words, facts=facts, template=plan.template, reason=why)
-
+    prompt = partial(context_prompt, seed, task, plan.words, facts=facts, template=plan.template)
     (title, context), finish_reason = await dialogue.get("context", prompt, read_context, reason)
     return title or (facts.title if facts else None), context, finish_reason
 
@@ -276,22 +229,15 @@ async def _sections(
 ) -> tuple[str | None, str, str | None]:
     """Outline first, then the sections one by one, each shown how the text before it ends."""
     task, number_of = find_task(seed.task), plan.sections
-
-    def plan_prompt(why: str | None) -> Messages:
-        return outline_prompt(seed, task, plan.words, number_of, facts=facts, reason=why)
-
-    outline, finish_reason = await dialogue.get(
-        "outline", plan_prompt, lambda text: read_outline(text, number_of), reason
-    )
+    prompt = partial(outline_prompt, seed, task, plan.words, number_of, facts=facts)
+    read = partial(read_outline, sections=number_of)
+    outline, finish_reason = await dialogue.get("outline", prompt, read, reason)
     written: list[str] = []
     # One after the other, since each is shown how the one before ends.
     for number in range(1, number_of + 1):
         before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
-
-        def prompt(why: str | None, number: int = number, before: str = before) -> Messages:
-            words = ceil(plan.words / number_of)
-            return section_prompt(seed, task, words, outline, number, before, reason=why)
-
+        words = ceil(plan.words / number_of)
+        prompt = partial(section_prompt, seed, task, words, outline, number, before)
         (_, section), finish = await dialogue.get("section", prompt, read_context, None)
         written.append(section)
         # One section that was cut off makes the whole text one.
@@ -344,32 +290,27 @@ def score_answer(answer: str, reply: str) -> float:
     return token_f1(given.split(), wanted.split())
 
 
-async def score_closed_book(seed: Seed, model: str, sampling: Sampling, samples: int, ask: Ask) -> float | None:
+async def score_closed_book(seed: Seed, plan: Plan, ask: Ask, samples: int = 1) -> float | None:
     """Return the mean score of `samples` answers from what the model knows, or `None` if it gave none."""
-    requests = [
-        Request(answer_prompt(seed, find_task(seed.task)), model, _short(sampling, number), "closed_book")
-        for number in range(samples)
-    ]
-    return await _mean_score(seed, requests, ask)
+    return await _mean_score(seed, answer_prompt(seed, find_task(seed.task)), "closed_book", plan, ask, samples)
 
 
-async def score_open_book(seed: Seed, context: str, model: str, sampling: Sampling, ask: Ask) -> float | None:
+async def score_open_book(seed: Seed, context: str, plan: Plan, ask: Ask) -> float | None:
     """Return the score of the answer the model gives with the context before it, or `None` if it gave none."""
-    prompt = answer_prompt(seed, find_task(seed.task), context)
-    return await _mean_score(seed, [Request(prompt, model, _short(sampling, 0), "open_book")], ask)
+    return await _mean_score(seed, answer_prompt(seed, find_task(seed.task), context), "open_book", plan, ask)
 
 
-async def _mean_score(seed: Seed, requests: list[Request], ask: Ask) -> float | None:
-    async def score(request: Request) -> float | None:
+async def _mean_score(
+    seed: Seed, prompt: Messages, purpose: str, plan: Plan, ask: Ask, samples: int = 1
+) -> float | None:
+    async def score(number: int) -> float | None:
+        tokens = min(_ANSWER_TOKENS, plan.sampling.max_tokens)
+        request = Request(prompt, plan.answering, replace(plan.sampling.again(number), max_tokens=tokens), purpose)
         try:
             return score_answer(seed.answer, spoken((await ask(request)).text))
         except (GenerationError, ReplyError):
             return None
 
-    scores = await asyncio.gather(*map(score, requests))
+    scores = await asyncio.gather(*map(score, range(samples)))
     known = [score for score in scores if score is not None]
     return sum(known) / len(known) if known else None
-
-
-def _short(sampling: Sampling, number: int) -> Sampling:
-    return replace(sampling.again(number), max_tokens=min(_ANSWER_TOKENS, sampling.max_tokens))

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hf_longalign.endpoint.client import OpenAIGenerator
+from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Request, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.journal import Journal
@@ -32,6 +32,14 @@ def run(name, folder, seeds, budget, patience, *urls):
         except RunStopped as reason:
             sys.exit(str(reason))
     (folder / f"rows-{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def run_batches(folder, seeds, url):
+    """The same for so many seeds, in batches; their rows go into `rows.json`."""
+    generator = BatchGenerator("tiny", HostedBatches(url, poll_seconds=0.02), linger=0.05)
+    with Journal(folder / "journal.sqlite") as journal:
+        rows = Runner(generator, journal, budget=Budget()).run(partial(job, n) for n in range(seeds))
+    (folder / "rows.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

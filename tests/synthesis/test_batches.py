@@ -29,8 +29,8 @@ from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.ledger import JournalLedger
 from hf_longalign.synthesis.runner import Runner
 
-from .batch_client import run
 from .fakes import FakeGenerator, make_pairs, make_text
+from .kill_client import run_batches
 
 
 pytest.importorskip("openai", reason="needs hf_longalign[synthesis]")
@@ -199,13 +199,13 @@ def test_what_is_asked_beside_a_batch_costs_the_whole_price_and_counts_when_it_i
 
 def test_killed_at_any_moment_a_run_collects_its_batches_and_pays_for_nothing_twice(tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["openai", run.__module__])
+    context.set_forkserver_preload(["openai", run_batches.__module__])
     rng, seeds, kills = random.Random(0), 40, 0
     with FakeBatches(looks=6) as server:
         deadline = time.monotonic() + 120
         while not (tmp_path / "rows.json").exists():
             assert time.monotonic() < deadline
-            process = context.Process(target=run, args=(tmp_path, seeds, server.url))
+            process = context.Process(target=run_batches, args=(tmp_path, seeds, server.url))
             process.start()
             process.join(rng.uniform(0.1, 0.9) if kills < 15 else 60)
             if process.is_alive():

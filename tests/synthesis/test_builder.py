@@ -1,8 +1,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +19,13 @@ PAIRS = make_pairs(24)
 GIVEN = make_pairs(24, context=make_text)
 
 
-def build(folder, config_name="chat", num_proc=None, **options):
+def made(folder, config_name="chat", **options):
     options = {"seeds": PAIRS, "min_words": 20, "n_distractors": 5, "show_progress": False, **options}
-    builder = ContextSynthesisBuilder(cache_dir=folder, config_name=config_name, **options)
+    return ContextSynthesisBuilder(cache_dir=folder, config_name=config_name, **options)
+
+
+def build(folder, config_name="chat", num_proc=None, **options):
+    builder = made(folder, config_name, **options)
     builder.download_and_prepare(num_proc=num_proc)
     return builder
 
@@ -58,9 +60,7 @@ def test_contexts_are_written_checked_and_composed(tmp_path):
         assert {check["outcome"] for check in row["checks"]} <= {"passed", "open"}
         assert [check["name"] for check in row["checks"]][-2:] == ["duplicate", "conflict"]
     assert len({row["gold_index"] for row in found}) > 3
-    assert [row["journal_keys"] for row in found] == [[request.key] for request in generator.asked] or len(
-        generator.asked
-    ) == 24
+    assert len(generator.asked) == 24
 
 
 def test_the_other_configurations_cost_nothing_again(tmp_path):
@@ -95,8 +95,7 @@ def test_rows_are_the_same_for_any_number_of_processes_and_streamed(tmp_path, co
 
 def test_streaming_needs_no_preparation(tmp_path):
     generator = FakeGenerator()
-    options = {"cache_dir": tmp_path, "seeds": PAIRS, "min_words": 20, "n_distractors": 5, "show_progress": False}
-    streamed = ContextSynthesisBuilder(generator=generator, **options).as_streaming_dataset()
+    streamed = made(tmp_path, generator=generator).as_streaming_dataset()
     assert list(streamed["train"]) == rows(build(tmp_path, generator=generator)) and len(generator.asked) == 24
 
 
@@ -205,17 +204,9 @@ def test_hard_distractors_come_from_the_nearest(tmp_path):
 
 def test_what_is_prepared_first_takes_nothing_from_the_others(tmp_path, tokenizer):
     """`rejected` composes to see what exceeds the budget, before the nearest texts are known."""
-    options = {
-        "seeds": GIVEN,
-        "tokenizer": tokenizer,
-        "target_tokens": 3000,
-        "hard_share": 1.0,
-        "min_words": 20,
-        "show_progress": False,
-    }
-    chat = ContextSynthesisBuilder(cache_dir=tmp_path / "a", **options)
-    chat.download_and_prepare()
-    other = ContextSynthesisBuilder(cache_dir=tmp_path / "b", **options)
+    options = {"seeds": GIVEN, "tokenizer": tokenizer, "target_tokens": 3000, "hard_share": 1.0}
+    options["n_distractors"] = None
+    chat, other = build(tmp_path / "a", **options), made(tmp_path / "b", **options)
     other.other("rejected").download_and_prepare()
     other.download_and_prepare()
     assert rows(chat) == rows(other)
@@ -224,16 +215,8 @@ def test_what_is_prepared_first_takes_nothing_from_the_others(tmp_path, tokenize
 def test_distractors_from_documents_and_other_tasks(tmp_path):
     (tmp_path / "essay.txt").write_text("An essay on whales, which are mammals.")
     seeds = make_pairs(3, context=make_text) + make_pairs(3, "qmsum", context=lambda n: make_text(n + 50))
-    found = rows(
-        build(
-            tmp_path / "cache",
-            seeds=seeds,
-            checks=["length"],
-            n_distractors=6,
-            distractor_sources=["documents", "same_task", "other_tasks"],
-            documents=[str(tmp_path / "*.txt")],
-        )
-    )
+    sources = {"distractor_sources": ["documents", "same_task", "other_tasks"], "documents": [str(tmp_path / "*.txt")]}
+    found = rows(build(tmp_path / "cache", seeds=seeds, checks=["length"], n_distractors=6, **sources))
     assert all(row["n_contexts"] == 7 and any(i.startswith("doc-") for i in row["context_ids"]) for row in found)
 
 
@@ -279,12 +262,7 @@ def test_near_duplicates_are_written_anew(tmp_path):
 
 def test_difficulty_is_measured_before_contexts_are_paid_for(tmp_path):
     generator = FakeGenerator()
-    options = {
-        "generator": generator,
-        "difficulty": "closed_book",
-        "difficulty_use": "select",
-        "difficulty_share": 0.5,
-    }
+    options = {"generator": generator, "difficulty": "closed_book", "difficulty_use": "select"}
     found = rows(build(tmp_path, **options))
     assert [int(row["answer"]) % 2 for row in found] == [0] * 12
     assert {row["closed_book"] for row in found} == {0.0}
@@ -312,17 +290,8 @@ def test_instruction_synthesis_writes_pairs_for_chunks(tmp_path):
 
     for n in range(6):
         (tmp_path / f"{n}.txt").write_text(make_text(n, 400))
-    found = rows(
-        build(
-            tmp_path / "cache",
-            generator=Asker(),
-            method="instruction",
-            seeds=None,
-            documents=[str(tmp_path / "*.txt")],
-            chunk_words=10_000,
-            n_distractors=3,
-        )
-    )
+    options = {"method": "instruction", "seeds": None, "chunk_words": 10_000, "n_distractors": 3}
+    found = rows(build(tmp_path / "cache", generator=Asker(), documents=[str(tmp_path / "*.txt")], **options))
     assert [row["answer"] for row in found] == [str(1800 + n) for n in range(6)]
     assert all(row["task"] == "general" and row["n_contexts"] == 4 for row in found)
     assert found[0]["messages"][0]["content"].endswith("In which year was dam 0 of that valley finished?")
@@ -467,14 +436,7 @@ def test_neither_paths_nor_keys_stand_in_cache_paths_or_rows(tmp_path):
     moved.parent.mkdir()
     path.rename(moved)
     os.utime(moved, ns=(1, 1))
-    again = ContextSynthesisBuilder(
-        cache_dir=tmp_path / "cache",
-        seeds=[f"narrativeqa={moved}"],
-        checks=["support"],
-        min_words=20,
-        n_distractors=5,
-        show_progress=False,
-    )
+    again = made(tmp_path / "cache", seeds=[f"narrativeqa={moved}"], checks=["support"])
     assert again.cache_dir == builder.cache_dir
 
 
@@ -518,31 +480,13 @@ def test_all_configurations_are_made_from_one_reading_of_the_seeds(tmp_path, mon
 
     read, put = [], []
     read_seeds, put_reply = pipeline.read_seeds, Journal.put
-    monkeypatch.setattr(
-        pipeline, "read_seeds", lambda *args, **options: read.append(1) or read_seeds(*args, **options)
-    )
+    monkeypatch.setattr(pipeline, "read_seeds", lambda *args, **more: read.append(1) or read_seeds(*args, **more))
     monkeypatch.setattr(Journal, "put", lambda *args: put.append(args[1].key) or put_reply(*args))
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(map(json.dumps, [*PAIRS, {**PAIRS[0], "answer": ""}])))
-    builder = ContextSynthesisBuilder(
-        cache_dir=tmp_path / "cache",
-        generator=FakeGenerator(fail=[3]),
-        seeds=str(path),
-        on_bad_seed="skip",
-        min_words=20,
-        n_distractors=5,
-        show_progress=False,
-    )
+    builder = made(tmp_path / "cache", generator=FakeGenerator(fail=[3]), seeds=str(path), on_bad_seed="skip")
     folder = builder.export(tmp_path / "out", num_proc=2)
     for name, number in (("chat", 23), ("contexts", 23), ("rejected", 1)):
         assert load_dataset(str(folder), name, split="train", cache_dir=tmp_path / "hf").num_rows == number
     assert len(read) == 1 and caplog.text.count("Skipped 1 seeds: empty (`answer`)") == 1
     assert len(put) == len(set(put)) == 23 + 3
-
-
-def test_the_exports_are_lazy():
-    code = (
-        "import sys, hf_longalign; assert 'datasets' not in sys.modules;"
-        "from hf_longalign.synthesis.builder import ContextSynthesisBuilder"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,12 +5,14 @@ from collections import Counter
 import pytest
 
 from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
+from hf_longalign.synthesis.checks import Rules
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.selection import answer_losses, choose_seeds
-from hf_longalign.synthesis.writer import score_answer, score_closed_book, score_open_book
+from hf_longalign.synthesis.writer import Plan, score_answer, score_closed_book, score_open_book
 
 
 PAIRS = [Seed(f"{task}{number}", task, "Why?", "So.") for task in ("qasper", "qmsum") for number in range(100)]
+PLAN = Plan("openai", "writer", Sampling(), Rules(()), answering="m")
 HARDNESS = [number / 100 for _ in range(2) for number in range(100)]
 
 
@@ -39,9 +41,9 @@ def test_closed_book_is_the_mean_of_different_samples_and_open_book_shows_the_co
         return Reply(next(replies), "stop", 1, 1, "m")
 
     pair = Seed("a", "narrativeqa", "When?", "1912")
-    assert asyncio.run(score_closed_book(pair, "m", Sampling(), 2, ask)) == 0.5
+    assert asyncio.run(score_closed_book(pair, PLAN, ask, 2)) == 0.5
     assert [request.sampling.seed for request in asked] == [0, 1] and len({request.key for request in asked}) == 2
-    assert asyncio.run(score_open_book(pair, "Built in 1912.", "m", Sampling(), ask)) == 1.0
+    assert asyncio.run(score_open_book(pair, "Built in 1912.", PLAN, ask)) == 1.0
     assert "Story: Built in 1912." in asked[2].messages[0][1] and "Built" not in asked[0].messages[0][1]
 
 
@@ -49,7 +51,7 @@ def test_a_model_that_will_not_answer_has_no_score():
     async def ask(request):
         raise GenerationError("content_filter", "no")
 
-    assert asyncio.run(score_closed_book(PAIRS[0], "m", Sampling(), 3, ask)) is None
+    assert asyncio.run(score_closed_book(PAIRS[0], PLAN, ask, 3)) is None
 
 
 def test_select_keeps_the_hardest_share_of_every_task():

@@ -65,7 +65,7 @@ def test_a_pair_is_written_and_checked():
         return Reply(next(replies), "stop", 1, 1, "m")
 
     plan = Plan("openai", "m", Sampling(), Rules(("support", "leak")), retries=2)
-    outcome = asyncio.run(write_pair(chunk, plan, ask))
+    outcome = asyncio.run(write_pair(chunk, plan, ask, lambda *_: None))
     assert outcome.accepted and outcome.seed.answer == "dam 7" and outcome.context == TEXT
     assert outcome.seed.instruction == "What does line 7 tell of?" and outcome.seed.seed_id == chunk.seed_id
     assert "rejected: support: it does not hold" in asked[2].messages[1][1] and asked[2].purpose == "pair"

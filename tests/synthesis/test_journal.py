@@ -377,15 +377,6 @@ def test_on_a_network_s_disk_another_machine_is_refused_until_it_is_gone(path, o
         assert journal.totals().replies == 1
 
 
-def test_what_put_has_returned_survives_a_kill_on_a_network_s_disk(path):
-    patch = "import hf_longalign.synthesis.journal as j; j.network_file_system = lambda folder: 'nfs'\n"
-    died = subprocess.run([sys.executable, "-c", patch + _PUT_AND_DIE, path], stdout=subprocess.PIPE, text=True)
-    assert died.returncode == -signal.SIGKILL and not path.with_name("journal.sqlite-wal").exists()
-    keys = died.stdout.split()
-    with Journal(path) as journal:
-        assert len(keys) == 100 and all(journal.get(key) for key in keys)
-
-
 def test_file_systems_are_known_by_the_mount_that_a_folder_lies_on(tmp_path, monkeypatch):
     kinds = {"": "xfs", "home": "nfs4", "home/local": "ext4", "work": "lustre", "s3": "fuse.s3fs"}
     mounts = [type("disk", (), {"mountpoint": str(tmp_path / name), "fstype": kinds[name]}) for name in kinds]
@@ -457,27 +448,37 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_put_has_returned_survives_a_kill(path):
-    died = subprocess.run([sys.executable, "-c", _PUT_AND_DIE, path], stdout=subprocess.PIPE, text=True)
-    assert died.returncode == -signal.SIGKILL
+@pytest.mark.parametrize("kind", [None, "nfs"])
+def test_what_put_has_returned_survives_a_kill(path, kind):
+    disk = f"import hf_longalign.synthesis.journal as j; j.network_file_system = lambda folder: {kind!r}\n"
+    died = subprocess.run([sys.executable, "-c", disk + _PUT_AND_DIE, path], stdout=subprocess.PIPE, text=True)
+    assert died.returncode == -signal.SIGKILL and path.with_name("journal.sqlite-wal").exists() is not bool(kind)
     keys = died.stdout.split()
-    assert len(keys) == 100
     with Journal(path) as journal:
-        assert all(journal.get(key) for key in keys)
+        assert len(keys) == 100 and all(journal.get(key) for key in keys)
+
+
+def _intercept(monkeypatch, execute):
+    """Let `execute(run, statement, *arguments)` stand in for the `execute` of every connection."""
+
+    class Connection(sqlite3.Connection):
+        def execute(self, *asked):
+            return execute(super().execute, *asked)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
 
 
 def test_a_journal_that_another_is_making_is_waited_for(tmp_path, monkeypatch):
     """SQLite says so at once, not after its time-out, when two turn on the write-ahead log together."""
     refusals = ["database is locked"] * 3
 
-    class Connection(sqlite3.Connection):
-        def execute(self, statement, *arguments):
-            if statement.startswith("PRAGMA journal_mode") and refusals:
-                raise sqlite3.OperationalError(refusals.pop())
-            return super().execute(statement, *arguments)
+    def execute(run, statement, *arguments):
+        if statement.startswith("PRAGMA journal_mode") and refusals:
+            raise sqlite3.OperationalError(refusals.pop())
+        return run(statement, *arguments)
 
-    connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    _intercept(monkeypatch, execute)
     with Journal(tmp_path / "journal.sqlite") as journal:
         assert journal.totals().replies == 0
     assert not refusals
@@ -487,15 +488,8 @@ def test_a_journal_that_another_is_making_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_a_file_system_that_takes_no_shared_log_is_refused_by_name(tmp_path, monkeypatch):
-    class Connection(sqlite3.Connection):
-        def execute(self, statement, *arguments):
-            return super().execute(
-                "SELECT 'delete'" if statement == "PRAGMA journal_mode = wal" else statement, *arguments
-            )
-
-    connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
-    with pytest.raises(
-        JournalError, match=r"journal mode 'wal' but 'delete'\. Set `journal` to a file on a disk of this"
-    ):
+    wal = "PRAGMA journal_mode = wal"
+    _intercept(monkeypatch, lambda run, asked, *more: run("SELECT 'delete'" if asked == wal else asked, *more))
+    refusal = r"journal mode 'wal' but 'delete'\. Set `journal` to a file on a disk of this"
+    with pytest.raises(JournalError, match=refusal):
         Journal(tmp_path / "journal.sqlite")

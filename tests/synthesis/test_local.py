@@ -1,6 +1,7 @@
 """The local generator against a naive one-by-one reference."""
 
 import asyncio
+import sys
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from tiny_chat import make_tiny_chat
 
 from hf_longalign.endpoint.protocol import EndpointError, GenerationError, Request, RunStopped, Sampling
 from hf_longalign.synthesis.local import Draw, TransformersGenerator
+from hf_longalign.synthesis.vllm import VLLMGenerator
+
+from . import vllm_stand_in
 
 
 @pytest.fixture(scope="module")
@@ -178,10 +182,12 @@ def test_a_folder_is_recorded_by_name_and_content(folder, tmp_path):
     assert names[0] != names[1] and all(name.startswith("tiny-") and "/" not in name for name in names)
 
 
-def test_what_cannot_be_loaded_is_said_without_its_path(tmp_path):
+@pytest.mark.parametrize("kind", [TransformersGenerator, VLLMGenerator])
+def test_what_cannot_be_loaded_is_said_without_its_path(tmp_path, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", vllm_stand_in)
     (tmp_path / "empty").mkdir()
     with pytest.raises(EndpointError, match="cannot be loaded") as caught:
-        asyncio.run(TransformersGenerator(str(tmp_path / "empty")).check())
+        asyncio.run(kind(str(tmp_path / "empty")).check())
     assert str(tmp_path) not in str(caught.value)
 
 

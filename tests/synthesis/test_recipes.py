@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from fake_endpoint import FakeEndpoint
 
 from hf_longalign.cli import main
@@ -21,8 +21,19 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 DOCUMENTS = ("--min_words", 20, "--n_distractors", 4)
 
 
-def run(monkeypatch, name, *arguments):
+def run(name, *arguments):
     return main([name, *map(str, arguments)])
+
+
+def asking(server, seeds, *more):
+    """The options of a run that asks an endpoint for contexts, all of which pass."""
+    url = server if isinstance(server, str) else server.url
+    asked = ("--generator", "openai", "--model", "tiny", "--endpoints", url, "--seeds", seeds)
+    return (*asked, "--checks", "duplicate", "--n_distractors", 3, *more)
+
+
+def load(folder, name="chat", **options):
+    return load_dataset(str(folder), name, cache_dir=folder.parent / "hf", **{"split": "train", **options})
 
 
 def files(folder):
@@ -39,24 +50,23 @@ def given(tmp_path):
     return lines(tmp_path / "pairs.jsonl", make_pairs(24, context=make_text))
 
 
-def test_rejected_seeds_are_written_with_their_reasons(tmp_path, monkeypatch):
+def test_rejected_seeds_are_written_with_their_reasons(tmp_path):
     pairs = [pair | ({} if n % 8 else {"answer": "Rome"}) for n, pair in enumerate(make_pairs(24, context=make_text))]
     seeds = lines(tmp_path / "pairs.jsonl", pairs)
     arguments = ("--seeds", seeds, *DOCUMENTS, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
-    assert run(monkeypatch, "synthesize", *arguments) == 0
-    rejected = load_dataset(str(tmp_path / "out"), "rejected", split="train", cache_dir=tmp_path / "hf")
+    assert run("synthesize", *arguments) == 0
+    rejected = load(tmp_path / "out", "rejected")
     assert rejected["origin"] == [f"pairs.jsonl:{line}" for line in (1, 9, 17)]
     assert "3 seeds were rejected" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_documents_are_composed_written_and_loaded(tmp_path, monkeypatch, given, capsys):
+def test_documents_are_composed_written_and_loaded(tmp_path, given, capsys):
     for folder, num_proc in (("one", 1), ("two", 2)):
         arguments = ("--seeds", given, "--cache_dir", tmp_path / folder, "--output_dir", tmp_path / f"{folder}-out")
-        assert run(monkeypatch, "synthesize", *arguments, *DOCUMENTS, "--num_proc", num_proc, "--test_share", 0.2) == 0
+        assert run("synthesize", *arguments, *DOCUMENTS, "--num_proc", num_proc, "--test_share", 0.2) == 0
     written = files(tmp_path / "one-out")
     assert written == files(tmp_path / "two-out") and len(written) == 6
-    out = str(tmp_path / "one-out")
-    chat = load_dataset(out, "chat", cache_dir=tmp_path / "hf")
+    chat = load(tmp_path / "one-out", split=None)
     assert set(chat) == {"train", "test"} and len(chat["train"]) + len(chat["test"]) == 24
     card = (tmp_path / "one-out" / "README.md").read_text()
     assert "No seed was rejected." in card and "config_name: rejected" not in card
@@ -65,17 +75,22 @@ def test_documents_are_composed_written_and_loaded(tmp_path, monkeypatch, given,
     assert "![Lengths and depths](assets/lengths.png)" in card and "language:\n- en\n" in card
 
 
-def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, capsys):
+def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
     with FakeEndpoint() as server:
         for folder in ("one", "two"):
-            arguments = (
-                *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
-                *("--checks", "duplicate", "--n_distractors", 3, "--cache_dir", tmp_path / "cache"),
-                *("--output_dir", tmp_path / folder, "--prompt_price", 1, "--completion_price", 2),
-                *("--license", "cc-by-4.0", "--seeds_license", "cc0-1.0"),
+            more = (
+                "--prompt_price",
+                1,
+                "--completion_price",
+                2,
+                "--license",
+                "cc-by-4.0",
+                "--seeds_license",
+                "cc0-1.0",
             )
-            assert run(monkeypatch, "synthesize", *arguments) == 0
+            where = ("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / folder)
+            assert run("synthesize", *asking(server, seeds, *where, *more, "--seeds_license", "cc0-1.0")) == 0
         assert len(server.log) == 12
     assert files(tmp_path / "one") == files(tmp_path / "two")
     card = (tmp_path / "one" / "README.md").read_text()
@@ -85,24 +100,24 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
     cost = f"12 replies, {sent:,} prompt tokens and {got:,} completion tokens, less than $0.01"
     assert cost in card and "license: cc-by-4.0" in card and "Licence of the seeds: `cc0-1.0`." in card
     assert "| written by | `tiny`, OpenAI-compatible endpoint |" in card and server.url not in card
-    rows = load_dataset(str(tmp_path / "one"), "chat", split="train", cache_dir=tmp_path / "hf")
+    rows = load(tmp_path / "one")
     assert set(rows["model"]) == {"tiny"} and set(rows["generator"]) == {"openai"}
     journal = next((tmp_path / "cache").rglob("journal.sqlite"))
     capsys.readouterr()
-    run(monkeypatch, "journal", "list", journal, "--purpose", "context")
+    run("journal", "list", journal, "--purpose", "context")
     listed = capsys.readouterr().out
     assert listed.count(" context ") == 12 and "12 context; in all 12 replies, 0 faults" in listed
-    run(monkeypatch, "journal", "show", journal, rows[0]["journal_keys"][0])
+    run("journal", "show", journal, rows[0]["journal_keys"][0])
     assert rows[0]["instruction"] in capsys.readouterr().out
-    run(monkeypatch, "journal", "export", journal, tmp_path / "replies.jsonl")
-    run(monkeypatch, "journal", "merge", tmp_path / "merged.sqlite", journal)
-    run(monkeypatch, "journal", "export", tmp_path / "merged.sqlite", tmp_path / "merged.jsonl")
+    run("journal", "export", journal, tmp_path / "replies.jsonl")
+    run("journal", "merge", tmp_path / "merged.sqlite", journal)
+    run("journal", "export", tmp_path / "merged.sqlite", tmp_path / "merged.jsonl")
     assert (tmp_path / "replies.jsonl").read_bytes() == (tmp_path / "merged.jsonl").read_bytes()
     with pytest.raises(SystemExit, match="no such journal"):
-        run(monkeypatch, "journal", "list", tmp_path / "none.sqlite")
+        run("journal", "list", tmp_path / "none.sqlite")
 
 
-def test_null_in_the_yaml_leaves_an_option_out(tmp_path, monkeypatch, capsys):
+def test_null_in_the_yaml_leaves_an_option_out(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(4))
     settings = tmp_path / "settings.yaml"
     with FakeEndpoint(refuses={name: f"{name} is unsupported" for name in ("temperature", "top_p", "seed")}) as server:
@@ -120,35 +135,34 @@ def test_null_in_the_yaml_leaves_an_option_out(tmp_path, monkeypatch, capsys):
         settings.write_text("generator: openai\nmodel: tiny\n")
         # Each refusal names the option; with its remedy the next one is met.
         for option in ("temperature", "top_p", "sampling_seed"):
-            assert run(monkeypatch, "synthesize", *arguments) == 1
+            assert run("synthesize", *arguments) == 1
             remedy = f"{option}: null"
             assert f"Set `{remedy}` in the YAML" in capsys.readouterr().err
             settings.write_text(f"{settings.read_text()}{remedy}\n")
-        assert run(monkeypatch, "synthesize", *arguments) == 0
+        assert run("synthesize", *arguments) == 0
         bodies = [entry.body for entry in server.log if entry.answered]
     assert [sorted(body) for body in bodies] == [["max_tokens", "messages", "model"]] * 4
 
 
-def test_a_poisoned_journal_is_saved(tmp_path, monkeypatch, capsys):
+def test_a_poisoned_journal_is_saved(tmp_path, capsys):
     pairs = make_pairs(6)
     pairs[2]["instruction"] += " [[ended*2]]"  # the first two replies to each of its prompts are empty
     seeds = lines(tmp_path / "pairs.jsonl", pairs)
     journal = tmp_path / "cache" / "context_synthesis" / "journal.sqlite"
     with FakeEndpoint() as server:
-        arguments = ("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds)
-        arguments += ("--checks", "duplicate", "--n_distractors", 1, "--cache_dir", tmp_path / "cache", "--output_dir")
-        assert run(monkeypatch, "synthesize", *arguments, tmp_path / "poor") == 0
-        assert len(load_dataset(str(tmp_path / "poor"), "chat", split="train", cache_dir=tmp_path / "hf")) == 5
+        arguments = asking(server, seeds, "--cache_dir", tmp_path / "cache", "--output_dir")
+        assert run("synthesize", *arguments, tmp_path / "poor") == 0
+        assert len(load(tmp_path / "poor")) == 5
         assert len(server.log) == 5 + 3
         capsys.readouterr()
-        run(monkeypatch, "journal", "drop", journal, "--reason", "empty")
+        run("journal", "drop", journal, "--reason", "empty")
         told = capsys.readouterr().out
         assert told.startswith("3 replies dropped") and told.count("Removed ") == 5
-        assert run(monkeypatch, "synthesize", *arguments, tmp_path / "rich") == 0
-        assert len(load_dataset(str(tmp_path / "rich"), "chat", split="train", cache_dir=tmp_path / "hf")) == 6
+        assert run("synthesize", *arguments, tmp_path / "rich") == 0
+        assert len(load(tmp_path / "rich")) == 6
         assert len(server.log) == 5 + 3 + 2
     with pytest.raises(SystemExit):
-        run(monkeypatch, "journal", "drop", journal, "--reason", "whim")
+        run("journal", "drop", journal, "--reason", "whim")
 
 
 def test_two_processes_on_cpus_ask_once(tmp_path):
@@ -156,11 +170,7 @@ def test_two_processes_on_cpus_ask_once(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launcher += ["--config_file", RECIPES / "accelerate" / "cpu.yaml", RECIPES / "synthesize.py"]
     with FakeEndpoint() as server:
-        arguments = (
-            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
-            *("--checks", "duplicate", "--n_distractors", 3, "--cache_dir", tmp_path / "cache"),
-            *("--output_dir", tmp_path / "out"),
-        )
+        arguments = asking(server, seeds, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
         command = list(map(str, [*launcher, *arguments]))
         done = subprocess.run(command, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -175,36 +185,30 @@ def test_the_same_command_twice_at_once_gives_one_output(tmp_path, given):
     for process in both:
         output, errors = process.communicate(timeout=400)
         assert process.returncode == 0 and "Wrote " in output, errors[-3000:]
-    assert load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf").num_rows == 24
+    assert load(tmp_path / "out").num_rows == 24
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_spent_budget_stops_cleanly_and_a_larger_one_goes_on(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
     with FakeEndpoint() as server:
-        common = (
-            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
-            *("--checks", "duplicate", "--n_distractors", 3, "--max_tokens", 200),
-        )
+        common = asking(server, seeds, "--max_tokens", 200)
         arguments = (*common, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
-        assert run(monkeypatch, "synthesize", *arguments, "--budget_tokens", 3500) == 1
+        assert run("synthesize", *arguments, "--budget_tokens", 3500) == 1
         assert "Stopped: " in capsys.readouterr().err and not (tmp_path / "out").exists()
         assert 0 < len(server.log) < 12
-        assert run(monkeypatch, "synthesize", *arguments, "--budget_tokens", 100_000) == 0
+        assert run("synthesize", *arguments, "--budget_tokens", 100_000) == 0
         assert len(server.log) == 12
         whole = (*common, "--cache_dir", tmp_path / "cache2", "--output_dir", tmp_path / "whole")
-        assert run(monkeypatch, "synthesize", *whole) == 0
+        assert run("synthesize", *whole) == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_dry_run_prints_the_plan_and_asks_nothing(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_prints_the_plan_and_asks_nothing(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", [*make_pairs(12), make_pairs(1)[0] | {"answer": ""}])
     with FakeEndpoint() as server:
-        arguments = (
-            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds, "--dry_run"),
-            *("--on_bad_seed", "skip", "--context_words", 300, "--prompt_price", 1, "--completion_price", 2),
-        )
-        assert run(monkeypatch, "synthesize", *arguments) == 0
+        more = ("--on_bad_seed", "skip", "--context_words", 300, "--prompt_price", 1, "--completion_price", 2)
+        assert run("synthesize", *asking(server, seeds, "--dry_run", *more)) == 0
         assert server.log == []
     plan = capsys.readouterr().out
     assert "seeds      12: narrativeqa 12" in plan and "skipped    1: empty (`answer`)" in plan
@@ -212,101 +216,83 @@ def test_a_dry_run_prints_the_plan_and_asks_nothing(tmp_path, monkeypatch, capsy
     assert plan.count(": context ---") == 3 and "about 300 words long" in plan
 
 
-def test_a_lost_endpoint_is_a_message_and_a_status(tmp_path, monkeypatch, capsys):
+def test_a_lost_endpoint_is_a_message_and_a_status(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
-    arguments = (
-        *("--generator", "openai", "--model", "tiny", "--endpoints", "http://127.0.0.1:9", "--seeds", seeds),
-        *("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out"),
-    )
-    assert run(monkeypatch, "synthesize", *arguments) == 1
+    where = ("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
+    assert run("synthesize", *asking("http://127.0.0.1:9", seeds, *where)) == 1
     assert "Stopped: http://127.0.0.1:9" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["folder", "journals"])
-def test_shards_fill_journals_that_are_merged(tmp_path, monkeypatch, capsys, shared):
+def test_shards_fill_journals_that_are_merged(tmp_path, capsys, shared):
     seeds, shards = lines(tmp_path / "pairs.jsonl", make_pairs(12)), tmp_path / "shards"
     with FakeEndpoint() as server:
-        common = (
-            *("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", seeds),
-            *("--checks", "duplicate", "--n_distractors", 3),
-        )
+        common = asking(server, seeds)
         for index in (0, 1):
             where = ("--output_dir", shards) if shared else ("--journal", tmp_path / f"{index}.sqlite")
             shard = ("--num_shards", 2, "--shard_index", index, *where, "--cache_dir", tmp_path / "cache")
             for _ in range(2):  # one that is finished is skipped
-                assert run(monkeypatch, "synthesize", *common, *shard) == 0
+                assert run("synthesize", *common, *shard) == 0
             assert len(server.log) == 6 * (index + 1)
             merged = [shards] if shared else [tmp_path / f"{index}.sqlite" for index in (0, 1)]
             if shared and not index:
-                assert run(monkeypatch, "journal", "merge", tmp_path / "all.sqlite", shards) == 1
+                assert run("journal", "merge", tmp_path / "all.sqlite", shards) == 1
                 assert "got 1 without shard-1-of-2.sqlite. Run what is missing" in capsys.readouterr().err
                 assert not (tmp_path / "all.sqlite").exists()
-        run(monkeypatch, "journal", "merge", tmp_path / "all.sqlite", *merged)
+        run("journal", "merge", tmp_path / "all.sqlite", *merged)
         whole = ("--journal", tmp_path / "all.sqlite", "--cache_dir", tmp_path / "last", "--output_dir")
-        assert run(monkeypatch, "synthesize", *common, *whole, tmp_path / "out") == 0
+        assert run("synthesize", *common, *whole, tmp_path / "out") == 0
         assert len(server.log) == 12
-    assert len(load_dataset(str(tmp_path / "out"), "chat", split="train", cache_dir=tmp_path / "hf")) == 12
+    assert len(load(tmp_path / "out")) == 12
 
 
-def test_a_shard_has_a_journal_of_its_own(tmp_path, monkeypatch, capsys):
+def test_a_shard_has_a_journal_of_its_own(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", [{**pair, "context": "It was so."} for pair in make_pairs(4)])
     shard = ("--seeds", seeds, "--checks", "length", "--min_words", 1, "--n_distractors", 1, "--num_shards", 2)
     places = {"--journal": tmp_path / "j.sqlite", "--output_dir": tmp_path / "shards"}
     both = [part for place in places.items() for part in place]
     with pytest.raises(SystemExit):
-        run(monkeypatch, "synthesize", *shard, *both, "--cache_dir", tmp_path)
+        run("synthesize", *shard, *both, "--cache_dir", tmp_path)
     assert "`journal` must be unset where shards go into `output_dir`, got" in capsys.readouterr().err
     for place in places.items():
-        assert run(monkeypatch, "synthesize", *shard, *place, "--cache_dir", tmp_path) == 0
+        assert run("synthesize", *shard, *place, "--cache_dir", tmp_path) == 0
 
 
-def test_what_is_in_the_way_is_not_overwritten(tmp_path, monkeypatch, given, capsys):
+def test_what_is_in_the_way_is_not_overwritten(tmp_path, given, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     where = ("--cache_dir", tmp_path, "--output_dir", tmp_path / "out")
-    assert run(monkeypatch, "synthesize", "--seeds", given, *DOCUMENTS, *where) == 1
+    assert run("synthesize", "--seeds", given, *DOCUMENTS, *where) == 1
     assert "`output_dir` must be absent, empty or an earlier output" in capsys.readouterr().err
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
     (tmp_path / "out" / "chat").mkdir()  # as an earlier output has, which would be replaced
     with FakeEndpoint() as server:
-        asks = ("--generator", "openai", "--model", "tiny", "--endpoints", server.url, "--seeds", given)
+        asks = asking(server, given)
         for more, named in (((), "thesis.txt"), (("--journal", tmp_path / "out" / "j.sqlite"), "j.sqlite")):
-            assert run(monkeypatch, "synthesize", *asks, *more, *where) == 1
+            assert run("synthesize", *asks, *more, *where) == 1
             assert re.search(f"`output_dir` must .*`{named}`", capsys.readouterr().err)
         assert not server.log, "refused before anything is asked"
     with pytest.raises(SystemExit):
-        run(monkeypatch, "synthesize", "--seeds", given)
+        run("synthesize", "--seeds", given)
     assert "error: `output_dir` must be given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "synthesis").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_complete(tmp_path, monkeypatch, path, given, capsys, tokenizer):
+def test_every_recipe_is_complete(tmp_path, path, given, capsys, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "essay.txt").write_text(make_text(3))
     sources = ("--documents", tmp_path / "*.txt") if path.stem == "instruction_synthesis" else ("--seeds", given)
     limit = ("--n_distractors", 0) if path.stem == "instruction_synthesis" else ()
     arguments = ("--config", path, *sources, *limit, "--tokenizer", tmp_path / "tokenizer", "--dry_run")
-    assert run(monkeypatch, "synthesize", *arguments, "--cache_dir", tmp_path) == 0
+    assert run("synthesize", *arguments, "--cache_dir", tmp_path) == 0
     assert "--- seed 1 of 3" in capsys.readouterr().out or path.stem == "documents"
 
 
-def test_coherence_data_is_aligned_and_compared(tmp_path, monkeypatch, given, capsys):
-    run(
-        monkeypatch,
-        "synthesize",
-        "--seeds",
-        given,
-        *DOCUMENTS,
-        "--cache_dir",
-        tmp_path,
-        "--output_dir",
-        tmp_path / "o",
-    )
-    run(monkeypatch, "coherence", "split", tmp_path / "o", tmp_path / "c")
+def test_coherence_data_is_aligned_and_compared(tmp_path, given, capsys):
+    run("synthesize", "--seeds", given, *DOCUMENTS, "--cache_dir", tmp_path, "--output_dir", tmp_path / "o")
+    run("coherence", "split", tmp_path / "o", tmp_path / "c")
     with_contexts, without = (
-        load_dataset("parquet", data_files=str(tmp_path / "c" / kind / "train.parquet"), cache_dir=tmp_path / "hf")[
-            "train"
-        ]
+        Dataset.from_parquet(str(tmp_path / "c" / kind / "train.parquet"), cache_dir=tmp_path / "hf")
         for kind in ("with", "without")
     )
     assert with_contexts["seed_id"] == without["seed_id"] and with_contexts["answer"] == without["answer"]
@@ -317,7 +303,7 @@ def test_coherence_data_is_aligned_and_compared(tmp_path, monkeypatch, given, ca
     lines(tmp_path / "a.json", [{"qasper": 30, "niah": {"single": 90.5}}])
     lines(tmp_path / "b.json", [{"qasper": 20, "niah": {"single": 90.5}}])
     capsys.readouterr()
-    run(monkeypatch, "coherence", "compare", tmp_path / "a.json", tmp_path / "b.json", "--output", tmp_path / "r.md")
+    run("coherence", "compare", tmp_path / "a.json", tmp_path / "b.json", "--output", tmp_path / "r.md")
     report = capsys.readouterr().out
     assert "| qasper | 30.00 | 20.00 | +10.00 |" in report and "| mean | 60.25 | 55.25 | +5.00 |" in report
     assert (tmp_path / "r.md").read_text() == report
@@ -330,26 +316,19 @@ def test_a_row_that_looks_private_is_named_and_pushed_where_it_is_allowed(tmp_pa
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     pairs = make_pairs(8, context=lambda n: make_text(n) + " She kept the plans in /home/ann/x.")
     arguments = ("--seeds", lines(tmp_path / "pairs.jsonl", pairs), *DOCUMENTS, "--cache_dir", tmp_path / "cache")
-    arguments += (
-        "--output_dir",
-        tmp_path / "out",
-        "--push_to_hub",
-        "--hub_model_id",
-        "user/rows",
-        "--push_dry_run",
-        tmp_path / "look",
-    )
-    assert run(monkeypatch, "synthesize", *arguments) == 1
+    arguments += ("--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "user/rows")
+    arguments += ("--push_dry_run", tmp_path / "look")
+    assert run("synthesize", *arguments) == 1
     told = capsys.readouterr().err
     assert re.search(r"a folder of this machine in .*: /home/ann/x\..* in `allow`. The work is done", told)
-    assert run(monkeypatch, "synthesize", *arguments, "--allow", "/home/ann") == 0
+    assert run("synthesize", *arguments, "--allow", "/home/ann") == 0
     assert (tmp_path / "look" / "README.md").is_file()
 
 
-def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(tmp_path, monkeypatch, given, capsys):
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_the_work(tmp_path, given, capsys):
     arguments = ("--seeds", given, *DOCUMENTS, "--output_dir", tmp_path / "out", "--seeds_license", "CC BY 4.0")
     with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "synthesize", *arguments)
+        run("synthesize", *arguments)
     said = capsys.readouterr().err
     assert "`seeds_license` must be an id of the Hub" in said and "Set 'cc-by-4.0'" in said
     assert not (tmp_path / "out").exists()

@@ -134,19 +134,19 @@ def test_it_runs_inside_a_running_loop_as_in_a_notebook(journal):
     assert asyncio.run(cell()) == ["A"]
 
 
-def test_ctrl_c_in_a_notebook_keeps_the_replies_on_their_way(journal):
-    echo = Echo()
-    prompts = [f"p{number}" for number in range(1000)]
+def _interrupted_in_a_notebook(runner, echo, times=1):
+    """Run jobs in a running loop, and press Ctrl-C once something was asked, a second time once the run stops."""
 
     def interrupt():
-        while not echo.asked:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        for happened in (lambda: echo.asked, lambda: echo.draining)[:times]:
+            while not happened():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
 
     async def cell():
         threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
-            _run(journal, echo, prompts)
+            runner.run(partial(_shout, f"p{number}") for number in range(1000))
 
     # A notebook's; a shell that runs the tests in the background has Ctrl-C ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -156,6 +156,11 @@ def test_ctrl_c_in_a_notebook_keeps_the_replies_on_their_way(journal):
     finally:
         signal.signal(signal.SIGINT, before)
         loop.close()
+
+
+def test_ctrl_c_in_a_notebook_keeps_the_replies_on_their_way(journal):
+    echo = Echo()
+    _interrupted_in_a_notebook(Runner(echo, journal), echo)
     assert 0 < len(echo.asked) < 1000
     assert all(journal.get(_request(prompt).key) for prompt in echo.asked)
 
@@ -167,28 +172,7 @@ def test_a_second_ctrl_c_in_a_notebook_waits_for_no_reply(journal):
             await asyncio.Event().wait()
 
     echo = Hanging()
-    runner = Runner(echo, journal)
-
-    def interrupt():
-        while not echo.asked:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-        while not echo.draining:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    async def cell():
-        threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(KeyboardInterrupt):
-            runner.run(partial(_shout, f"p{number}") for number in range(9))
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    loop = asyncio.new_event_loop()
-    try:
-        loop.run_until_complete(cell())
-    finally:
-        signal.signal(signal.SIGINT, before)
-        loop.close()
+    _interrupted_in_a_notebook(Runner(echo, journal), echo, times=2)
     assert echo.closed == 1 and len(echo.asked) == echo.concurrency * 2
 
 

@@ -135,6 +135,19 @@ def test_per_task_keeps_the_first_of_each_task():
     ]
 
 
+@pytest.mark.parametrize("count", [1, 3, 700])
+def test_a_part_keeps_its_own_seeds_and_tells_of_all(count):
+    pairs = [{**GOOD, "answer": str(number)} for number in range(500)]
+    pairs[7:7] = [pairs[2], {"instruction": "Who?"}]  # neither takes a turn
+    parts = [read_seeds(pairs, on_bad_seed="skip", part=(index, count)) for index in range(count)]
+    whole = read_seeds(pairs, on_bad_seed="skip")
+    for index, found in enumerate(parts):
+        assert found.seeds == whole.seeds[index::count]
+        assert (found.total, found.sample, found.skipped) == (500, whole.sample, whole.skipped)
+    # Evenly spread: every fourth.
+    assert whole.sample == [f"Who was the oldest? {number} " for number in range(0, 500, 4)]
+
+
 def test_the_id_of_a_row_is_its_content(tmp_path):
     one = read_seeds(write(tmp_path / "a.jsonl", GOOD)).seeds[0]
     two = read_seeds(write(tmp_path / "b.jsonl", {**GOOD, "answer": "Ada"}, GOOD)).seeds[1]

@@ -43,17 +43,11 @@ class Slow(FakeGenerator):
 
 def test_two_processes_ask_each_thing_once_and_one_reads_the_seeds(tmp_path, folder):
     generators, pipelines = [], []
+    options = {"seeds": make_pairs(24), "min_words": 20, "difficulty": "closed_book", "show_progress": False}
 
     def process(rank):
         generator = Slow(fail=[5])
-        builder = ContextSynthesisBuilder(
-            cache_dir=tmp_path / "cache",
-            generator=generator,
-            seeds=make_pairs(24),
-            min_words=20,
-            difficulty="closed_book",
-            show_progress=False,
-        )
+        builder = ContextSynthesisBuilder(cache_dir=tmp_path / "cache", generator=generator, **options)
         builder.pipeline.team = Team(folder, rank, 2)
         generators.append(generator)
         pipelines.append(builder.pipeline)
@@ -63,17 +57,10 @@ def test_two_processes_ask_each_thing_once_and_one_reads_the_seeds(tmp_path, fol
     asked = [[request.key for request in generator.asked] for generator in generators]
     assert len({*asked[0], *asked[1]}) == len(asked[0]) + len(asked[1]) == 24 + 23 + 3
     assert min(map(len, asked)) >= 6
-    assert sorted("all_seeds" in vars(pipeline) for pipeline in pipelines) == [False, True]
-    alone = ContextSynthesisBuilder(
-        cache_dir=tmp_path / "alone",
-        generator=Slow(fail=[5]),
-        seeds=make_pairs(24),
-        min_words=20,
-        difficulty="closed_book",
-        show_progress=False,
-    )
+    assert sorted("seeds" in vars(pipeline) for pipeline in pipelines) == [False, True]
+    alone = ContextSynthesisBuilder(cache_dir=tmp_path / "alone", generator=Slow(fail=[5]), **options)
     assert alone.prepare_outcomes()
-    together = next(pipeline for pipeline in pipelines if "all_seeds" in vars(pipeline)).files
+    together = next(pipeline for pipeline in pipelines if "seeds" in vars(pipeline)).files
     assert together.accepted.equals(alone.files.accepted) and together.rejected.equals(alone.files.rejected)
     assert not folder.exists()
 

@@ -42,7 +42,7 @@ def plan(**changes):
 
 
 def write(script, the_plan=None, **kwargs):
-    return asyncio.run(write_context(SEED, the_plan or plan(), script, count=script.count, **kwargs))
+    return asyncio.run(write_context(SEED, the_plan or plan(), script, script.count, **kwargs))
 
 
 def test_a_good_reply_is_accepted_at_once():
