@@ -82,7 +82,8 @@ def load_adapter(
         check_rope(record.rope, base_model.config)
         check_rope_reached(base_model)
     else:
-        base_model = _load_base(record, _base_of(adapter, revision, base_model, base_revision), model_kwargs)
+        source = _base_of(peft_config(adapter, revision), base_model, base_revision)
+        base_model = _load_base(record, source, model_kwargs)
     check_weights(record.base_weights, base_model)
     return _put_on(base_model, adapter, revision)
 
@@ -125,8 +126,10 @@ def merge_adapter(
     ```
     """
     output_dir, record = Path(output_dir), load_record(adapter, revision=revision)
-    base_id, base_revision = _base_of(adapter, revision, base_model, base_revision)
-    _check_merge(adapter, revision, output_dir, base_id, model_kwargs)
+    config = peft_config(adapter, revision)
+    base_id, base_revision = _base_of(config, base_model, base_revision)
+    # Before the base is loaded, which may take minutes.
+    _check_merge(config, adapter, output_dir, base_id, model_kwargs)
     base = _load_base(record, (base_id, base_revision), model_kwargs)
     check_weights(record.base_weights, base)
     if getattr(base, "hf_quantizer", None) is not None:
@@ -223,11 +226,8 @@ def mark_scaled(folder: str | Path, rope: RopeRecord, base: str) -> None:
         path.write_text(json.dumps({**config, MARK: True}, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _base_of(
-    adapter: str | Path, revision: str | None, base_model: str | Path | None, base_revision: str | None
-) -> tuple[str, str | None]:
+def _base_of(config: Any, base_model: str | Path | None, base_revision: str | None) -> tuple[str, str | None]:
     """Name and revision of the base model: those given, else those in the adapter's config."""
-    config = peft_config(adapter, revision)
     named = config.base_model_name_or_path
     model_id = str(base_model or named or "")
     if not model_id:
@@ -294,10 +294,8 @@ def _resize_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) 
 
 
 def _check_merge(
-    adapter: str | Path, revision: str | None, output_dir: Path, base_id: str, model_kwargs: dict[str, Any]
+    config: Any, adapter: str | Path, output_dir: Path, base_id: str, model_kwargs: dict[str, Any]
 ) -> None:
-    # Before the base is loaded, which may take minutes.
-    config = peft_config(adapter, revision)
     if config.is_prompt_learning:
         raise ValueError(
             f"`{adapter}` must change weights to be merged, got {config.peft_type.value}, which puts virtual tokens "

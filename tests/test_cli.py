@@ -78,6 +78,7 @@ def test_every_command_has_help(name, capsys):
         ("push . --create_pr --tag v1", "`create_pr` must be alone"),
         ("push . --push_to_hub false", "--push_to_hub"),
         ("push . --license mit", "`license` and `languages` are for adapters and models"),
+        ("reach m --dataset rows --rows 0", "`rows` must be at least 1, got 0"),
         ("merge adapter", "the following arguments are required: output"),
         ("journal list", "the following arguments are required: journal"),
         ("journal list gone.sqlite", "gone.sqlite: no such journal"),

@@ -25,6 +25,8 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     args = parser.parse_args(arguments)
     if args.rope_type is not None and not args.distances:
         parser.error("`rope_type` scales RoPE to the largest of `distances`, got none. Set them.")
+    if args.rows < 1:
+        parser.error(f"`rows` must be at least 1, got {args.rows}. Set 16 if in doubt.")
     return (args,)
 
 

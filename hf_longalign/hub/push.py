@@ -222,15 +222,20 @@ class _Attempt:
         if stale:
             logger.info("Deleted with this push, as it is of an earlier one: %s.", ", ".join(stale))
         # Before the commit: a tag that is taken must stop the push while nothing has changed.
-        tagged = self.to.tag is None or self._is_tagged(self.to.tag, additions)
+        tag, tags = self.to.tag, self.api.list_repo_refs(**self.repo).tags if self.to.tag else []
+        tagged = next((ref.target_commit for ref in tags if ref.name == tag), None)
+        if tagged is not None and not _same(self._held(tagged), additions):
+            raise ValueError(
+                f"`tag` must be new, got {tag!r}, with which {self.to.repo_id} has other files. Choose another tag."
+            )
         if stale or not _same(held, additions):
             if self.to.create_pr:
                 return self._pull_request(additions, stale, head)
             head = self._commit(additions, stale, head).oid
             # An answer is no proof: what is there now is compared with what was meant.
             self._compare(head, additions, stale)
-        if not tagged:
-            self.api.create_tag(**self.repo, tag=str(self.to.tag), revision=head)
+        if tag is not None and tagged is None:
+            self.api.create_tag(**self.repo, tag=tag, revision=head)
         return f"{url}/tree/{quote(self.to.branch, safe='')}" if self.to.branch else url
 
     def _create(self) -> str:
@@ -288,15 +293,6 @@ class _Attempt:
         wrong += [name for name in stale if name in held]
         if wrong:
             raise PublishError(f"the remote differs from what was meant in {', '.join(sorted(wrong)[:5])}")
-
-    def _is_tagged(self, tag: str, additions: list[CommitOperationAdd]) -> bool:
-        """Whether an earlier attempt has set the tag; refuse one that stands for something else."""
-        tags = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(**self.repo).tags}
-        if tag in tags and not _same(self._held(tags[tag]), additions):
-            raise ValueError(
-                f"`tag` must be new, got {tag!r}, with which {self.to.repo_id} has other files. Choose another tag."
-            )
-        return tag in tags
 
 
 def _same(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> bool:
