@@ -56,3 +56,9 @@ def tiny_model(tokenizer, tmp_path_factory):
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Where a journal goes."""
+    return tmp_path / "deep" / "journal.sqlite"
