@@ -257,6 +257,7 @@ def run(
 
 # English under the tokenizers in use; only for text that is not written yet.
 _TOKENS_PER_WORD = 4 / 3
+# So many seeds tell what all will take.
 _SAMPLE = 2000
 _FACT_WORDS, _OUTLINE_WORDS, _PAIR_WORDS, _SPOKEN_WORDS = 150, 40, 40, 30
 
@@ -331,7 +332,7 @@ def estimate(
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
     requests: Counter[str] = Counter()
     prompts, replies, most = 0.0, 0.0, Spend()
-    # A million seeds would take minutes, and some of them tell the same.
+    # Not all: a million would take minutes.
     sample = seeds[:: max(1, len(seeds) // _SAMPLE)]
     times = len(seeds) / max(1, len(sample))
     for seed in sample:
