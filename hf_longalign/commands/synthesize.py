@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -196,24 +196,21 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
     if args.generator == "batch":
         prices = prices.at(HostedBatches.price_share)
     rehearsal = Rehearsal(plan, options, writes=args.generator != "documents")
-    found = estimate(seeds, rehearsal, prices, counter.count if counter else None)
-    prompt, completion = ceil(found.prompt_tokens), ceil(found.completion_tokens)
+    asked, prompt, completion, most = estimate(seeds, rehearsal, prices, counter.count if counter else None)
     tasks = {task: sum(seed.task == task for seed in seeds) for task in sorted({seed.task for seed in seeds})}
     print(f"seeds      {len(seeds):,}: " + ", ".join(f"{task} {number:,}" for task, number in tasks.items()))
     for reason, number in pipeline.seeds.skipped.most_common():
         print(f"skipped    {number:,}: {reason}")
     print(f"generator  {builder.config.generator} {builder.config.model}".rstrip())
-    requests = ", ".join(f"{number:,} {purpose}" for purpose, number in found.requests.items())
+    requests = ", ".join(f"{number:,} {purpose}" for purpose, number in asked.items())
     print(f"requests   {requests or 'none'}")
     print(f"tokens     about {prompt:,} in and {completion:,} out, without retries")
     usd = prices.cost(prompt, completion).usd
-    print(f"cost       about ${usd:,.2f}; ${found.most.usd:,.2f} if every reply and retry runs to its limit")
+    print(f"cost       about ${usd:,.2f}; ${most.usd:,.2f} if every reply and retry runs to its limit")
     if plan.judge:
         print("           and what the judge is asked where an answer does not stand in its context word for word")
     for number, seed in enumerate(seeds[:: max(1, len(seeds) // 3)][:3], 1):
-        rehearsal.asked.clear()
-        asyncio.run(rehearsal.rehearse(seed))
-        for request, _ in rehearsal.asked:
+        for request, _ in rehearsal.of(seed):
             print(f"\n--- seed {number} of 3, {seed.origin}: {request.purpose} ---")
             print("\n\n".join(f"[{role}]\n{content}" for role, content in request.messages))
 
@@ -263,6 +260,8 @@ def run(
 
 # English under the tokenizers in use; only for text that is not written yet.
 _TOKENS_PER_WORD = 4 / 3
+# So many seeds tell what all will take.
+_SAMPLE = 2000
 _FACT_WORDS, _OUTLINE_WORDS, _PAIR_WORDS, _SPOKEN_WORDS = 150, 40, 40, 30
 
 
@@ -272,11 +271,7 @@ def _words(number: float) -> str:
 
 
 class Rehearsal:
-    """Notes what is asked for a seed, and answers in the words that were asked for, as if all were good at once.
-
-    Attributes:
-        asked: the requests so far, each with the words of its reply.
-    """
+    """Notes what is asked for a seed, and answers in the words that were asked for, as if all were good at once."""
 
     def __init__(self, plan: Plan, options: SynthesisOptions, *, writes: bool) -> None:
         # No checks, and no judge: what one is asked is not known before there are replies.
@@ -304,8 +299,13 @@ class Rehearsal:
         }
         return Reply(texts.get(purpose, f"Context:\n{_words(words)}"), "stop", 0, 0, request.model)
 
-    async def rehearse(self, seed: Seed) -> None:
-        """Ask all that a run would ask for a seed."""
+    def of(self, seed: Seed) -> list[tuple[Request, int]]:
+        """Return all that a run would ask for a seed, each request with the words of its reply."""
+        self.asked = []
+        asyncio.run(self._rehearse(seed))
+        return self.asked
+
+    async def _rehearse(self, seed: Seed) -> None:
         options, plan, context = self.options, self.plan, seed.context or ""
         blind = options.difficulty == "closed_book"
         if blind:
@@ -321,47 +321,34 @@ class Rehearsal:
                 await score_closed_book(seed, plan, self)
 
 
-@dataclass
-class Estimate:
-    """What a run will ask if no reply has to be asked for twice.
-
-    Attributes:
-        requests: number of requests by purpose.
-        prompt_tokens: tokens of the prompts.
-        completion_tokens: tokens of the replies, if they are as long as asked for.
-        most: tokens and dollars if every reply runs to its limit and every retry is used.
-    """
-
-    requests: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: float = 0
-    completion_tokens: float = 0
-    most: Spend = field(default_factory=Spend)
-
-
 def estimate(
     seeds: Sequence[Seed], rehearsal: Rehearsal, prices: Budget, count: Callable[[str], int] | None
-) -> Estimate:
-    """Estimate what a run over `seeds` costs."""
+) -> tuple[Counter[str], int, int, Spend]:
+    """Return what a run will ask if no reply has to be asked for twice.
+
+    The number of requests by purpose, tokens of prompts and of replies that are as long as asked for; and the tokens
+    and dollars if every reply runs to its limit and every retry is used.
+    """
     # About four bytes of UTF-8 are a token, in English and, with longer characters, in most scripts.
     count = count or (lambda text: ceil(len(text.encode()) / 4))
-    found, plan, options = Estimate(), rehearsal.plan, rehearsal.options
+    plan, options = rehearsal.plan, rehearsal.options
     kept = options.difficulty_share if options.difficulty_use != "record" else 1.0
-
-    async def rehearse() -> None:
-        for seed in seeds:
-            rehearsal.asked.clear()
-            await rehearsal.rehearse(seed)
-            for request, words in rehearsal.asked:
-                # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
-                share = 1.0 if request.purpose == "closed_book" else kept
-                prompt = sum(count(text) for _, text in request.messages)
-                found.requests[request.purpose] += 1
-                found.prompt_tokens += share * prompt
-                found.completion_tokens += share * min(words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
-                found.most += prices.cost(prompt, plan.sampling.max_tokens)
-
-    asyncio.run(rehearse())
-    for purpose in set(found.requests) - {"closed_book"}:
-        found.requests[purpose] = ceil(kept * found.requests[purpose])
-    found.most = Spend(found.most.tokens * (1 + plan.retries), found.most.usd * (1 + plan.retries))
-    return found
+    requests: Counter[str] = Counter()
+    prompts, replies, most = 0.0, 0.0, Spend()
+    # Not all: a million would take minutes.
+    sample = seeds[:: max(1, len(seeds) // _SAMPLE)]
+    times = len(seeds) / max(1, len(sample))
+    for seed in sample:
+        for request, words in rehearsal.of(seed):
+            # Closed-book answers are asked of every seed; what is paid after them, only of the share that is kept.
+            share = 1.0 if request.purpose == "closed_book" else kept
+            prompt = sum(count(text) for _, text in request.messages)
+            requests[request.purpose] += 1
+            prompts += share * prompt
+            replies += share * min(words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
+            most += prices.cost(prompt, plan.sampling.max_tokens)
+    for purpose in set(requests) - {"closed_book"}:
+        requests[purpose] = ceil(kept * requests[purpose])
+    requests = Counter({purpose: round(times * number) for purpose, number in requests.items()})
+    tries = times * (1 + plan.retries)
+    return requests, ceil(times * prompts), ceil(times * replies), Spend(ceil(most.tokens * tries), most.usd * tries)

@@ -82,7 +82,10 @@ class Composer:
         return None
 
     def _compose(self, index: int, begun: _Begun, candidates: Iterator[Piece], limit: int | None) -> Composition:
-        gold, ruler = self._piece(index, begun.named), self._ruler(begun.record["answer"])
+        counter, ruler, answer = self.counter, None, begun.record["answer"]
+        if counter is not None and self.budget is not None:
+            ruler = Ruler(self.budget, counter.count, lambda text: counter.count_chat(to_messages(text, answer)))
+        gold = self._piece(index, begun.named)
         return compose(gold, candidates, begun.prompt, begun.rng, limit=limit, ruler=ruler)
 
     def _begin(self, index: int) -> _Begun:
@@ -127,12 +130,6 @@ class Composer:
                 self._tokens[index, named] = self.counter.count(text)
             tokens = self._tokens[index, named]
         return Piece(text, self.pool.ids[index], tokens)
-
-    def _ruler(self, answer: str) -> Ruler | None:
-        if self.counter is None or self.budget is None:
-            return None
-        counter = self.counter
-        return Ruler(self.budget, counter.count, lambda content: counter.count_chat(to_messages(content, answer)))
 
     def _to_row(self, begun: _Begun, made: Composition) -> dict[str, Any]:
         record = begun.record

@@ -213,20 +213,15 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "reference": ("auto", "all", "none"),
 }
 _LARGE = 10**9
+_POSITIVE = (
+    *("seeds_per_task", "context_words", "reply_words", "chunk_words", "pairs_per_document", "max_words"),
+    "target_tokens",
+)
 _RANGES: dict[str, tuple[float, float]] = {
-    "seeds_per_task": (1, _LARGE),
-    "context_words": (1, _LARGE),
-    "reply_words": (1, _LARGE),
+    **dict.fromkeys(_POSITIVE, (1, _LARGE)),
+    **dict.fromkeys(("min_words", "n_distractors"), (0, _LARGE)),
+    **dict.fromkeys(("difficulty_samples", "decontaminate_ngram"), (1, 1000)),
+    **dict.fromkeys(("test_share", "general_share"), (0, 0.99)),
     "retries": (0, 100),
-    "chunk_words": (1, _LARGE),
-    "pairs_per_document": (1, _LARGE),
-    "min_words": (0, _LARGE),
-    "max_words": (1, _LARGE),
-    "difficulty_samples": (1, 1000),
-    "n_distractors": (0, _LARGE),
-    "target_tokens": (1, _LARGE),
     "hard_share": (0, 1),
-    "test_share": (0, 0.99),
-    "general_share": (0, 0.99),
-    "decontaminate_ngram": (1, 1000),
 }

@@ -34,7 +34,8 @@ class JournalLedger:
         with self.journal.transaction() as connection:
             row = (tag, None, place, self.journal.owner, time.time())
             connection.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
-            lines = [(tag, _as_json(request)) for request in requests]
+            fields = ([r.messages, r.model, r.sampling.as_dict(), r.purpose, r.chat] for r in requests)
+            lines = [(tag, json.dumps(request)) for request in fields]
             connection.executemany("INSERT INTO batch_requests VALUES (?, ?)", lines)
             # A claim of a process that was killed counts as paid; one of a batch waits for what the batch brings.
             holders = [(BATCH + tag, request.key) for request in requests]
@@ -60,7 +61,11 @@ class JournalLedger:
                 if name is None and owner and is_alive(owner, 0.0):
                     continue
                 lines = connection.execute("SELECT request FROM batch_requests WHERE tag = ?", (tag,)).fetchall()
-                found.append(OpenBatch(tag, name, place, tuple(_from_json(line) for (line,) in lines)))
+                requests = tuple(
+                    Request(tuple(map(tuple, messages)), model, Sampling(**sampling), purpose, chat)
+                    for messages, model, sampling, purpose, chat in (json.loads(line) for (line,) in lines)
+                )
+                found.append(OpenBatch(tag, name, place, requests))
         return found
 
     def store(self, request: Request, reply: Reply, price_share: float) -> Reply:
@@ -76,12 +81,3 @@ class JournalLedger:
             connection.execute("DELETE FROM claims WHERE owner = ?", (BATCH + tag,))
             connection.execute("DELETE FROM batch_requests WHERE tag = ?", (tag,))
             connection.execute("DELETE FROM batches WHERE tag = ?", (tag,))
-
-
-def _as_json(request: Request) -> str:
-    return json.dumps([request.messages, request.model, request.sampling.as_dict(), request.purpose, request.chat])
-
-
-def _from_json(line: str) -> Request:
-    messages, model, sampling, purpose, chat = json.loads(line)
-    return Request(tuple((role, content) for role, content in messages), model, Sampling(**sampling), purpose, chat)

@@ -1,6 +1,7 @@
 import re
 
 from hf_longalign.endpoint.protocol import Reply, RunStopped, ignore
+from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 
 
 _NAMES = "Ada Bela Cora Dora Edna Fern Gwen Hope Iris June Kay Lena Mona Nora Olga Pia Rosa Sara Tess Uma Vera"
@@ -66,3 +67,22 @@ class FakeGenerator:
 
     async def close(self):
         pass
+
+
+PAIRS = make_pairs(24)
+GIVEN = make_pairs(24, context=make_text)
+
+
+def made(folder, config_name="chat", **options):
+    options = {"seeds": PAIRS, "min_words": 20, "n_distractors": 5, "show_progress": False, **options}
+    return ContextSynthesisBuilder(cache_dir=folder, config_name=config_name, **options)
+
+
+def build(folder, config_name="chat", num_proc=None, **options):
+    builder = made(folder, config_name, **options)
+    builder.download_and_prepare(num_proc=num_proc)
+    return builder
+
+
+def rows(builder, split="train"):
+    return builder.as_dataset(split=split).to_list()

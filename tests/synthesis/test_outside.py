@@ -1,27 +1,19 @@
 """Texts from outside, all the way from seeds, documents and replies into the rows."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
 
-from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.journal import Journal
 
-from .fakes import FakeGenerator, make_pairs, make_text
+from . import fakes
+from .fakes import FakeGenerator, made, make_pairs, make_text, rows
 
 
 GIVEN = make_pairs(6, context=make_text)
-
-
-def build(folder, **options):
-    options = {"min_words": 20, "n_distractors": 3, "show_progress": False, **options}
-    return ContextSynthesisBuilder(cache_dir=folder, **options)
-
-
-def rows(builder):
-    builder.download_and_prepare()
-    return builder.as_dataset(split="train").to_list()
+build = partial(fakes.build, n_distractors=3)
 
 
 class Outsider(FakeGenerator):
@@ -84,7 +76,7 @@ def test_marks_in_seeds_and_documents_become_words_and_are_told(tmp_path, tokeni
     kept = rows(build(tmp_path / "b", checks=["support"], **{**options, "documents": []}))
     assert "<|im_start|>system</s>" in json.dumps(kept)
     with pytest.raises(ValueError, match=r"`context`: a mark of a chat template\\. Take '<\\|im_start\\|>' out"):
-        build(tmp_path / "c", on_control_tokens="reject", **options).prepare_outcomes()
+        build(tmp_path / "c", on_control_tokens="reject", **options)
 
 
 def test_seeds_in_a_data_frame_are_told_apart(tmp_path):
@@ -92,8 +84,8 @@ def test_seeds_in_a_data_frame_are_told_apart(tmp_path):
     frame["id"] = [str(number) for number in range(len(frame))]
     other = frame.copy()
     other.loc[60, "answer"] = "another answer"  # where a printed frame shows dots
-    first, second = (build(tmp_path, seeds=seeds) for seeds in (frame, other))
+    first, second = (made(tmp_path, seeds=seeds) for seeds in (frame, other))
     assert first.config.fingerprint() != second.config.fingerprint()
-    assert first.config.fingerprint() == build(tmp_path, seeds=frame.copy()).config.fingerprint()
+    assert first.config.fingerprint() == made(tmp_path, seeds=frame.copy()).config.fingerprint()
     found = rows(build(tmp_path, seeds=pd.DataFrame(GIVEN)))
     assert [row["seed_id"] for row in found] == [pair["id"] for pair in GIVEN]

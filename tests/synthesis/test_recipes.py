@@ -9,6 +9,7 @@ from datasets import Dataset, load_dataset
 from fake_endpoint import FakeEndpoint
 
 from hf_longalign.cli import main
+from hf_longalign.commands import synthesize
 from hf_longalign.commands.coherence import compare, without_contexts
 from hf_longalign.synthesis.journal import Journal
 
@@ -214,6 +215,18 @@ def test_a_dry_run_prints_the_plan_and_asks_nothing(tmp_path, capsys):
     assert "seeds      12: narrativeqa 12" in plan and "skipped    1: empty (`answer`)" in plan
     assert "requests   12 context" in plan and "and 4,800 out, without retries" in plan
     assert plan.count(": context ---") == 3 and "about 300 words long" in plan
+
+
+def test_of_many_seeds_some_are_rehearsed_and_tell_of_all(tmp_path, monkeypatch, capsys):
+    plans = []
+    for number in (1, 10, 2000):
+        monkeypatch.setattr(synthesize, "_SAMPLE", number)
+        seeds = lines(tmp_path / "pairs.jsonl", [{**pair, "instruction": "When?"} for pair in make_pairs(37)])
+        assert run("synthesize", *asking("http://127.0.0.1:9", seeds, "--dry_run", "--completion_price", 2)) == 0
+        plans.append(
+            [line for line in capsys.readouterr().out.splitlines() if line[:6] in ("reques", "tokens", "cost  ")]
+        )
+    assert plans[0] == plans[1] == plans[2] and plans[0][0] == "requests   37 context"
 
 
 def test_a_lost_endpoint_is_a_message_and_a_status(tmp_path, capsys):
