@@ -3,12 +3,12 @@
     python benchmarks/generation.py                    # on the GPU if there is one, else on the CPU
     python benchmarks/generation.py --model FOLDER     # a real model and the suite's own single needles
 
-Both answer the same prompts with the same model in turn in one process, so that noise meets both: a haystack, the
-same for all lengths and depths of a sample, with a needle put in and a question after it. What counts is the ratio,
-`x`. `cached` is the share of prompt tokens that were not computed; `equal` the share of answers that are the same,
-token for token, which rounding lets fall short of 1 in half precision, above all with random weights. The last row
-asks all lengths at once (not of a real model, for the time). On a CPU times are CPU seconds, which other work on the machine lengthens less; on CUDA they
-are wall-clock, and peak memory is what torch allocated at most beside the weights.
+Both answer the same prompts with the same model in turn in one process, so that noise meets both: a haystack, the same
+for all lengths and depths of a sample, with a needle put in and a question after it. What counts is the ratio, `x`.
+`cached` is the share of prompt tokens that were not computed; `equal` the share of answers that are the same, token
+for token, which rounding lets fall short of 1 in half precision, above all with random weights. The last row asks all
+lengths at once (not of a real model, for the time). On a CPU times are CPU seconds, which other work on the machine
+lengthens less; on CUDA they are wall-clock, and peak memory is what torch allocated at most beside the weights.
 """
 
 import argparse

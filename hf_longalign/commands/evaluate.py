@@ -57,8 +57,8 @@ def run(
     """Ask, score, report, publish; the exit status is 1 where nothing was measured."""
     from hf_longalign.evaluation.evaluator import run as run_evaluation
 
-    report = run_evaluation(model, suites)
-    if report is None:  # another process writes it
+    report, is_written = run_evaluation(model, suites)
+    if not is_written:  # by another process
         return 0
     print((Path(suites.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {suites.output_dir}")

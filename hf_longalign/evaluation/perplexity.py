@@ -188,21 +188,21 @@ class PerplexitySuite:
         if len(self.documents) == limit:
             logger.info("Perplexity is read of the first %d documents. Set `perplexity_limit` for more.", limit)
 
-    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
-        """Have each model read this process's share of the documents."""
+    def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
+        """Have each model read the documents that no other process is at."""
+        how: dict[str, Any] = {"window": self.window, "stride": max(1, self.window // 2), "bos_token_id": self.bos}
         for examinee in examinees:
-            mine = self.documents[rank::processes]
-            with examinee.active():
-                for ids in tqdm(mine, desc=f"{examinee.label}, perplexity", unit="document", disable=rank != 0):
-                    if self._key(examinee, ids) not in store:
-                        windows: dict[str, Any] = {
-                            "window": self.window,
-                            "stride": max(1, self.window // 2),
-                            "bos_token_id": self.bos,
-                        }
-                        loss = perplexity_by_position(self.model, [ids], **windows)
-                        counts = {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
-                        store.add(self._key(examinee, ids), counts)
+            documents = {self._key(examinee, ids): ids for ids in self.documents}
+            title = f"{examinee.label}, perplexity"
+            for keys in store.open_keys([[key] for key in documents]):
+                with examinee.active():
+                    for key in tqdm(keys, desc=title, unit="document", disable=not store.is_main):
+                        loss = perplexity_by_position(self.model, [documents[key]], **how)
+                        store.add(key, {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()})
+
+    def keys(self, examinees: Sequence[Examinee]) -> list[str]:
+        """Return the keys of all results."""
+        return [self._key(examinee, ids) for examinee in examinees for ids in self.documents]
 
     def asked(self) -> list[str]:
         """Return what tells the documents and how they are read."""
@@ -212,9 +212,8 @@ class PerplexitySuite:
         """Return the perplexity per bin by label."""
         curves = {}
         for examinee in examinees:
-            keys = [self._key(examinee, ids) for ids in self.documents]
-            store.wait_for(keys)
-            sums, counts = (np.sum([store.get(key)[name] for key in keys], axis=0) for name in ("sums", "counts"))
+            found = [store.get(key) for key in self.keys([examinee])]
+            sums, counts = (np.sum([one[name] for one in found], axis=0) for name in ("sums", "counts"))
             values = PositionLoss(np.array(self.edges), sums, counts).perplexity
             curves[examinee.label] = [None if np.isnan(value) else float(value) for value in values]
         return PerplexityResult(list(self.edges), self.window, len(self.documents), curves)
