@@ -25,7 +25,7 @@ DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions,
         --suites needle puzzles ruler --output_dir outputs/report
 
 Every answer is on disk as soon as it is there: the same command goes on where a killed one stopped. Several processes
-(accelerate launch -m hf_longalign evaluate …) share the questions."""
+with one output_dir share the questions: accelerate launch -m hf_longalign evaluate …, or one on each machine."""
 
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -54,7 +54,7 @@ from hf_longalign.evaluation.plan import (
     speed_of,
 )
 from hf_longalign.evaluation.prompt import Prompt, encode_text, fingerprint, token_counter
-from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
+from hf_longalign.evaluation.puzzle_prompts import puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
@@ -147,23 +147,23 @@ def work(suites: Sequence[Suite], examined: "Examined", store: ResultStore) -> N
 
 
 def announce(examined: "Examined", suites: Sequence[Suite], store: ResultStore) -> None:
-    """Say what is still to be asked and about how long one process takes for it, once for all processes."""
+    """Say, in the main process, what is still to be asked and about how long one process takes for it."""
     for suite in suites if store.is_main else ():
         left = set(store.missing(suite.keys(examined.who)))
-        if left and not isinstance(suite, PromptSuite):  # lm-eval alone knows its texts
-            logger.info("%s: %d results are to be found.", suite.name, len(left))
-        elif left:
-            asked = [p for p in suite.prompts for one in examined.who if one.key(p.key) in left]
-            sizes = [
-                (p.length or len(encode_text(examined.tokenizer, p.text, chat=p.chat)), p.depth is not None)
-                for p in asked
-            ]
-            tokens = sum(size for size, _ in sizes)
-            minutes = ""
-            if examined.model is not None:
+        prompts = suite.prompts if isinstance(suite, PromptSuite) else []  # lm-eval alone knows its texts
+        asked = [prompt for prompt in prompts for one in examined.who if one.key(prompt.key) in left]
+        tokens, seconds = 0, 0.0
+        for prompt in asked:
+            length = prompt.length or len(encode_text(examined.tokenizer, prompt.text, chat=prompt.chat))
+            tokens += length
+            if examined.model is not None:  # of a server no speed is known
                 cost = speed_of(examined.model, examined.who[0].identity, store)
-                minutes = f", about {sum(seconds_of(cost, *size) for size in sizes) / 60:,.1f} min of one process"
-            logger.info("%s: %d prompts of %s tokens in all%s.", suite.name, len(asked), f"{tokens:,}", minutes)
+                seconds += seconds_of(cost, length, prompt.depth is not None)
+        if asked:
+            time_told = f", about {seconds / 60:,.1f} min of one process" if seconds else ""
+            logger.info("%s: %d prompts of %s tokens in all%s.", suite.name, len(asked), f"{tokens:,}", time_told)
+        elif left:
+            logger.info("%s: %d results are to be found.", suite.name, len(left))
 
 
 @dataclass
@@ -260,15 +260,15 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -
     for name in options.suites:
         if name in planned:
             tasks, scorer = planned[name]
-            make = make_prompts(name, options, texts, count=count, chat=chat)
+            diagnose_at = max(grid.lengths) if options.diagnose else None
+            make = make_prompts(name, options, texts, count=count, chat=chat, diagnose_at=diagnose_at)
             prompts: list[Prompt] = []
             missing: dict[str, str] = {}
             for task in tqdm(tasks, desc=name, disable=not store.is_main):
                 made, without_room = make(task, grid.lengths, grid.samples)
                 prompts += made
                 missing |= without_room
-            kind = PuzzleSuite if name == "puzzles" else PromptSuite
-            suites.append(kind(name, prompts, scorer, missing=missing, haystack=haystack, make=make))
+            suites.append(PromptSuite(name, prompts, scorer, missing=missing, haystack=haystack, make=make))
         elif name == "longbench":
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
@@ -294,7 +294,7 @@ def make_prompts(name: str, options: SuiteOptions, texts: Sequence[str], **asked
         grid |= {"haystack": texts, "seed": options.seed}
         if name == "puzzles":
             room = min(options.max_new_tokens, 64)  # the answers are a few names
-            return puzzle_prompts(**grid, diagnose=options.diagnose, max_new_tokens=room), {}
+            return puzzle_prompts(**grid, max_new_tokens=room), {}
         return list(needle_prompts(**grid, depths=options.depths, max_new_tokens=options.max_new_tokens)), {}
 
     return make
@@ -358,9 +358,9 @@ def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultSto
     for examinee in examined.who if prompts else []:
         if isinstance(examinee.generator, EndpointGenerator):
             key = examinee.key(f"server/{max(prompts, key=lambda prompt: len(prompt.text)).key}")
-            look = partial(examinee.generator.look, prompts, token_counter(examined.tokenizer, chat=prompts[0].chat))
-            found = ServerFacts(**store.once(key, lambda look=look: asdict(look())))
-            settings = {**found.settings(), **check_served(examined, examinee, store)}
+            count = token_counter(examined.tokenizer, chat=prompts[0].chat)
+            facts = ServerFacts(**store.once(key, partial(examinee.generator.look, prompts, count)))
+            settings = {**facts.settings(), **check_served(examined, examinee, store)}
             told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
 

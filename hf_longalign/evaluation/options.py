@@ -79,7 +79,9 @@ class SuiteOptions:
     needle_tasks: list[str] = _option(list(NEEDLES), f"Any of {', '.join(NEEDLES)}.")
     puzzles: list[str] = _option(list(PUZZLES), f"Any of {', '.join(PUZZLES)}.")
     diagnose: bool = _option(
-        False, "Ask each puzzle over its evidence alone and closed-book, too, to tell why it failed."
+        False,
+        "Ask needles, puzzles and RULER at the longest length over their evidence alone and closed-book, too: why answers "
+        "are wrong.",
     )
     ruler_tasks: list[str] = _option(list(RULER), f"Any of {', '.join(RULER)}.")
     ruler_questions: str | None = _option(

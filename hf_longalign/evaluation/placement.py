@@ -18,7 +18,7 @@ from hf_longalign.evaluation.needles import (
     seeded_rng,
     wording_of,
 )
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, other_ways
 
 
 # A long prompt may be this much shorter than asked for: it saves counting it again for one more word.
@@ -38,6 +38,7 @@ def needle_prompts(
     max_new_tokens: int = 128,
     wording: Wording | None = None,
     pools: Pools | None = None,
+    diagnose_at: int | None = None,
 ) -> Iterator[Prompt]:
     """Return the prompts of a grid of lengths and depths, task by task, those that share a haystack together.
 
@@ -59,6 +60,7 @@ def needle_prompts(
         max_new_tokens: room for the answer; RULER's default.
         wording: the words around keys and values; by default RULER's.
         pools: what keys and values are drawn from.
+        diagnose_at: the length whose samples are asked over their needles alone and without any text, too.
 
     Raises:
         ValueError: an argument that is not as said above, an empty haystack, or a length too small for the needles;
@@ -99,7 +101,7 @@ def needle_prompts(
         for task in chosen
         for length in lengths
         for sample in range(samples)
-        for prompt in plan.prompts(task, length, sample, depths)
+        for prompt in plan.prompts(task, length, sample, depths, diagnose=length == diagnose_at)
     )
 
 
@@ -172,7 +174,10 @@ class _Sample:
         for end, needle in order:
             pieces += [*parts[done:end], " " + needle]
             done = end
-        text = "".join([*pieces, *parts[done:]]).strip()
+        return self.around("".join([*pieces, *parts[done:]]).strip())
+
+    def around(self, text: str) -> str:
+        """The prompt over any text."""
         keys, wording = self.needles.keys, self.wording
         question = wording.question.format(keys=keys)
         if not self.chat:
@@ -192,8 +197,10 @@ class _Plan:
     wording: Wording | None
     pools: Pools
 
-    def prompts(self, task: NeedleTask, length: int, index: int, depths: Sequence[float]) -> Iterator[Prompt]:
-        """Yield the prompts of a sample, by depth."""
+    def prompts(
+        self, task: NeedleTask, length: int, index: int, depths: Sequence[float], *, diagnose: bool
+    ) -> Iterator[Prompt]:
+        """Yield the prompts of a sample, by depth, and the other ways to ask it."""
         sample = self._sample(task, length, index)
         least = self.check_room(task, length, [index])
         budget, slack = length - self.max_new_tokens, int(_SLACK * length)
@@ -202,7 +209,7 @@ class _Plan:
         units = self._fit(sample, 0.0, guess, budget, slack)
         for depth in depths:
             text = sample.text(self._fit(sample, depth, units, budget, slack), depth)
-            yield Prompt(
+            prompt = Prompt(
                 suite="needle",
                 task=task.name,
                 index=index,
@@ -214,6 +221,9 @@ class _Plan:
                 length=length,
                 depth=float(depth),
             )
+            yield prompt
+        if diagnose:
+            yield from other_ways(prompt, sample.around(" ".join(sample.needles.asked)), sample.around(""))
 
     def check_room(self, task: NeedleTask, length: int, indices: Iterable[int]) -> int:
         """Return the tokens of a prompt with one word of haystack, the most of some samples, which must all fit."""

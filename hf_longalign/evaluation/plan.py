@@ -67,7 +67,7 @@ def plan_grid(
     # A moved folder is the same evaluation; any other option makes another plan.
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
     key = f"plan/{json.dumps([asked, list(lengths), list(names)], sort_keys=True)}"
-    grid = Grid(**store.once(key, lambda: asdict(fit(speed_of(model, names[0], store), len(names), options, lengths))))
+    grid = Grid(**store.once(key, lambda: fit(speed_of(model, names[0], store), len(names), options, lengths)))
     if store.is_main:
         shown = ", ".join(f"{length:,}" for length in grid.lengths)
         logger.info("%d samples of each task at %s tokens.", grid.samples, shown)

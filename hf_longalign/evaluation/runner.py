@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,11 +147,15 @@ class ResultStore:
             self.expected = 0
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return the value of a key, which one process makes where none has yet, and the others wait for."""
+        """Return the value of a key, which one process makes where none has yet, and the others wait for.
+
+        A dataclass is stored as the dict of its fields.
+        """
         while self.missing([key]):
             for keys in self.open_keys([[key]]):
                 for missing in keys:
-                    self.add(missing, make())
+                    made = make()
+                    self.add(missing, asdict(made) if is_dataclass(made) and not isinstance(made, type) else made)
             if self.missing([key]):
                 time.sleep(PAUSE)
         return self._values[key]
