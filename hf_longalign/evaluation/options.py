@@ -80,8 +80,8 @@ class SuiteOptions:
     puzzles: list[str] = _option(list(PUZZLES), f"Any of {', '.join(PUZZLES)}.")
     diagnose: bool = _option(
         False,
-        "Ask needles, puzzles and RULER at the longest length over their evidence alone and closed-book, too: why answers "
-        "are wrong.",
+        "Ask needles, puzzles and RULER at the longest length over their evidence alone and closed-book, too, to tell "
+        "why answers are wrong.",
     )
     ruler_tasks: list[str] = _option(list(RULER), f"Any of {', '.join(RULER)}.")
     ruler_questions: str | None = _option(
