@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness import HarnessSuite
-from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts, noise
+from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
 from hf_longalign.evaluation.longbench import (
     GROUPS,
     HUB_ID,
@@ -45,15 +45,8 @@ from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import PerplexitySuite
 from hf_longalign.evaluation.placement import needle_prompts
-from hf_longalign.evaluation.plan import (
-    GRIDS,
-    cells_to_refine,
-    plan_grid,
-    seconds_of,
-    seconds_per_prompt,
-    speed_of,
-)
-from hf_longalign.evaluation.prompt import Prompt, encode_text, fingerprint, token_counter
+from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, plan_grid, seconds_per_prompt
+from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
 from hf_longalign.evaluation.puzzle_prompts import puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
@@ -116,7 +109,7 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
     with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:
         suites = make_suites(examined, options, store)
         facts = look_at_server(examined, suites, store)
-        announce(examined, suites, store)
+        announce(examined.model, examined.tokenizer, suites, examined.who, store)
         work(suites, examined, store)
         refine(examined, suites, options, store)
         store.tell_who_is_missing()
@@ -144,26 +137,6 @@ def work(suites: Sequence[Suite], examined: "Examined", store: ResultStore) -> N
             logger.info("Waiting for %d results of other processes in %s.", len(missing), store.folder)
         time.sleep(pause)
         pause = min(2 * pause, 10.0)  # many looks would keep a network disk busy
-
-
-def announce(examined: "Examined", suites: Sequence[Suite], store: ResultStore) -> None:
-    """Say, in the main process, what is still to be asked and about how long one process takes for it."""
-    for suite in suites if store.is_main else ():
-        left = set(store.missing(suite.keys(examined.who)))
-        prompts = suite.prompts if isinstance(suite, PromptSuite) else []  # lm-eval alone knows its texts
-        asked = [prompt for prompt in prompts for one in examined.who if one.key(prompt.key) in left]
-        tokens, seconds = 0, 0.0
-        for prompt in asked:
-            length = prompt.length or len(encode_text(examined.tokenizer, prompt.text, chat=prompt.chat))
-            tokens += length
-            if examined.model is not None:  # of a server no speed is known
-                cost = speed_of(examined.model, examined.who[0].identity, store)
-                seconds += seconds_of(cost, length, prompt.depth is not None)
-        if asked:
-            time_told = f", about {seconds / 60:,.1f} min of one process" if seconds else ""
-            logger.info("%s: %d prompts of %s tokens in all%s.", suite.name, len(asked), f"{tokens:,}", time_told)
-        elif left:
-            logger.info("%s: %d results are to be found.", suite.name, len(left))
 
 
 @dataclass
@@ -249,7 +222,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -
     lengths = options.lengths or default_lengths(examined.reach)
     check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
     grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, store)
-    texts = as_many_as_needed(load_documents(options.haystack, options))
+    texts = as_many_as_needed(load_texts(options.haystack, options.seed))
     count, haystack = token_counter(examined.tokenizer, chat=chat), public_documents(options.haystack)
     planned = {
         "needle": (options.needle_tasks, score_needle),
@@ -272,7 +245,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -
         elif name == "longbench":
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
-            documents = load_documents(options.perplexity_documents or options.haystack, options)
+            documents = load_texts(options.perplexity_documents or options.haystack, options.seed)
             window, limit = options.perplexity_window or max(grid.lengths), options.perplexity_limit
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
@@ -394,11 +367,6 @@ def default_lengths(reach: int) -> list[int]:
     """
     doubles = (1024 * 2**power for power in range(32))
     return list(takewhile(lambda length: length <= reach, doubles)) or [reach]
-
-
-def load_documents(source: str | None, options: SuiteOptions) -> Iterable[str]:
-    """Return texts: built-in ones, those of a file or folder, or a column of a data set."""
-    return noise(seed=options.seed) if source is None else load_texts(source)
 
 
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_longalign.evaluation.options import SuiteOptions
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, encode_text
 from hf_longalign.evaluation.runner import Examinee, ResultStore, spent
 from hf_longalign.records.report import SuiteResult
 
@@ -118,6 +118,31 @@ def seconds_of(cost: tuple[float, float, float], length: int, is_needle: bool) -
 def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, float]:
     """Return what [`seconds_per_token`] found of a model on this machine, now or in an earlier run."""
     return tuple(store.once(f"speed/{name}/{platform.node()}", lambda: seconds_per_token(model)))
+
+
+def announce(
+    model: Any, tokenizer: Any, suites: Sequence[Any], examinees: Sequence[Examinee], store: ResultStore
+) -> None:
+    """Say, in the main process, what is still to be asked and about how long one process takes for it.
+
+    The model is `None` where a server answers, whose speed is not known.
+    """
+    for suite in suites if store.is_main else ():
+        left = set(store.missing(suite.keys(examinees)))
+        prompts = getattr(suite, "prompts", ())  # lm-eval alone knows its texts
+        asked = [prompt for prompt in prompts for one in examinees if one.key(prompt.key) in left]
+        tokens, seconds = 0, 0.0
+        for prompt in asked:
+            length = prompt.length or len(encode_text(tokenizer, prompt.text, chat=prompt.chat))
+            tokens += length
+            if model is not None:
+                cost = speed_of(model, examinees[0].identity, store)
+                seconds += seconds_of(cost, length, prompt.depth is not None)
+        if asked:
+            time_told = f", about {seconds / 60:,.1f} min of one process" if seconds else ""
+            logger.info("%s: %d prompts of %s tokens in all%s.", suite.name, len(asked), f"{tokens:,}", time_told)
+        elif left:
+            logger.info("%s: %d results are to be found.", suite.name, len(left))
 
 
 @torch.inference_mode()

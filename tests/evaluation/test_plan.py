@@ -1,17 +1,19 @@
 """How many samples are asked: within the minutes, the same in every process, more where intervals are wide."""
 
 import json
+import platform
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.evaluation.options import SuiteOptions
-from hf_longalign.evaluation.plan import FEWEST, MOST, cells_to_refine, fit, plan_grid, seconds_per_token
+from hf_longalign.evaluation.plan import FEWEST, MOST, announce, cells_to_refine, fit, plan_grid, seconds_per_token
 from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.puzzle_prompts import score_puzzle
 from hf_longalign.evaluation.results import suite_result
-from hf_longalign.evaluation.runner import ResultStore
+from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
 
 
 @pytest.mark.parametrize("minutes", [0.5, 5.0, 50.0])
@@ -85,3 +87,26 @@ def test_samples_are_added_at_a_single_length_too():
     answers = {"base": [Completion("yes", 1)] * len(unsized)}
     result = suite_result("longbench", unsized, answers, lambda prompt, text: {"exact_match": 1.0})
     assert cells_to_refine(result, unsized, {}, 1000) == []
+
+
+def test_what_is_still_to_be_asked_is_said_first(tmp_path, caplog):
+    caplog.set_level("INFO", "hf_longalign")
+    prompts = [Prompt("puzzles", "latest", n, "who " * n, ("x",), 8, chat=False, length=512) for n in range(4)]
+    prompts.append(replace(prompts[0], task="latest, closed book", text="who who", length=None))
+    suite, who = (
+        PromptSuite("puzzles", prompts, score_puzzle),
+        [Examinee("base", "a", None), Examinee("adapter", "b", None)],
+    )
+    with ResultStore(tmp_path) as store, ResultStore(tmp_path) as other:
+        store.add(who[0].key(prompts[0].key), {"text": "x"})
+        announce(None, tiny_tokenizer(), [suite], who, store)
+        announce(None, tiny_tokenizer(), [suite], who, other)
+        store.add(f"speed/a/{platform.node()}", [0.01, 0.0, 0.0])
+        announce(tiny_llama(), tiny_tokenizer(), [suite], who, store)
+    tokens = 7 * 512 + 2 * len(tiny_tokenizer()("who who")["input_ids"])
+    told = f"puzzles: 9 prompts of {tokens:,} tokens in all"
+    minutes = 0.01 * tokens / 60
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{told}.",
+        f"{told}, about {minutes:.1f} min of one process.",
+    ], "the main process alone tells it"
