@@ -213,6 +213,12 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path):
         SuiteOptions(limit=0, output_dir=str(tmp_path)).check()
     with pytest.raises(ValueError, match=r"`longbench_source` must be .* which is not there"):
         SuiteOptions(suites=["longbench"], longbench_source=str(tmp_path / "gone")).check()
+    for name, values in {"depths": [0.5, 0.5], "lengths": [512, 512], "puzzles": ["count", "count"]}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be all different, got .* Name each once"):
+            SuiteOptions(output_dir=str(tmp_path), **{name: values}).check()
+    for depths in ([0.5, 1.2], [float("nan")], []):
+        with pytest.raises(ValueError, match="`depths` must be 0 to 1"):
+            SuiteOptions(output_dir=str(tmp_path), depths=depths).check()
     SuiteOptions(output_dir=str(tmp_path / "new" / "report")).check()
     with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):
         SuiteOptions(output_dir=__file__).check()

@@ -125,6 +125,10 @@ class SuiteOptions:
             for word in getattr(self, name) or [""]:
                 if word not in allowed:
                     raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Set some of them.")
+        for name in ("suites", "needle_tasks", "puzzles", "ruler_tasks", "lengths", "depths"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):  # it would count double
+                raise ValueError(f"`{name}` must be all different, got {given}. Name each once.")
         local = [suite for suite in self.suites if suite in LOCAL_SUITES]
         if endpoint is not None and local:
             raise ValueError(

@@ -91,11 +91,11 @@ def perplexity_by_position(
             given.
         window: tokens of a window, the one `bos_token_id` adds included.
         stride: tokens from one window to the next, at most the window.
-        edges: ascending, from 0 or 1 to at least the window; `None`: those of [`position_edges`].
+        edges: ascending, from 0 or 1 to the window; `None`: those of [`position_edges`].
         bos_token_id: token that begins every window, for models that were trained so.
 
     Raises:
-        ValueError: no documents, a window beyond the model's range, bad edges or stride.
+        ValueError: no documents, a window beyond the model's range, a bad stride.
     """
     bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
     if not len(documents):
@@ -104,12 +104,6 @@ def perplexity_by_position(
         raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
     if not 1 <= stride <= window:
         raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
-    ascending = bounds.ndim == 1 and bounds.size > 1 and (np.diff(bounds) > 0).all()
-    if not ascending or bounds[0] not in (0, 1) or bounds[-1] < window:
-        raise ValueError(
-            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {bounds.tolist()}. Leave them "
-            "out for bins that double."
-        )
     check_range(model.config, window)
     text = window - (bos_token_id is not None)
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)

@@ -63,8 +63,7 @@ def needle_prompts(
         diagnose_at: the length whose samples are asked over their needles alone and without any text, too.
 
     Raises:
-        ValueError: an argument that is not as said above, an empty haystack, or a length too small for the needles;
-            the message names the smallest.
+        ValueError: an empty haystack, or a length too small for the needles; the message names the smallest.
 
     Example:
 
@@ -74,21 +73,7 @@ def needle_prompts(
     >>> next(prompts).text[:44]
     'A special magic number is hidden within the '
     """
-    unknown = [task for task in tasks if isinstance(task, str) and task not in TASKS]
-    if unknown:
-        raise ValueError(f"`tasks` must be among {list(TASKS)} or a NeedleTask, got {unknown[0]!r}. Set one of them.")
     chosen = [TASKS[task] if isinstance(task, str) else task for task in tasks]
-    names = [task.name for task in chosen]
-    for name, values in (("tasks", names), ("lengths", lengths), ("depths", depths)):
-        if len(values) == 0 or len(set(values)) < len(values):
-            raise ValueError(f"`{name}` must be at least one, all different, got {list(values)!r}. Correct them.")
-    for name, numbers in (("lengths", lengths), ("samples", [samples]), ("max_new_tokens", [max_new_tokens])):
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-                raise ValueError(f"`{name}` must be whole and at least 1, got {number!r}. Set it to 1 or more.")
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"`depths` must be from 0 (beginning) to 1 (end), got {depth!r}. Set them as shares.")
     sentences = sentences_of(haystack)
     # One haystack for all samples, tasks and lengths, as in RULER: what stands before the first needle is then read
     # once for the whole grid, half of all tokens and not a third.

@@ -362,13 +362,7 @@ def ruler_prompts(
         chat: whether the prompts go through the chat template.
         diagnose_at: the length whose samples are asked over their evidence alone and without any text, too; all but
             common and frequent words, whose evidence is the whole text.
-
-    Raises:
-        ValueError: an unknown task.
     """
-    unknown = next((name for name in tasks if name not in TASKS), None)
-    if unknown is not None:
-        raise ValueError(f"`ruler_tasks` must be among {', '.join(TASKS)}, got {unknown!r}. Set one of them.")
     prompts, missing = [], {}
     for task in (TASKS[name] for name in tasks):
         asked = list(questions) or (invented_questions(task.hops, QUESTIONS) if task.kind == "qa" else [])

@@ -200,8 +200,11 @@ def ask(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore, *, pr
     The store gets `{"text": …, "tokens": …, "cut": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what
     it took, see [`GenerationStats`]. `progress` shows a bar per task.
     """
-    for task in dict.fromkeys(prompt.task for prompt in prompts):
-        by_key = {examinee.key(prompt.key): prompt for prompt in prompts if prompt.task == task}
+    # The other ways to ask a task ("latest, closed book") are answered together with it: full batches are faster.
+    by_task: dict[str, dict[str, Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(prompt.task.partition(",")[0], {})[examinee.key(prompt.key)] = prompt
+    for task, by_key in by_task.items():
         # By sample, not by prompt: the depths of a sample share a haystack, which one process then reads once.
         samples: dict[tuple, list[str]] = {}
         for key, prompt in by_key.items():
