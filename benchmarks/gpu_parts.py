@@ -1,4 +1,4 @@
-"""The parts of `gpu.py`: each takes the device, returns rows, and notes what it could not do."""
+"""The parts of `gpu.py`: each takes where it runs, returns rows, and notes what it could not do."""
 
 import gc
 import statistics
@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import memory_formula
 import numpy as np
@@ -27,6 +27,13 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 # Tokens/s of NeMo AutoModel on one H100: LoRA, bf16, 4,096 tokens.
 PUBLIC = {"Llama-3-8B": 12_473, "Qwen2.5-7B": 14_110}
 SEED = 0
+
+
+class Place(NamedTuple):
+    """Where a part runs, and whether in the sizes of real models or in those that a CPU can do."""
+
+    device: str
+    large: bool
 
 
 def build(shape: Shape, device: str, attention: str, dtype: torch.dtype, lora: bool = False, **options: Any) -> Any:
@@ -95,8 +102,9 @@ def run(model: Any, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return loss.detach().float(), [weight.grad.float() for weight in model.parameters() if weight.grad is not None]
 
 
-def exactness(device: str, could_not: list[str]) -> list[dict]:
+def exactness(place: Place, could_not: list[str]) -> list[dict]:
     """Hold every backend against eager attention in float32, document by document: loss and gradients."""
+    device = place.device
     rows, shape = documents(7, 40, TINY.vocabulary), TINY
     reference = build(shape, device, "eager", torch.float32).train()
     single = [collate([row], False, True, 2048, device) for row in rows]
@@ -158,9 +166,10 @@ def flex_exactness(could_not: list[str]) -> list[dict]:
     return results
 
 
-def trajectories(device: str, could_not: list[str]) -> list[dict]:
+def trajectories(place: Place, could_not: list[str]) -> list[dict]:
     """Train 50 steps on every backend, packed and padded: the loss curves are one."""
-    steps, results, reference = 50 if device == "cuda" else 10, [], None
+    device = place.device
+    steps, results, reference = 50 if place.large else 10, [], None
     half = torch.bfloat16 if device == "cuda" else torch.float32
     cases = [("eager", False, torch.float32), ("sdpa", False, torch.float32)]
     cases += [(name, packed, half) for name in attentions(device, could_not) for packed in (False, True)]
@@ -267,15 +276,16 @@ def timed(step: Step, repeats: int) -> float:
     return statistics.median(step() for _ in range(repeats))
 
 
-def throughput(device: str, could_not: list[str]) -> list[dict]:
+def throughput(place: Place, could_not: list[str]) -> list[dict]:
     """Measure tokens/s and MFU with and without skips, and TRL's own trainer, on packed rows of 4,096 with LoRA."""
-    results, length = [], 4096 if device == "cuda" else 512
-    for shape in (LLAMA, QWEN) if device == "cuda" else (TINY,):
+    device = place.device
+    results, length = [], 4096 if place.large else 512
+    for shape in (LLAMA, QWEN) if place.large else (TINY,):
         for side, ours, skipped in [("TRL", False, False), ("ordinary", True, False), ("skipped", True, True)]:
 
             def measure(shape: Shape = shape, side: str = side, ours: bool = ours, skipped: bool = skipped) -> dict:
                 step = Step(shape, device, length, ours=ours, skipped=skipped)
-                seconds = timed(step, 10 if device == "cuda" else 3)
+                seconds = timed(step, 10 if place.large else 3)
                 rate = step.tokens / seconds
                 row = {"model": shape.name, "side": side, "tokens": step.tokens, "step_s": round(seconds, 4),
                        "tokens_per_s": round(rate)}  # fmt: skip
@@ -303,11 +313,12 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
 
-def compiling(device: str, could_not: list[str]) -> list[dict]:
+def compiling(place: Place, could_not: list[str]) -> list[dict]:
     """Measure what `torch.compile` gains, and how often it compiled after the third step."""
+    device = place.device
     from torch._dynamo.utils import counters
 
-    results, shape, length = [], LLAMA if device == "cuda" else TINY, 4096 if device == "cuda" else 512
+    results, shape, length = [], LLAMA if place.large else TINY, 4096 if place.large else 512
     backend = "inductor" if device == "cuda" else "aot_eager"
     for compiled in (False, True):
 
@@ -339,10 +350,11 @@ def compiling(device: str, could_not: list[str]) -> list[dict]:
     return results
 
 
-def span(device: str, could_not: list[str]) -> list[dict]:
+def span(place: Place, could_not: list[str]) -> list[dict]:
     """Time a sample that spans 128k positions: by 4k real tokens with skips, and by 128k real tokens."""
-    results, shape = [], LLAMA if device == "cuda" else TINY
-    short, long = (4096, 131_072) if device == "cuda" else (256, 8192)
+    device = place.device
+    results, shape = [], LLAMA if place.large else TINY
+    short, long = (4096, 131_072) if place.large else (256, 8192)
     for tokens in (short, long):
 
         def measure(tokens: int = tokens) -> dict:
@@ -355,9 +367,7 @@ def span(device: str, could_not: list[str]) -> list[dict]:
         free(device)
     if len(results) == 2:
         ratio = results[1]["seconds_per_sample"] / results[0]["seconds_per_sample"]
-        results.append(
-            {"model": shape.name, "times_cheaper": round(ratio, 1), "goal": 50 if device == "cuda" else None}
-        )
+        results.append({"model": shape.name, "times_cheaper": round(ratio, 1), "goal": 50 if place.large else None})
     return results
 
 
@@ -382,8 +392,9 @@ def saved_bytes(shape: Shape, tokens: int = 64) -> float:
     return sum(storage.nbytes() for storage in kept.values()) / tokens
 
 
-def memory(device: str, could_not: list[str]) -> list[dict]:
+def memory(place: Place, could_not: list[str]) -> list[dict]:
     """Check the formula of recipes/MEMORY.md: a layer's bytes by counting; on a GPU the whole, to the longest row."""
+    device = place.device
     rng, results = np.random.default_rng(SEED), []
     for _ in range(6):
         key_heads, groups, width = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.choice([16, 32, 64]))
@@ -394,8 +405,8 @@ def memory(device: str, could_not: list[str]) -> list[dict]:
         results.append(
             {"layer": [shape.hidden, heads, key_heads, width, shape.ffn], "counted": counted, "formula": reckoned}
         )
-    if device == "cpu":
-        could_not.append("memory: the whole of a step and the longest row need a GPU")
+    if not place.large:
+        could_not.append("memory: the whole of a step and the longest row need a GPU and its sizes")
         return results
     card = torch.cuda.get_device_properties(0).total_memory / 2**30
     for tokens in (8192, 32_768, int(memory_formula.longest_row(LLAMA, card) * 0.95) // 1024 * 1024):
@@ -413,11 +424,12 @@ def memory(device: str, could_not: list[str]) -> list[dict]:
     return results
 
 
-def evaluation(device: str, could_not: list[str]) -> list[dict]:
+def evaluation(place: Place, could_not: list[str]) -> list[dict]:
     """Measure answering one question over longer and longer prompts: seconds and memory."""
-    results, shape = [], LLAMA if device == "cuda" else TINY
+    device = place.device
+    results, shape = [], LLAMA if place.large else TINY
     model = build(shape, device, "sdpa", torch.bfloat16 if device == "cuda" else torch.float32).eval()
-    for length in (8192, 32_768, 131_072) if device == "cuda" else (256, 1024):
+    for length in (8192, 32_768, 131_072) if place.large else (256, 1024):
 
         def measure(length: int = length) -> dict:
             free(device)

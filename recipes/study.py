@@ -38,7 +38,7 @@ from study_data import (
     split_pairs,
 )
 from study_report import write_study
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import TrlParser
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter, scale_rope
@@ -61,12 +61,16 @@ SHORT = 2048
 
 
 class Arm(NamedTuple):
-    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), with which blocks."""
+    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), with which blocks.
+
+    `long_rows` are as long as the target, and trained on for the seconds that short ones with ordinary positions took.
+    """
 
     title: str
     scaled: bool = True
     strategy: str | None = None
     parts: bool = True
+    long_rows: bool = False
 
 
 ARMS = {
@@ -78,6 +82,7 @@ ARMS = {
     "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
     "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
     "skip_context": Arm("skip_context", strategy="skip_context"),
+    "long_rows": Arm("long rows in the same seconds", strategy="none", long_rows=True),
 }
 
 
@@ -92,7 +97,10 @@ class StudyOptions:
     seeds: str = field(default=HUB_DATA, metadata={"help": "Hub id with HotpotQA's columns, or a folder of seeds."})
     most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
     output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
-    arms: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": "In the order of importance."})
+    arms: list[str] = field(
+        default_factory=lambda: [arm for arm, what in ARMS.items() if not what.long_rows],
+        metadata={"help": f"Some of {', '.join(ARMS)}, in the order of importance."},
+    )
     training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
     rows: int = field(default=128, metadata={"help": "Rows to train on."})
     row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
@@ -110,6 +118,9 @@ class StudyOptions:
     )
     target_length: int = field(default=16384, metadata={"help": "Positions that RoPE is scaled and skips go to."})
     rope_type: str = field(default="yarn", metadata={"help": "How RoPE is scaled."})
+    distances: list[int] = field(
+        default_factory=list, metadata={"help": "Distances that the loss of short rows is watched at while training."}
+    )
     skip_probability: float = field(default=0.5, metadata={"help": "Share of the rows that are skipped."})
     dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
     split: str = field(default="report", metadata={"help": "Whose questions: development (for choices) or report."})
@@ -124,6 +135,8 @@ class StudyOptions:
         default=None, metadata={"help": "Folder of .txt files; unset: the passages of the questions."}
     )
     perplexity_documents: int = field(default=8, metadata={"help": "Documents of 2,048 tokens."})
+    batch_tokens: int = field(default=65_536, metadata={"help": "Tokens of texts and answers kept at once on asking."})
+    models_kept: int = field(default=1, metadata={"help": "Models of arms kept in memory between texts."})
     minutes: float | None = field(default=None, metadata={"help": "Begin nothing new after so many, but report."})
 
     def __post_init__(self) -> None:
@@ -132,6 +145,8 @@ class StudyOptions:
             for word in value if isinstance(value, list) else [value]:
                 if word not in allowed:
                     raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Correct it.")
+        if "long_rows" in self.arms and "ordinary" not in self.arms:
+            raise ValueError("`arms` must hold ordinary beside long_rows, which trains for its seconds. Add it.")
 
     @property
     def grid(self) -> list[tuple[int, int]]:
@@ -144,8 +159,26 @@ class Unit(NamedTuple):
     """A piece of work: where its result goes, what must be there before, and how it is done."""
 
     result: Path
-    needs: Path | None
+    needs: tuple[Path, ...]
     run: Callable[[], dict[str, Any]]
+
+
+class StepClock(TrainerCallback):
+    """The seconds of each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop when the GPU is done."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
 
 
 class Study:
@@ -153,6 +186,7 @@ class Study:
 
     def __init__(self, options: StudyOptions) -> None:
         self.options, self.folder = options, Path(options.output_dir)
+        self.models: dict[tuple[str, int], Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.config = AutoConfig.from_pretrained(options.model)
@@ -177,20 +211,22 @@ class Study:
     def units(self) -> Iterator[Unit]:
         """Yield all work in order: seed by seed the training, then text by text all arms."""
         options = self.options
-        composed = self.folder / "data" / "composed.json"
-        yield Unit(composed, None, self.compose)
+        for name in self.sources:
+            yield Unit(self.composed(name), (), lambda n=name: self.compose(n))
         for seed in options.training_seeds:
             arms = [arm for arm in options.arms if ARMS[arm].strategy or seed == options.training_seeds[0]]
             for arm in arms:
                 if ARMS[arm].strategy:
-                    yield Unit(self.trained(arm, seed), composed, lambda a=arm, s=seed: self.train(a, s))
+                    needs = tuple(map(self.composed, self.sources))
+                    needs += (self.trained("ordinary", seed),) if ARMS[arm].long_rows else ()
+                    yield Unit(self.trained(arm, seed), needs, lambda a=arm, s=seed: self.train(a, s))
             for cell in [*options.grid[:1], None, *options.grid[1:]]:
                 for arm in arms:
                     if cell and not ARMS[arm].scaled and cell[0] > self.reach:
                         continue  # nobody asks a model past its range
                     name = "perplexity" if cell is None else f"{cell[0]}-{cell[1]}"
                     result = self.arm_folder(arm, seed) / options.split / f"{name}.json"
-                    needs = self.trained(arm, seed) if ARMS[arm].strategy else None
+                    needs = (self.trained(arm, seed),) if ARMS[arm].strategy else ()
                     yield Unit(result, needs, lambda a=arm, s=seed, c=cell: self.examine(a, s, c))
 
     def arm_folder(self, arm: str, seed: int) -> Path:
@@ -201,38 +237,76 @@ class Study:
         """The file that says that an arm is trained."""
         return self.arm_folder(arm, seed) / "training.json"
 
-    def compose(self) -> dict[str, Any]:
-        """Make the rows that all arms are trained on."""
-        options, pairs = self.options, self.pairs["train"]
-        compose_rows(pairs, self.folder / "data", tokenizer=options.model, tokens=options.row_tokens)
-        return {"pairs": len(pairs)}
+    @property
+    def sources(self) -> dict[str, tuple[str, int]]:
+        """The rows that are made: their folder, of which pairs, and how long."""
+        options = self.options
+        found = {"data": ("train", options.row_tokens)}
+        if "long_rows" in options.arms:
+            found["data_long"] = ("train", options.target_length)
+        if options.distances:
+            found["data_distances"] = ("development", options.row_tokens)
+        return found
+
+    def composed(self, name: str) -> Path:
+        """The file that says that rows are made."""
+        return self.folder / name / "composed.json"
+
+    def compose(self, name: str) -> dict[str, Any]:
+        """Make the rows of a folder."""
+        split, tokens = self.sources[name]
+        compose_rows(self.pairs[split], self.folder / name, tokenizer=self.options.model, tokens=tokens)
+        return {"pairs": len(self.pairs[split])}
 
     def train(self, arm: str, seed: int) -> dict[str, Any]:
         """Train an arm from the model and save its adapter."""
-        options, what = self.options, ARMS[arm]
-        rows = composed_rows(self.folder / "data")
-        gpu = torch.cuda.is_available()
+        more: dict[str, Any] = {}
+        if ARMS[arm].long_rows:
+            seconds = json.loads(self.trained("ordinary", seed).read_text())["seconds"]
+            probe, clock = self.trainer(arm, seed, max_steps=3)
+            probe.train()
+            more["max_steps"] = max(1, round(seconds / min(clock.seconds)))
+        trainer, clock = self.trainer(arm, seed, **more)
+        trainer.train()
+        trainer.save_model()
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "seconds": round(sum(clock.seconds), 1),
+            "steps": trainer.state.global_step,
+            "rows": len(trainer.train_dataset),
+            "tokens": trainer.state.num_input_tokens_seen,
+            "loss_first": round(sum(history[:3]) / len(history[:3]), 4),
+            "loss_last": round(sum(history[-3:]) / len(history[-3:]), 4),
+        }
+
+    def trainer(self, arm: str, seed: int, **more: Any) -> tuple[LongAlignSFTTrainer, StepClock]:
+        """Return the trainer of an arm, and what times its steps."""
+        options, what, gpu = self.options, ARMS[arm], torch.cuda.is_available()
+        rows = composed_rows(self.folder / ("data_long" if what.long_rows else "data"))
+        micro = 1 if what.long_rows else options.micro_batch_size
         trainer = LongAlignSFTTrainer(
             options.model,
             args=LongAlignSFTConfig(
                 output_dir=str(self.arm_folder(arm, seed) / "adapter"),
                 num_train_epochs=options.epochs,
-                per_device_train_batch_size=options.micro_batch_size,
-                gradient_accumulation_steps=max(1, options.batch_size // options.micro_batch_size),
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=max(1, options.batch_size // micro),
                 learning_rate=options.learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
-                max_length=options.row_tokens,
+                max_length=options.target_length if what.long_rows else options.row_tokens,
                 assistant_only_loss=True,
                 loss_weighting="sequence",
                 skip_strategy=what.strategy,
                 skip_target_length=options.target_length,
                 skip_probability=options.skip_probability,
                 rope_type=options.rope_type,
+                eval_distances=options.distances or None,
                 model_init_kwargs={"dtype": options.dtype},
                 bf16=gpu,
                 use_cpu=not gpu,
-                gradient_checkpointing=False,
+                gradient_checkpointing=what.long_rows,
+                include_num_input_tokens_seen="non_padding",
                 seed=seed,
                 base_name=options.base_name,
                 license="apache-2.0",
@@ -241,30 +315,28 @@ class Study:
                 report_to="none",
                 disable_tqdm=True,
                 dataloader_pin_memory=gpu,
+                **more,
             ),
             train_dataset=rows if what.parts else rows.remove_columns("parts"),
+            # With their parts for every arm: all are asked at the same distances.
+            eval_dataset=composed_rows(self.folder / "data_distances") if options.distances else None,
             processing_class=self.tokenizer,
             peft_config=LoraConfig(
                 r=options.lora_r, lora_alpha=2 * options.lora_r, target_modules=options.lora_target_modules
             ),
         )
-        start = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - start
-        trainer.save_model()
-        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
-        return {
-            "seconds": round(seconds, 1),
-            "steps": trainer.state.global_step,
-            "rows": len(rows),
-            "tokens": round(tokens * options.epochs),
-            "loss_first": round(sum(history[:3]) / len(history[:3]), 4),
-            "loss_last": round(sum(history[-3:]) / len(history[-3:]), 4),
-        }
+        trainer.add_callback(clock := StepClock())
+        return trainer, clock
 
     def load(self, arm: str, seed: int) -> Any:
-        """Load the model of an arm."""
+        """Load the model of an arm, or take it from among those that were asked last."""
+        if (arm, seed) not in self.models:
+            if len(self.models) >= self.options.models_kept:
+                self.models.pop(next(iter(self.models)))
+            self.models[arm, seed] = self._loaded(arm, seed)
+        return self.models[arm, seed]
+
+    def _loaded(self, arm: str, seed: int) -> Any:
         options, what = self.options, ARMS[arm]
         device = {"": 0} if torch.cuda.is_available() else None
         kwargs: dict[str, Any] = {"dtype": options.dtype, "device_map": device}
@@ -293,7 +365,7 @@ class Study:
             keys_at_once=options.keys_at_once,
             most_golds=options.most_golds,
         )
-        generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(65_536, 4 * length))
+        generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(options.batch_tokens, 4 * length))
         examinee = Examinee(arm, f"{arm}-{seed}", generator)
         with ResultStore(self.arm_folder(arm, seed) / options.split / "answers") as store:
             ask(examinee, prompts, store, progress=False)
@@ -328,7 +400,7 @@ def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
 def settings(options: StudyOptions) -> dict[str, Any]:
     """Return what a reader must know to do the same again; of folders only the last part of their path."""
     told = {name: value for name, value in asdict(options).items() if value is not None}
-    for name in ("output_dir", "minutes", "base_name"):
+    for name in ("output_dir", "minutes", "base_name", "models_kept", "batch_tokens"):
         told.pop(name, None)
     for name in ("model", "seeds", "perplexity_texts"):
         if Path(told.get(name, "")).is_dir() and name in told:
@@ -362,7 +434,7 @@ def work(units: list[Unit], minutes: float | None = None) -> bool:
         for unit in missing:
             if minutes is not None and time.monotonic() - start > 60 * minutes:
                 return False
-            if unit.needs and not unit.needs.exists():
+            if not all(needed.exists() for needed in unit.needs):
                 continue
             with claimed(unit.result) as mine:
                 if mine and not unit.result.exists():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from hf_longalign.cards.markdown import table
 from hf_longalign.evaluation.intervals import cluster_means, mean_interval, paired_difference
@@ -72,10 +73,13 @@ class Found:
         self.losses: dict[str, list[list[float]]] = {}
         self.training: list[dict[str, Any]] = []
         self.asking: dict[str, float] = defaultdict(float)
+        # Of each trained model and length: the loss of short rows stretched to it, and the share of needles found.
+        self.watched: list[dict[str, Any]] = []
         for arm in arms:
             gathered: dict[Key, list[float]] = defaultdict(list)
             for place in sorted((folder / "arms").glob(f"{arm}-*")):
                 seed = int(place.name.rpartition("-")[2])
+                own: dict[int, list[float]] = defaultdict(list)
                 if (place / "training.json").exists():
                     self.training.append({"arm": arm, "seed": seed, **_read(place / "training.json")})
                 for file in sorted((place / split).glob("*.json")):
@@ -85,6 +89,14 @@ class Found:
                         self.losses.setdefault(arm, []).extend(result["losses"])
                     for number, key in _keys(result.get("scores", [])):
                         gathered[key].append(result["scores"][number]["score"])
+                        if key[0] in GROUPS["needles"][1]:
+                            own[key[1]].append(gathered[key][-1])
+                for length, loss in _distances(place / "adapter" / "longalign_config.json"):
+                    if own[length]:
+                        needles = float(np.mean(own[length]))
+                        self.watched.append(
+                            {"arm": arm, "seed": seed, "length": length, "loss": loss, "needles": needles}
+                        )
             if gathered:
                 self.scores[arm] = {key: float(np.mean(values)) for key, values in gathered.items()}
 
@@ -121,6 +133,21 @@ class Found:
                 found.append(Comparison(group, length, arm, reference, *difference, samples))
         return found
 
+    def agreement(self) -> list[dict[str, Any]]:
+        """Return how well the loss at a distance ranks the models as needles do: Spearman, -1 at best."""
+        if not self.watched:
+            return []
+        frame = pd.DataFrame(self.watched)
+        return [
+            {
+                "length": int(length),
+                "models": len(own),
+                "spearman": float(own[["loss", "needles"]].corr("spearman").iloc[0, 1]),
+            }
+            for length, own in frame.groupby("length")
+            if len(own) > 2 and own["needles"].nunique() > 1
+        ]
+
     def perplexity(self, arm: str) -> float:
         """Return the perplexity over all documents and seeds."""
         return exp(sum(total for total, _ in self.losses[arm]) / sum(tokens for _, tokens in self.losses[arm]))
@@ -136,6 +163,12 @@ class Found:
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _distances(record: Path) -> Iterable[tuple[int, float]]:
+    """Distances and the losses after training, of a trained model that was watched."""
+    watched = (_read(record) if record.exists() else {}).get("distances") or {}
+    return zip(watched.get("lengths", []), watched.get("after") or [], strict=False)
 
 
 def _keys(scores: Sequence[Mapping[str, Any]]) -> Iterable[tuple[int, Key]]:
@@ -186,6 +219,8 @@ def as_json(
         "seconds of asking": {arm: round(seconds, 1) for arm, seconds in found.asking.items()},
         "scores": _rounded(scores),
         "differences": _rounded([asdict(one) for one in compared]),
+        "distances": _rounded(found.watched),
+        "agreement of distances with needles": _rounded(found.agreement()),
         "perplexity below 2,048": {arm: round(found.perplexity(arm), 4) for arm in found.losses},
     }
 
@@ -214,6 +249,8 @@ def render(
         parts += [f"## {title}", _means(found, group, titles), _differences(compared, group, found.lengths, titles)]
     if found.losses:
         parts += ["## Perplexity below 2,048 tokens", _perplexity(found, titles)]
+    if found.watched:
+        parts += ["## Loss at a distance, watched while training", _watched(found, titles)]
     rows = [
         (
             titles[one["arm"]],
@@ -312,6 +349,22 @@ def _perplexity(found: Found, titles: Mapping[str, str]) -> str:
         change = "" if arm == reference else f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
         rows.append((titles[arm], f"{found.perplexity(arm):.2f}", change))
     return table(("arm", "perplexity", f"against {titles[reference]}"), rows)
+
+
+def _watched(found: Found, titles: Mapping[str, str]) -> str:
+    lengths = sorted({one["length"] for one in found.watched})
+    told: dict[tuple[str, int], dict[int, str]] = defaultdict(dict)
+    for one in found.watched:
+        told[one["arm"], one["seed"]][one["length"]] = f"{one['loss']:.3f} ({100 * one['needles']:.0f} %)"
+    rows = [(titles[arm], seed, *(own.get(n, "") for n in lengths)) for (arm, seed), own in told.items()]
+    ranks = {one["length"]: f"{one['spearman']:+.2f}" for one in found.agreement()}
+    rows.append(("Spearman", "", *(ranks.get(length, "") for length in lengths)))
+    text = (
+        "The loss of short rows whose blocks are moved apart to the distance, after training, and beside it the share "
+        "of needles found in real texts of that length. Were the one to rank the models as the other does, their rank "
+        "correlation would be -1."
+    )
+    return text + "\n\n" + table(("arm", "seed", *(f"{n:,}" for n in lengths)), rows, right=range(1, 2 + len(lengths)))
 
 
 def draw(found: Found, titles: Mapping[str, str], folder: Path) -> list[str]:

@@ -63,7 +63,7 @@ def test_a_part_runs_alone_and_says_what_it_could_not_do(tmp_path):
     result = json.loads(path.read_text())
     if path.name == "gpu_memory_cpu.json":
         assert "no GPU was found" in result["machine"]["sizes"]
-        assert result["could_not"] == ["memory: the whole of a step and the longest row need a GPU"]
+        assert result["could_not"] == ["memory: the whole of a step and the longest row need a GPU and its sizes"]
         assert "need a GPU" in done.stdout
     assert all(row["counted"] == row["formula"] for row in result["rows"] if "counted" in row)
 

@@ -18,7 +18,7 @@ from hf_longalign.evaluation.intervals import student_quantile
 
 
 ROOT = Path(__file__).parents[1]
-ARMS = ["scaled", "ordinary", "skip_parts", "skip_turns", "pose", "cream", "plain"]
+ARMS = ["scaled", "ordinary", "skip_parts", "skip_turns", "pose", "cream", "long_rows", "plain"]
 TRAINED = ARMS[1:-1]
 CELLS = ["1536:2", "3072:1"]
 
@@ -181,7 +181,7 @@ def command(folder, seeds, output, *more):
     options = ["--model", folder, "--seeds", seeds, "--output_dir", output, "--arms", *ARMS, "--rows", 12]
     options += ["--row_tokens", 768, "--gold_tokens", 100, "--batch_size", 4, "--micro_batch_size", 2]
     options += ["--target_length", 4096, "--dtype", "float32", "--cells", *CELLS, "--most_golds", 3, "--lora_r", 2]
-    options += ["--perplexity_documents", 2]
+    options += ["--perplexity_documents", 2, "--distances", 1536, 3072]
     return [sys.executable, str(ROOT / "recipes" / "study.py"), *map(str, options), *more]
 
 
@@ -237,6 +237,9 @@ def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
     assert report["complete"] and not list(tmp_path.rglob("*.part"))
     seen = {(one["arm"], one["length"]) for one in report["scores"]}
     assert {(arm, 3072) for arm in ARMS} - seen == {("plain", 3072)}, "nobody asks a model past its range"
+    assert {(one["arm"], one["length"]) for one in report["distances"]} == {
+        (a, n) for a in TRAINED for n in (1536, 3072)
+    }
     pairs = {(one["arm"], one["reference"]) for one in report["differences"]}
     assert len(pairs) == len(ARMS) * (len(ARMS) - 1) / 2 and ("skip_parts", "ordinary") in pairs
     assert str(model) not in (tmp_path / "report.json").read_text() + (tmp_path / "report.md").read_text()
@@ -249,8 +252,27 @@ def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
         "skip_turns": "skip_all",
         "pose": "pose",
         "cream": "cream",
+        "long_rows": "none",
     }
+    trained_on = {one["arm"]: one for one in report["training"]}
+    assert trained_on["long_rows"]["tokens"] / trained_on["long_rows"]["steps"] > 1.5 * (
+        trained_on["ordinary"]["tokens"] / trained_on["ordinary"]["steps"]
+    )
     assert records["skip_parts"]["coverage"] != records["skip_turns"]["coverage"]
+
+
+def test_distances_that_rank_as_needles_do(recipes, tmp_path):
+    _, report = recipes
+    for seed in range(5):
+        folder = tmp_path / "arms" / f"ordinary-{seed}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "report").mkdir()
+        record = {"distances": {"lengths": [1024], "rows": 4, "before": [9.0], "after": [5.0 - seed**2 / 10]}}
+        (folder / "adapter" / "longalign_config.json").write_text(json.dumps(record))
+        score = {"task": "multi_key", "length": 1024, "sample": "1024/0/0", "depth": 0.5, "score": seed / 5}
+        (folder / "report" / "1024-0.json").write_text(json.dumps({"scores": [score], "seconds": 1.0}))
+    (told,) = report.Found(tmp_path, ["ordinary"], "report").agreement()
+    assert told == {"length": 1024, "models": 5, "spearman": pytest.approx(-1)}
 
 
 def test_what_is_no_arm_is_refused_by_name(model, seeds, tmp_path):

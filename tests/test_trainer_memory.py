@@ -137,3 +137,46 @@ def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step
     assert_same(actual, expected)
     assert graphs[0] > 0 and graphs[2:] == [graphs[2]] * 4
     torch._dynamo.reset()
+
+
+GPU_OPTIONS = {
+    "activations offloaded": {"activation_offloading": True},
+    "checkpoints": {"gradient_checkpointing": True},
+    "checkpoints, reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "compiled": {"torch_compile": True, "preflight": False},
+    "liger": {"use_liger_kernel": True},
+    "optimiser of 8 bits": {"optim": "adamw_8bit"},
+    "paged optimiser": {"optim": "paged_adamw_32bit"},
+    "weights of 4 bits": {"bits": 4, "learning_rate": 1e-3},
+    "weights of 8 bits": {"bits": 8, "learning_rate": 1e-3},
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@layouts
+@pytest.mark.parametrize("name", GPU_OPTIONS)
+def test_on_a_gpu_every_option_trains_as_without_it(tmp_path, packing, name):
+    options = dict(GPU_OPTIONS[name])
+    bits = options.pop("bits", None)
+    if bits or "optim" in options:
+        pytest.importorskip("bitsandbytes", reason='needs pip install "hf_longalign[quant]"')
+    if name == "liger":
+        pytest.importorskip("liger_kernel", reason="needs pip install liger-kernel")
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    tiny_llama(**sizes).save_pretrained(tmp_path / "model")
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
+    )
+
+    def run(bits=None, **given):
+        kwargs = {"quantization_config": quantisation, "device_map": {"": 0}} if bits else {}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, **kwargs)
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if bits else None
+        return trained(tmp_path, packing, model=model, peft_config=lora, use_cpu=False, bf16=True, **given)[0]
+
+    # Rounded to bfloat16 on the way; weights of few bits are another model, near the one they stand for.
+    expected = run(**({"learning_rate": 1e-3} if bits else {}))
+    torch.testing.assert_close(run(bits, **options), expected, atol=0.1 if bits else 0.03, rtol=0)

@@ -90,9 +90,10 @@ def test_documents_of_one_length_are_one_batch(monkeypatch):
     assert_equal_with_gradients(out, expected, [query, key, value])
 
 
-def fake_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def fake_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=None):
     """torch's variable-length attention as its documentation says it: windows count tokens."""
-    assert enable_gqa and query.shape[-1] % 8 == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    assert query.shape[-1] % 8 == 0 and query.shape[-1] == key.shape[-1] == value.shape[-1]
     assert cu_q.dtype == torch.int32 and cu_q is cu_k and max_q == max_k == int(cu_q.diff().max())
     left, right = window_size
     assert right == 0
