@@ -44,6 +44,7 @@ def suite_result(
         label: [scorer(prompt, answer.text) for prompt, answer in zip(prompts, texts, strict=True)]
         for label, texts in answers.items()
     }
+    # The other ways to ask only tell why: as results they would be rows of every table.
     reasons = {label: diagnoses(prompts, own) for label, own in scores.items()}
     full = [number for number, prompt in enumerate(prompts) if not prompt.task.endswith((EVIDENCE, CLOSED_BOOK))]
     prompts = [prompts[number] for number in full]
