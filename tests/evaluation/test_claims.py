@@ -58,7 +58,8 @@ def test_another_machine_is_lost_when_it_gives_no_sign_for_long(two):
     # It was only asleep: what it held is another's, and it must not write on.
     with pytest.raises(RuntimeError, match="gave no sign of life for 180 seconds"):
         other.check()
-    assert not other.take("a") if other._sign.touch() is None else None
+    other._sign.touch()
+    assert not other.take("a")
 
 
 def test_a_holder_that_is_gone_from_this_machine_is_lost_at_once(two):
@@ -80,6 +81,27 @@ def test_a_lost_process_that_was_clearing_up_is_cleared_up_after(two, tmp_path):
     assert one.take("a") and one.alive() == 1
     other._sign.touch()
     third._closed.set()
+
+
+def test_two_that_clear_up_at_once_take_nothing_from_each_other(two, tmp_path):
+    one, other = two
+    lost = Claims(tmp_path)
+    assert lost.take("a")
+    elsewhere(one, lost)
+    os.utime(lost._sign, (1, 1))
+    read, seen, got = other._holder, [], []
+
+    def read_and_be_overtaken(path):
+        found = read(path)
+        seen.append(path)
+        if seen.count(one._path("a")) == 2 and not got:  # it is about to remove what the lost one held
+            got.append(one.take("a"))
+        return found
+
+    other._holder = read_and_be_overtaken
+    assert other.take("a") and got == [False]
+    assert os.readlink(one._path("a")) == other.process
+    lost._closed.set()
 
 
 def test_disks_without_links_serve_one_process(tmp_path, monkeypatch):
