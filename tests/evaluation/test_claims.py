@@ -86,8 +86,8 @@ def test_a_lost_process_that_was_clearing_up_is_cleared_up_after(two, tmp_path):
 def test_two_that_clear_up_at_once_take_nothing_from_each_other(two, tmp_path):
     one, other = two
     lost = Claims(tmp_path)
-    assert lost.take("a")
     elsewhere(one, lost)
+    assert lost.take("a")
     os.utime(lost._sign, (1, 1))
     read, seen, got = other._holder, [], []
 
