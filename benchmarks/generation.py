@@ -1,13 +1,14 @@
 """Answering a grid of needle questions: `LocalGenerator` against naive `generate`, one prompt after another.
 
-    python benchmarks/generation.py    # on the GPU if there is one, else on the CPU
+    python benchmarks/generation.py                    # on the GPU if there is one, else on the CPU
+    python benchmarks/generation.py --model FOLDER     # a real model and the suite's own single needles
 
-Both answer the same prompts with the same model in turn in one process, so that noise meets both: a haystack, the
-same for all lengths and depths of a sample, with a needle put in and a question after it. What counts is the ratio,
-`x`. `cached` is the share of prompt tokens that were not computed; `equal` the share of answers that are the same,
-token for token, which rounding lets fall short of 1 in half precision, above all with random weights. The last row
-asks all lengths at once. On a CPU times are CPU seconds, which other work on the machine lengthens less; on CUDA they
-are wall-clock, and peak memory is what torch allocated at most beside the weights.
+Both answer the same prompts with the same model in turn in one process, so that noise meets both: a haystack, the same
+for all lengths and depths of a sample, with a needle put in and a question after it. What counts is the ratio, `x`.
+`cached` is the share of prompt tokens that were not computed; `equal` the share of answers that are the same, token
+for token, which rounding lets fall short of 1 in half precision, above all with random weights. The last row asks all
+lengths at once (not of a real model, for the time). On a CPU times are CPU seconds, which other work on the machine
+lengthens less; on CUDA they are wall-clock, and peak memory is what torch allocated at most beside the weights.
 """
 
 import argparse
@@ -24,10 +25,19 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from hf_longalign.evaluation.generation import LocalGenerator
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.haystack import noise
+from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.prompt import Prompt, encode_text, token_counter
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,6 +48,7 @@ CPU_MODEL = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers":
 GPU_MODEL = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14}
 CPU_GRID = {1024: 4, 2048: 2, 4096: 1}  # samples by length
 GPU_GRID = {4096: 8, 16_384: 4, 65_536: 2, 131_072: 1}
+REAL_GRID = {1024: 4, 4096: 2, 8192: 1}
 
 
 def build_model(device: str) -> LlamaForCausalLM:
@@ -80,17 +91,25 @@ def build_prompts(length: int, samples: int) -> list[Prompt]:
     return prompts
 
 
-def answer_naively(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]) -> list[str]:
-    """Answer one prompt after another through `generate`."""
-    config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
-    texts = []
+def needles(tokenizer: PreTrainedTokenizerFast, length: int, samples: int) -> list[Prompt]:
+    """The needle suite's prompts for a real model, through its chat template."""
+    count, grid = token_counter(tokenizer, chat=True), {"lengths": [length], "depths": DEPTHS, "samples": samples}
+    return list(needle_prompts(haystack=noise(), count=count, tasks=["single"], max_new_tokens=NEW_TOKENS, **grid))
+
+
+def answer_naively(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt]
+) -> list[tuple[str, int]]:
+    """Answer one prompt after another through `generate`: texts and their numbers of tokens."""
+    ends = model.generation_config.eos_token_id
+    config = GenerationConfig(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0, eos_token_id=ends)
+    answers = []
     for prompt in prompts:
-        encoded = tokenizer(prompt.text, return_tensors="pt").to(model.device)
-        output = model.generate(
-            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config
-        )
-        texts.append(tokenizer.decode(output[0, encoded["input_ids"].shape[1] :]))
-    return texts
+        ids = torch.tensor([encode_text(tokenizer, prompt.text, chat=prompt.chat)], device=model.device)
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        written = output[0, ids.shape[1] :]
+        answers.append((tokenizer.decode(written, skip_special_tokens=True), len(written)))
+    return answers
 
 
 def measured(answer: Any) -> tuple[Any, float, int]:
@@ -110,9 +129,14 @@ def measured(answer: Any) -> tuple[Any, float, int]:
     return result, clock() - start, torch.cuda.max_memory_allocated() - before if cuda else 0
 
 
-def compare(model: LlamaForCausalLM, prompts: list[Prompt], repeats: int, batch_tokens: int) -> dict[str, Any]:
+def compare(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: list[Prompt],
+    repeats: int,
+    batch_tokens: int,
+) -> dict[str, Any]:
     """Answer prompts by both, in turn."""
-    tokenizer = build_tokenizer()
     naive_times, own_times, ratios = [], [], []
     for _ in range(repeats):
         expected, naive, naive_peak = measured(lambda: answer_naively(model, tokenizer, prompts))
@@ -122,7 +146,8 @@ def compare(model: LlamaForCausalLM, prompts: list[Prompt], repeats: int, batch_
         own_times.append(own)
         ratios.append(naive / own)
     tokens = generator.stats.prompt_tokens + generator.stats.generated_tokens
-    equal = sum(found[prompt].text == text for prompt, text in zip(prompts, expected, strict=True))
+    answered = [(found[prompt].text, found[prompt].tokens) for prompt in prompts]
+    equal = sum(own == naive for own, naive in zip(answered, expected, strict=True))
     return {
         "lengths": sorted({prompt.length for prompt in prompts}),
         "prompts": len(prompts),
@@ -139,22 +164,31 @@ def compare(model: LlamaForCausalLM, prompts: list[Prompt], repeats: int, batch_
 def main() -> None:
     """Measure, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a model to take instead of a random one, in float32 on a CPU")
     parser.add_argument("--repeats", type=int, default=3, help="how often each side answers each grid")
     parser.add_argument("--batch_tokens", type=int, default=65_536, help="as in `LocalGenerator`")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load = round(os.getloadavg()[0], 1)
-    model = build_model(device)
-    answer_naively(model, build_tokenizer(), build_prompts(256, 1))  # warm-up
-    grid = GPU_GRID if device == "cuda" else CPU_GRID
-    cases = [build_prompts(length, samples) for length, samples in grid.items()]
+    if options.model:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        cases = [needles(tokenizer, length, samples) for length, samples in REAL_GRID.items()]
+    else:
+        model, tokenizer = build_model(device), build_tokenizer()
+        grid = GPU_GRID if device == "cuda" else CPU_GRID
+        cases = [build_prompts(length, samples) for length, samples in grid.items()]
+    answer_naively(model, tokenizer, cases[0][:1])  # warm-up
+    # All lengths at once as a case of their own: what they share is read once.
+    rounds = cases if options.model else [*cases, [prompt for case in cases for prompt in case]]
     rows = []
     print(
         f"{'lengths':>15}{'prompts':>9}{'tokens/s':>10}{'naive':>9}{'x':>7}{'cached':>8}{'equal':>7}{'MiB':>8}{'naive':>8}"
     )
-    for prompts in [*cases, [prompt for case in cases for prompt in case]]:
-        row = compare(model, prompts, options.repeats, options.batch_tokens)
+    for prompts in rounds:
+        row = compare(model, tokenizer, prompts, options.repeats, options.batch_tokens)
         rows.append(row)
         shown = "-".join(map(str, dict.fromkeys((row["lengths"][0], row["lengths"][-1]))))
         print(

@@ -176,5 +176,5 @@ def test_code_that_comes_with_a_model_runs_only_where_it_may(monkeypatch):
     monkeypatch.setattr(evaluator, "check_there", lambda **names: None)
     for trusted in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            evaluator.Examined.load(ModelOptions("org/model", trust_remote_code=trusted), None)
+            evaluator.Examined.load(ModelOptions("org/model", trust_remote_code=trusted))
     assert asked == [False, True]

@@ -73,8 +73,10 @@ def report_of(output):
 
 
 def keys_of(output):
+    """The keys of all answers; the speed that was measured to say what they cost is none."""
     files = sorted((output / "answers").glob("*.jsonl"))
-    return [json.loads(line)["key"] for file in files for line in file.read_text().splitlines() if line.endswith("}")]
+    lines = [line for file in files for line in file.read_text().splitlines() if line.endswith("}")]
+    return [key for line in lines if not (key := json.loads(line)["key"]).startswith("speed/")]
 
 
 @pytest.fixture(scope="module")
@@ -122,12 +124,37 @@ def test_two_processes_equal_one(models, whole, tmp_path):
     done = run(models, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     files = sorted(path.name for path in (tmp_path / "answers").iterdir())
-    assert files == ["results-0.jsonl", "results-1.jsonl"]
+    assert files == ["claims", "results-0.jsonl", "results-1.jsonl"]
+    assert not list((tmp_path / "answers" / "claims").iterdir())
     assert sorted(keys_of(tmp_path)) == sorted(keys_of(whole))
     assert report_of(tmp_path) == report_of(whole)
     one, two = (json.loads((output / "report.json").read_text())["speed"] for output in (whole, tmp_path))
     for label, counts in two.items():  # of both processes
         assert counts["prompt_tokens"] == one[label]["prompt_tokens"] > 0 and counts["seconds"] > 0
+
+
+def test_a_killed_process_is_made_up_for_by_one_started_elsewhere(models, whole, tmp_path):
+    """Two commands by themselves, as on two machines: the first is killed amid its work, the second does it all."""
+    one = subprocess.Popen(command(models, tmp_path), env=ALONE, stderr=subprocess.DEVNULL)
+    two = subprocess.Popen(
+        command(models, tmp_path), env={**ALONE, "WORLD_SIZE": "3"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 300
+        while len(keys_of(tmp_path) if (tmp_path / "answers").is_dir() else []) < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        one.send_signal(signal.SIGKILL)
+        out, told = two.communicate(timeout=300)
+    finally:
+        for process in (one, two):
+            process.kill()
+            process.wait()
+    assert two.returncode == 0, told[-3000:]
+    assert "3 processes were started, and " in told and "`output_dir`" in told, "one never came"
+    assert "Wrote " in out and report_of(tmp_path) == report_of(whole)
+    assert set(keys_of(whole)) <= set(keys_of(tmp_path))
 
 
 def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
@@ -169,6 +196,12 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path):
         SuiteOptions(limit=0, output_dir=str(tmp_path)).check()
     with pytest.raises(ValueError, match=r"`longbench_source` must be .* which is not there"):
         SuiteOptions(suites=["longbench"], longbench_source=str(tmp_path / "gone")).check()
+    for name, values in {"depths": [0.5, 0.5], "lengths": [512, 512], "puzzles": ["count", "count"]}.items():
+        with pytest.raises(ValueError, match=f"`{name}` must be all different, got .* Name each once"):
+            SuiteOptions(output_dir=str(tmp_path), **{name: values}).check()
+    for depths in ([0.5, 1.2], [float("nan")], []):
+        with pytest.raises(ValueError, match="`depths` must be 0 to 1"):
+            SuiteOptions(output_dir=str(tmp_path), depths=depths).check()
     SuiteOptions(output_dir=str(tmp_path / "new" / "report")).check()
     with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):
         SuiteOptions(output_dir=__file__).check()

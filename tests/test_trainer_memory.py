@@ -171,12 +171,13 @@ def test_on_a_gpu_every_option_trains_as_without_it(tmp_path, packing, name):
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
     )
 
-    def run(bits=None, **given):
+    def run(bits=None, adapter=False, **given):
         kwargs = {"quantization_config": quantisation, "device_map": {"": 0}} if bits else {}
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, **kwargs)
-        lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if bits else None
+        lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear") if adapter else None
         return trained(tmp_path, packing, model=model, peft_config=lora, use_cpu=False, bf16=True, **given)[0]
 
     # Rounded to bfloat16 on the way; weights of few bits are another model, near the one they stand for.
-    expected = run(**({"learning_rate": 1e-3} if bits else {}))
+    options["adapter"] = bits is not None
+    expected = run(**{key: value for key, value in options.items() if key in ("adapter", "learning_rate")})
     torch.testing.assert_close(run(bits, **options), expected, atol=0.1 if bits else 0.03, rtol=0)

@@ -25,7 +25,7 @@ DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions,
         --suites needle puzzles ruler --output_dir outputs/report
 
 Every answer is on disk as soon as it is there: the same command goes on where a killed one stopped. Several processes
-(accelerate launch -m hf_longalign evaluate …) share the questions."""
+with one output_dir share the questions: accelerate launch -m hf_longalign evaluate …, or one on each machine."""
 
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
@@ -58,8 +58,8 @@ def run(
     """Ask, score, report, publish; the exit status is 1 where nothing was measured."""
     from hf_longalign.evaluation.evaluator import run as run_evaluation
 
-    report = run_evaluation(model, suites)
-    if report is None:  # another process writes it
+    report, is_written = run_evaluation(model, suites)
+    if not is_written:  # by another process
         return 0
     print((Path(suites.output_dir) / "report.md").read_text(encoding="utf-8"))
     print(f"Wrote {suites.output_dir}")

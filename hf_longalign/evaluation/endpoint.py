@@ -115,10 +115,6 @@ class EndpointGenerator:
         timeout: float = 1800.0,
         max_attempts: int = 8,
     ) -> None:
-        if isinstance(max_concurrency, bool) or not isinstance(max_concurrency, int) or max_concurrency < 1:
-            raise ValueError(
-                f"`max_concurrency` must be a positive integer, got {max_concurrency!r}. Set 16 if in doubt."
-            )
         self.model = model
         self.stats = GenerationStats()
         self._client = OpenAIGenerator(

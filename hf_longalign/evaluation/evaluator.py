@@ -1,9 +1,12 @@
 """`evaluate`: ask a model, and the adapter trained on it, the same questions, and report what changed."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -11,14 +14,13 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoConfig, BitsAndBytesConfig
 
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
 from hf_longalign.evaluation.harness import HarnessSuite
-from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts, noise
+from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
 from hf_longalign.evaluation.longbench import (
     GROUPS,
     HUB_ID,
@@ -43,13 +45,13 @@ from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import DOCUMENTS, PerplexitySuite
 from hf_longalign.evaluation.placement import needle_prompts
-from hf_longalign.evaluation.plan import GRIDS, cells_to_refine, plan_grid, seconds_per_prompt
+from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, plan_grid, seconds_per_prompt
 from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
-from hf_longalign.evaluation.puzzle_prompts import PuzzleSuite, puzzle_prompts, score_puzzle
+from hf_longalign.evaluation.puzzle_prompts import puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
-from hf_longalign.evaluation.runner import Examinee, Maker, PromptSuite, ResultStore, spent
+from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import EvaluatedModel, Report
 from hf_longalign.rope import model_range
@@ -58,6 +60,9 @@ from hf_longalign.version import __version__
 
 
 logger = logging.getLogger(__name__)
+
+# Processes that a launcher such as torchrun has started; others may join.
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 Suite = PromptSuite | HarnessSuite | PerplexitySuite
 
@@ -89,35 +94,49 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
     if unknown:
         known = ", ".join(sorted(of_model | of_suites))
         raise TypeError(f"`evaluate` has no option {unknown[0]!r}. It has {known}.")
-    found = run(
+    return run(
         ModelOptions(model, adapter, **{name: value for name, value in options.items() if name in of_model}),
         SuiteOptions(**{name: value for name, value in options.items() if name in of_suites}),
-    )
-    if found is None:
-        raise RuntimeError("The report is written by the main process. Read report.json there.")
-    return found
+    )[0]
 
 
-def run(model_options: ModelOptions, options: SuiteOptions) -> Report | None:
-    """Do what [`evaluate`] does; `None` in every process but the main one, which waits for the others' shares."""
+def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, bool]:
+    """Do what [`evaluate`] does; also returns whether this process has written the report: of several one does."""
     model_options.check()
     options.check(model_options.endpoint)
-    # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    examined = Examined.load(model_options, state)
-    with ResultStore(Path(options.output_dir) / "answers", state.process_index) as store:
-        suites = make_suites(examined, options, store, state)
-        facts = look_at_server(examined, suites, store) if state.is_main_process else {}
-        state.wait_for_everyone()  # all have seen what an earlier run left; the last time that processes wait in step
-        for suite in suites:
-            suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
+    examined = Examined.load(model_options)
+    # No process group: whoever is lost, or never comes, must not hold up the others.
+    with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:
+        suites = make_suites(examined, options, store)
+        facts = look_at_server(examined, suites, store)
+        announce(examined.model, examined.tokenizer, suites, examined.who, store)
+        work(suites, examined, store)
         refine(examined, suites, options, store)
-        if not state.is_main_process:
-            return None
+        store.tell_who_is_missing()
         report = make_report(examined, options, suites, store)
-    report.settings.update(facts)
-    record = record_of(model_options.adapter, model_options.adapter_revision)
-    return write_report(options.output_dir, report, coverage=record.coverage if record else None)
+        report.settings.update(facts)
+        # Who comes last finds the place of the main process free, and the report of this run written.
+        written = Path(options.output_dir) / "report.json"
+        if (written.exists() and written.stat().st_mtime_ns > store.claims.began) or not store.is_main:
+            return report, False
+        record = record_of(model_options.adapter, model_options.adapter_revision)
+        return write_report(options.output_dir, report, coverage=record.coverage if record else None), True
+
+
+def work(suites: Sequence[Suite], examined: "Examined", store: ResultStore) -> None:
+    """Ask until every answer is there; what other processes are at is waited for, and asked where they are lost."""
+    told, pause = time.monotonic(), PAUSE
+    while True:
+        for suite in suites:
+            suite.work(examined.who, store)
+        missing = store.missing(key for suite in suites for key in suite.keys(examined.who))
+        if not missing:
+            return
+        if time.monotonic() - told > 60:
+            told = time.monotonic()
+            logger.info("Waiting for %d results of other processes in %s.", len(missing), store.folder)
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)  # many looks would keep a network disk busy
 
 
 @dataclass
@@ -131,7 +150,7 @@ class Examined:
     who: list[Examinee]
 
     @classmethod
-    def load(cls, options: ModelOptions, state: PartialState) -> "Examined":
+    def load(cls, options: ModelOptions) -> "Examined":
         """Load what the options name; of a served model only its tokenizer and config."""
         check_there(model=options.model, adapter=options.adapter, tokenizer=options.tokenizer)
         revision = base_revision(options.model, options.adapter, options.model_revision, options.adapter_revision)
@@ -160,8 +179,7 @@ class Examined:
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
             quantization_config=BitsAndBytesConfig(**bits) if options.load_in_4bit else None,
-            # One process spreads a model over all GPUs; of several, each holds a whole one.
-            device_map="auto" if state.num_processes == 1 and torch.cuda.is_available() else {"": str(state.device)},
+            device_map=place(),
         )
         generator = LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
         plain = AutoConfig.from_pretrained(options.model, revision=revision, **remote) if options.adapter else None
@@ -187,14 +205,24 @@ class Examined:
         return models
 
 
-def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, state: PartialState) -> list[Suite]:
+def place() -> Any:
+    """Return where a model goes: one process spreads it over all GPUs; of several, each holds a whole one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if PROCESSES == 1:
+        return "auto" if torch.cuda.is_available() else {"": accelerator or "cpu"}
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if accelerator:
+        torch.accelerator.set_device_index(number)  # kernels run on the current device
+    return {"": torch.device(accelerator.type, number) if accelerator else "cpu"}
+
+
+def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -> list[Suite]:
     """Make what was asked for, in the order it was asked for."""
     chat = uses_chat(examined, options)
     lengths = options.lengths or default_lengths(examined.reach)
     check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
-    names, is_main = [one.identity for one in examined.who], state.is_main_process
-    grid = plan_grid(examined.model, names, options, lengths, store, is_main_process=is_main)
-    texts = as_many_as_needed(load_documents(options.haystack, options))
+    grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, store)
+    texts = as_many_as_needed(load_texts(options.haystack, options.seed))
     count, haystack = token_counter(examined.tokenizer, chat=chat), public_documents(options.haystack)
     planned = {
         "needle": (options.needle_tasks, score_needle),
@@ -205,19 +233,19 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore, s
     for name in options.suites:
         if name in planned:
             tasks, scorer = planned[name]
-            make = make_prompts(name, options, texts, count=count, chat=chat)
+            diagnose_at = max(grid.lengths) if options.diagnose else None
+            make = make_prompts(name, options, texts, count=count, chat=chat, diagnose_at=diagnose_at)
             prompts: list[Prompt] = []
             missing: dict[str, str] = {}
-            for task in tqdm(tasks, desc=name, disable=not is_main):
+            for task in tqdm(tasks, desc=name, disable=not store.is_main):
                 made, without_room = make(task, grid.lengths, grid.samples)
                 prompts += made
                 missing |= without_room
-            kind = PuzzleSuite if name == "puzzles" else PromptSuite
-            suites.append(kind(name, prompts, scorer, missing=missing, haystack=haystack, make=make))
+            suites.append(PromptSuite(name, prompts, scorer, missing=missing, haystack=haystack, make=make))
         elif name == "longbench":
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
-            documents = load_documents(options.perplexity_documents or options.haystack, options)
+            documents = load_texts(options.perplexity_documents or options.haystack, options.seed)
             window, limit = options.perplexity_window or max(grid.lengths), options.limit or DOCUMENTS
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
@@ -239,7 +267,7 @@ def make_prompts(name: str, options: SuiteOptions, texts: Sequence[str], **asked
         grid |= {"haystack": texts, "seed": options.seed}
         if name == "puzzles":
             room = min(options.max_new_tokens, 64)  # the answers are a few names
-            return puzzle_prompts(**grid, diagnose=options.diagnose, max_new_tokens=room), {}
+            return puzzle_prompts(**grid, max_new_tokens=room), {}
         return list(needle_prompts(**grid, depths=options.depths, max_new_tokens=options.max_new_tokens)), {}
 
     return make
@@ -254,7 +282,6 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
     # bound.
     if options.samples is not None or examined.model is None:
         return
-    state = PartialState()
     grids = [suite for suite in suites if isinstance(suite, PromptSuite) and suite.make is not None]
     while True:
         prompts = [prompt for suite in grids for prompt in suite.prompts]
@@ -267,12 +294,11 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
             more += [(suite, cell) for cell in cells]
         if not more:
             return
-        if state.is_main_process:
+        if store.is_main:
             logger.info("Intervals are wide at %d tasks and lengths: more samples are asked there.", len(more))
         for suite, cell in more:
             suite.extend(cell.task, cell.length, cell.samples)
-        for suite in grids:
-            suite.work(examined.who, store, rank=state.process_index, processes=state.num_processes)
+        work(grids, examined, store)
 
 
 def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) -> PromptSuite:
@@ -305,10 +331,9 @@ def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultSto
     for examinee in examined.who if prompts else []:
         if isinstance(examinee.generator, EndpointGenerator):
             key = examinee.key(f"server/{max(prompts, key=lambda prompt: len(prompt.text)).key}")
-            if key not in store:
-                count = token_counter(examined.tokenizer, chat=prompts[0].chat)
-                store.add(key, asdict(examinee.generator.look(prompts, count)))
-            settings = {**ServerFacts(**store.get(key)).settings(), **check_served(examined, examinee, store)}
+            count = token_counter(examined.tokenizer, chat=prompts[0].chat)
+            facts = ServerFacts(**store.once(key, partial(examinee.generator.look, prompts, count)))
+            settings = {**facts.settings(), **check_served(examined, examinee, store)}
             told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
 
@@ -330,7 +355,7 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
         if not expected or not expected.answers:
             return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
         server: Any = examinee.generator
-        store.add(key, {"told": server.check_answers(expected, name)})
+        store.once(key, lambda: {"told": server.check_answers(expected, name)})
     return {"answers as trained": store.get(key)["told"]}
 
 
@@ -344,11 +369,6 @@ def default_lengths(reach: int) -> list[int]:
     return list(takewhile(lambda length: length <= reach, doubles)) or [reach]
 
 
-def load_documents(source: str | None, options: SuiteOptions) -> Iterable[str]:
-    """Return texts: built-in ones, those of a file or folder, or a column of a data set."""
-    return noise(seed=options.seed) if source is None else load_texts(source)
-
-
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:
     """Gather the results of all processes."""
     prompts = [prompt for suite in suites if isinstance(suite, PromptSuite) for prompt in suite.prompts]
@@ -357,7 +377,7 @@ def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suit
         models=examined.models(),
         suites=[suite.results(examined.who, store) for suite in suites if not isinstance(suite, PerplexitySuite)],
         prompts=fingerprint(key for suite in suites for key in suite.asked()),
-        settings=settings(examined, options, prompts),
+        settings=settings(examined, options, prompts, store),
         date=date.today().isoformat(),
         perplexity=perplexity.results(examined.who, store) if perplexity else None,
         speed={examinee.label: spent(examinee, prompts, store) for examinee in examined.who} if prompts else {},
@@ -365,7 +385,9 @@ def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suit
     )
 
 
-def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def settings(
+    examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt], store: ResultStore
+) -> dict[str, Any]:
     """Return what a reader must know to ask the same again."""
     local = examined.model is not None
     chosen: dict[str, Any] = {"seed": options.seed, "through": "transformers" if local else "endpoint"}
@@ -394,7 +416,7 @@ def settings(examined: Examined, options: SuiteOptions, prompts: Sequence[Prompt
         chosen.update(torch=torch.__version__, transformers=transformers.__version__)
         cpu = f"CPU, {torch.get_num_threads()} threads"
         chosen["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-        chosen["processes"] = PartialState().num_processes
+        chosen["processes"] = len(list(store.folder.glob("results-*.jsonl")))
     return chosen
 
 

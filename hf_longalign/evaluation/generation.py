@@ -186,10 +186,6 @@ class LocalGenerator:
         batch_tokens: int = 65_536,
         prefix_cache: bool = True,
     ) -> None:
-        if isinstance(batch_tokens, bool) or not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(
-                f"`batch_tokens` must be a positive integer, got {batch_tokens!r}. Set it to what memory has room for."
-            )
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens

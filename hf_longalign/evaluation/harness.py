@@ -199,22 +199,25 @@ class HarnessSuite:
         self.options: dict[str, Any] = {"max_length": max_length, "limit": limit, "chat": chat}
         self.tasks = list(dict.fromkeys(tasks))
         run_harness(model, tokenizer, self.tasks, **self.options)  # checks the names
-        # All processes must agree on what is open before one of them adds to it.
         self._keys = {
             (who.label, task): self._first_open(who, task, store) for who in examinees for task in self.tasks
         }
 
-    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
-        """Run this process's share of the tasks."""
-        jobs = [(examinee, task) for task in self.tasks for examinee in examinees]
-        bar = tqdm(jobs[rank::processes], desc=self.name, unit="task", disable=rank != 0)
-        for examinee, task in bar:
-            key = self._keys[examinee.label, task]
-            bar.set_postfix_str(f"{examinee.label}, {task}")
-            if key not in store:
+    def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
+        """Run the tasks that no other process is at."""
+        jobs = {self._keys[who.label, task]: (who, task) for task in self.tasks for who in examinees}
+        for keys in store.open_keys([[key] for key in jobs]):
+            bar = tqdm(keys, desc=self.name, unit="task", disable=not store.is_main)
+            for key in bar:
+                examinee, task = jobs[key]
+                bar.set_postfix_str(f"{examinee.label}, {task}")
                 with examinee.active():
                     found = run_harness(self.model, self.tokenizer, [task], **self.options)
                     store.add(key, [asdict(result) for result in found])
+
+    def keys(self, examinees: Sequence[Examinee]) -> list[str]:
+        """Return the keys of all results."""
+        return [self._keys[examinee.label, task] for examinee in examinees for task in self.tasks]
 
     def asked(self) -> list[str]:
         """Return the tasks with lm-eval's version and what their questions depend on."""
@@ -222,7 +225,6 @@ class HarnessSuite:
 
     def results(self, examinees: Sequence[Examinee], store: ResultStore) -> SuiteResult:
         """Return the value of every task with the interval of its standard error, or why it was not run."""
-        store.wait_for(self._keys.values())
         found: dict[str, dict[str, HarnessResult]] = {}
         for task in self.tasks:
             for examinee in examinees:

@@ -99,17 +99,20 @@ def noise(*, paragraphs: int = 2500, seed: int = 0) -> list[str]:
     return [" ".join(sentence() for _ in range(rng.integers(4, 10))) for _ in range(paragraphs)]
 
 
-def load_texts(source: str) -> Iterable[str]:
+def load_texts(source: str | None, seed: int = 0) -> Iterable[str]:
     """Return the texts of a file or folder, see [`read_texts`], or of a data set, read as they are needed.
 
     Args:
         source: path, or a data set on the Hub, `user/name[:config][@split]` (default: train); its texts are the column
-            text, or context.
+            text, or context. `None`: the built-in sentences, see [`noise`].
+        seed: of the built-in sentences.
 
     Raises:
         ValueError: a path to nothing, or no such column.
         ConnectionError: the data set cannot be had.
     """
+    if source is None:
+        return noise(seed=seed)
     name, _, split = source.partition("@")
     name, _, config = name.partition(":")
     if Path(source).exists() or Path(source).suffix == ".txt" or not is_hub_id(name):

@@ -70,7 +70,9 @@ class SuiteOptions:
     needle_tasks: list[str] = option(list(NEEDLES), f"Any of {', '.join(NEEDLES)}.")
     puzzles: list[str] = option(list(PUZZLES), f"Any of {', '.join(PUZZLES)}.")
     diagnose: bool = option(
-        False, "Ask each puzzle over its evidence alone and closed-book, too, to tell why it failed."
+        False,
+        "Ask needles, puzzles and RULER at the longest length over their evidence alone and closed-book, too, to tell "
+        "why answers are wrong.",
     )
     ruler_tasks: list[str] = option(list(RULER), f"Any of {', '.join(RULER)}.")
     ruler_questions: str | None = option(
@@ -115,6 +117,10 @@ class SuiteOptions:
             for word in getattr(self, name) or [""]:
                 if word not in allowed:
                     raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Set some of them.")
+        for name in ("suites", "needle_tasks", "puzzles", "ruler_tasks", "lengths", "depths"):
+            given = getattr(self, name)
+            if len(set(given)) < len(given):  # it would count double
+                raise ValueError(f"`{name}` must be all different, got {given}. Name each once.")
         local = [suite for suite in self.suites if suite in LOCAL_SUITES]
         if endpoint is not None and local:
             raise ValueError(

@@ -91,11 +91,11 @@ def perplexity_by_position(
             given.
         window: tokens of a window, the one `bos_token_id` adds included.
         stride: tokens from one window to the next, at most the window.
-        edges: ascending, from 0 or 1 to at least the window; `None`: those of [`position_edges`].
+        edges: ascending, from 0 or 1 to the window; `None`: those of [`position_edges`].
         bos_token_id: token that begins every window, for models that were trained so.
 
     Raises:
-        ValueError: no documents, a window beyond the model's range, bad edges or stride.
+        ValueError: no documents, a window beyond the model's range, a bad stride.
     """
     bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
     if not len(documents):
@@ -104,12 +104,6 @@ def perplexity_by_position(
         raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
     if not 1 <= stride <= window:
         raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
-    ascending = bounds.ndim == 1 and bounds.size > 1 and (np.diff(bounds) > 0).all()
-    if not ascending or bounds[0] not in (0, 1) or bounds[-1] < window:
-        raise ValueError(
-            f"`edges` must ascend from 0 or 1 to the window, {window}, or beyond, got {bounds.tolist()}. Leave them "
-            "out for bins that double."
-        )
     check_range(model.config, window)
     text = window - (bos_token_id is not None)
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
@@ -188,21 +182,21 @@ class PerplexitySuite:
         if len(self.documents) == limit:
             logger.info("Perplexity is read of the first %d documents. Set `limit` for more.", limit)
 
-    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
-        """Have each model read this process's share of the documents."""
+    def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
+        """Have each model read the documents that no other process is at."""
+        how: dict[str, Any] = {"window": self.window, "stride": max(1, self.window // 2), "bos_token_id": self.bos}
         for examinee in examinees:
-            mine = self.documents[rank::processes]
-            with examinee.active():
-                for ids in tqdm(mine, desc=f"{examinee.label}, perplexity", unit="document", disable=rank != 0):
-                    if self._key(examinee, ids) not in store:
-                        windows: dict[str, Any] = {
-                            "window": self.window,
-                            "stride": max(1, self.window // 2),
-                            "bos_token_id": self.bos,
-                        }
-                        loss = perplexity_by_position(self.model, [ids], **windows)
-                        counts = {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
-                        store.add(self._key(examinee, ids), counts)
+            documents = {self._key(examinee, ids): ids for ids in self.documents}
+            title = f"{examinee.label}, perplexity"
+            for keys in store.open_keys([[key] for key in documents]):
+                with examinee.active():
+                    for key in tqdm(keys, desc=title, unit="document", disable=not store.is_main):
+                        loss = perplexity_by_position(self.model, [documents[key]], **how)
+                        store.add(key, {"sums": loss.sums.tolist(), "counts": loss.counts.tolist()})
+
+    def keys(self, examinees: Sequence[Examinee]) -> list[str]:
+        """Return the keys of all results."""
+        return [self._key(examinee, ids) for examinee in examinees for ids in self.documents]
 
     def asked(self) -> list[str]:
         """Return what tells the documents and how they are read."""
@@ -212,9 +206,8 @@ class PerplexitySuite:
         """Return the perplexity per bin by label."""
         curves = {}
         for examinee in examinees:
-            keys = [self._key(examinee, ids) for ids in self.documents]
-            store.wait_for(keys)
-            sums, counts = (np.sum([store.get(key)[name] for key in keys], axis=0) for name in ("sums", "counts"))
+            found = [store.get(key) for key in self.keys([examinee])]
+            sums, counts = (np.sum([one[name] for one in found], axis=0) for name in ("sums", "counts"))
             values = PositionLoss(np.array(self.edges), sums, counts).perplexity
             curves[examinee.label] = [None if np.isnan(value) else float(value) for value in values]
         return PerplexityResult(list(self.edges), self.window, len(self.documents), curves)

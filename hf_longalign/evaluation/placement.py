@@ -18,7 +18,7 @@ from hf_longalign.evaluation.needles import (
     seeded_rng,
     wording_of,
 )
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, other_ways
 
 
 # A long prompt may be this much shorter than asked for: it saves counting it again for one more word.
@@ -38,6 +38,7 @@ def needle_prompts(
     max_new_tokens: int = 128,
     wording: Wording | None = None,
     pools: Pools | None = None,
+    diagnose_at: int | None = None,
 ) -> Iterator[Prompt]:
     """Return the prompts of a grid of lengths and depths, task by task, those that share a haystack together.
 
@@ -59,10 +60,10 @@ def needle_prompts(
         max_new_tokens: room for the answer; RULER's default.
         wording: the words around keys and values; by default RULER's.
         pools: what keys and values are drawn from.
+        diagnose_at: the length whose samples are asked over their needles alone and without any text, too.
 
     Raises:
-        ValueError: an argument that is not as said above, an empty haystack, or a length too small for the needles;
-            the message names the smallest.
+        ValueError: an empty haystack, or a length too small for the needles; the message names the smallest.
 
     Example:
 
@@ -72,21 +73,7 @@ def needle_prompts(
     >>> next(prompts).text[:44]
     'A special magic number is hidden within the '
     """
-    unknown = [task for task in tasks if isinstance(task, str) and task not in TASKS]
-    if unknown:
-        raise ValueError(f"`tasks` must be among {list(TASKS)} or a NeedleTask, got {unknown[0]!r}. Set one of them.")
     chosen = [TASKS[task] if isinstance(task, str) else task for task in tasks]
-    names = [task.name for task in chosen]
-    for name, values in (("tasks", names), ("lengths", lengths), ("depths", depths)):
-        if len(values) == 0 or len(set(values)) < len(values):
-            raise ValueError(f"`{name}` must be at least one, all different, got {list(values)!r}. Correct them.")
-    for name, numbers in (("lengths", lengths), ("samples", [samples]), ("max_new_tokens", [max_new_tokens])):
-        for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 1:
-                raise ValueError(f"`{name}` must be whole and at least 1, got {number!r}. Set it to 1 or more.")
-    for depth in depths:
-        if not 0 <= depth <= 1:
-            raise ValueError(f"`depths` must be from 0 (beginning) to 1 (end), got {depth!r}. Set them as shares.")
     sentences = sentences_of(haystack)
     # One haystack for all samples, tasks and lengths, as in RULER: what stands before the first needle is then read
     # once for the whole grid, half of all tokens and not a third.
@@ -99,7 +86,7 @@ def needle_prompts(
         for task in chosen
         for length in lengths
         for sample in range(samples)
-        for prompt in plan.prompts(task, length, sample, depths)
+        for prompt in plan.prompts(task, length, sample, depths, diagnose=length == diagnose_at)
     )
 
 
@@ -172,7 +159,10 @@ class _Sample:
         for end, needle in order:
             pieces += [*parts[done:end], " " + needle]
             done = end
-        text = "".join([*pieces, *parts[done:]]).strip()
+        return self.around("".join([*pieces, *parts[done:]]).strip())
+
+    def around(self, text: str) -> str:
+        """The prompt over any text."""
         keys, wording = self.needles.keys, self.wording
         question = wording.question.format(keys=keys)
         if not self.chat:
@@ -192,8 +182,10 @@ class _Plan:
     wording: Wording | None
     pools: Pools
 
-    def prompts(self, task: NeedleTask, length: int, index: int, depths: Sequence[float]) -> Iterator[Prompt]:
-        """Yield the prompts of a sample, by depth."""
+    def prompts(
+        self, task: NeedleTask, length: int, index: int, depths: Sequence[float], *, diagnose: bool
+    ) -> Iterator[Prompt]:
+        """Yield the prompts of a sample, by depth, and the other ways to ask it."""
         sample = self._sample(task, length, index)
         least = self.check_room(task, length, [index])
         budget, slack = length - self.max_new_tokens, int(_SLACK * length)
@@ -202,7 +194,7 @@ class _Plan:
         units = self._fit(sample, 0.0, guess, budget, slack)
         for depth in depths:
             text = sample.text(self._fit(sample, depth, units, budget, slack), depth)
-            yield Prompt(
+            prompt = Prompt(
                 suite="needle",
                 task=task.name,
                 index=index,
@@ -214,6 +206,9 @@ class _Plan:
                 length=length,
                 depth=float(depth),
             )
+            yield prompt
+        if diagnose:
+            yield from other_ways(prompt, sample.around(" ".join(sample.needles.asked)), sample.around(""))
 
     def check_room(self, task: NeedleTask, length: int, indices: Iterable[int]) -> int:
         """Return the tokens of a prompt with one word of haystack, the most of some samples, which must all fit."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_longalign.evaluation.options import SuiteOptions
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, encode_text
 from hf_longalign.evaluation.runner import Examinee, ResultStore, spent
 from hf_longalign.records.report import SuiteResult
 
@@ -48,10 +49,8 @@ def plan_grid(
     options: SuiteOptions,
     lengths: Sequence[int],
     store: ResultStore,
-    *,
-    is_main_process: bool = True,
 ) -> Grid:
-    """Return the grid of an evaluation, and say what it will take.
+    """Return the grid of an evaluation, and say what is left out of it.
 
     Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
     longest lengths are left out, which is said.
@@ -62,22 +61,16 @@ def plan_grid(
         options: what is asked.
         lengths: that were asked for, or that the model's range has room for.
         store: keeps what was decided, so that other processes, and the same command after a kill, ask the same.
-        is_main_process: whether this process is the one that measures and decides.
     """
     if options.samples is not None or model is None or not GRIDS & set(options.suites):
         return Grid(list(lengths), options.samples or 10, 0.0)
     # A moved folder is the same evaluation; any other option makes another plan.
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
     key = f"plan/{json.dumps([asked, list(lengths), list(names)], sort_keys=True)}"
-    if is_main_process and key not in store:
-        store.add(key, asdict(fit(seconds_per_token(model), len(names), options, lengths)))
-    store.wait_for([key])
-    grid = Grid(**store.get(key))
-    if is_main_process:
+    grid = Grid(**store.once(key, lambda: fit(speed_of(model, names[0], store), len(names), options, lengths)))
+    if store.is_main:
         shown = ", ".join(f"{length:,}" for length in grid.lengths)
-        logger.info(
-            "%d samples of each task at %s tokens: about %.0f min of one process.", grid.samples, shown, grid.minutes
-        )
+        logger.info("%d samples of each task at %s tokens.", grid.samples, shown)
         gone = ", ".join(f"{length:,}" for length in lengths if length not in grid.lengths)
         if gone:
             logger.warning(
@@ -107,14 +100,49 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
     needles = len(options.needle_tasks) * len(options.depths) if "needle" in options.suites else 0
     others = [("puzzles", options.puzzles), ("ruler", options.ruler_tasks)]
     whole = sum(len(tasks) for suite, tasks in others if suite in options.suites)
-    texts, asked = NEEDLE_SHARE * needles + whole, needles + whole
     while True:
-        reading = sum(cost[0] * length + cost[1] * length**2 for length in kept)
-        each = models * (texts * reading + asked * len(kept) * ANSWER_STEPS * cost[2]) / 60
+        times = (needles * seconds_of(cost, length, True) + whole * seconds_of(cost, length, False) for length in kept)
+        each = models * sum(times) / 60
         samples = int(min(MOST, max(FEWEST, options.minutes / each)))
         if samples * each <= options.minutes or len(kept) == 1:
             return Grid(kept, samples, round(samples * each, 1))
         kept = kept[:-1]
+
+
+def seconds_of(cost: tuple[float, float, float], length: int, is_needle: bool) -> float:
+    """Return the seconds of a prompt of so many tokens with its answer, see [`seconds_per_token`]."""
+    reading = cost[0] * length + cost[1] * length**2
+    return (NEEDLE_SHARE if is_needle else 1.0) * reading + ANSWER_STEPS * cost[2]
+
+
+def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, float]:
+    """Return what [`seconds_per_token`] found of a model on this machine, now or in an earlier run."""
+    return tuple(store.once(f"speed/{name}/{platform.node()}", lambda: seconds_per_token(model)))
+
+
+def announce(
+    model: Any, tokenizer: Any, suites: Sequence[Any], examinees: Sequence[Examinee], store: ResultStore
+) -> None:
+    """Say, in the main process, what is still to be asked and about how long one process takes for it.
+
+    The model is `None` where a server answers, whose speed is not known.
+    """
+    for suite in suites if store.is_main else ():
+        left = set(store.missing(suite.keys(examinees)))
+        prompts = getattr(suite, "prompts", ())  # lm-eval alone knows its texts
+        asked = [prompt for prompt in prompts for one in examinees if one.key(prompt.key) in left]
+        tokens, seconds = 0, 0.0
+        for prompt in asked:
+            length = prompt.length or len(encode_text(tokenizer, prompt.text, chat=prompt.chat))
+            tokens += length
+            if model is not None:
+                cost = speed_of(model, examinees[0].identity, store)
+                seconds += seconds_of(cost, length, prompt.depth is not None)
+        if asked:
+            time_told = f", about {seconds / 60:,.1f} min of one process" if seconds else ""
+            logger.info("%s: %d prompts of %s tokens in all%s.", suite.name, len(asked), f"{tokens:,}", time_told)
+        elif left:
+            logger.info("%s: %d results are to be found.", suite.name, len(left))
 
 
 @torch.inference_mode()

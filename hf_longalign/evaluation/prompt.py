@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +59,19 @@ class Prompt:
     def key(self) -> str:
         """SHA-256 of everything above, 64 hexadecimal digits: equal prompts have equal keys."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+# What is behind the name of a task whose questions are asked in another way than over the whole text.
+EVIDENCE, CLOSED_BOOK = ", evidence alone", ", closed book"
+
+
+def other_ways(prompt: Prompt, evidence: str, closed_book: str) -> list[Prompt]:
+    """Return a prompt over its evidence alone and without any text: why it is answered wrong in full.
+
+    Such prompts have neither length nor depth, and are no results of their own.
+    """
+    texts = {EVIDENCE: evidence, CLOSED_BOOK: closed_book}
+    return [replace(prompt, task=prompt.task + way, text=text, length=None, depth=None) for way, text in texts.items()]
 
 
 @dataclass(frozen=True)

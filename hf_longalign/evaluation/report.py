@@ -32,7 +32,7 @@ WHY = {
     "right": "right",
     "cannot_find": "cannot find: right over the evidence alone",
     "cannot_use": "cannot use: wrong over the evidence alone",
-    "closed_book": "right without any text",
+    "closed_book": "knows it: right without any text",
 }
 
 

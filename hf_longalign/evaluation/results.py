@@ -1,6 +1,7 @@
 """From scored answers to the numbers of a report: pure, the same for the same answers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -12,8 +13,8 @@ from hf_longalign.evaluation.intervals import (
     reaches,
     with_interval,
 )
-from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.records.report import Difference, Grid, GroupResult, ReachResult, SuiteResult, TaskResult
+from hf_longalign.evaluation.prompt import CLOSED_BOOK, EVIDENCE, Completion, Prompt
+from hf_longalign.records.report import Diagnosis, Difference, Grid, GroupResult, ReachResult, SuiteResult, TaskResult
 
 
 Scorer = Callable[[Prompt, str], Mapping[str, float]]
@@ -43,18 +44,56 @@ def suite_result(
         label: [scorer(prompt, answer.text) for prompt, answer in zip(prompts, texts, strict=True)]
         for label, texts in answers.items()
     }
+    # The other ways to ask only tell why: as results they would be rows of every table.
+    reasons = {label: diagnoses(prompts, own) for label, own in scores.items()}
+    full = [number for number, prompt in enumerate(prompts) if not prompt.task.endswith((EVIDENCE, CLOSED_BOOK))]
+    prompts = [prompts[number] for number in full]
+    answers = {label: [texts[number] for number in full] for label, texts in answers.items()}
+    scores = {label: [own[number] for number in full] for label, own in scores.items()}
     tasks = []
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         chosen = [number for number, prompt in enumerate(prompts) if prompt.task == task]
         own = {label: [found[number] for number in chosen] for label, found in scores.items()}
         cut = {label: sum(texts[number].cut for number in chosen) for label, texts in answers.items()}
-        tasks.append(_task_result([prompts[number] for number in chosen], own, cut, haystack))
+        result = _task_result([prompts[number] for number in chosen], own, cut, haystack)
+        why = {label: by_task[task] for label, by_task in reasons.items() if task in by_task}
+        tasks.append(replace(result, diagnosis=why))
     means = group_means(tasks, groups or {})
     # The mean over tasks of what tasks have in common, such as LongBench-E's ranges of lengths.
     for part in sorted({part for task in tasks for part in task.parts}):
         own_means = [task.parts[part] for task in tasks if part in task.parts]
         means.append(GroupResult(part, {label: float(np.mean([m[label] for m in own_means])) for label in answers}))
     return SuiteResult(suite, tasks, means, _reaches(suite, prompts, scores))
+
+
+def diagnoses(prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]]) -> dict[str, Diagnosis]:
+    """Return by task why answers at its longest length are wrong, where they were asked in other ways too.
+
+    Example: found in neither way, then found in the evidence alone.
+
+    >>> ways = (("latest", 4096), ("latest, evidence alone", None), ("latest, closed book", None))
+    >>> prompts = [Prompt("puzzles", way, i, "", ("ABCDE",), 8, length=n) for i in (0, 1) for way, n in ways]
+    >>> diagnoses(prompts, [{"exact_match": score} for score in (0, 0, 0, 0, 1, 0)])["latest"]
+    Diagnosis(right=0.0, cannot_find=0.5, cannot_use=0.5, closed_book=0.0)
+    """
+    # Right means whole: the reasons must add up.
+    right = [next(iter(score.values())) == 1 for score in scores]
+    ways = {(p.task, p.index): ok for p, ok in zip(prompts, right, strict=True) if p.length is None}
+    longest: dict[str, int] = {}
+    for prompt in prompts:
+        longest[prompt.task] = max(prompt.length or 0, longest.get(prompt.task, 0))
+    found = {}
+    for task, length in longest.items():
+        told = [
+            (ok, ways[task + EVIDENCE, prompt.index], ways[task + CLOSED_BOOK, prompt.index])
+            for prompt, ok in zip(prompts, right, strict=True)
+            if (prompt.task, prompt.length) == (task, length) and (task + EVIDENCE, prompt.index) in ways
+        ]
+        if told:
+            full, evidence, closed = np.array(told).T
+            shares = (full, ~full & evidence, ~full & ~evidence, closed)
+            found[task] = Diagnosis(*(float(share.mean()) for share in shares))
+    return found
 
 
 def group_means(tasks: Sequence[TaskResult], groups: Mapping[str, Sequence[str]]) -> list[GroupResult]:

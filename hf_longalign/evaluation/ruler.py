@@ -14,14 +14,14 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from hf_longalign.evaluation.haystack import sentences_of
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.prompt import Prompt, other_ways
 from hf_longalign.evaluation.ruler_data import (
     TASKS,
     TEMPLATES,
@@ -51,11 +51,16 @@ EXAMPLE_VALUE = "12345"
 
 @dataclass(frozen=True)
 class RulerSample:
-    """A sample: what the user says, how the answer is made to begin, and the strings an answer is scored by."""
+    """A sample: what the user says, how the answer is made to begin, and the strings an answer is scored by.
+
+    `context` is the long part of the text, `evidence` what of it the answer needs; empty where that is all of it.
+    """
 
     text: str
     prefix: str
     answers: tuple[str, ...]
+    context: str = ""
+    evidence: str = ""
 
     @property
     def whole(self) -> str:
@@ -131,7 +136,7 @@ class RulerBuilder:
             for name in example.strip().split()[-HOPS - 1 :]:
                 renamed = renamed.replace(name, self._letters(string.ascii_uppercase, len(name)))
             renamed = renamed.replace(EXAMPLE_VALUE, str(self._numpy_rng.randint(10000, 99999)))
-            return RulerSample(f"{renamed}\n{sample.text}", sample.prefix, sample.answers)
+            return replace(sample, text=f"{renamed}\n{sample.text}")
 
         def too_short(tokens: int) -> str:
             return (
@@ -169,9 +174,10 @@ class RulerBuilder:
                 raise ValueError(refusal(tokens))
             units -= step
 
-    def _sample(self, answers: Sequence[str], **words: object) -> RulerSample:
+    def _sample(self, answers: Sequence[str], context: str, evidence: str = "", **words: object) -> RulerSample:
         text, prefix = TEMPLATES[self.task.kind]
-        return RulerSample(text.format(**words), prefix.format(**words), tuple(answers))
+        words["context"] = context
+        return RulerSample(text.format(**words), prefix.format(**words), tuple(answers), context, evidence)
 
     def _niah(self, units: int) -> RulerSample:
         """Needles in sentences of noise, in an essay of so many words, or among other needles."""
@@ -214,7 +220,8 @@ class RulerBuilder:
                 text, prefix = text.replace(several, one), prefix.replace(several, one)
         words = {"kind": kind, "context": context, "query": query}
         answers = tuple(value for i in asked for value in values[i])
-        return RulerSample(text.format(**words), prefix.format(**words), answers)
+        evidence = [NEEDLE.format(kind=task.values, key=keys[i], value=value) for i in asked for value in values[i]]
+        return RulerSample(text.format(**words), prefix.format(**words), answers, context, "\n".join(evidence))
 
     def _essay(self, words: int) -> list[str]:
         """The sentences of so many words of the essays, which are repeated where they end."""
@@ -245,7 +252,7 @@ class RulerBuilder:
         for shift, place in enumerate(sorted(self._rng.sample(range(units), len(chain)))):
             hay.insert(place + shift, chain[shift])
         context = "\n".join(hay).replace(". \n", ".\n")
-        return self._sample(names, context=context, query=value, number=HOPS + 1)
+        return self._sample(names, context, "\n".join(chain), query=value, number=HOPS + 1)
 
     def _solved_vt(self) -> str:
         """A solved sample of at most 500 tokens, that stands before every one; its answer takes no room."""
@@ -268,9 +275,9 @@ class RulerBuilder:
         short = self.length < SHORT
         example = self._listed(20, 3, 1) if short else self._listed(40, 10, 3)
         context, common = self._listed(units, 6, 1) if short else self._listed(units, 30, 3)
-        solved, sample = self._sample(example[1], context=example[0]), self._sample(common, context=context)
+        solved, sample = self._sample(example[1], example[0]), self._sample(common, context)
         told = " ".join(f"{i}. {word}" for i, word in enumerate(example[1], 1))
-        return RulerSample(f"{solved.whole} {told}\n{sample.text}", sample.prefix, sample.answers)
+        return replace(sample, text=f"{solved.whole} {told}\n{sample.text}")
 
     def _listed(self, number: int, often: int, seldom: int) -> tuple[str, list[str]]:
         # Where these do not do, the generator goes over to a list of 370,000 words, which is a download.
@@ -284,7 +291,7 @@ class RulerBuilder:
         """Coded words whose frequency falls with the square of their rank; the first rank is noise."""
         room = self.length - self.task.max_new_tokens
         step, words, vocabulary = room // 32, room // 6, room // 50
-        if vocabulary < 4 or self.count(self._sample((), context="").whole) >= room:
+        if vocabulary < 4 or self.count(self._sample((), "").whole) >= room:
             raise ValueError(
                 f"`lengths` must leave room for the question and four coded words of {self.task.name!r}, got "
                 f"{self.length}. Set a larger length, or leave the task out."
@@ -312,7 +319,7 @@ class RulerBuilder:
         counts = (words * ranks**-2.0 / (math.pi**2 / 6)).astype(int).tolist()
         drawn = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
         random.Random(self.seed).shuffle(drawn)
-        return self._sample(coded[1:4], context=" ".join(drawn))
+        return self._sample(coded[1:4], " ".join(drawn))
 
     def _qa(self, units: int) -> RulerSample:
         """The documents of a question among so many in all, those of other questions."""
@@ -323,8 +330,11 @@ class RulerBuilder:
         # Fewer documents than a long sample holds come again.
         documents += [others[i % len(others)] for i in range(number - len(others))] if others else []
         random.Random(self.seed).shuffle(documents)
-        context = "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(documents, 1))
-        return self._sample(question.answers, context=context, query=question.query)
+        context, evidence = (
+            "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(texts, 1))
+            for texts in (documents, question.documents)
+        )
+        return self._sample(question.answers, context, evidence, query=question.query)
 
 
 def ruler_prompts(
@@ -337,6 +347,7 @@ def ruler_prompts(
     questions: Sequence[Question] = (),
     seed: int = SEED,
     chat: bool = True,
+    diagnose_at: int | None = None,
 ) -> tuple[list[Prompt], dict[str, str]]:
     """Return the prompts of tasks at lengths, and which of them have no room there, with the reason.
 
@@ -349,13 +360,9 @@ def ruler_prompts(
         questions: for the question-answering tasks; without any, invented ones.
         seed: see `SEED`.
         chat: whether the prompts go through the chat template.
-
-    Raises:
-        ValueError: an unknown task.
+        diagnose_at: the length whose samples are asked over their evidence alone and without any text, too; all but
+            common and frequent words, whose evidence is the whole text.
     """
-    unknown = next((name for name in tasks if name not in TASKS), None)
-    if unknown is not None:
-        raise ValueError(f"`ruler_tasks` must be among {', '.join(TASKS)}, got {unknown!r}. Set one of them.")
     prompts, missing = [], {}
     for task in (TASKS[name] for name in tasks):
         asked = list(questions) or (invented_questions(task.hops, QUESTIONS) if task.kind == "qa" else [])
@@ -367,10 +374,12 @@ def ruler_prompts(
             except ValueError as error:
                 missing[f"{task.name}, {length:,} tokens"] = str(error)
                 continue
-            prompts += [
-                Prompt("ruler", task.name, index, sample.text, sample.answers, prefix=sample.prefix, **own)
-                for index, sample in enumerate(made)
-            ]
+            for index, sample in enumerate(made):
+                prompt = Prompt("ruler", task.name, index, sample.text, sample.answers, prefix=sample.prefix, **own)
+                prompts.append(prompt)
+                if length == diagnose_at and sample.evidence:
+                    texts = (sample.text.replace(sample.context, other) for other in (sample.evidence, ""))
+                    prompts += other_ways(prompt, *texts)
     return prompts, missing
 
 
@@ -380,7 +389,7 @@ def score_ruler(prompt: Prompt, answer: str) -> dict[str, float]:
     >>> score_ruler(Prompt("ruler", "ruler_vt", 0, "", ("ABCDE", "FGHIJ"), 30), " ABCDE only")
     {'string_match': 0.5}
     """
-    return {"string_match": string_match(answer, prompt.answers, every=TASKS[prompt.task].kind != "qa")}
+    return {"string_match": string_match(answer, prompt.answers, every=TASKS[prompt.task.split(",")[0]].kind != "qa")}
 
 
 def string_match(answer: str, references: Sequence[str], *, every: bool) -> float:

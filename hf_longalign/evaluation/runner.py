@@ -1,23 +1,28 @@
-"""Asking models all prompts once: what is on disk is not asked again, several processes share the rest."""
+"""Asking models all prompts once: what is on disk is not asked again, processes of one folder share the rest."""
 
+import itertools
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from hf_longalign.evaluation.claims import LIMIT, Claims
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 from hf_longalign.evaluation.results import Scorer, suite_result
 from hf_longalign.records.report import Speed, SuiteResult, TaskResult
 
 
 logger = logging.getLogger(__name__)
+
+PAUSE = 0.5  # seconds between two looks at what other processes have done
 
 # A task, lengths and samples at each -> its prompts, and the lengths that have no room, with the reason.
 Maker = Callable[[str, Sequence[int], int], tuple[list[Prompt], dict[str, str]]]
@@ -28,7 +33,7 @@ class ResultStore:
 
     Args:
         folder: where the files go; it is made.
-        rank: number of this process.
+        expected: processes that were started to share it; any others may join.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -39,27 +44,37 @@ class ResultStore:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with ResultStore(folder) as store:
     ...         store.add("a", {"text": "42"})
-    ...     with ResultStore(folder, rank=1) as store:
+    ...     with ResultStore(folder) as store:
     ...         store.get("a"), "b" in store
     ({'text': '42'}, False)
     """
 
-    def __init__(self, folder: str | Path, rank: int = 0) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"results-{rank}.jsonl"
+    def __init__(self, folder: str | Path, expected: int = 1) -> None:
+        self.folder, self.expected = Path(folder), expected
+        self.claims = Claims(self.folder / "claims")
+        path = next(path for path in map(self._file_of, itertools.count()) if self.claims.take(path.name))
         self._file = path.open("ab+")
         # A kill may have left half a line, which the next one would be glued to.
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
         self._values: dict[str, Any] = {}
         self._read: dict[Path, int] = {}
+        self._late = time.monotonic() + LIMIT
         self.refresh()
+
+    def _file_of(self, number: int) -> Path:
+        return self.folder / f"results-{number}.jsonl"
 
     def __enter__(self) -> "ResultStore":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        self.claims.close()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that shows what is done and writes the report."""
+        return self.claims.take("main")
 
     def __contains__(self, key: str) -> bool:
         return key in self._values
@@ -70,6 +85,7 @@ class ResultStore:
 
     def add(self, key: str, value: Any) -> None:
         """Write a JSON-able value, which is on disk when this returns."""
+        self.claims.check()
         self._file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())  # a machine that goes down keeps it too
@@ -87,19 +103,62 @@ class ResultStore:
                 self._values[entry["key"]] = entry["value"]
             self._read[path] = self._read.get(path, 0) + whole
 
-    def wait_for(self, keys: Iterable[str], *, every: float = 0.5, tell_every: float = 60.0) -> None:
-        """Wait until other processes have added all keys, and say every `tell_every` seconds how many are missing."""
-        # Files, and no barrier of torch: that one ends the run after its time-out, and shares differ by hours.
-        missing, told = set(keys), -tell_every
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Return the keys that have no value yet."""
+        return [key for key in keys if key not in self._values]
+
+    def open_keys(self, units: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+        """Yield keys that have no value, some units at a time, each to one process; nothing once all have a holder.
+
+        Whoever is given keys adds their values before asking for more. Units of a process that is lost come again.
+
+        Args:
+            units: the keys of what one process does in one go.
+        """
         while True:
             self.refresh()
-            missing = {key for key in missing if key not in self._values}
-            if not missing:
+            left = [unit for unit in units if self.missing(unit)]
+            most = self._share(len(left))
+            taken = list(itertools.islice((unit for unit in left if self.claims.take(unit[0])), most))
+            if not taken:
                 return
-            if time.monotonic() - told >= tell_every:
-                told = time.monotonic()
-                logger.info("Waiting for %d results of other processes in %s.", len(missing), self.folder)
-            time.sleep(every)
+            self.refresh()  # another process may have finished a unit since, and let it go
+            yield self.missing(itertools.chain(*taken))
+            self.claims.release(unit[0] for unit in taken)
+
+    def _share(self, units: int) -> int:
+        """How many units to take at once: alone all, as they share beginnings, else few, so that all end together."""
+        others = self.claims.alive()
+        if time.monotonic() < self._late:
+            others = max(others, self.expected)
+        else:
+            self.tell_who_is_missing()
+        return units if others == 1 else ceil(units / others / 2)
+
+    def tell_who_is_missing(self) -> None:
+        """Warn, once, where fewer processes came than were started."""
+        if len(self.claims.met) < self.expected:
+            logger.warning(
+                "%d processes were started, and %d came to %s. If the others run, their disk is another one and they "
+                "ask everything again: set `output_dir` to a folder that all share. If they are lost, what they would "
+                "have asked is asked here.",
+                self.expected, len(self.claims.met), self.folder,
+            )  # fmt: skip
+            self.expected = 0
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return the value of a key, which one process makes where none has yet, and the others wait for.
+
+        A dataclass is stored as the dict of its fields.
+        """
+        while self.missing([key]):
+            for keys in self.open_keys([[key]]):
+                for missing in keys:
+                    made = make()
+                    self.add(missing, asdict(made) if is_dataclass(made) and not isinstance(made, type) else made)
+            if self.missing([key]):
+                time.sleep(PAUSE)
+        return self._values[key]
 
 
 class Generator(Protocol):
@@ -135,80 +194,57 @@ class Examinee:
         return f"{self.identity}/{unit}"
 
 
-def share(prompts: Sequence[Prompt], rank: int, processes: int) -> list[Prompt]:
-    """Return the prompts of one of several processes.
-
-    Example:
-
-    >>> grid = [(i, d) for i in (0, 1) for d in (0.0, 1.0)]
-    >>> prompts = [Prompt("needle", "single", i, "text", ("a",), 8, length=64, depth=d) for i, d in grid]
-    >>> [(prompt.index, prompt.depth) for prompt in share(prompts, 1, 2)]
-    [(1, 0.0), (1, 1.0)]
-    """
-    # By sample, not by prompt: the depths of a sample share a haystack, which one process then reads once.
-    groups: dict[tuple, list[Prompt]] = {}
-    for prompt in prompts:
-        groups.setdefault((prompt.suite, *prompt.sample), []).append(prompt)
-    return [prompt for group in list(groups.values())[rank::processes] for prompt in group]
-
-
-def ask(
-    examinee: Examinee,
-    prompts: Sequence[Prompt],
-    store: ResultStore,
-    *,
-    rank: int = 0,
-    processes: int = 1,
-    progress: bool = True,
-) -> None:
-    """Have a model answer its share of the prompts that the store does not hold yet, task by task.
+def ask(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore, *, progress: bool = True) -> None:
+    """Have a model answer the prompts that the store does not hold and no other process is at, task by task.
 
     The store gets `{"text": …, "tokens": …, "cut": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what
     it took, see [`GenerationStats`]. `progress` shows a bar per task.
     """
-    for task in dict.fromkeys(prompt.task for prompt in prompts):
-        mine = share([prompt for prompt in prompts if prompt.task == task], rank, processes)
-        left = [prompt for prompt in mine if examinee.key(prompt.key) not in store]
-        title, done = f"{examinee.label}, {task}", len(mine) - len(left)
-        bar = tqdm(total=len(mine), initial=done, desc=title, unit="prompt", disable=not progress)
-        with bar, examinee.active():
-            before = asdict(examinee.generator.stats)
-            for prompt, completion in examinee.generator.generate(left):
-                # Prompts that are answered together share the time by chance: only the sum over many means something.
-                now = asdict(examinee.generator.stats)
-                spent = {name: now[name] - before[name] for name in now}
-                store.add(examinee.key(prompt.key), {**asdict(completion), "spent": spent})
-                before = now
-                place = [] if prompt.length is None else [f"{prompt.length:,} tokens"]
-                place += [] if prompt.depth is None else [f"depth {prompt.depth:.0%}"]
-                bar.set_postfix_str(", ".join(place), refresh=False)
-                bar.update()
-
-
-def _stored(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> list[dict[str, Any]]:
-    keys = [examinee.key(prompt.key) for prompt in prompts]
-    store.wait_for(keys)
-    return [store.get(key) for key in keys]
+    # The other ways to ask a task ("latest, closed book") are answered together with it: full batches are faster.
+    by_task: dict[str, dict[str, Prompt]] = {}
+    for prompt in prompts:
+        by_task.setdefault(prompt.task.partition(",")[0], {})[examinee.key(prompt.key)] = prompt
+    for task, by_key in by_task.items():
+        # By sample, not by prompt: the depths of a sample share a haystack, which one process then reads once.
+        samples: dict[tuple, list[str]] = {}
+        for key, prompt in by_key.items():
+            samples.setdefault(prompt.sample, []).append(key)
+        for keys in store.open_keys(list(samples.values())):
+            bar = tqdm(total=len(by_key), desc=f"{examinee.label}, {task}", unit="prompt", disable=not progress)
+            with bar, examinee.active():
+                bar.update(len(by_key) - len(store.missing(by_key)))
+                before = asdict(examinee.generator.stats)
+                for prompt, completion in examinee.generator.generate([by_key[key] for key in keys]):
+                    # Prompts that are answered together share the time by chance: only the sum over many means
+                    # something.
+                    now = asdict(examinee.generator.stats)
+                    spent = {name: now[name] - before[name] for name in now}
+                    store.add(examinee.key(prompt.key), {**asdict(completion), "spent": spent})
+                    before = now
+                    place = [] if prompt.length is None else [f"{prompt.length:,} tokens"]
+                    place += [] if prompt.depth is None else [f"depth {prompt.depth:.0%}"]
+                    bar.set_postfix_str(", ".join(place), refresh=False)
+                    bar.update()
 
 
 def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> list[Completion]:
-    """Return what a model answered to each prompt, waiting for the other processes where they are not done."""
-    found = _stored(examinee, prompts, store)
+    """Return what a model answered to each prompt."""
+    found = (store.get(examinee.key(prompt.key)) for prompt in prompts)
     return [Completion(value["text"], value["tokens"], value["cut"]) for value in found]
 
 
 def spent(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> Speed:
-    """Return what all answers took together, those of earlier runs and of other processes too, once all are there."""
-    found = [value["spent"] for value in _stored(examinee, prompts, store)]
+    """Return what all answers took together, those of earlier runs and of other processes too."""
+    found = [store.get(examinee.key(prompt.key))["spent"] for prompt in prompts]
     return Speed(**{field.name: sum(one[field.name] for one in found) for field in fields(Speed)})
 
 
 class PromptSuite:
     """Prompts that are answered and scored.
 
-    Every suite does one process's share of the work (`work`), tells what it asks (`asked`) and, once all shares are
-    done, what came out (`results`); see also [`~hf_longalign.evaluation.harness.HarnessSuite`] and
-    [`~hf_longalign.evaluation.perplexity.PerplexitySuite`].
+    Every suite does what is open and free (`work`), tells what it asks (`asked`), under which keys the store gets the
+    answers (`keys`) and, once all are there, what came out (`results`); so do
+    [`~hf_longalign.evaluation.harness.HarnessSuite`] and [`~hf_longalign.evaluation.perplexity.PerplexitySuite`].
 
     Args:
         name: a key of `hf_longalign.records.names.SUITES`.
@@ -240,10 +276,14 @@ class PromptSuite:
         prompts, _ = self.make(task, [length], samples) if self.make else ([], {})
         self.prompts += [prompt for prompt in prompts if prompt.key not in known]
 
-    def work(self, examinees: Sequence[Examinee], store: ResultStore, *, rank: int, processes: int) -> None:
-        """Have each model answer this process's share of the prompts."""
+    def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
+        """Have each model answer the prompts that no other process is at."""
         for examinee in examinees:
-            ask(examinee, self.prompts, store, rank=rank, processes=processes, progress=rank == 0)
+            ask(examinee, self.prompts, store, progress=store.is_main)
+
+    def keys(self, examinees: Sequence[Examinee]) -> list[str]:
+        """Return the keys of all answers."""
+        return [examinee.key(prompt.key) for examinee in examinees for prompt in self.prompts]
 
     def asked(self) -> list[str]:
         """Return the keys of the prompts."""

@@ -81,6 +81,7 @@ def varlen_attn(query, key, value, starts, _, longest, __, *, scale, window_size
 def like_a_gpu(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
+    monkeypatch.setattr(kernels, "_FLASH_PARAMETERS", kernels._FLASH_PARAMETERS | {"enable_gqa"})
     monkeypatch.setattr(kernels, "varlen_attn", varlen_attn)
     for module in (kernels, interface):
         monkeypatch.setattr(module, "flash_serves", lambda query, value, scoring: scoring.softcap is None)

@@ -166,7 +166,7 @@ def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, mo
     def evaluated():
         with ResultStore(tmp_path) as store:
             suite = HarnessSuite(["towns", "gsm8k"], model, tiny_tokenizer(), store, who, max_length=64)
-            suite.work(who, store, rank=0, processes=1)
+            suite.work(who, store)
             return suite.results(who, store)
 
     results = evaluated()

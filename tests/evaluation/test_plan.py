@@ -1,17 +1,19 @@
 """How many samples are asked: within the minutes, the same in every process, more where intervals are wide."""
 
 import json
+import platform
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.evaluation.options import SuiteOptions
-from hf_longalign.evaluation.plan import FEWEST, MOST, cells_to_refine, fit, plan_grid, seconds_per_token
+from hf_longalign.evaluation.plan import FEWEST, MOST, announce, cells_to_refine, fit, plan_grid, seconds_per_token
 from hf_longalign.evaluation.prompt import Completion, Prompt
+from hf_longalign.evaluation.puzzle_prompts import score_puzzle
 from hf_longalign.evaluation.results import suite_result
-from hf_longalign.evaluation.runner import ResultStore
+from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
 
 
 @pytest.mark.parametrize("minutes", [0.5, 5.0, 50.0])
@@ -25,25 +27,29 @@ def test_the_grid_keeps_to_its_minutes(minutes):
         assert more > minutes
 
 
+def keys_of(folder):
+    keys = {json.loads(line)["key"] for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()}
+    return {key for key in keys if key.startswith("plan/")}
+
+
 def test_what_was_planned_is_planned_again(tmp_path):
     model, options = tiny_llama(), SuiteOptions(minutes=0.1)
-    with ResultStore(tmp_path) as store, ResultStore(tmp_path, rank=1) as other:
+    with ResultStore(tmp_path) as store, ResultStore(tmp_path) as other:
         first = plan_grid(model, ["a"], options, [256, 512], store)
         assert first.lengths[0] == 256
-        (line,) = (tmp_path / "results-0.jsonl").read_text().splitlines()
-        store.add(json.loads(line)["key"], {**asdict(first), "samples": 7})
+        (key,) = keys_of(tmp_path)
+        store.add(key, {**asdict(first), "samples": 7})
         # A slower machine, or another process, asks what was decided.
         assert plan_grid(model, ["a"], options, [256, 512], store).samples == 7
-        assert plan_grid(model, ["a"], options, [256, 512], other, is_main_process=False).samples == 7
+        assert plan_grid(model, ["a"], options, [256, 512], other).samples == 7
         elsewhere = replace(options, output_dir="elsewhere")
         assert plan_grid(model, ["a"], elsewhere, [256, 512], store).samples == 7
         assert plan_grid(model, ["a"], SuiteOptions(samples=4), [256], store).samples == 4
         assert plan_grid(None, ["a"], SuiteOptions(), [256], store).samples == 10
         assert plan_grid(model, ["a"], SuiteOptions(suites=["short"]), [256], store).minutes == 0
-        assert len((tmp_path / "results-0.jsonl").read_text().splitlines()) == 2
+        assert keys_of(tmp_path) == {key}
         plan_grid(model, ["b"], options, [256, 512], store)
-        keys = {json.loads(line)["key"] for line in (tmp_path / "results-0.jsonl").read_text().splitlines()}
-        assert len(keys) == 2, "another model has a plan of its own"
+        assert len(keys_of(tmp_path)) == 2, "another model has a plan of its own"
 
 
 def test_costs_are_positive():
@@ -81,3 +87,26 @@ def test_samples_are_added_at_a_single_length_too():
     answers = {"base": [Completion("yes", 1)] * len(unsized)}
     result = suite_result("longbench", unsized, answers, lambda prompt, text: {"exact_match": 1.0})
     assert cells_to_refine(result, unsized, {}, 1000) == []
+
+
+def test_what_is_still_to_be_asked_is_said_first(tmp_path, caplog):
+    caplog.set_level("INFO", "hf_longalign")
+    prompts = [Prompt("puzzles", "latest", n, "who " * n, ("x",), 8, chat=False, length=512) for n in range(4)]
+    prompts.append(replace(prompts[0], task="latest, closed book", text="who who", length=None))
+    suite, who = (
+        PromptSuite("puzzles", prompts, score_puzzle),
+        [Examinee("base", "a", None), Examinee("adapter", "b", None)],
+    )
+    with ResultStore(tmp_path) as store, ResultStore(tmp_path) as other:
+        store.add(who[0].key(prompts[0].key), {"text": "x"})
+        announce(None, tiny_tokenizer(), [suite], who, store)
+        announce(None, tiny_tokenizer(), [suite], who, other)
+        store.add(f"speed/a/{platform.node()}", [0.01, 0.0, 0.0])
+        announce(tiny_llama(), tiny_tokenizer(), [suite], who, store)
+    tokens = 7 * 512 + 2 * len(tiny_tokenizer()("who who")["input_ids"])
+    told = f"puzzles: 9 prompts of {tokens:,} tokens in all"
+    minutes = 0.01 * tokens / 60
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{told}.",
+        f"{told}, about {minutes:.1f} min of one process.",
+    ], "the main process alone tells it"

@@ -5,9 +5,13 @@ from dataclasses import replace
 
 import pytest
 
+from hf_longalign.evaluation.haystack import noise
+from hf_longalign.evaluation.needles import score_needle
+from hf_longalign.evaluation.placement import needle_prompts
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.report import render_report, write_report
 from hf_longalign.evaluation.results import suite_result
+from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
 from hf_longalign.records.report import (
     Difference,
@@ -190,3 +194,39 @@ def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monke
         tmp_path, everything, coverage=CoverageRecord(64, histogram=Histogram([0, 32, 64], [3, 1], [1.0, 0.5]))
     )
     assert drawn["evaluated_lengths"] == [128, 256, 512, 1024]
+
+
+def test_why_answers_are_wrong_is_told_of_needles_by_depth_and_of_ruler():
+    count = lambda text: len(text.split())  # noqa: E731
+    grid = {"lengths": [300, 400], "samples": 3, "count": count, "diagnose_at": 400}
+    needles = list(needle_prompts(haystack=noise(), depths=[0.0, 1.0], tasks=["multi_key"], max_new_tokens=8, **grid))
+    ruler, _ = ruler_prompts(tasks=["niah_multiquery", "ruler_vt", "ruler_qa_hotpot", "ruler_cwe"], essays=noise(),
+                             **{**grid, "lengths": [1500, 2000], "diagnose_at": 2000})  # fmt: skip
+    for suite, prompts, scorer in (("needle", needles, score_needle), ("ruler", ruler, score_ruler)):
+        by_task = {}
+        for prompt in prompts:
+            by_task.setdefault(prompt.task, []).append(prompt)
+        for task, own in by_task.items():
+            # All that is needed stands in the evidence, and nothing of it in the question.
+            held = [all(answer in prompt.text for answer in prompt.answers) for prompt in own]
+            assert all(held) if task.endswith(", evidence alone") or "," not in task else not any(held), task
+            assert all((prompt.length is None) == ("," in task) for prompt in own)
+            assert all(len(prompt.text.split()) < 400 for prompt in own if "," in task and "vt" not in task)
+
+        def answered(prompt):
+            text = " ".join(prompt.answers)
+            if "," in prompt.task:
+                return text if prompt.task.endswith("evidence alone") and prompt.index > 0 else "?"
+            return text if prompt.index == 2 or prompt.length in (300, 1500) or prompt.depth == 0.0 else "?"
+
+        result = suite_result(suite, prompts, {"base": [Completion(answered(p), 1) for p in prompts]}, scorer)
+        assert [task.task for task in result.tasks] == [task for task in by_task if "," not in task]
+        assert all(task.samples == 6 for task in result.tasks)
+        for task in result.tasks:
+            if task.task == "ruler_cwe":
+                assert task.diagnosis == {}
+            else:  # of samples 0 and 1 the needles at depth 1 were missed, and 1 and 2 found in the evidence
+                share = 1 / 6 if suite == "needle" else 1 / 3
+                why = task.diagnosis["base"]
+                assert (why.cannot_find, why.cannot_use, why.closed_book) == pytest.approx((share, share, 0))
+                assert why.right == pytest.approx(1 - 2 * share)

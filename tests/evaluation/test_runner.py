@@ -1,16 +1,16 @@
 """Prompts are shared whole, asked once, and read by all."""
 
 import json
-import logging
 import multiprocessing
 import os
 import signal
 import threading
+import time
 
 import pytest
 
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
-from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask, share, spent
+from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask, spent
 
 
 PROMPTS = [
@@ -38,12 +38,26 @@ class Echo:
             yield prompt, Completion(f"echo {prompt.text}", 3)
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 7, 100])
-def test_shares_are_whole_groups_of_all_prompts(processes):
-    shares = [share(PROMPTS, rank, processes) for rank in range(processes)]
-    assert sorted(p.key for part in shares for p in part) == sorted(p.key for p in PROMPTS)
-    groups = [{(p.task, p.length, p.index) for p in part} for part in shares]
-    assert sum(map(len, groups)) == len(set().union(*groups))
+def test_open_keys_go_to_one_process_each_in_whole_units(tmp_path):
+    units = [[f"{unit}-{depth}" for depth in range(3)] for unit in range(10)]
+    with ResultStore(tmp_path) as one, ResultStore(tmp_path) as two:
+        two.add("0-1", "known")
+        given = {one: [], two: []}
+        sources = {store: store.open_keys(units) for store in given}
+        while sources:
+            for store, source in list(sources.items()):
+                keys = next(source, None)
+                if keys is None:
+                    del sources[store]
+                    continue
+                given[store] += keys
+                for key in keys:
+                    store.add(key, "told")
+        assert len({key.split("-")[0] for key in given[one]} & {key.split("-")[0] for key in given[two]}) == 0
+        assert sorted(given[one] + given[two]) == sorted({key for unit in units for key in unit} - {"0-1"})
+        assert all(given.values()), "both have some"
+    with ResultStore(tmp_path) as alone:
+        assert next(alone.open_keys([*units, ["x"], ["y"]])) == ["x", "y"], "alone it takes all at once"
 
 
 def test_an_interrupted_run_asks_only_what_is_left(tmp_path):
@@ -73,29 +87,31 @@ def test_two_processes_equal_one(tmp_path):
     with ResultStore(tmp_path / "one") as store:
         ask(Examinee("base", "id", Echo()), PROMPTS, store, progress=False)
         expected = answers(Examinee("base", "id", Echo()), PROMPTS, store)
-    with ResultStore(tmp_path / "two", 0) as first, ResultStore(tmp_path / "two", 1) as second:
-        for rank, store in enumerate((first, second)):
-            ask(Examinee("base", "id", Echo()), PROMPTS, store, rank=rank, processes=2, progress=False)
+    with ResultStore(tmp_path / "two") as first, ResultStore(tmp_path / "two") as second:
+        one, two = Echo(), Echo()
+        threads = [
+            threading.Thread(
+                target=ask, args=(Examinee("base", "id", echo), PROMPTS, store), kwargs={"progress": False}
+            )
+            for echo, store in ((one, first), (two, second))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(p.key for p in one.asked + two.asked) == sorted(p.key for p in PROMPTS), "each once"
+        first.refresh()
         assert answers(Examinee("base", "id", Echo()), PROMPTS, first) == expected
 
 
-def test_what_was_spent_waits_for_the_other_process(tmp_path):
-    with ResultStore(tmp_path, rank=0) as one, ResultStore(tmp_path, rank=1) as other:
-        ask(Examinee("base", "m", Echo()), PROMPTS[::2], one)
-        late = threading.Timer(0.3, ask, (Examinee("base", "m", Echo()), PROMPTS[1::2], other))
-        late.start()
-        assert spent(Examinee("base", "m", Echo()), PROMPTS, one).prompt_tokens == 10 * len(PROMPTS)
-        late.join()
-
-
 def test_what_was_added_is_there_for_every_later_process(tmp_path):
-    with ResultStore(tmp_path, rank=0) as one, ResultStore(tmp_path, rank=1) as other:
+    with ResultStore(tmp_path) as one, ResultStore(tmp_path) as other:
         one.add("a", {"text": "naïve \ud800 \u2028 line\nbreak"})
         other.add("b", [1, 2])
         assert "b" not in one
         one.refresh()
         assert one.get("b") == [1, 2]
-    with ResultStore(tmp_path, rank=5) as later:
+    with ResultStore(tmp_path) as later:
         assert later.get("a")["text"] == "naïve \ud800 \u2028 line\nbreak"
 
 
@@ -105,7 +121,7 @@ def test_a_torn_line_is_left_out_and_the_next_is_whole(tmp_path, torn):
         store.add("a", 1)
     with (tmp_path / "results-0.jsonl").open("ab") as file:
         file.write(torn)
-    with ResultStore(tmp_path, rank=1) as other:
+    with ResultStore(tmp_path) as other:
         assert "a" in other and "b" not in other
     with ResultStore(tmp_path) as store:
         assert "a" in store and "b" not in store
@@ -139,17 +155,56 @@ def test_sigkill_loses_nothing_that_was_added(tmp_path):
         assert all(store.get(str(number)) == number for number in added)
 
 
-def test_waiting_sees_what_another_adds_and_says_so(tmp_path, caplog):
-    caplog.set_level(logging.INFO, "hf_longalign")
-    with ResultStore(tmp_path, rank=0) as one, ResultStore(tmp_path, rank=1) as other:
-        other.add("a", 1)
-        timer = threading.Timer(0.2, other.add, ("b", 2))
-        timer.start()
-        one.wait_for(["a", "b"], every=0.01)
-        timer.join()
-    assert [record.getMessage() for record in caplog.records] == [
-        f"Waiting for 1 results of other processes in {tmp_path}."
-    ]
+def test_one_process_makes_what_all_need_once(tmp_path):
+    made, found = [], []
+
+    def make():
+        made.append(1)
+        time.sleep(0.2)
+        return {"samples": 7}
+
+    with ResultStore(tmp_path) as one, ResultStore(tmp_path) as other:
+        threads = [threading.Thread(target=lambda s=s: found.append(s.once("plan", make))) for s in (one, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert made == [1] and found == [{"samples": 7}] * 2
+
+
+def hold(folder, told):
+    with ResultStore(folder) as store:
+        for keys in store.open_keys([["a"], ["b"], ["c"], ["d"], ["e"]]):
+            told.send(keys)
+            time.sleep(600)
+
+
+def test_what_a_killed_process_held_is_asked_by_the_others(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=hold, args=(tmp_path, sender))
+    process.start()
+    held = receiver.recv()
+    with ResultStore(tmp_path) as store:
+        units = [["a"], ["b"], ["c"], ["d"], ["e"]]
+        assert held == ["a", "b", "c", "d", "e"] and not list(store.open_keys(units)), "it lives"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        keys = next(store.open_keys(units[:1]))
+        assert keys == ["a"]
+
+
+def test_who_never_came_is_told_and_made_up_for(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("hf_longalign.evaluation.runner.LIMIT", 0.0)
+    with ResultStore(tmp_path, expected=3) as store, ResultStore(tmp_path, expected=3) as other:
+        for keys in store.open_keys([["a"], ["b"]]):
+            for key in keys:
+                store.add(key, 1)
+        assert not store.missing(["a", "b"]) and list(other.open_keys([["a"], ["b"]])) == []
+        store.tell_who_is_missing()
+    assert len(caplog.records) == 2, "each process tells it once"
+    (told,) = {record.getMessage() for record in caplog.records}
+    assert "3 processes were started, and 2 came" in told and "set `output_dir` to a folder that all share" in told
 
 
 def test_an_unwritable_folder_says_so(tmp_path):
