@@ -34,7 +34,7 @@ ASK = (  # what LongBench's prompt, which the rows of training have, says behind
 )
 # The shorter texts hold fewer needles: one per so many tokens.
 NEEDLE_EVERY = 128
-ROOM = {"multi_key": 12, "multi_query": 48, "passages": 24}
+ROOM = {"multi_key": 12, "passages": 24}  # of a question for several needles, that of one for each
 # How likely the next passage is a gold one, while there are any.
 GOLD_SHARE = 0.5
 
@@ -206,7 +206,7 @@ def questions(
     keys = SEVERAL.join(sorted((key for key, _ in hidden), key=len)[-keys_at_once:])
     tails = [ASK.format(question=max((pair.question for pair in pairs), key=len))]
     tails.append(SEVERAL.question.format(keys=keys) + SEVERAL.answer.format(keys=keys))
-    budget = length - max(ROOM.values()) - max(count(HEAD + tail) for tail in tails)
+    budget = length - max(*ROOM.values(), keys_at_once * ROOM["multi_key"]) - max(count(HEAD + tail) for tail in tails)
     budget -= sum(count(f" {_sentence(*needle)}") - count("") for needle in hidden)
     golds: list[Pair] = []
     passages: list[tuple[str, Pair | None]] = []
@@ -266,7 +266,7 @@ def _ask(
     groups = [range(first, len(needles), stride) for first in range(stride)]
 
     def prompt(task: str, index: int, question: str, answers: Sequence[str], sample: str, **more: Any) -> Prompt:
-        room = ROOM[task]
+        room = ROOM.get(task, keys_at_once * ROOM["multi_key"])
         return Prompt(
             "study", task, index, body + question, tuple(answers), room, length=length, parts=(sample,), **more
         )

@@ -153,16 +153,21 @@ def documents_of_boundaries(starts: torch.Tensor, key_starts: torch.Tensor | Non
     >>> documents_of_boundaries(torch.tensor([0, 2, 5]), None, 5).bounds
     (0, 2, 5)
     """
-    bounds = starts.flatten().tolist()
+    # Read at once: on a GPU each read waits for all work under way.
+    given = (
+        [starts.flatten()] if key_starts is None or key_starts is starts else [starts.flatten(), key_starts.flatten()]
+    )
+    read = torch.cat(given).tolist()
+    bounds, key_bounds = read[: starts.numel()], read[-given[-1].numel() :]
     if bounds[:1] != [0] or bounds[-1] != length or any(np.diff(bounds) < 0):
         raise ValueError(
             f"`cu_seq_lens_q` must rise from 0 to the row's length {length}, got {_short(bounds)}. Count every token "
             "of the row, padding at its end as a document of its own."
         )
-    if key_starts is not None and key_starts is not starts and key_starts.flatten().tolist() != bounds:
+    if key_bounds != bounds:
         raise ValueError(
-            f"`cu_seq_lens_k` must equal `cu_seq_lens_q`, got {_short(key_starts.flatten().tolist())} and "
-            f"{_short(bounds)}. Pass the same tensor for both."
+            f"`cu_seq_lens_k` must equal `cu_seq_lens_q`, got {_short(key_bounds)} and {_short(bounds)}. Pass the same "
+            "tensor for both."
         )
     return Documents(tuple(bound for i, bound in enumerate(bounds) if i == 0 or bound > bounds[i - 1]))
 

@@ -183,6 +183,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 @pytest.mark.parametrize("width", [8, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("feature", ["window", "softcap", "sinks"])
 def test_cuda_flex_equals_the_formula_with_gradients(feature, width, dtype):
+    torch._dynamo.reset()  # each case is compiled anew, and only so many versions are kept
     documents, positions = random_row(np.random.default_rng(0), documents=5, longest=200)
     tokens = documents.bounds[-1]
     states = [torch.randn(tokens, heads, width).to(dtype) for heads in (HEADS, HEADS // 2, HEADS // 2)]
