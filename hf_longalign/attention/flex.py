@@ -25,6 +25,7 @@ from hf_longalign.attention.packing import Segments
 BLOCK = 128
 # Triton's matrix product takes no fewer columns.
 LEAST_WIDTH = 16
+VERSIONS = 128
 
 
 def first_visible(segments: Segments, device: torch.device) -> torch.Tensor:
@@ -132,7 +133,15 @@ def flex_packed(
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., Any]:
     """Without compilation `flex_attention` writes out all scores."""
-    return torch.compile(flex_attention)
+    compiled: Any = torch.compile(flex_attention)
+
+    def attend(*states: torch.Tensor, **options: Any) -> Any:
+        # Precisions, shapes, softcaps, training and evaluation are versions of one function. Past eight of them torch
+        # goes on uncompiled, with a line in its log (seen on an H100 with Gemma 2).
+        with torch._dynamo.config.patch(recompile_limit=VERSIONS):
+            return compiled(*states, **options)
+
+    return attend
 
 
 @lru_cache(maxsize=8)

@@ -166,8 +166,8 @@ def documents_of_boundaries(starts: torch.Tensor, key_starts: torch.Tensor | Non
         )
     if key_bounds != bounds:
         raise ValueError(
-            f"`cu_seq_lens_k` must equal `cu_seq_lens_q`, got {_short(key_bounds)} and {_short(bounds)}. Pass the same "
-            "tensor for both."
+            f"`cu_seq_lens_k` must equal `cu_seq_lens_q`, got {_short(key_bounds)} and {_short(bounds)}. Pass the "
+            "same tensor for both."
         )
     return Documents(tuple(bound for i, bound in enumerate(bounds) if i == 0 or bound > bounds[i - 1]))
 

@@ -175,6 +175,30 @@ def test_memory_of_the_mask_is_that_of_the_blocks():
     assert mask.full_kv_num_blocks.sum() == 64 * 63 // 2 and mask.kv_num_blocks.sum() == 64
 
 
+def test_all_versions_are_compiled(monkeypatch):
+    """As many as a process meets that trains and evaluates several models; torch alone keeps eight."""
+    real, graphs = torch.compile, []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def attention(states, scale):
+        return states * 2 if scale == 0 else states + scale
+
+    monkeypatch.setattr(flex, "flex_attention", attention)
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend=counting, dynamic=False))
+    flex._compiled.cache_clear()
+    try:
+        attend = flex._compiled()
+        for scale in range(20):
+            attend(torch.ones(4), scale=scale)
+    finally:
+        flex._compiled.cache_clear()
+        torch._dynamo.reset()
+    assert len(graphs) == 20
+
+
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
