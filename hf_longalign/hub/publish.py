@@ -282,7 +282,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
     if local and base_model is None:
         raise ValueError(
             f"`base_model` must be given where the base model is a local folder, got None and {sorted(local)[0]!r}. "
-            "Set it to the model's Hub id, or to a neutral name."
+            "Set it (`base_name` of the command line) to the model's Hub id, or to a neutral name."
         )
     changed = {}
     for name, text in texts.items():
