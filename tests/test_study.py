@@ -18,7 +18,7 @@ from hf_longalign.evaluation.intervals import student_quantile
 
 
 ROOT = Path(__file__).parents[1]
-ARMS = ["scaled", "ordinary", "skip_parts", "skip_turns", "pose", "cream", "long_rows", "plain"]
+ARMS = ["scaled", "ordinary", "skip_parts", "skip_turns", "long_rows", "plain"]
 TRAINED = ARMS[1:-1]
 CELLS = ["1536:2", "3072:1"]
 
@@ -250,8 +250,6 @@ def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
         "ordinary": "none",
         "skip_parts": "skip_all",
         "skip_turns": "skip_all",
-        "pose": "pose",
-        "cream": "cream",
         "long_rows": "none",
     }
     trained_on = {one["arm"]: one for one in report["training"]}
