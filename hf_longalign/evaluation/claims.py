@@ -33,6 +33,14 @@ def _machine() -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
+def _runs(pid: int) -> bool:
+    try:
+        # What was killed keeps its number until its parent asks how it ended.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Claims:
     """The names that this process holds.
 
@@ -139,7 +147,7 @@ class Claims:
 
     def _lost(self, process: str) -> bool:
         machine, pid, _ = process.split("-")
-        if machine == _machine() and not psutil.pid_exists(int(pid)):
+        if machine == _machine() and not _runs(int(pid)):
             return True
         try:
             # Both times are the disk's, so clocks that differ do not matter.
