@@ -120,11 +120,12 @@ def run_preflight(
     exacting = skipped or collator.padding_free
     if not (exacting or pads or log_probs):
         return None
-    base = _base_model(model)
+    unwrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
     text_config = base.config.get_text_config(decoder=True)
     if exacting:
         _check_config(base, text_config, collator, skipped)
-        check_no_virtual_tokens(extract_model_from_parallel(model, keep_torch_compile=False))
+        check_no_virtual_tokens(unwrapped)
     device = torch.device(device if device is not None else next(model.parameters()).device)
     window = text_config.sliding_window if "sliding" in _kinds(text_config) else None
     probe = Probe(model, text_config, collator, device, window)
@@ -139,11 +140,6 @@ def run_preflight(
     else:
         logger.info("Preflight passed: %s", report)
     return report
-
-
-def _base_model(model: torch.nn.Module) -> Any:
-    base = extract_model_from_parallel(model, keep_torch_compile=False)
-    return base.get_base_model() if is_peft_model(base) else base
 
 
 def check_no_virtual_tokens(model: Any) -> None:
