@@ -87,12 +87,6 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
     >>> choose_seeds(pairs, [0.1, 0.9, 0.5, 0.7], "select", 0.5)
     [1, 3]
     """
-    if use not in USES:
-        raise ValueError(f"`difficulty_use` must be one of {', '.join(USES)}, got {use!r}.")
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"`difficulty_share` must be above 0 and at most 1, got {share!r}. Set it to the share to keep."
-        )
     if use == "record":
         return list(range(len(seeds)))
     tasks = defaultdict(list)
@@ -265,8 +259,6 @@ class Contamination:
     """
 
     def __init__(self, sources: Iterable[Any], ngram: int = 13, shortest: int = 6):
-        if ngram < 1:
-            raise ValueError(f"`decontaminate_ngram` must be at least 1, got {ngram!r}. 13 is usual.")
         # Every n-gram opens with this many words: where no opening stands in a text, nothing else is looked up.
         self._opening = min(ngram, shortest)
         self._openings: set[str] = set()
