@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from hf_longalign.records.names import is_local_path
+
 
 _LOGIN = re.compile(r"(?<=://)[^\s/@]+@")
 _BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=*-]+")
@@ -30,17 +32,6 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     text = _BEARER.sub(r"\1 ***", text)
     text = _OPENAI_KEY.sub("***", text)
     return _PATH.sub(r"\1", text)
-
-
-def is_local_path(name: str) -> bool:
-    """Whether a model's name is a path of this machine and no Hub id.
-
-    >>> is_local_path("/models/tiny"), is_local_path("./tiny"), is_local_path("org/tiny")
-    (True, True, False)
-    """
-    return (
-        name.startswith(("/", "./", "../", "~", ".\\", "..\\")) or PurePath(name).is_absolute() or name[1:3] == ":\\"
-    )
 
 
 def recorded_name(model: str) -> str:

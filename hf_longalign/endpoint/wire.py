@@ -10,8 +10,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import PurePath
 from typing import Any
 
-from hf_longalign.endpoint.address import is_local_path
 from hf_longalign.endpoint.protocol import BAD_REQUEST, CONTENT_FILTER, TOO_LONG, Fault, Reply, Request
+from hf_longalign.records.names import is_local_path
 
 
 # The endpoint has no room: fewer requests at once will do better.

@@ -15,6 +15,7 @@ from hf_longalign.cards.page import CARD, REPOSITORY, is_ours, is_template
 from hf_longalign.cards.scores import hub_results
 from hf_longalign.hub.push import MAX_FILES, Destination, push, write_dry_run
 from hf_longalign.hub.scan import Machine, check_private
+from hf_longalign.records.names import is_local_path
 from hf_longalign.run_record import RECORD_NAME
 
 
@@ -318,4 +319,4 @@ def check_base_name(base_name: str | None, base: str | None) -> None:
 
 
 def _is_local(name: str) -> bool:
-    return name.startswith(("/", "./", "../", "~", "\\")) or name[1:3] in (":\\", ":/") or Path(name).exists()
+    return is_local_path(name) or Path(name).exists()

@@ -31,9 +31,13 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON-able values."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type] # every subclass is a dataclass
-        values = {field.name: _plain(getattr(self, field.name)) for field in fields}
-        return {name: value for name, value in values.items() if value is not None}
+        fields = dataclasses.asdict(
+            self,  # type: ignore[call-overload] # every subclass is a dataclass
+            dict_factory=lambda items: {name: value for name, value in items if value is not None},
+        )
+        # Through text, so that it is what a file gives back: lists for tuples, strings for keys.
+        values: dict[str, Any] = json.loads(json.dumps(fields))
+        return values
 
     @classmethod
     def from_json(cls: type[Self], value: Any) -> Self:
@@ -62,16 +66,6 @@ class Record:
 def dumps(record: Record) -> str:
     """Return a record as the text of a file: two runs that know the same write the same bytes."""
     return json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_json()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -64,6 +64,15 @@ def metric_of(key: str) -> Metric:
     return METRICS.get(name, Metric(name.replace("_", " "), name))
 
 
+def is_local_path(name: str) -> bool:
+    """Return whether a model's name is written as a path of some machine, which no Hub id is.
+
+    >>> is_local_path("/models/tiny"), is_local_path("./tiny"), is_local_path("C:/tiny"), is_local_path("org/tiny")
+    (True, True, True, False)
+    """
+    return name.startswith(("/", "./", "../", "~", "\\", ".\\", "..\\")) or name[1:3] in (":\\", ":/")
+
+
 def is_hub_id(name: str | None) -> bool:
     """Return whether a name can be that of a repository of the Hub; a path of this machine is none of a reader's.
 
