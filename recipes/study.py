@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
+from study_arms import ARMS, PILOT, QUESTION_SEEDS, StudyOptions
 from study_data import (
     Pair,
     compose_pilot,
@@ -35,7 +36,6 @@ from study_data import (
     read_pairs,
     split_pairs,
 )
-from study_options import ARMS, PILOT, QUESTION_SEEDS, StudyOptions
 from study_report import write_study
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import TrlParser

@@ -1,4 +1,4 @@
-"""The arms of the study, and its options."""
+"""What a study compares and asks: its arms, which differ in one thing each, and its options."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
