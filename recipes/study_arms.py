@@ -11,16 +11,23 @@ QUESTION_SEEDS = {"development": 1, "report": 2}
 
 
 class Arm(NamedTuple):
-    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), with which blocks.
-
-    `long_rows` are as long as the target, and trained on for the seconds that short ones with ordinary positions took.
-    """
+    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), its blocks and rows."""
 
     title: str
     scaled: bool = True
     strategy: str | None = None
     parts: bool = True
-    long_rows: bool = False
+    rows: str = "data"
+
+    @property
+    def long(self) -> bool:
+        """Whether rows are as long as the target: one in a forward, recomputed in the backward pass."""
+        return self.rows in ("data_long", "needles_long")
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is trained for the seconds that ordinary positions took, not for as many steps."""
+        return self.rows == "data_long"
 
 
 ARMS = {
@@ -32,8 +39,14 @@ ARMS = {
     "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
     "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
     "skip_context": Arm("skip_context", strategy="skip_context"),
-    "long_rows": Arm("long rows in the same seconds", strategy="none", long_rows=True),
+    "long_rows": Arm("long rows in the same seconds", strategy="none", rows="data_long"),
+    # The pilot study of Context Synthesis: what must stand around a needle, so that it is learned to be found?
+    "general": Arm("general data alone", strategy="none", parts=False, rows="general"),
+    "needles_bare": Arm("and needles without a text", strategy="none", parts=False, rows="needles_bare"),
+    "needles_short": Arm("and needles in short texts", strategy="none", parts=False, rows="needles_short"),
+    "needles_long": Arm("and needles in long texts", strategy="none", parts=False, rows="needles_long"),
 }
+PILOT = ("general", "needles_bare", "needles_short", "needles_long")
 
 
 @dataclass
@@ -48,11 +61,15 @@ class StudyOptions:
     most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
     output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
     arms: list[str] = field(
-        default_factory=lambda: [arm for arm, what in ARMS.items() if not what.long_rows],
+        default_factory=lambda: [arm for arm, what in ARMS.items() if what.rows == "data"],
         metadata={"help": f"Some of {', '.join(ARMS)}, in the order of importance."},
     )
     training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
-    rows: int = field(default=128, metadata={"help": "Rows to train on."})
+    general: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the chats in the pilot's arms; unset: pairs with their passages."},
+    )
+    rows: int = field(default=128, metadata={"help": "Rows to train on; in the pilot so many of each kind."})
     row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
     gold_tokens: int = field(
         default=300,
