@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -47,8 +48,11 @@ COLUMNS = (
     *("messages", "prompt", "completion", "tools", "chat_template_kwargs"),
     *("parts", "block_lengths", "input_ids", "labels", "completion_mask"),
 )
-# Columns that are read and removed again.
-FLAGS = ["blocks_found", "trains"]
+# Columns that are read and removed again, and what is said of the rows whose flag is not set.
+FLAGS = {
+    "blocks_found": "do not show their turns: their blocks are the runs of their labels.",
+    "trains": "have no target within `max_length` and are left out. Raise it to train on them.",
+}
 BATCH_SIZE = 128
 # Shapes of conversations whose frames are kept; rows that call tools have one each.
 MAX_FRAMES = 1024
@@ -333,7 +337,41 @@ def _part_cuts(text: Text, turns: Turns, parts: list[dict[str, Any]]) -> list[Cu
     return cuts
 
 
-def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens: bool, **progress: Any) -> Any:
+class StreamCount(TrainerCallback):
+    """Says of a streamed data set at the end of training what of one at hand is said before it.
+
+    It is called with the `FLAGS` of each row that is read and returns whether the row stays.
+    """
+
+    def __init__(self) -> None:
+        # Rows read, then those without each flag; in shared memory, for the workers of a dataloader read the stream.
+        self._counts = torch.zeros(1 + len(FLAGS), dtype=torch.int64).share_memory_()
+
+    def __call__(self, *flags: bool) -> bool:
+        """Count a row."""
+        missing = torch.tensor([not flag for flag in flags])
+        for told, new, message in zip(self._counts[1:], missing, FLAGS.values(), strict=True):
+            if new and not told:
+                logger.warning("Rows of a streamed dataset %s", message)
+        self._counts[0] += 1
+        self._counts[1:] += missing
+        return flags[-1]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew: libraries read the first row to know the columns."""
+        self._counts.zero_()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how many rows were read, and how many of them were not as they should be."""
+        total, *counts = self._counts.tolist()
+        for count, message in zip(counts, FLAGS.values(), strict=True):
+            if count:
+                logger.warning("%d of %d rows read of streamed datasets %s", count, total, message)
+
+
+def prepare_rows(
+    dataset: Any, preparer: RowPreparer, name: str, *, only_tokens: bool, stream_count: StreamCount, **progress: Any
+) -> Any:
     """Map a preparer over a data set and leave out the rows that train nothing, saying how many.
 
     Args:
@@ -341,27 +379,26 @@ def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens:
         preparer: what to map.
         name: what to call the data set in the log.
         only_tokens: whether the other columns may go, for packing.
+        stream_count: what counts the rows of a streamed data set.
         **progress: what `map` of this kind of data set takes.
     """
     columns = get_dataset_column_names(dataset)
     spent = columns if only_tokens else [column for column in columns if column == "block_lengths"]
     dataset = dataset.map(preparer, batched=True, batch_size=BATCH_SIZE, remove_columns=spent, **progress)
     if not isinstance(dataset, Dataset):
-        return dataset.filter(bool, input_columns=["trains"]).remove_columns(FLAGS)
-    found, trains = (np.array(dataset[flag][:], dtype=bool) for flag in FLAGS)
-    for flag, message in (
-        (found, "do not show their turns: their blocks are the runs of their labels."),
-        (trains, "have no target within `max_length` and are left out. Raise it to train on them."),
-    ):
-        if not flag.all():
-            logger.warning("%d of %d rows of the %s dataset %s", (~flag).sum(), flag.size, name, message)
+        return dataset.filter(stream_count, input_columns=list(FLAGS)).remove_columns(list(FLAGS))
+    flags = {flag: np.array(dataset[flag][:], dtype=bool) for flag in FLAGS}
+    for flag, message in FLAGS.items():
+        if not flags[flag].all():
+            logger.warning("%d of %d rows of the %s dataset %s", (~flags[flag]).sum(), len(dataset), name, message)
+    trains = flags["trains"]
     if not trains.any():
         raise ValueError(
             f"`max_length` must leave a target in some row of the {name} dataset, got none in {trains.size} rows. "
             "Raise it, or check that the rows hold answers."
         )
     kept = dataset if trains.all() else dataset.select(trains.nonzero()[0])
-    return kept.remove_columns(FLAGS)
+    return kept.remove_columns(list(FLAGS))
 
 
 def map_options(dataset: Any, args: Any, desc: str) -> dict[str, Any]:
