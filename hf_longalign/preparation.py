@@ -6,16 +6,15 @@ tokenizers), nothing is tokenised again unless `parts` need it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, IterableDataset
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -154,7 +153,12 @@ class RowPreparer:
             prepared["blocks_found"].append(blocks is not None or text is None)
             # Nothing comes before the first token that could predict it.
             prepared["trains"].append(bool((labels[self.kept][1:] != IGNORE).any()))
-            column = blocks_to_column(blocks or _runs(row, labels))
+            if blocks is None:  # TRL keeps the mask of a completion where the loss is on the prompt too
+                mask = row.get("completion_mask")
+                blocks = blocks_from_labels(
+                    labels if mask is None else np.where(np.asarray(mask) == 1, labels, IGNORE)
+                )
+            column = blocks_to_column(blocks)
             for name, values in (("input_ids", ids), ("labels", labels), ("blocks", column)):
                 prepared[name].append(values[self.kept])
         return prepared
@@ -278,12 +282,6 @@ class RowPreparer:
         return blocks_at(tokens, [cut.response for cut in cuts], len(encoding.ids))
 
 
-def _runs(row: dict[str, Any], labels: np.ndarray) -> Blocks:
-    if row.get("completion_mask") is not None:  # TRL keeps it where the loss is on the prompt too
-        labels = np.where(np.asarray(row["completion_mask"]) == 1, labels, IGNORE)
-    return blocks_from_labels(labels)
-
-
 def _token_at(encoding: Any, character: int, end: int) -> int:
     """The first token that ends behind a character; the number of tokens where there is none."""
     for at in range(character, end):
@@ -337,40 +335,14 @@ def _part_cuts(text: Text, turns: Turns, parts: list[dict[str, Any]]) -> list[Cu
     return cuts
 
 
-class StreamCount(TrainerCallback):
-    """Says of a streamed data set at the end of training what of one at hand is said before it.
-
-    It is called with the `FLAGS` of each row that is read and returns whether the row stays.
-    """
-
-    def __init__(self) -> None:
-        # Rows read, then those without each flag; in shared memory, for the workers of a dataloader read the stream.
-        self._counts = torch.zeros(1 + len(FLAGS), dtype=torch.int64).share_memory_()
-
-    def __call__(self, *flags: bool) -> bool:
-        """Count a row."""
-        missing = torch.tensor([not flag for flag in flags])
-        for told, new, message in zip(self._counts[1:], missing, FLAGS.values(), strict=True):
-            if new and not told:
-                logger.warning("Rows of a streamed dataset %s", message)
-        self._counts[0] += 1
-        self._counts[1:] += missing
-        return flags[-1]
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew: libraries read the first row to know the columns."""
-        self._counts.zero_()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say how many rows were read, and how many of them were not as they should be."""
-        total, *counts = self._counts.tolist()
-        for count, message in zip(counts, FLAGS.values(), strict=True):
-            if count:
-                logger.warning("%d of %d rows read of streamed datasets %s", count, total, message)
-
-
 def prepare_rows(
-    dataset: Any, preparer: RowPreparer, name: str, *, only_tokens: bool, stream_count: StreamCount, **progress: Any
+    dataset: Any,
+    preparer: RowPreparer,
+    name: str,
+    *,
+    only_tokens: bool,
+    stream_count: Callable[..., bool],
+    **progress: Any,
 ) -> Any:
     """Map a preparer over a data set and leave out the rows that train nothing, saying how many.
 
@@ -379,7 +351,7 @@ def prepare_rows(
         preparer: what to map.
         name: what to call the data set in the log.
         only_tokens: whether the other columns may go, for packing.
-        stream_count: what counts the rows of a streamed data set.
+        stream_count: called with the `FLAGS` of each row of a streamed data set; returns whether it stays.
         **progress: what `map` of this kind of data set takes.
     """
     columns = get_dataset_column_names(dataset)

@@ -27,7 +27,7 @@ from trl.data_utils import get_dataset_column_names
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
-from hf_longalign.callback import SkipPositionCallback, check_parallelism
+from hf_longalign.callback import SkipPositionCallback, StreamCount, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.coverage import CoverageCallback
@@ -42,8 +42,8 @@ from hf_longalign.loss import (
 from hf_longalign.positions import BOUNDARY_STRATEGIES
 from hf_longalign.preflight import check_no_virtual_tokens
 from hf_longalign.preparation import (
+    FLAGS,
     RowPreparer,
-    StreamCount,
     as_conversations,
     is_fast,
     kept_tokens,
@@ -131,7 +131,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             )
         self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
         self._resumed = False
-        self._stream_count = StreamCount()
+        self._stream_count = StreamCount(FLAGS.values())
         # Of the data set as given: what TRL makes of it may lie elsewhere.
         self._data_source = data_source(train_dataset)
         if args.assistant_only_loss and processing_class is None:

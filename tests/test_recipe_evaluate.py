@@ -191,6 +191,20 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
     assert not any(tmp_path.glob("answers/*.jsonl")) or not keys_of(tmp_path), "refused before anything is asked"
 
 
+def test_where_nothing_was_measured_the_status_says_so(models, tmp_path):
+    tasks = ("--suites", "longbench", "--longbench_tasks", "qasper", "hotpotqa")
+    done = run(models, tmp_path / "out", *tasks)
+    assert done.returncode == 1 and "Nothing was measured; the report says why" in done.stderr
+    told = "qasper, hotpotqa: LongBench's data could not be fetched"
+    # One line for what is missing, however many tasks need it.
+    assert done.stderr.count("could not be fetched") == done.stderr.count(told) == 1
+    assert done.stdout.count("could not be fetched") == done.stdout.count(f"- {told}") == 1
+    assert "`longbench_source`" in done.stdout
+    done = run(models, tmp_path / "out", "--haystack", "org/gone")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "`haystack` must be a text file, a folder or a data set, got 'org/gone'" in done.stderr
+
+
 def test_options_are_checked_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="`limit` must be at least 1, got 0"):
         SuiteOptions(limit=0, output_dir=str(tmp_path)).check()

@@ -320,7 +320,8 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
         # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
-            logger.warning("%s is left out: %s", task, error)
+    for reason in dict.fromkeys(missing.values()):
+        logger.warning("Left out: %s: %s", ", ".join(task for task in missing if missing[task] == reason), reason)
     return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
 
 
