@@ -166,6 +166,7 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
         files = hub.repos["models", "user/adapter"].files()
     names = {"adapter_model.safetensors", "adapter_config.json", "longalign_config.json", "README.md", "report.json"}
     assert names | {"report.md", "needle_heatmap.png", "coverage.png"} <= set(files)
+    assert [name for name in files if name.endswith("coverage.png")] == ["coverage.png"]
     assert files["adapter_model.safetensors"] == (models / "adapter" / "adapter_model.safetensors").read_bytes()
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     card = files["README.md"].decode()
