@@ -153,13 +153,10 @@ class RowPreparer:
             prepared["blocks_found"].append(blocks is not None or text is None)
             # Nothing comes before the first token that could predict it.
             prepared["trains"].append(bool((labels[self.kept][1:] != IGNORE).any()))
-            if blocks is None:  # TRL keeps the mask of a completion where the loss is on the prompt too
-                mask = row.get("completion_mask")
-                blocks = blocks_from_labels(
-                    labels if mask is None else np.where(np.asarray(mask) == 1, labels, IGNORE)
-                )
-            column = blocks_to_column(blocks)
-            for name, values in (("input_ids", ids), ("labels", labels), ("blocks", column)):
+            if blocks is None:
+                mask = row.get("completion_mask")  # TRL keeps it where the loss is on the prompt too
+                blocks = blocks_from_labels(labels if mask is None else np.where(np.equal(mask, 1), labels, IGNORE))
+            for name, values in (("input_ids", ids), ("labels", labels), ("blocks", blocks_to_column(blocks))):
                 prepared[name].append(values[self.kept])
         return prepared
 
