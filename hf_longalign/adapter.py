@@ -8,6 +8,7 @@ the same one in another precision or quantised apart.
 import json
 import logging
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,8 @@ _TOLERANCE = 2**-8
 # tokens alone.
 _TOKEN_WEIGHTS = {"weight": 0, "base_layer.weight": 0, "token_adapter.base_layer.weight": 0, "lora_B.weight": 0}
 _TOKEN_WEIGHTS |= {"lora_embedding_A": 1}
+# How PEFT names the base's own module inside of the one that it puts around it.
+_WRAPPED = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)")
 # Read by whoever sees PEFT's warning of it.
 MARK = "rope_was_scaled_so_load_with_hf_longalign_load_adapter"
 
@@ -379,11 +382,10 @@ def weights_sample(model: nn.Module) -> dict[str, list[float]]:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         kept = isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-        # PEFT keeps the base's own module, if it trains a copy, under `original_module`.
         adapted = "lora_" in name or "modules_to_save" in name
         # A DTensor holds a part alone.
         if weight is not None and kept and not adapted and type(weight.data) is torch.Tensor:
-            found[f"{name.replace('.base_layer', '').replace('.original_module', '')}.weight"] = weight
+            found[f"{_WRAPPED.sub('', name)}.weight"] = weight
     # From the first layer to the last, as a fine-tuned model may differ in some only.
     names, sample = sorted(found), {}
     for name in names[:: max(1, -(-len(names) // _TENSORS))]:

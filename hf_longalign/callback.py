@@ -2,8 +2,10 @@
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -134,3 +136,39 @@ class SkipPositionCallback(TrainerCallback):
         """Say how many rows trained nothing."""
         if self.collator.idle_rows:
             logger.warning("%d rows of the run had no target and trained nothing.", self.collator.idle_rows)
+
+
+class StreamCount(TrainerCallback):
+    """Says of a streamed data set at the end of training what of one at hand is said before it.
+
+    It is called with the flags of each row that is read and returns the last: whether the row stays.
+
+    Args:
+        messages: what to say of the rows without a flag, one for each.
+    """
+
+    def __init__(self, messages: Iterable[str]) -> None:
+        self._messages = tuple(messages)
+        # Rows read, then those without each flag; in shared memory, for the workers of a dataloader read the stream.
+        self._counts = torch.zeros(1 + len(self._messages), dtype=torch.int64).share_memory_()
+
+    def __call__(self, *flags: bool) -> bool:
+        """Count a row."""
+        missing = torch.tensor([not flag for flag in flags])
+        for told, new, message in zip(self._counts[1:], missing, self._messages, strict=True):
+            if new and not told:
+                logger.warning("Rows of a streamed dataset %s", message)
+        self._counts[0] += 1
+        self._counts[1:] += missing
+        return flags[-1]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew: libraries read the first row to know the columns."""
+        self._counts.zero_()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say how many rows were read, and how many of them were not as they should be."""
+        total, *counts = self._counts.tolist()
+        for count, message in zip(counts, self._messages, strict=True):
+            if count:
+                logger.warning("%d of %d rows read of streamed datasets %s", count, total, message)

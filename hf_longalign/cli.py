@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(client).setLevel(logging.WARNING)
     try:
         return int(module.run(*options))
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, RuntimeError, ImportError, ConnectionError) as error:
         if not is_refusal(error):
             raise
         sys.stderr.write(f"hf-longalign {name}: {error}\n")

@@ -308,7 +308,7 @@ class _Judge:
                 f"Documents leak into each other: changing document {leak.changed} of {self.form} moved document "
                 f"{leak.document} under {self.attention}. Hand the model `cu_seq_lens_q`, `cu_seq_lens_k`, "
                 "`max_length_q` and `max_length_k` and no `attention_mask`, with "
-                'attn_implementation="longalign_varlen" or flash attention.'
+                'attn_implementation="longalign_varlen" or flash attention; or set packing=False.'
             )
 
     def _check_alone(self, changes: Changes) -> None:

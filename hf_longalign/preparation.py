@@ -6,7 +6,7 @@ tokenizers), nothing is tokenised again unless `parts` need it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,8 +47,11 @@ COLUMNS = (
     *("messages", "prompt", "completion", "tools", "chat_template_kwargs"),
     *("parts", "block_lengths", "input_ids", "labels", "completion_mask"),
 )
-# Columns that are read and removed again.
-FLAGS = ["blocks_found", "trains"]
+# Columns that are read and removed again, and what is said of the rows whose flag is not set.
+FLAGS = {
+    "blocks_found": "do not show their turns: their blocks are the runs of their labels.",
+    "trains": "have no target within `max_length` and are left out. Raise it to train on them.",
+}
 BATCH_SIZE = 128
 # Shapes of conversations whose frames are kept; rows that call tools have one each.
 MAX_FRAMES = 1024
@@ -329,7 +332,15 @@ def _part_cuts(text: Text, turns: Turns, parts: list[dict[str, Any]]) -> list[Cu
     return cuts
 
 
-def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens: bool, **progress: Any) -> Any:
+def prepare_rows(
+    dataset: Any,
+    preparer: RowPreparer,
+    name: str,
+    *,
+    only_tokens: bool,
+    stream_count: Callable[..., bool],
+    **progress: Any,
+) -> Any:
     """Map a preparer over a data set and leave out the rows that train nothing, saying how many.
 
     Args:
@@ -337,27 +348,26 @@ def prepare_rows(dataset: Any, preparer: RowPreparer, name: str, *, only_tokens:
         preparer: what to map.
         name: what to call the data set in the log.
         only_tokens: whether the other columns may go, for packing.
+        stream_count: called with the `FLAGS` of each row of a streamed data set; returns whether it stays.
         **progress: what `map` of this kind of data set takes.
     """
     columns = get_dataset_column_names(dataset)
     spent = columns if only_tokens else [column for column in columns if column == "block_lengths"]
     dataset = dataset.map(preparer, batched=True, batch_size=BATCH_SIZE, remove_columns=spent, **progress)
     if not isinstance(dataset, Dataset):
-        return dataset.filter(bool, input_columns=["trains"]).remove_columns(FLAGS)
-    found, trains = (np.array(dataset[flag][:], dtype=bool) for flag in FLAGS)
-    for flag, message in (
-        (found, "do not show their turns: their blocks are the runs of their labels."),
-        (trains, "have no target within `max_length` and are left out. Raise it to train on them."),
-    ):
-        if not flag.all():
-            logger.warning("%d of %d rows of the %s dataset %s", (~flag).sum(), flag.size, name, message)
+        return dataset.filter(stream_count, input_columns=list(FLAGS)).remove_columns(list(FLAGS))
+    flags = {flag: np.array(dataset[flag][:], dtype=bool) for flag in FLAGS}
+    for flag, message in FLAGS.items():
+        if not flags[flag].all():
+            logger.warning("%d of %d rows of the %s dataset %s", (~flags[flag]).sum(), len(dataset), name, message)
+    trains = flags["trains"]
     if not trains.any():
         raise ValueError(
             f"`max_length` must leave a target in some row of the {name} dataset, got none in {trains.size} rows. "
             "Raise it, or check that the rows hold answers."
         )
     kept = dataset if trains.all() else dataset.select(trains.nonzero()[0])
-    return kept.remove_columns(FLAGS)
+    return kept.remove_columns(list(FLAGS))
 
 
 def map_options(dataset: Any, args: Any, desc: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from trl.data_utils import get_dataset_column_names
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
-from hf_longalign.callback import SkipPositionCallback, check_parallelism
+from hf_longalign.callback import SkipPositionCallback, StreamCount, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig, load_processing_class, model_config, scaled_rope
 from hf_longalign.coverage import CoverageCallback
@@ -41,6 +41,7 @@ from hf_longalign.loss import (
 from hf_longalign.positions import BOUNDARY_STRATEGIES
 from hf_longalign.preflight import check_no_virtual_tokens
 from hf_longalign.preparation import (
+    FLAGS,
     RowPreparer,
     as_conversations,
     is_fast,
@@ -129,6 +130,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             )
         self._strategy = args.skip_strategy if own_collator is None else own_collator.strategy
         self._resumed = False
+        self._stream_count = StreamCount(FLAGS.values())
         # Of the data set as given: what TRL makes of it may lie elsewhere.
         self._data_source = data_source(train_dataset)
         if args.assistant_only_loss and processing_class is None:
@@ -163,6 +165,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
                 peft_config=peft_config,
                 formatting_func=formatting_func,
             )
+        self.add_callback(self._stream_count)
         # Before anything is wrapped, sharded or trained.
         self._base_weights = weights_sample(self.bare_model) if is_peft_model(self.model) else {}
         if self._is_vision_dataset and self._strategy != "none":
@@ -309,7 +312,9 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
         )
         # The other processes of a machine find in the cache of `datasets` what the first one has made.
         with PartialState().local_main_process_first():
-            dataset = prepare_rows(rows, preparer, dataset_name, only_tokens=packing, **progress)
+            dataset = prepare_rows(
+                rows, preparer, dataset_name, only_tokens=packing, stream_count=self._stream_count, **progress
+            )
             if watched:  # before they are packed and shuffled: the same rows for every run
                 self._distance_rows[dataset_name] = first_documents(dataset, self.watched_rows)
             if packing:

@@ -124,9 +124,16 @@ def test_the_same_weights_pass_in_any_precision():
         check_weights(sample, tiny_llama().to(dtype))
 
 
-def test_an_adapter_changes_no_sample():
-    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], modules_to_save=["norm"], task_type="CAUSAL_LM")
-    model = get_peft_model(tiny_llama(), config)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_an_adapter_changes_no_sample(options):
+    model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", **options))
     assert weights_sample(model.get_base_model()) == weights_sample(tiny_llama())
 
 

@@ -24,7 +24,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from hf_longalign.attention import register_attention
+from hf_longalign.attention import register_attention, support
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.preflight import PreflightError, run_preflight
 from hf_longalign.rope import scale_rope
@@ -132,8 +132,9 @@ def test_padding_that_is_taken_for_text():
     assert run_preflight(model, collator(strategy="none"), pads=False) is None
 
 
-def test_positions_that_a_model_gives_itself():
-    """RoBERTa's begin at 2, for which a packed batch knows no word."""
+def test_positions_that_a_model_gives_itself(monkeypatch):
+    """RoBERTa's begin at 2, for which a packed batch knows no word; here it stands for models that nobody knows."""
+    monkeypatch.setattr(support, "_NEVER_PACKED", frozenset())
     sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = RobertaConfig(**sizes, num_hidden_layers=1, is_decoder=True)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=VARLEN)

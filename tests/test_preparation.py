@@ -1,5 +1,7 @@
 """Prepared rows against TRL's own preparation, and their blocks against the decoded tokens of each."""
 
+import re
+
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
@@ -291,14 +293,20 @@ def test_what_another_template_made_falls_back_to_its_labels(tokenizer):
     assert not prepared(tokenizer, typed)["blocks_found"]
 
 
-def test_rows_whose_turns_are_not_found_are_counted_once(tmp_path, caplog):
+def unfound_turns():
+    """Three rows whose turns are found and two that their template writes in another way, and a tokenizer."""
     rows = [{"messages": messages} for messages in chats(3)]
     rows += [{"messages": turns("Salt?", "<think>", "Tin?", "No")} for _ in range(2)]
     tokenizer = tiny_tokenizer()
-    # A template that writes some conversations in another way.
     tokenizer.chat_template = (
-        "{% if messages[1]['content'] == '<think>' %}<|start|>other{% endif %}" + tokenizer.chat_template
+        "{% if messages|length > 1 and messages[1]['content'] == '<think>' %}<|start|>other{% endif %}"
+        + tokenizer.chat_template
     )
+    return rows, tokenizer
+
+
+def test_rows_whose_turns_are_not_found_are_counted_once(tmp_path, caplog):
+    rows, tokenizer = unfound_turns()
     args = LongAlignSFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     trainer = LongAlignSFTTrainer(
         tiny_llama(), args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
@@ -306,6 +314,29 @@ def test_rows_whose_turns_are_not_found_are_counted_once(tmp_path, caplog):
     assert caplog.text.count("2 of 5 rows of the train dataset do not show their turns") == 1
     found = [len(set(row)) > 1 for row in trainer.train_dataset["blocks"]]
     assert found == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("what", ["turns", "targets"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_of_a_stream_are_counted_as_they_are_read(tmp_path, caplog, what, workers):
+    rows, tokenizer = unfound_turns()
+    told = "do not show their turns: their blocks are the runs of their labels."
+    if what == "targets":
+        told = "have no target within `max_length` and are left out. Raise it to train on them."
+        prompts = ["Salt? ", "Salt? " * 99, "Tin? ", "Tin? " * 99, "Wool? "]
+        rows = [{"prompt": turns(prompt), "completion": turns("q", "Yes.")[1:]} for prompt in prompts]
+    args = LongAlignSFTConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=3, max_length=256,
+        per_device_train_batch_size=2, dataloader_num_workers=workers,
+    )  # fmt: skip
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = LongAlignSFTTrainer(tiny_llama(), args, train_dataset=stream, processing_class=tokenizer)
+    trainer.train()
+    count, total = re.search(r"(\d+) of (\d+) rows read of streamed datasets " + re.escape(told), caplog.text).groups()
+    # A stream is begun again where its rows end before the steps do.
+    assert int(total) in (5, 10) and int(count) == int(total) * 2 // 5
+    # What workers log goes to the screen.
+    assert caplog.text.count(f"Rows of a streamed dataset {told}") == (0 if workers else 1)
 
 
 def test_streams_are_prepared_row_by_row(tmp_path):

@@ -166,6 +166,7 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
         files = hub.repos["models", "user/adapter"].files()
     names = {"adapter_model.safetensors", "adapter_config.json", "longalign_config.json", "README.md", "report.json"}
     assert names | {"report.md", "needle_heatmap.png", "coverage.png"} <= set(files)
+    assert [name for name in files if name.endswith("coverage.png")] == ["coverage.png"]
     assert files["adapter_model.safetensors"] == (models / "adapter" / "adapter_model.safetensors").read_bytes()
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     card = files["README.md"].decode()
@@ -189,6 +190,20 @@ def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
     done = run(models, tmp_path, *options)
     assert done.returncode != 0 and message in done.stderr
     assert not any(tmp_path.glob("answers/*.jsonl")) or not keys_of(tmp_path), "refused before anything is asked"
+
+
+def test_where_nothing_was_measured_the_status_says_so(models, tmp_path):
+    tasks = ("--suites", "longbench", "--longbench_tasks", "qasper", "hotpotqa")
+    done = run(models, tmp_path / "out", *tasks)
+    assert done.returncode == 1 and "Nothing was measured; the report says why" in done.stderr
+    told = "qasper, hotpotqa: LongBench's data could not be fetched"
+    # One line for what is missing, however many tasks need it.
+    assert done.stderr.count("could not be fetched") == done.stderr.count(told) == 1
+    assert done.stdout.count("could not be fetched") == done.stdout.count(f"- {told}") == 1
+    assert "`longbench_source`" in done.stdout
+    done = run(models, tmp_path / "out", "--haystack", "org/gone")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "`haystack` must be a text file, a folder or a data set, got 'org/gone'" in done.stderr
 
 
 def test_options_are_checked_before_anything_is_loaded(tmp_path):

@@ -28,13 +28,22 @@ _FLASH_KERNELS = frozenset(
     for name in ("flash-attn2", "flash-attn3", "flash-attn4", "vllm-flash-attn3", "aiter-flash-attn")
 )
 # A packed mask is made of the position ids, which these models do not hand to the function that makes it.
-_NO_POSITIONS_FOR_MASK = frozenset({"afmoe", "falcon", "gpt_oss", "granitemoehybrid"})
-# Why no attention can keep the packed documents of these models apart once positions skip.
+_NO_POSITIONS_FOR_MASK = frozenset({"afmoe", "biogpt", "gpt_oss", "granitemoehybrid", "opt"})
+# Nor do these, or they carry a state over the whole row, and no other attention serves them.
+_NEVER_PACKED = frozenset(
+    {
+        "bart", "big_bird", "bigbird_pegasus", "blenderbot", "blenderbot-small", "bloom", "camembert", "data2vec-text",
+        "electra", "ernie", "falcon", "marian", "mbart", "megatron-bert", "mpt", "mvp", "pegasus", "plbart",
+        "prophetnet", "rembert", "roberta", "roberta-prelayernorm", "roformer", "rwkv", "trocr", "xglm", "xlm-roberta",
+        "xlm-roberta-xl", "xlstm", "xmod",
+    }
+)  # fmt: skip
+# Why no attention can keep the packed documents of these models apart once positions skip; the masks that "eager" and
+# "sdpa" make of ordinary positions are right.
 _OWN_ATTENTION = "computes its attention itself and asks no `attn_implementation`"
 _OWN_LAYERS = "does not hand `cu_seq_lens_q` on to its attention"
 _PADDED_ALONE = {
     "codegen": _OWN_ATTENTION,
-    "falcon": _OWN_ATTENTION,
     "gptj": _OWN_ATTENTION,
     "gpt_neox_japanese": _OWN_ATTENTION,
     "nemotron": _OWN_LAYERS,
@@ -170,9 +179,10 @@ def _rope_problem(text: Any, target_length: int | None, packed: bool, skipped: b
 
 def _model_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
     """What no backend can mend, of models whose code stands in the way."""
-    reason = _PADDED_ALONE.get(model_type)
-    # The masks that "eager" and "sdpa" make of ordinary positions are right; Falcon's lack the positions.
-    if packed and reason is not None and (skipped or backend == ATTENTION_NAME or model_type == "falcon"):
+    reason = _PADDED_ALONE.get(model_type) if skipped or backend == ATTENTION_NAME else None
+    if model_type in _NEVER_PACKED:
+        reason = "does not tell the documents of a row apart"
+    if packed and reason is not None:
         return (
             f"A {model_type} model {reason}, so its packed documents would see each other. Set packing=False to train "
             "padded rows."

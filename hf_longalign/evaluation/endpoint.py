@@ -117,6 +117,7 @@ class EndpointGenerator:
     ) -> None:
         self.model = model
         self.stats = GenerationStats()
+        self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._client = OpenAIGenerator(
             model,
             endpoint,

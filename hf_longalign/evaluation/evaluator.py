@@ -16,6 +16,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import AutoConfig, BitsAndBytesConfig
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.generation import LocalGenerator, check_range
@@ -148,6 +149,10 @@ class Examined:
     config: Any
     model: Any
     who: list[Examinee]
+
+    def __post_init__(self) -> None:
+        # The base's, of which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
+        self.tokenizer.model_max_length = VERY_LARGE_INTEGER
 
     @classmethod
     def load(cls, options: ModelOptions) -> "Examined":
@@ -320,7 +325,8 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
         # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
-            logger.warning("%s is left out: %s", task, error)
+    for reason in dict.fromkeys(missing.values()):
+        logger.warning("Left out: %s: %s", ", ".join(task for task in missing if missing[task] == reason), reason)
     return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
 
 

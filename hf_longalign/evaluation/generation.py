@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -191,6 +191,7 @@ class LocalGenerator:
         self.batch_tokens = batch_tokens
         self.prefix_cache = prefix_cache
         self.stats = GenerationStats()
+        self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
         self._end_ids = end_ids(model, tokenizer)
 
@@ -269,6 +270,7 @@ class LocalGenerator:
             # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
             marks = branch_points(shared, index)
             logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
+            self.on_read(one.prompt)
             first = logits.argmax(-1)
             if 2 * one.tokens > self.batch_tokens:  # no other would fit beside it: no need for a copy
                 yield from self._decode(memory.cache, None, [_Waiting(number, one, shared[index], first, None)])

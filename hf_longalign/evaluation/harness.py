@@ -120,10 +120,10 @@ def run_harness(
         except Exception as error:  # each task's code and data raise their own; the others go on
             reason = next((line for line in str(error).splitlines() if line.strip()), "no message")[:300].rstrip(".")
             told = (
-                f"{name} was not run: {type(error).__name__}: {reason}. If its data could not be fetched, run it once "
+                f"{type(error).__name__}: {reason}. If its data could not be fetched, run it once "
                 "where the Hub is reached, with the same HF_HOME, or leave it out."
             )
-            logger.warning("%s", told)
+            logger.warning("%s was not run: %s", name, told)
             logger.debug("lm-eval's error in %s", name, exc_info=True)
             return [HarnessResult(name, version=lm_eval.__version__, error=told)]
         if lm.cut:

@@ -140,7 +140,11 @@ def _suite(report: Report, suite: SuiteResult) -> list[str]:
         ("Not run:", [(task.task, task.error) for task in suite.tasks if task.error]),
         ("Notes:", [(task.task, task.note) for task in suite.tasks if task.note]),
     ):
-        parts += [f"{title}\n\n" + "\n".join(f"- {task}: {text}" for task, text in told)] if told else []
+        lines = [
+            f"- {', '.join(task for task, why in told if why == text)}: {text}"
+            for text in dict.fromkeys(text for _, text in told)
+        ]
+        parts += [f"{title}\n\n" + "\n".join(lines)] if told else []
     parts += _pictures(report, f"{suite.suite}_accuracy", f"{suite.suite}_heatmap")
     folded = _pictures(report, *(f"{suite.suite}_{task.task}" for task in suite.tasks))
     parts += ["<details><summary>Each task by length</summary>", *folded, "</details>"] if folded else []

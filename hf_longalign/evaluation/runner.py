@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,9 +163,13 @@ class ResultStore:
 
 
 class Generator(Protocol):
-    """Answers prompts greedily, each as soon as it is answered, and counts in `stats` what that takes."""
+    """Answers prompts greedily, each as soon as it is answered, and counts in `stats` what that takes.
+
+    Where many are read before the first is answered, `on_read` is called with each of them.
+    """
 
     stats: GenerationStats
+    on_read: Callable[[Prompt], None]
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
         """Yield each prompt with its completion, in any order."""
@@ -211,6 +216,7 @@ def ask(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore, *, pr
             samples.setdefault(prompt.sample, []).append(key)
         for keys in store.open_keys(list(samples.values())):
             bar = tqdm(total=len(by_key), desc=f"{examinee.label}, {task}", unit="prompt", disable=not progress)
+            examinee.generator.on_read = partial(_count_once, bar, set())
             with bar, examinee.active():
                 bar.update(len(by_key) - len(store.missing(by_key)))
                 before = asdict(examinee.generator.stats)
@@ -221,10 +227,17 @@ def ask(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore, *, pr
                     spent = {name: now[name] - before[name] for name in now}
                     store.add(examinee.key(prompt.key), {**asdict(completion), "spent": spent})
                     before = now
-                    place = [] if prompt.length is None else [f"{prompt.length:,} tokens"]
-                    place += [] if prompt.depth is None else [f"depth {prompt.depth:.0%}"]
-                    bar.set_postfix_str(", ".join(place), refresh=False)
-                    bar.update()
+                    examinee.generator.on_read(prompt)
+
+
+def _count_once(bar: Any, counted: set[str], prompt: Prompt) -> None:
+    """Move a bar on by a prompt that is read, or answered where nobody tells what is read."""
+    if prompt.key not in counted:  # one that was read before memory ran out is read again
+        counted.add(prompt.key)
+        place = [] if prompt.length is None else [f"{prompt.length:,} tokens"]
+        place += [] if prompt.depth is None else [f"depth {prompt.depth:.0%}"]
+        bar.set_postfix_str(", ".join(place), refresh=False)
+        bar.update()
 
 
 def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> list[Completion]:

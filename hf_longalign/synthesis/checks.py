@@ -40,10 +40,12 @@ _META = re.compile(
 # What assistants say when they are done. In a story it would stand in quotation marks, and more would follow it.
 _CHATTER = re.compile(
     r"(?:^|\n|[.!?…。！？]\s*)[\s*_#>(-]*("
-    r"(?:please )?(?:feel free to|let me know if|do not hesitate to|don't hesitate to|if you(?:'d| would) like|"
-    r"would you like|i hope this|i can also|i'd be happy to|i am happy to|i'm happy to)\b[^\n\"”“]{0,60}?\b"
+    r"(?:please )?(?:feel free to|let me know|do not hesitate to|don't hesitate to|if you(?:'d| would) like|"
+    r"if you need any (?=adjust|chang|edit|modif|revis)|would you like|i hope this|i can also|"
+    r"(?:i'd be |i am |i'm )?happy to)\b[^\n\"”“]{0,60}?\b"
     r"(?:me\b|any\b|more|further|another|other|additional|adjust|expand|revis|chang|edit|modif|helps|meets|"
-    r"the text|this text|the context)"
+    r"longer|shorter|version|questions|you think|the text|this text|the context)"
+    r"|n'hésitez pas à me|dites-moi si|lassen sie mich wissen|geben sie mir bescheid|avísame si|hágame saber"
     r"|如果(?:您|你)?(?:需要|还需要|想)|(?:希望|请)(?:这|随时|告诉我)|ご(?:要望|希望|不明)|お(?:知らせ|気軽に)|"
     r"도움이 (?:되|필요)|필요하시면|หากคุณต้องการ)[^\n\"”“]*\s*$",
     re.IGNORECASE,

@@ -235,9 +235,12 @@ def _bullets(lines: tuple[str, ...]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-# Reasoning models of today: <think> (Qwen, DeepSeek), <thought>, <reasoning>, [THINK] (Mistral).
-_THOUGHT_END = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]", re.IGNORECASE)
-_THOUGHT_START = re.compile(r"\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\])", re.IGNORECASE)
+# Reasoning models of today: <think> (Qwen, DeepSeek), <thought>, <reasoning>, <seed:think>, [THINK] (Mistral), ◁think▷
+# (Kimi).
+_THOUGHT_END = re.compile(r"</(?:seed:think|think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+_THOUGHT_START = re.compile(
+    r"\s*(?:<(?:seed:think|think|thinking|thought|reasoning)>|\[THINK\]|◁think▷)", re.IGNORECASE
+)
 # Models put labels in bold, in quotes or as headings, whatever the format asked for.
 _LABEL = r"^[ \t>#*_]*{label}[ \t*_]*:[ \t*_]*"
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+(\S.*)$", re.MULTILINE)

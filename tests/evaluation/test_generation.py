@@ -138,6 +138,15 @@ def test_rows_of_a_padded_batch_end_at_different_times(family):
     assert found == naive_answers(talking_model(family), prompts)
 
 
+def test_prompts_are_told_as_they_are_read_before_their_batch_is_answered():
+    generator, prompts, read = LocalGenerator(talking_model("llama"), number_tokenizer()), needle_grid(), []
+    generator.on_read = read.append
+    answers = generator.generate(prompts)
+    next(answers)
+    assert {id(prompt) for prompt in read} == {id(prompt) for prompt in prompts}
+    assert len(read) == len(list(answers)) + 1 == len(prompts)
+
+
 def test_what_is_shared_is_computed_once():
     prompts = needle_grid()
     sequences = [tuple(map(int, prompt.text.split())) for prompt in prompts]

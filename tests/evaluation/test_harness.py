@@ -136,7 +136,7 @@ def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, tmp_path, caplo
     _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
     gone, there = _run(model, ["gsm8k", "towns"], include_path=tmp_path)
     (told,) = [record for record in caplog.records if record.levelname == "WARNING"]  # one line, no traceback
-    assert told.getMessage() == gone.error and told.exc_info is None
+    assert told.getMessage() == f"gsm8k was not run: {gone.error}" and told.exc_info is None
     assert (gone.task, gone.value, gone.metric) == ("gsm8k", None, None)
     assert "openai/gsm8k" in gone.error
     assert "run it once where the Hub is reached, with the same HF_HOME, or leave it out" in gone.error

@@ -11,7 +11,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.adapter import weights_sample
+from hf_longalign.evaluation.evaluator import Examined
 from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
+from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
@@ -75,6 +77,16 @@ def test_where_rope_is_scaled_the_base_as_published_is_asked_too(trained):
             assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
     assert len(examinees(model, None, {}, model.config)) == 2  # nothing is scaled: two say all
+
+
+def test_prompts_within_a_scaled_range_are_no_news(trained, caplog):
+    for folder in trained:
+        tokenizer = tiny_tokenizer()
+        tokenizer.model_max_length = 64
+        tokenizer.save_pretrained(folder)
+    examined = Examined.load(ModelOptions(model=str(trained[0]), adapter=str(trained[1])))
+    assert examined.reach == 256 and len(examined.tokenizer("Ardel sold salt. " * 40).input_ids) > 64
+    assert "longer than the specified maximum" not in caplog.text
 
 
 def test_identities_follow_weights_and_settings(trained):

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from tqdm import tqdm
 
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
 from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask, spent
@@ -36,6 +37,28 @@ class Echo:
             self.stats.prompt_tokens += 10
             self.stats.seconds += 0.5
             yield prompt, Completion(f"echo {prompt.text}", 3)
+
+
+def test_the_bar_counts_what_is_read(tmp_path, monkeypatch):
+    """A batch is answered when it is full; until then a bar of answers would stand still."""
+    shown = []
+
+    class Reader(Echo):
+        def generate(self, prompts):
+            for prompt in (*prompts[:2], *prompts):  # memory ran out behind the second
+                self.on_read(prompt)
+            shown.append(bars[-1].n)
+            yield from super().generate(prompts)
+
+    bars = []
+    monkeypatch.setattr(
+        "hf_longalign.evaluation.runner.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1]
+    )
+    with ResultStore(tmp_path) as store:
+        for generator in (Reader(), Echo()):
+            ask(Examinee("base", type(generator).__name__, generator), PROMPTS, store)
+    per_task = [bar.total for bar in bars]
+    assert shown == per_task[: len(shown)] and [bar.n for bar in bars] == per_task and len(bars) == 2 * len(shown)
 
 
 def test_open_keys_go_to_one_process_each_in_whole_units(tmp_path):

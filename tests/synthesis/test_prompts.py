@@ -112,6 +112,8 @@ def test_a_bad_template_is_refused_by_field_and_file(template, message):
         ("I could write\nContext: no\n</think>\n\nTitle: Dam\nContext: One.", "Dam", "One."),
         ("<think>a</think><think>Context: no</think>Context: One.", None, "One."),
         ("[THINK]Context: no[/THINK]Context: One.", None, "One."),
+        ("<seed:think>Context: no</seed:think>Context: One.", None, "One."),
+        ("◁think▷Context: no◁/think▷Context: One.", None, "One."),
         ("<thinking>\nContext: no\n</thinking>\nContext: One.", None, "One."),
         ("Context: He <think>s so.", None, "He <think>s so."),
     ],
