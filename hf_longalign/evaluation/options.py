@@ -13,7 +13,7 @@ from hf_longalign.records.names import is_hub_id
 
 SUITES = ("needle", "puzzles", "ruler", "longbench", "short", "perplexity")
 # What only the model itself can give, and no server.
-LOCAL_SUITES = ("short", "perplexity")
+LOCAL_SUITES = ("perplexity",)
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
