@@ -219,7 +219,7 @@ class HarnessSuite:
         # Names, and what servers can do, before anything is asked; a server that has answered all is left alone.
         for who in examinees[:1] if model is not None else examinees:
             if model is not None or store.missing(self.keys([who])):
-                run_harness(model or who.generator, tokenizer, self.tasks, **self.options)
+                run_harness(self._asked_of(who), tokenizer, self.tasks, **self.options)
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
         """Run the tasks that no other process is at."""
@@ -230,7 +230,7 @@ class HarnessSuite:
                 examinee, task = jobs[key]
                 bar.set_postfix_str(f"{examinee.label}, {task}")
                 with examinee.active():
-                    found = run_harness(self.model or examinee.generator, self.tokenizer, [task], **self.options)
+                    found = run_harness(self._asked_of(examinee), self.tokenizer, [task], **self.options)
                     store.add(key, [asdict(result) for result in found])
 
     def keys(self, examinees: Sequence[Examinee]) -> list[str]:
@@ -251,6 +251,9 @@ class HarnessSuite:
                     found.setdefault(result.task, {})[examinee.label] = result
         tasks = [_task_result(name, by_label) for name, by_label in found.items()]
         return SuiteResult(self.name, tasks, group_means(tasks, {}))
+
+    def _asked_of(self, examinee: Examinee) -> Any:
+        return examinee.generator if self.model is None else self.model
 
     def _first_open(self, examinee: Examinee, task: str, store: ResultStore) -> str:
         """The key of a task's result: the first attempt that is not there yet or did not fail."""
