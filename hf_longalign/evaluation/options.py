@@ -1,5 +1,6 @@
 """What an evaluation asks, of whom, and how: the options of `evaluate` and of the command line. Imports no torch."""
 
+import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,12 @@ class ModelOptions:
     endpoint: str | None = option(
         None, "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."
     )
+    engine: str = option(
+        "transformers",
+        "What answers here: transformers, or vllm (extra [vllm]; all suites but short and perplexity).",
+        choices=["transformers", "vllm"],
+    )
+    vllm_options: str | None = option(None, "Arguments of `vllm.LLM` as JSON: tensor_parallel_size, max_model_len …")
     check_served: str = option(
         "stored",
         "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its answers were "
@@ -48,6 +55,23 @@ class ModelOptions:
         """Refuse, before anything is loaded, what would fail later."""
         if self.check_served not in ("stored", "local", "off"):
             raise ValueError(f"`check_served` must be stored, local or off, got {self.check_served!r}. Set stored.")
+        if self.engine not in ("transformers", "vllm"):
+            raise ValueError(f"`engine` must be transformers or vllm, got {self.engine!r}. Set transformers.")
+        for name in ("endpoint", "load_in_4bit", "attn_implementation") if self.engine == "vllm" else ():
+            if getattr(self, name):  # it would be ignored
+                raise ValueError(
+                    f"`{name}` must be unset with `engine` vllm, got {getattr(self, name)!r}. Leave it out."
+                )
+        if self.vllm_options is not None:
+            try:
+                fits = self.engine == "vllm" and isinstance(json.loads(self.vllm_options), dict)
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"`vllm_options` must be a JSON object beside `engine` vllm, got {self.vllm_options!r}. Set "
+                    "`--engine vllm --vllm_options '{\"max_model_len\": 32768}'`, for instance."
+                )
         for name in ("max_concurrency", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. Set a larger number.")
@@ -102,7 +126,7 @@ class SuiteOptions:
     )
     perplexity_window: int | None = option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
 
-    def check(self, endpoint: str | None = None) -> None:
+    def check(self, endpoint: str | None = None, engine: str = "transformers") -> None:
         """Refuse, before anything is loaded, what would fail later.
 
         Raises:
@@ -126,6 +150,11 @@ class SuiteOptions:
             raise ValueError(
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
+            )
+        if engine == "vllm" and (local or "short" in self.suites):
+            raise ValueError(
+                f"`suites` must be what vLLM answers here where `engine` is vllm, got {(local or ['short'])[0]!r}. "
+                "Leave it out, set `engine` to transformers, or for short serve the model and set `endpoint`."
             )
         for name in ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window"):
             value = getattr(self, name)
