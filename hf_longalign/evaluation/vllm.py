@@ -103,6 +103,7 @@ def vllm_examinees(
         config: of the model, with the RoPE of the adapter.
         revision: of the model.
     """
+    require("vllm", "vllm")  # missing is told now, and not when all prompts are made
     given: Mapping[str, Any] = json.loads(options.vllm_options or "{}")
     more: dict[str, Any] = {"dtype": options.dtype, "revision": revision, **given}
     if options.trust_remote_code:

@@ -122,4 +122,4 @@ def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypa
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r'pip install "hf_longalign\[vllm\]"'):
-        evaluate(folder, engine="vllm", output_dir=str(tmp_path), suites=["puzzles"], lengths=[500], samples=1)
+        evaluate(folder, engine="vllm", output_dir=str(tmp_path))
