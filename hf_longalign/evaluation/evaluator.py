@@ -110,7 +110,9 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
     with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:
         suites = make_suites(examined, options, store)
         facts = look_at_server(examined, suites, store)
-        announce(examined.model, examined.tokenizer, suites, examined.who, store)
+        # What `refine` adds is part of the time that is told.
+        minutes = options.minutes if options.samples is None else None
+        announce(examined.model, examined.tokenizer, suites, examined.who, store, minutes)
         work(suites, examined, store)
         refine(examined, suites, options, store)
         store.tell_who_is_missing()

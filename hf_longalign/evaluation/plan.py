@@ -78,6 +78,13 @@ def plan_grid(
                 gone,
                 options.minutes,
             )
+        if grid.minutes > options.minutes:
+            logger.warning(
+                "They take about %g min, longer than `minutes` %g: of fewer samples no interval can be made. Set more "
+                "minutes, or ask less (`suites`, `needle_tasks`, `puzzles`, `lengths`).",
+                grid.minutes,
+                options.minutes,
+            )
     return grid
 
 
@@ -121,12 +128,19 @@ def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, f
 
 
 def announce(
-    model: Any, tokenizer: Any, suites: Sequence[Any], examinees: Sequence[Examinee], store: ResultStore
+    model: Any,
+    tokenizer: Any,
+    suites: Sequence[Any],
+    examinees: Sequence[Examinee],
+    store: ResultStore,
+    minutes: float | None = None,
 ) -> None:
     """Say, in the main process, what is still to be asked and about how long one process takes for it.
 
-    The model is `None` where a server answers, whose speed is not known.
+    The model is `None` where a server answers, whose speed is not known. `minutes` are those until which more samples
+    are asked where intervals are wide; `None`: no more are.
     """
+    in_all = 0.0
     for suite in suites if store.is_main else ():
         left = set(store.missing(suite.keys(examinees)))
         prompts = getattr(suite, "prompts", ())  # lm-eval alone knows its texts
@@ -138,11 +152,15 @@ def announce(
             if model is not None:
                 cost = speed_of(model, examinees[0].identity, store)
                 seconds += seconds_of(cost, length, prompt.depth is not None)
+        in_all += seconds / 60
         if asked:
             time_told = f", about {seconds / 60:,.1f} min of one process" if seconds else ""
             logger.info("%s: %d prompts of %s tokens in all%s.", suite.name, len(asked), f"{tokens:,}", time_told)
         elif left:
             logger.info("%s: %d results are to be found.", suite.name, len(left))
+    if in_all and minutes is not None and minutes > in_all:
+        told = "In all about %.1f min, then more samples where intervals are wide, until %g min are over."
+        logger.info(told, in_all, minutes)
 
 
 @torch.inference_mode()
