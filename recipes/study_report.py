@@ -368,24 +368,28 @@ def _watched(found: Found, titles: Mapping[str, str]) -> str:
 
 
 def draw(found: Found, titles: Mapping[str, str], folder: Path) -> list[str]:
-    """Draw needles by length, all arms asked at every length, and by depth, at most four arms; return the names."""
-    everywhere = [arm for arm in found.scores if all(found.mean(arm, "needles", length) for length in found.lengths)]
-    shown = [arm for arm in ("scaled", "ordinary", "pose", "skip_parts") if arm in everywhere] or everywhere[:4]
-    if not everywhere:
+    """Draw needles by length and, for at most four arms, by depth; return the names of the pictures.
+
+    Drawn are the arms that were asked at the longest length, at the lengths that all of them were asked at.
+    """
+    arms = [arm for arm in found.scores if found.lengths and found.mean(arm, "needles", found.lengths[-1])]
+    if not arms:
         return []
-    means = {arm: [found.mean(arm, "needles", length) for length in found.lengths] for arm in everywhere}
+    lengths = [length for length in found.lengths if all(found.mean(arm, "needles", length) for arm in arms)]
+    shown = [arm for arm in ("scaled", "ordinary", "pose", "skip_parts") if arm in arms] or arms[:4]
+    means = {arm: [found.mean(arm, "needles", length) for length in lengths] for arm in arms}
     plot_accuracy_by_length(
         {titles[arm]: [mean.value for mean in own if mean] for arm, own in means.items()},
-        found.lengths,
+        lengths,
         folder / "accuracy_by_length.png",
         title="Needles among passages",
-        highlight=[titles[arm] for arm in ("ordinary", "skip_parts") if arm in everywhere],
+        highlight=[titles[arm] for arm in ("ordinary", "skip_parts") if arm in arms],
         intervals={titles[arm]: [[mean.low, mean.high] for mean in own if mean] for arm, own in means.items()},
         what="share found",
     )
     plot_heatmap(
-        {titles[arm]: _by_depth(found, arm) for arm in shown},
-        found.lengths,
+        {titles[arm]: _by_depth(found, arm, lengths) for arm in shown},
+        lengths,
         [(row + 0.5) / DEPTHS for row in range(DEPTHS)],
         folder / "heatmap.png",
         title="One key among many, by its place and the length",
@@ -393,14 +397,14 @@ def draw(found: Found, titles: Mapping[str, str], folder: Path) -> list[str]:
     return list(PICTURES)
 
 
-def _by_depth(found: Found, arm: str) -> np.ndarray:
+def _by_depth(found: Found, arm: str, lengths: Sequence[int]) -> np.ndarray:
     """Exact match of one key, `(depths, lengths)`, depths in quarters."""
-    cells = np.zeros((DEPTHS, len(found.lengths)))
+    cells = np.zeros((DEPTHS, len(lengths)))
     for row, column in np.ndindex(cells.shape):
         own = [
             score
             for (task, length, _, depth, _), score in found.scores[arm].items()
-            if task == "multi_key" and length == found.lengths[column] and int(depth * DEPTHS) == row
+            if task == "multi_key" and length == lengths[column] and int(depth * DEPTHS) == row
         ]
         cells[row, column] = np.mean(own) if own else 0.0
     return cells

@@ -273,6 +273,23 @@ def test_distances_that_rank_as_needles_do(recipes, tmp_path):
     assert told == {"length": 1024, "models": 5, "spearman": pytest.approx(-1)}
 
 
+def test_an_arm_that_was_not_asked_at_one_length_is_drawn_at_the_others(recipes, tmp_path, monkeypatch):
+    _, report = recipes
+    for arm, lengths in {"ordinary": (1024, 2048, 4096), "pose": (2048, 4096), "plain": (1024,)}.items():
+        folder = tmp_path / "arms" / f"{arm}-0" / "report"
+        folder.mkdir(parents=True)
+        for length in lengths:
+            score = {"task": "multi_key", "length": length, "sample": f"{length}/0/0", "depth": 0.5, "score": 1.0}
+            (folder / f"{length}-0.json").write_text(json.dumps({"scores": [score], "seconds": 1.0}))
+    drawn = []
+    monkeypatch.setattr(
+        report, "plot_accuracy_by_length", lambda curves, lengths, *_, **__: drawn.append((curves, lengths))
+    )
+    found = report.Found(tmp_path, ["ordinary", "pose", "plain"], "report")
+    assert report.draw(found, {arm: arm for arm in found.scores}, tmp_path) == [*report.PICTURES]
+    assert drawn == [({"ordinary": [1.0, 1.0], "pose": [1.0, 1.0]}, [2048, 4096])]
+
+
 def test_what_is_no_arm_is_refused_by_name(model, seeds, tmp_path):
     process = start([*command(model, seeds, tmp_path), "--arms", "skipp_parts"])
     _, errors = process.communicate(timeout=100)
