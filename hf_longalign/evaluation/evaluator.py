@@ -104,7 +104,7 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
 def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, bool]:
     """Do what [`evaluate`] does; also returns whether this process has written the report: of several one does."""
     model_options.check()
-    options.check(model_options.endpoint, model_options.engine)
+    options.check(model_options.endpoint, model_options.generator)
     examined = Examined.load(model_options)
     # No process group: whoever is lost, or never comes, must not hold up the others.
     with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:
@@ -175,10 +175,10 @@ class Examined:
                 if name is not None
             ]
             return cls(options, tokenizer, config, None, who)
-        if options.engine == "vllm":
+        if options.generator == "vllm":
             if PROCESSES > 1:
                 raise ValueError(
-                    f"`engine` vllm must run in one process, got {PROCESSES}, which would share a GPU. Start it "
+                    f"`generator` vllm must run in one process, got {PROCESSES}, which would share a GPU. Start it "
                     "without `accelerate launch`, with `--vllm_options '{\"tensor_parallel_size\": 8}'`."
                 )
             config = load_config(options.model, **where)
@@ -401,7 +401,7 @@ def settings(
 ) -> dict[str, Any]:
     """Return what a reader must know to ask the same again."""
     local = examined.model is not None
-    through = "endpoint" if examined.options.endpoint is not None else examined.options.engine
+    through = "endpoint" if examined.options.endpoint is not None else examined.options.generator
     chosen: dict[str, Any] = {"seed": options.seed, "through": through}
     chosen["chat template"] = "yes" if uses_chat(examined, options) else "no"
     if GRIDS & set(options.suites):

@@ -35,7 +35,7 @@ class ModelOptions:
     endpoint: str | None = option(
         None, "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."
     )
-    engine: str = option(
+    generator: str = option(
         "transformers",
         "What answers here: transformers, or vllm (extra [vllm]; all suites but short and perplexity).",
         choices=["transformers", "vllm"],
@@ -55,22 +55,22 @@ class ModelOptions:
         """Refuse, before anything is loaded, what would fail later."""
         if self.check_served not in ("stored", "local", "off"):
             raise ValueError(f"`check_served` must be stored, local or off, got {self.check_served!r}. Set stored.")
-        if self.engine not in ("transformers", "vllm"):
-            raise ValueError(f"`engine` must be transformers or vllm, got {self.engine!r}. Set transformers.")
-        for name in ("endpoint", "load_in_4bit", "attn_implementation") if self.engine == "vllm" else ():
+        if self.generator not in ("transformers", "vllm"):
+            raise ValueError(f"`generator` must be transformers or vllm, got {self.generator!r}. Set transformers.")
+        for name in ("endpoint", "load_in_4bit", "attn_implementation") if self.generator == "vllm" else ():
             if getattr(self, name):  # it would be ignored
                 raise ValueError(
-                    f"`{name}` must be unset with `engine` vllm, got {getattr(self, name)!r}. Leave it out."
+                    f"`{name}` must be unset with `generator` vllm, got {getattr(self, name)!r}. Leave it out."
                 )
         if self.vllm_options is not None:
             try:
-                fits = self.engine == "vllm" and isinstance(json.loads(self.vllm_options), dict)
+                fits = self.generator == "vllm" and isinstance(json.loads(self.vllm_options), dict)
             except ValueError:
                 fits = False
             if not fits:
                 raise ValueError(
-                    f"`vllm_options` must be a JSON object beside `engine` vllm, got {self.vllm_options!r}. Set "
-                    "`--engine vllm --vllm_options '{\"max_model_len\": 32768}'`, for instance."
+                    f"`vllm_options` must be a JSON object beside `generator` vllm, got {self.vllm_options!r}. Set "
+                    "`--generator vllm --vllm_options '{\"max_model_len\": 32768}'`, for instance."
                 )
         for name in ("max_concurrency", "batch_tokens"):
             if getattr(self, name) < 1:
@@ -126,7 +126,7 @@ class SuiteOptions:
     )
     perplexity_window: int | None = option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
 
-    def check(self, endpoint: str | None = None, engine: str = "transformers") -> None:
+    def check(self, endpoint: str | None = None, generator: str = "transformers") -> None:
         """Refuse, before anything is loaded, what would fail later.
 
         Raises:
@@ -151,10 +151,10 @@ class SuiteOptions:
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        if engine == "vllm" and (local or "short" in self.suites):
+        if generator == "vllm" and (local or "short" in self.suites):
             raise ValueError(
-                f"`suites` must be what vLLM answers here where `engine` is vllm, got {(local or ['short'])[0]!r}. "
-                "Leave it out, set `engine` to transformers, or for short serve the model and set `endpoint`."
+                f"`suites` must be what vLLM answers here where `generator` is vllm, got {(local or ['short'])[0]!r}. "
+                "Leave it out, set `generator` to transformers, or for short serve the model and set `endpoint`."
             )
         for name in ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window"):
             value = getattr(self, name)

@@ -83,7 +83,7 @@ def test_base_and_adapter_are_asked_in_one_engine_with_the_rope_of_the_training(
     save_record(adapter, TrainingRecord(RopeRecord("llama", 1024, ROPE)))
     out, options = str(tmp_path / "report"), {"suites": ["needle", "puzzles", "ruler"], "samples": 1}
     options |= {"lengths": [1024], "needle_tasks": ["single"], "puzzles": ["latest"], "ruler_tasks": ["niah_single_1"]}
-    report = evaluate(folder, str(adapter), engine="vllm", output_dir=out, max_new_tokens=8, **options)
+    report = evaluate(folder, str(adapter), generator="vllm", output_dir=out, max_new_tokens=8, **options)
     assert [model.label for model in report.models] == ["base, scaled RoPE", "adapter"]
     assert report.settings["through"] == "vllm" and all(task.scores for suite in report.suites for task in suite.tasks)
     (made,) = vllm.made
@@ -92,12 +92,12 @@ def test_base_and_adapter_are_asked_in_one_engine_with_the_rope_of_the_training(
     loras = [lora and lora.lora_path for _, _, lora in vllm.asked]
     assert loras == [None, str(adapter)] * 3
     # Again: nothing is loaded, nothing asked.
-    evaluate(folder, str(adapter), engine="vllm", output_dir=out, max_new_tokens=8, **options)
+    evaluate(folder, str(adapter), generator="vllm", output_dir=out, max_new_tokens=8, **options)
     assert len(vllm.made) == 1 and len(vllm.asked) == 6
 
 
 def test_the_command_line_asks_vllm(vllm, folder, tmp_path, capsys):
-    given = [folder, "--suites", "puzzles", "--puzzles", "latest", "--lengths", "500", "--samples", "1", "--engine"]
+    given = [folder, "--suites", "puzzles", "--puzzles", "latest", "--lengths", "500", "--samples", "1", "--generator"]
     given += ["vllm", "--vllm_options", json.dumps({"max_model_len": 500}), "--output_dir", str(tmp_path / "out")]
     assert main(["evaluate", *given]) == 0
     assert vllm.made[0]["max_model_len"] == 500 and "| through | vllm |" in capsys.readouterr().out
@@ -105,11 +105,11 @@ def test_the_command_line_asks_vllm(vllm, folder, tmp_path, capsys):
 
 def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypatch):
     for options, told in (
-        ({"engine": "vlm"}, "`engine` must be transformers or vllm"),
-        ({"engine": "vllm", "endpoint": "http://localhost"}, "`endpoint` must be unset"),
-        ({"engine": "vllm", "load_in_4bit": True}, "`load_in_4bit` must be unset"),
-        ({"vllm_options": "{}"}, "`vllm_options` must be a JSON object beside `engine` vllm"),
-        ({"engine": "vllm", "vllm_options": "x"}, "`vllm_options` must be a JSON object"),
+        ({"generator": "vlm"}, "`generator` must be transformers or vllm"),
+        ({"generator": "vllm", "endpoint": "http://localhost"}, "`endpoint` must be unset"),
+        ({"generator": "vllm", "load_in_4bit": True}, "`load_in_4bit` must be unset"),
+        ({"vllm_options": "{}"}, "`vllm_options` must be a JSON object beside `generator` vllm"),
+        ({"generator": "vllm", "vllm_options": "x"}, "`vllm_options` must be a JSON object"),
     ):
         with pytest.raises(ValueError, match=told):
             ModelOptions(folder, **options).check()
@@ -117,9 +117,9 @@ def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypa
         with pytest.raises(ValueError, match=f"`suites` must be what vLLM answers.*got '{suite}'"):
             SuiteOptions(suites=[suite], output_dir=str(tmp_path)).check(None, "vllm")
     monkeypatch.setattr(evaluator, "PROCESSES", 2)
-    with pytest.raises(ValueError, match="`engine` vllm must run in one process, got 2"):
-        evaluate(folder, engine="vllm", output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="`generator` vllm must run in one process, got 2"):
+        evaluate(folder, generator="vllm", output_dir=str(tmp_path))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r'pip install "hf_longalign\[vllm\]"'):
-        evaluate(folder, engine="vllm", output_dir=str(tmp_path))
+        evaluate(folder, generator="vllm", output_dir=str(tmp_path))
