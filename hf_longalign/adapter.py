@@ -257,6 +257,7 @@ def _hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
 def _put_on(base: PreTrainedModel, adapter: str | Path, revision: str | None) -> PeftModel:
     """The base model with the adapter on it, embeddings resized as in training."""
     weights = load_peft_weights(str(adapter), device="cpu", revision=revision)
+    # Before the adapter is put on: its embeddings, which hold the rows of new tokens, would not fit.
     _resize_embeddings(base, weights)
     with expected_mark():
         model = PeftModel.from_pretrained(base, str(adapter), revision=revision)
@@ -334,6 +335,7 @@ def _merged(model: PeftModel) -> PreTrainedModel:
         # One of the two may be trained alone: merged into a shared weight, it would change both.
         outer.weight = nn.Parameter(outer.weight.detach().clone())
         base.config.tie_word_embeddings = text_config.tie_word_embeddings = False
+    # safe_merge: PEFT raises where merged weights would not be finite.
     merged = model.merge_and_unload(safe_merge=True)
     if tied and torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight):
         merged.get_output_embeddings().weight = merged.get_input_embeddings().weight

@@ -115,6 +115,7 @@ class SkipPositionCallback(TrainerCallback):
             pads = pads or (args.eval_strategy != "no" and args.per_device_eval_batch_size > 1)
             run_preflight(kwargs["model"], self.collator, args.device, log_probs=self.log_probs, pads=pads)
         base = kwargs["model"].get_base_model() if is_peft_model(kwargs["model"]) else kwargs["model"]
+        # An earlier `train` may have wrapped it already.
         if self.log_probs is None and not hasattr(base.loss_function, "__wrapped__"):
             # One step of nothing but rows without a target would make every weight NaN.
             base.loss_function = zero_without_targets(base.loss_function)

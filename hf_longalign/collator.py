@@ -216,27 +216,22 @@ class SkipPositionDataCollator:
         starts = np.cumsum(flat.seq_lengths) - flat.seq_lengths
         steps = np.ones(flat.input_ids.size, dtype=np.int64)
         steps[starts] = 0
-        if self.strategy != "none":
-            self._skip(steps, flat, starts)
+        if flat.blocks is not None:
+            sampler, epoch = get_strategy(self.strategy), int(self._shared[0])
+            lengths, response = flat.blocks
+            first = [*np.searchsorted(np.cumsum(lengths) - lengths, starts).tolist(), lengths.size]
+            for document, (start, length) in enumerate(zip(starts.tolist(), flat.seq_lengths.tolist(), strict=True)):
+                rng = document_rng(flat.input_ids[start : start + length], seed=self.seed, epoch=epoch)
+                if rng.random() >= self.skip_probability:
+                    continue
+                own = slice(first[document], first[document + 1])
+                skips = sampler(lengths[own], response[own], self.target_length, rng)
+                steps[skips.tokens + start] += skips.sizes
+                self._watch(skips.tokens.size > 0)
+        # Back to 0 where the next document begins, so that one sum serves all of them.
         ends = np.add.reduceat(steps, starts)
         steps[starts[1:]] = -ends[:-1]
         return np.cumsum(steps, out=steps)
-
-    def _skip(self, steps: np.ndarray, flat: Flat, starts: np.ndarray) -> None:
-        """Add the skips of the chosen documents to the steps from token to token."""
-        sampler = get_strategy(self.strategy)
-        blocks: Any = flat.blocks
-        first = np.searchsorted(np.cumsum(blocks.lengths) - blocks.lengths, starts).tolist()
-        first.append(blocks.lengths.size)
-        epoch = int(self._shared[0])
-        for document, (start, length) in enumerate(zip(starts.tolist(), flat.seq_lengths.tolist(), strict=True)):
-            rng = document_rng(flat.input_ids[start : start + length], seed=self.seed, epoch=epoch)
-            if rng.random() >= self.skip_probability:
-                continue
-            own = slice(first[document], first[document + 1])
-            skips = sampler(blocks.lengths[own], blocks.response[own], self.target_length, rng)
-            steps[skips.tokens + start] += skips.sizes
-            self._watch(skips.tokens.size > 0)
 
     def _watch(self, found: bool) -> None:
         """Warn once if the first samples to be skipped have no place to skip at."""
@@ -283,6 +278,7 @@ class SkipPositionDataCollator:
         lengths = np.append(flat.seq_lengths, padding) if padding else flat.seq_lengths
         boundaries = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
         labels = np.concatenate((flat.labels, np.full(padding, IGNORE)))
+        # It would be predicted from the last token of the document before.
         labels[boundaries[:-1]] = IGNORE
         max_length = int(lengths.max())
         if self.few_shapes:

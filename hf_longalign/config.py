@@ -1,12 +1,15 @@
-"""The options of `LongAlignSFTTrainer` that `trl.SFTConfig` does not have."""
+"""The options of `LongAlignSFTTrainer`, and what is loaded by them: a config, with RoPE scaled or not, a tokenizer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import AutoConfig, AutoProcessor, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from hf_longalign.rope import model_range, scale_rope
 from hf_longalign.training_options import TrainingOptions
 
 
@@ -69,3 +72,48 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
         return cls(
             **{item.name: getattr(args, item.name) for item in fields(cls) if item.init and hasattr(args, item.name)}
         )
+
+
+def model_config(model: Any, args: LongAlignSFTConfig) -> Any:
+    """Return the config that the model has, or will be loaded with."""
+    if not isinstance(model, str):
+        return model.config
+    options: Any = args.model_init_kwargs or {}
+    if options.get("config") is not None:
+        return options["config"]
+    hub = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+    return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **hub)
+
+
+def load_processing_class(model: Any, args: LongAlignSFTConfig) -> Any:
+    """Return the tokenizer or processor of the model, as TRL loads it."""
+    options: Any = (isinstance(model, str) and args.model_init_kwargs) or {}
+    name, revision = model if isinstance(model, str) else model.config._name_or_path, options.get("revision")
+    return AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+@contextmanager
+def scaled_rope(model: Any, args: LongAlignSFTConfig) -> Iterator[None]:
+    """Let TRL load the model with a scaled config; RoPE that is set on a loaded model does nothing."""
+    target_length = args.skip_target_length
+    if args.rope_type is None or target_length is None:
+        yield
+        return
+    if not isinstance(model, str):
+        if model_range(model.config) < target_length:
+            raise ValueError(
+                f"`rope_type` must be None with a model that is loaded already, got {args.rope_type!r}: now it would "
+                "do nothing. Give the trainer the model's name, or load it with "
+                f"`config=hf_longalign.scale_rope(config, {target_length}, {args.rope_type!r})`."
+            )
+        yield
+        return
+    given: Any = args.model_init_kwargs
+    options: dict[str, Any] = dict(given or {})
+    config = model_config(model, args)
+    # A whole config, not its fields: multimodal models take no `rope_parameters`.
+    args.model_init_kwargs = {**options, "config": scale_rope(config, target_length, args.rope_type)}
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given  # trackers write the arguments as JSON, which no config is

@@ -4,7 +4,6 @@ Distances are read off the batches, on all processes and over resumes.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,31 +92,25 @@ class DistanceCoverage:
         # runs). In RandPos nearly every token is a run; there one FFT over the target length (4 ms for 131,072) costs
         # less.
         if first.size <= MAX_RUNS or span > self.target_length:
-            self._add_runs(first, last)
+            i, j = np.triu_indices(first.size, 1)
+            lengths = last - first + 1
+            rises = np.concatenate((first[j] - last[i], last[j] - first[i] + 2, lengths + 1))
+            falls = np.concatenate((first[j] - first[i] + 1, last[j] - last[i] + 1))
+            np.add.at(self._corners, np.minimum(rises, self.target_length), 1)
+            np.add.at(self._corners, np.minimum(falls, self.target_length), -1)
+            # Inside a run: as many pairs at distance 0 as tokens, one less with each step.
+            self._corners[0] += lengths.sum()
+            self._corners[1] -= (lengths + 1).sum()
         else:
-            self._add_spectrum(array - array[0])
+            occupied = np.zeros(self.target_length)
+            occupied[array - array[0]] = 1
+            # Power spectra add up, so the way back is taken once, when the counts are asked for.
+            spectrum = np.fft.rfft(occupied, self._fft_size)
+            power = spectrum.real**2 + spectrum.imag**2
+            self._power = power if self._power is None else self._power + power
         # The window is what the next log tells of, the run what the record does.
         for spans in (self._run, self._window):
             spans.add(span, skipped=breaks.size > 0)
-
-    def _add_runs(self, first: np.ndarray, last: np.ndarray) -> None:
-        i, j = np.triu_indices(first.size, 1)
-        lengths = last - first + 1
-        rises = np.concatenate((first[j] - last[i], last[j] - first[i] + 2, lengths + 1))
-        falls = np.concatenate((first[j] - first[i] + 1, last[j] - last[i] + 1))
-        np.add.at(self._corners, np.minimum(rises, self.target_length), 1)
-        np.add.at(self._corners, np.minimum(falls, self.target_length), -1)
-        # Inside a run: as many pairs at distance 0 as tokens, one less with each step.
-        self._corners[0] += lengths.sum()
-        self._corners[1] -= (lengths + 1).sum()
-
-    def _add_spectrum(self, positions: np.ndarray) -> None:
-        occupied = np.zeros(self.target_length)
-        occupied[positions] = 1
-        # Power spectra add up, so the way back is taken once, when the counts are asked for.
-        spectrum = np.fft.rfft(occupied, self._fft_size)
-        power = spectrum.real**2 + spectrum.imag**2
-        self._power = power if self._power is None else self._power + power
 
     @property
     def pairs(self) -> np.ndarray:
@@ -226,6 +219,7 @@ class CoverageCallback(TrainerCallback):
         self._read()
         # A sum over processes on the device: NCCL has no other place for it.
         counts = torch.from_numpy(self._local.counts()).to(PartialState().device)
+        # Processes that share one model have counted the same batches.
         self.coverage.add_counts(reduce(counts, "sum").cpu().numpy() // self.copies)
         self._local = DistanceCoverage(self.coverage.target_length)
 
@@ -253,21 +247,17 @@ class CoverageCallback(TrainerCallback):
         self.coverage.metrics()  # what the next log reports begins here
 
     def _read(self) -> None:
+        """Count the documents that have a target: the others, padding among them, train no distance."""
         for batch in self._pending:
-            for positions in _documents(batch):
-                self._local.add(positions)
+            arrays = {key: values.cpu().numpy() for key, values in batch.items()}
+            positions, trained = arrays["position_ids"], arrays["labels"] != -100
+            if "seq_idx" in arrays:
+                starts = np.flatnonzero(np.diff(arrays["seq_idx"][0])) + 1
+                documents = list(zip(np.split(positions[0], starts), np.split(trained[0], starts), strict=True))
+            else:
+                rows = zip(positions, trained, arrays["attention_mask"].astype(bool), strict=True)
+                documents = [(row[mask], targets[mask]) for row, targets, mask in rows]
+            for places, targets in documents:
+                if targets[1:].any():  # nothing comes before a first token that could predict it
+                    self._local.add(places)
         self._pending.clear()
-
-
-def _documents(batch: dict[str, torch.Tensor]) -> Iterator[np.ndarray]:
-    """Positions of each document that has a target: the others, padding among them, train no distance."""
-    arrays = {key: values.cpu().numpy() for key, values in batch.items()}
-    positions, trained = arrays["position_ids"], arrays["labels"] != -100
-    if "seq_idx" in arrays:
-        starts = np.flatnonzero(np.diff(arrays["seq_idx"][0])) + 1
-        documents = list(zip(np.split(positions[0], starts), np.split(trained[0], starts), strict=True))
-    else:
-        kept = arrays["attention_mask"].astype(bool)
-        documents = [(row[mask], targets[mask]) for row, targets, mask in zip(positions, trained, kept, strict=True)]
-    # Nothing comes before a first token that could predict it.
-    yield from (places for places, targets in documents if targets[1:].any())

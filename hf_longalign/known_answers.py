@@ -45,13 +45,13 @@ def base_range(rope: RopeRecord) -> int:
     >>> base_range(RopeRecord("llama", 32768, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}))
     8192
     """
-    reach, parameters = rope.max_position_embeddings or LONGEST, rope.rope_parameters or {}
-    found = [reach]
-    for part in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if part.get("rope_type") == "dynamic":
-            continue
-        found.append(part.get("original_max_position_embeddings") or round(reach / (part.get("factor") or 1)))
-    return min(found)
+    reach = rope.max_position_embeddings or LONGEST
+    # Of "dynamic", whose factor is applied only past it, the range itself is the original one.
+    scaled = [part for part in rope.parts if part.get("rope_type") != "dynamic"]
+    before = (
+        part.get("original_max_position_embeddings") or round(reach / (part.get("factor") or 1)) for part in scaled
+    )
+    return min([reach, *before])
 
 
 @torch.no_grad()
@@ -90,6 +90,7 @@ def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord
     asked = sorted({*((lines, n) for lines in (1, 24) for n in range(len(QUESTIONS))), (longest, 0), (longest, 1)})
     for lines, question in asked:
         encoded = encode(lines, question).items()
+        # Which some tokenizers give, and few of the models take.
         inputs = {key: value.to(model.device) for key, value in encoded if key != "token_type_ids"}
         length = inputs["input_ids"].shape[1]
         if length > reach - NEW_TOKENS:
@@ -98,6 +99,7 @@ def known_answers(model: Any, tokenizer: Any, rope: RopeRecord) -> AnswersRecord
         first, second = torch.stack(output.logits)[:, 0].float().log_softmax(-1).topk(2).values.unbind(-1)
         sure = (first - second >= MARGIN).long().cumprod(0).sum().item()
         answer = tokenizer.decode(output.sequences[0, length:][:sure], skip_special_tokens=True)
+        # An answer may end in the middle of a character of several tokens.
         if answer := answer.rstrip("\ufffd").strip():
             found.lines.append(lines)
             found.questions.append(question)

@@ -123,6 +123,7 @@ def ignore_padding_of_packed_rows(backbone: torch.nn.Module, pad_token_id: int, 
             return outputs
         start = int(bounds[bounds < bounds[-1]].max())  # documents without a token may follow
         padding = inputs["input_ids"][0, start:]
+        # Padding is shorter than the multiple: a longer document is a row's own, whatever its tokens.
         if start and len(padding) < multiple and bool((padding == pad_token_id).all()):
             outputs.router_logits = tuple(layer.flatten(0, -2)[:start] for layer in logits)
         return outputs

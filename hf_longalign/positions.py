@@ -80,16 +80,31 @@ def get_strategy(strategy: Strategy, name: str = "strategy") -> Sampler:
     Raises:
         ValueError: an unknown strategy; the message calls it `name` and lists those there are.
     """
-    if callable(strategy):
-        function = strategy
-        return lambda lengths, response, target_length, rng: _skips_of(
-            function(lengths, target_length, rng), int(lengths.sum()), target_length
-        )
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"`{name}` must be one of {list(STRATEGIES)} or a callable, got {strategy!r}. Set one of them."
-        )
-    return STRATEGIES[strategy]
+    if not callable(strategy):
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"`{name}` must be one of {list(STRATEGIES)} or a callable, got {strategy!r}. Set one of them."
+            )
+        return STRATEGIES[strategy]
+
+    def checked(lengths: np.ndarray, response: np.ndarray, target_length: int, rng: np.random.Generator) -> Skips:
+        length = int(lengths.sum())
+        array = np.asarray(strategy(lengths, target_length, rng))
+        problem = None
+        if array.dtype.kind not in "iu" or array.shape != (length,):
+            problem = f"{array.dtype} of shape {array.shape}"
+        else:
+            array = array.astype(np.int64)  # differences of unsigned numbers would wrap around
+            if array[0] != 0 or array[-1] >= target_length or (np.diff(array) < 1).any():
+                problem = f"{array!r}"
+        if problem is not None:
+            raise ValueError(
+                f"`strategy` must return {length} whole numbers that increase strictly from 0 and stay below "
+                f"`target_length`, {target_length}, got {problem}. Correct the callable."
+            )
+        return Skips(np.arange(1, length), np.diff(array) - 1)
+
+    return checked
 
 
 def check_target_length(target_length: Any, length: int = 1, name: str = "target_length") -> None:
@@ -107,24 +122,6 @@ def check_share(name: str, share: Any) -> None:
     """Raise a ValueError unless a share is a number from 0 to 1."""
     if isinstance(share, bool) or not isinstance(share, (int, float, np.number)) or not 0 <= share <= 1:
         raise ValueError(f"`{name}` must be a number from 0 to 1, got {share!r}. Set the share of the samples.")
-
-
-def _skips_of(positions: ArrayLike, length: int, target_length: int) -> Skips:
-    """The skips of positions that a callable strategy returned, after checking them."""
-    array = np.asarray(positions)
-    problem = None
-    if array.dtype.kind not in "iu" or array.shape != (length,):
-        problem = f"{array.dtype} of shape {array.shape}"
-    else:
-        array = array.astype(np.int64)
-        if array[0] != 0 or array[-1] >= target_length or (np.diff(array) < 1).any():
-            problem = f"{array!r}"
-    if problem is not None:
-        raise ValueError(
-            f"`strategy` must return {length} whole numbers that increase strictly from 0 and stay below "
-            f"`target_length`, {target_length}, got {problem}. Correct the callable."
-        )
-    return Skips(np.arange(1, length), np.diff(array) - 1)
 
 
 def no_skips(lengths: np.ndarray, response: np.ndarray, target_length: int, rng: np.random.Generator) -> Skips:

@@ -18,7 +18,7 @@ logits, of an adapter or of an untrained model does not matter.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -120,11 +120,12 @@ def run_preflight(
     exacting = skipped or collator.padding_free
     if not (exacting or pads or log_probs):
         return None
-    base = _base_model(model)
+    unwrapped: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    base = unwrapped.get_base_model() if is_peft_model(unwrapped) else unwrapped
     text_config = base.config.get_text_config(decoder=True)
     if exacting:
         _check_config(base, text_config, collator, skipped)
-        check_no_virtual_tokens(extract_model_from_parallel(model, keep_torch_compile=False))
+        check_no_virtual_tokens(unwrapped)
     device = torch.device(device if device is not None else next(model.parameters()).device)
     window = text_config.sliding_window if "sliding" in _kinds(text_config) else None
     probe = Probe(model, text_config, collator, device, window)
@@ -139,11 +140,6 @@ def run_preflight(
     else:
         logger.info("Preflight passed: %s", report)
     return report
-
-
-def _base_model(model: torch.nn.Module) -> Any:
-    base = extract_model_from_parallel(model, keep_torch_compile=False)
-    return base.get_base_model() if is_peft_model(base) else base
 
 
 def check_no_virtual_tokens(model: Any) -> None:
@@ -166,29 +162,28 @@ def _check_loss(probe: Probe, log_probs: LogProbs, name: str) -> None:
         "Train this model with `transformers.Trainer`, `SkipPositionDataCollator` and `SkipPositionCallback`, where "
         "the loss is the model's own."
     )
-    try:
+    alone = "Take a model that reads text alone."
+    with _refusals(lambda told, _: f"{name} cannot run on a batch of text ({told}). {alone}"):
         own, half = probe.own_log_probs()
-    except _NOT_THE_MODELS:
-        raise
-    except _MODEL_ERRORS as error:
-        raise PreflightError(
-            f"{name} cannot run on a batch of text ({type(error).__name__}: {error}). Take a model that reads text "
-            "alone."
-        ) from error
-    try:
+    with _refusals(lambda told, _: f"TRL cannot compute the loss of {name} ({told}). {remedy}"):
         trained = probe.log_probs(log_probs)
-    except _NOT_THE_MODELS:
-        raise
-    except _MODEL_ERRORS as error:
-        raise PreflightError(
-            f"TRL cannot compute the loss of {name} ({type(error).__name__}: {error}). {remedy}"
-        ) from error
     difference = (own - trained).square().mean().sqrt().item()
     if difference > (LOSS_HALF if half else LOSS) * own.std().item() + 1e-5:
         raise PreflightError(
             f"TRL's loss is not that of {name}, whose logits its fused head does not compute: {-trained.mean():.4f} "
             f"instead of {-own.mean():.4f} on the same tokens. {remedy}"
         )
+
+
+@contextmanager
+def _refusals(tell: Callable[[str, Exception], str]) -> Iterator[None]:
+    """Make a `PreflightError` of what the model raises in the block, told by the error's kind and text, and itself."""
+    try:
+        yield
+    except (PreflightError, *_NOT_THE_MODELS):
+        raise
+    except _MODEL_ERRORS as error:
+        raise PreflightError(tell(f"{type(error).__name__}: {error}", error)) from error
 
 
 @contextmanager
@@ -280,7 +275,12 @@ class _Judge:
 
     def report(self) -> PreflightReport | None:
         probe = self.probe
-        try:
+
+        def refused(told: str, error: Exception) -> str:
+            # A ValueError of the attention says all there is to say; what else a model raises needs its kind.
+            return f"{self.attention} refused {self.form}: {error if isinstance(error, ValueError) else told}"
+
+        with _refusals(refused):
             changes = probe.changes(probe.skipped() if self.skipped else probe.ordinary())
             if changes.reach == 0:
                 return None
@@ -292,11 +292,6 @@ class _Judge:
             self._check_cut(changes)
             shift = self._check_shift(changes)
             stretch = self._check_stretch(changes)
-        except (PreflightError, *_NOT_THE_MODELS):
-            raise
-        except _MODEL_ERRORS as error:
-            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise PreflightError(f"{self.attention} refused {self.form}: {said}") from error
         shares = (changes.leak.movement, changes.behind(NEAR), changes.behind(FAR), shift, stretch)
         return PreflightReport(changes.reach, *(share / changes.reach for share in shares))
 

@@ -150,8 +150,10 @@ class RowPreparer:
             prepared["blocks_found"].append(blocks is not None or text is None)
             # Nothing comes before the first token that could predict it.
             prepared["trains"].append(bool((labels[self.kept][1:] != IGNORE).any()))
-            column = blocks_to_column(blocks or _runs(row, labels))
-            for name, values in (("input_ids", ids), ("labels", labels), ("blocks", column)):
+            if blocks is None:
+                mask = row.get("completion_mask")  # TRL keeps it where the loss is on the prompt too
+                blocks = blocks_from_labels(labels if mask is None else np.where(np.equal(mask, 1), labels, IGNORE))
+            for name, values in (("input_ids", ids), ("labels", labels), ("blocks", blocks_to_column(blocks))):
                 prepared[name].append(values[self.kept])
         return prepared
 
@@ -272,12 +274,6 @@ class RowPreparer:
         cuts = sorted(text.turns.cuts + _part_cuts(text, text.turns, parts))
         tokens = [_token_at(encoding, cut.start, len(text.text)) for cut in cuts]
         return blocks_at(tokens, [cut.response for cut in cuts], len(encoding.ids))
-
-
-def _runs(row: dict[str, Any], labels: np.ndarray) -> Blocks:
-    if row.get("completion_mask") is not None:  # TRL keeps it where the loss is on the prompt too
-        labels = np.where(np.asarray(row["completion_mask"]) == 1, labels, IGNORE)
-    return blocks_from_labels(labels)
 
 
 def _token_at(encoding: Any, character: int, end: int) -> int:

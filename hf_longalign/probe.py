@@ -182,25 +182,22 @@ class Probe:
         self, ids: list[torch.Tensor], positions: list[torch.Tensor]
     ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
         """The batch on its device, and the line and column where each document begins."""
-        rows, starts = self._rows(ids)
+        labels = [tokens.clone() for tokens in ids]
+        for tokens in labels:
+            tokens[: len(tokens) // 2] = -100
+        if self.collator.padding_free:
+            columns = np.cumsum([0, *self.lengths[:-1]]).tolist()
+            starts = [(0, column) for column in columns]
+            rows: list[Any] = [{"input_ids": torch.cat(ids), "labels": torch.cat(labels), "seq_lengths": self.lengths}]
+        else:
+            starts = [(line, 0) for line in range(len(ids))]
+            rows = [{"input_ids": tokens, "labels": target} for tokens, target in zip(ids, labels, strict=True)]
         batch = self.collator(rows)
         if "position_ids" in batch:
             for (line, start), places in zip(starts, positions, strict=True):
                 batch["position_ids"][line, start : start + len(places)] = places
         batch = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
         return batch, starts
-
-    def _rows(self, ids: list[torch.Tensor]) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-        """Rows for the collator, and the line and column of the batch where each document will begin."""
-        labels = [tokens.clone() for tokens in ids]
-        for tokens in labels:
-            tokens[: len(tokens) // 2] = -100
-        if self.collator.padding_free:
-            starts = np.cumsum([0, *self.lengths[:-1]]).tolist()
-            row = {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "seq_lengths": self.lengths}
-            return [row], [(0, start) for start in starts]
-        rows = [{"input_ids": tokens, "labels": target} for tokens, target in zip(ids, labels, strict=True)]
-        return rows, [(line, 0) for line in range(len(rows))]
 
 
 def token_ids(text_config: PretrainedConfig, lengths: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -10,6 +10,7 @@ from accelerate.utils import is_peft_model
 from transformers.trainer_utils import HubStrategy
 from trl import SFTTrainer
 
+from hf_longalign.adapter import expected_mark, mark_scaled
 from hf_longalign.config import LongAlignSFTConfig
 from hf_longalign.records.training import HubSource, TrainingRecord
 from hf_longalign.run_record import save_record
@@ -36,6 +37,11 @@ class PublishingSFTTrainer(SFTTrainer):
         if is_peft_model(self.model):
             # Else PEFT writes a template with nothing filled in into every folder, or into a person's card.
             self.model.create_or_update_model_card = lambda output_dir: None
+
+    @property
+    def bare_model(self) -> Any:
+        """The model without the adapter on it, if there is one."""
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def training_record(self) -> TrainingRecord:
         """Return what a reader of the model or adapter must know to load, repeat and judge it."""
@@ -103,8 +109,7 @@ class PublishingSFTTrainer(SFTTrainer):
             )
         name = self.args.hub_model_id or Path(str(self.args.output_dir)).resolve().name
         Destination(name, "model", branch=self.args.hub_revision).check()
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        check_base_name(self.args.base_name, base.config._name_or_path)
+        check_base_name(self.args.base_name, self.bare_model.config._name_or_path)
         self.hub_model_id = name
 
     def push_to_hub(  # type: ignore[override] # transformers' commit information is a string too
@@ -176,14 +181,10 @@ class PublishingSFTTrainer(SFTTrainer):
         on_main_process(publish)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        from hf_longalign.adapter import expected_mark
-
         with expected_mark():
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        from hf_longalign.adapter import expected_mark
-
         with expected_mark():
             super()._load_best_model()
 
@@ -194,7 +195,5 @@ class PublishingSFTTrainer(SFTTrainer):
             record = self.training_record()
             save_record(folder, record)
             if is_peft_model(self.model):
-                from hf_longalign.adapter import mark_scaled
-
-                mark_scaled(folder, record.rope, self.model.get_base_model().config._name_or_path)
+                mark_scaled(folder, record.rope, self.bare_model.config._name_or_path)
             self._write_card(folder)

@@ -186,6 +186,7 @@ def _scaled(
             f"`rope_type` must be {old_type!r}, the scaling this model was made with, got {rope_type!r}. Set "
             f"`rope_type={old_type!r}` to scale it further."
         )
+    # What scales nothing stays: the theta, the part of a head that rotates.
     new = {key: value for key, value in old.items() if key not in _EVERY_SCALING_KEY}
     new |= LLAMA3_DEFAULTS if rope_type == "llama3" else {}
     # Of its own type only; the attention factor belongs to the old factor.

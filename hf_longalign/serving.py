@@ -5,7 +5,7 @@ engine is known to compute as transformers does is written down for it; everythi
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_longalign.endpoint.protocol import EndpointError
 from hf_longalign.lazy import require
-from hf_longalign.records.training import TrainingRecord
+from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import load_record, model_file
 
 
@@ -22,61 +22,39 @@ class Engine:
     """A server, and its two commands."""
 
     source: str  # the page that the options were read on
-    whole: Callable[[str, int], str]  # serves a merged model of a range
-    # Serves an adapter, from base, adapter, rank, overrides and range; `None`: it has to be merged.
-    adapter: Callable[..., str] | None = None
+    whole: str  # serves a merged `model` of a range `reach`, the longest prompt being `prompt`
+    adapter: str | None = None  # serves an adapter; `None`: it has to be merged
+    rope: str = "rope_parameters"  # what the engine calls them among its overrides
     run: bool = False  # whether a test starts it and compares its answers, or it was only read of
-
-
-def _vllm(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:
-    return (
-        f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {adapter}={adapter} \\\n"
-        f"  --hf-overrides {quote(json.dumps(_overrides(rope, reach)))} \\\n  --max-model-len {reach}"
-    )
-
-
-def _overrides(rope: dict[str, Any], reach: int) -> dict[str, Any]:
-    return {"rope_parameters": rope, "max_position_embeddings": reach}
-
-
-def _sglang(base: str, adapter: str, rank: int, rope: dict[str, Any], reach: int) -> str:
-    # Releases on transformers 4 know `rope_scaling` alone; on 5 it replaces everything, so the theta stands in it.
-    overrides = {"rope_scaling": rope, "max_position_embeddings": reach}
-    return (
-        f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {adapter}={adapter} \\\n"
-        f"  --json-model-override-args {quote(json.dumps(overrides))} \\\n  --context-length {reach}"
-    )
 
 
 ENGINES = {
     "vllm": Engine(
         "https://docs.vllm.ai/en/stable/features/context_extension/",
-        lambda model, reach: f"vllm serve {model} --max-model-len {reach}",
-        _vllm,
+        "vllm serve {model} --max-model-len {reach}",
+        "vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {model}={model} \\\n"
+        "  --hf-overrides {overrides} \\\n  --max-model-len {reach}",
     ),
     "sglang": Engine(
         "https://docs.sglang.io/advanced_features/server_arguments.html",
-        lambda model, reach: f"python -m sglang.launch_server --model-path {model} --context-length {reach}",
-        _sglang,
+        "python -m sglang.launch_server --model-path {model} --context-length {reach}",
+        "python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {model}={model} \\\n"
+        "  --json-model-override-args {overrides} \\\n  --context-length {reach}",
+        # Releases on transformers 4 know this alone; on 5 it replaces everything, so the theta stands in it.
+        rope="rope_scaling",
     ),
     "tgi": Engine(
         "https://huggingface.co/docs/text-generation-inference/reference/launcher",
-        lambda model, reach: (
-            f"text-generation-launcher --model-id {model} --max-input-tokens {reach - 1} --max-total-tokens {reach} "
-            f"\\\n  --max-batch-prefill-tokens {reach}"
-        ),
+        "text-generation-launcher --model-id {model} --max-input-tokens {prompt} --max-total-tokens {reach} "
+        "\\\n  --max-batch-prefill-tokens {reach}",
     ),
     "transformers": Engine(
-        "https://huggingface.co/docs/transformers/main/en/serving",
-        lambda model, reach: f"transformers serve {model} --port 8000",
-        run=True,
+        "https://huggingface.co/docs/transformers/main/en/serving", "transformers serve {model} --port 8000", run=True
     ),
     "llama.cpp": Engine(
         "https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md",
-        lambda model, reach: (
-            f"python llama.cpp/convert_hf_to_gguf.py {model} --outfile {model}.gguf\n"
-            f"llama-server --model {model}.gguf --ctx-size {reach}"
-        ),
+        "python llama.cpp/convert_hf_to_gguf.py {model} --outfile {model}.gguf\n"
+        "llama-server --model {model}.gguf --ctx-size {reach}",
     ),
 }
 # Scaling that engines other than transformers compute as it does, with these parameters; of "yarn" they fix the
@@ -146,16 +124,15 @@ def vllm_options(adapter: str | Path) -> dict[str, Any]:
         ValueError: no record of the training, a RoPE that vLLM computes in another way, or an adapter to be merged.
     """
     record, config = _saved(adapter)
-    rope, rank = record.rope.rope_parameters or {}, _rank(config or {})
+    rank = _rank(config or {})
     if rank is None or not _is_plain(record):
         raise ValueError(
             f"`adapter` must be one that vLLM loads beside its base, got {str(adapter)!r}. Merge it with "
             f"`hf-longalign merge {quote(str(adapter))} merged`, and set `model` to the result instead."
         )
-    _check_known(rope, "vllm")
-    reach = record.rope.max_position_embeddings
-    lora = {"enable_lora": True, "max_lora_rank": rank}
-    return {**lora, "hf_overrides": _overrides(rope, reach or 0), "max_model_len": reach} if reach else lora
+    _check_known(record.rope, "vllm")
+    lora, reach = {"enable_lora": True, "max_lora_rank": rank}, record.rope.max_position_embeddings
+    return {**lora, "hf_overrides": _overrides(record.rope, "vllm"), "max_model_len": reach} if reach else lora
 
 
 def _saved(model: str | Path) -> tuple[TrainingRecord, dict[str, Any] | None]:
@@ -188,11 +165,9 @@ def command_of(
     """
     if engine not in ENGINES:
         raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {engine!r}. Set one of them.")
-    known, rope = ENGINES[engine], record.rope.rope_parameters or {}
-    parts = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    known = ENGINES[engine]
     if engine != "transformers":
-        for part in parts:
-            _check_known(part, engine)
+        _check_known(record.rope, engine)
     reach = record.rope.max_position_embeddings or 0
     if not reach:
         raise ValueError(
@@ -201,39 +176,47 @@ def command_of(
         )
     lines = [f"# {'Run in the tests, read' if known.run else 'Read, not run'}: {known.source}"]
     if adapter_config is None:
-        return "\n".join([*lines, known.whole(quote(name), reach)])
+        return "\n".join([*lines, known.whole.format(model=quote(name), reach=reach, prompt=reach - 1)])
     base = base_model or adapter_config.get("base_model_name_or_path")
     rank = _rank(adapter_config)
     if known.adapter is not None and rank is not None and _is_plain(record) and base:
-        return "\n".join([*lines, known.adapter(quote(base), quote(name), rank, rope, reach)])
+        overrides = quote(json.dumps(_overrides(record.rope, engine)))
+        names = {"base": quote(base), "model": quote(name)}
+        return "\n".join([*lines, known.adapter.format(**names, rank=rank, overrides=overrides, reach=reach)])
     merged = f"{Path(name).name}-merged"
     options = f" --base_model {quote(base_model)}" if base_model else ""
     merge = f"hf-longalign merge {quote(name)} {quote(merged)}{options}"
-    return "\n".join([*lines, merge, known.whole(merged, reach)])
+    return "\n".join([*lines, merge, known.whole.format(model=merged, reach=reach, prompt=reach - 1)])
+
+
+def _overrides(rope: RopeRecord, engine: str) -> dict[str, Any]:
+    return {ENGINES[engine].rope: rope.rope_parameters or {}, "max_position_embeddings": rope.max_position_embeddings}
 
 
 def _is_plain(record: TrainingRecord) -> bool:
     """Whether one RoPE is that of all layers of a model of text alone: of others vLLM and SGLang override a part."""
-    layered = any(isinstance(value, dict) for value in (record.rope.rope_parameters or {}).values())
+    layered = record.rope.parts != [record.rope.rope_parameters or {}]
     return not layered and not str(record.architecture or "").endswith("ForConditionalGeneration")
 
 
-def _check_known(rope: Mapping[str, Any], engine: str) -> None:
-    kind = str(rope.get("rope_type", "default"))
-    if kind not in _KNOWN:
-        what = f"rope_type={kind!r}"
-    elif more := sorted(set(rope) - _KNOWN[kind] - _ANY):
-        what = f"`{more[0]}` in {kind!r} RoPE"
-    else:
-        return
-    raise ValueError(
-        f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another way "
-        "than the training did. Set 'transformers'."
-    )
+def _check_known(rope: RopeRecord, engine: str) -> None:
+    for part in rope.parts:
+        kind = str(part.get("rope_type", "default"))
+        if kind not in _KNOWN:
+            what = f"rope_type={kind!r}"
+        elif more := sorted(set(part) - _KNOWN[kind] - _ANY):
+            what = f"`{more[0]}` in {kind!r} RoPE"
+        else:
+            continue
+        raise ValueError(
+            f"`engine` must be 'transformers' for this model, got {engine!r}, which may compute {what} in another way "
+            "than the training did. Set 'transformers'."
+        )
 
 
 def _rank(config: Mapping[str, Any]) -> int | None:
     """The rank that a server must have room for; `None` where it knows no such adapter and it has to be merged."""
+    # What these train, servers leave out or refuse: they read plain LoRA alone.
     special = ("modules_to_save", "use_dora", "trainable_token_indices", "layer_replication", "megatron_config")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(map(config.get, special)):
         return None

@@ -73,6 +73,7 @@ def clean(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
+        # UTF-16 is made of halves: two that belong together become one character, one alone is replaced.
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
 
@@ -109,6 +110,7 @@ def holds(text: str, phrase: str) -> bool:
     >>> holds(normalise("The dams of Ashby."), normalise("dam")), holds(normalise("他住在北京。"), normalise("北京"))
     (False, True)
     """
+    # With a blank at each end, so that words at the ends of the text are found, and parts of words nowhere.
     return f" {phrase} " in f" {text} "
 
 
@@ -185,16 +187,12 @@ def sentence_ends(text: str) -> list[int]:
     for match in _SENTENCE_END.finditer(text):
         end = match.end()
         follower = text[end : end + 2].strip()[:1]
-        if not follower.islower() and not _is_abbreviation(text[max(0, end - 12) : end], follower):
+        last = _LAST_WORD.search(text[max(0, end - 12) : end])
+        short = last and (len(last[1]) == 1 or last[1].isdigit() or last[1].lower() in _ABBREVIATIONS)
+        # At the very end of a text there is nothing that a short form could belong to.
+        if not follower.islower() and not (short and follower):
             found.append(end)
     return found
-
-
-def _is_abbreviation(before: str, follower: str) -> bool:
-    match = _LAST_WORD.search(before)
-    if match is None or not follower:  # at the very end of a text there is nothing that a short form could belong to
-        return False
-    return len(match[1]) == 1 or match[1].isdigit() or match[1].lower() in _ABBREVIATIONS
 
 
 def digest(*parts: str, size: int = 8) -> str:
@@ -208,6 +206,7 @@ def digest(*parts: str, size: int = 8) -> str:
     state = hashlib.blake2b(digest_size=size)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass")
+        # Its length first: the same letters cut in other places are other parts.
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()

@@ -29,10 +29,9 @@ from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
 from hf_longalign.callback import SkipPositionCallback, check_parallelism
 from hf_longalign.collator import SkipPositionDataCollator
-from hf_longalign.config import LongAlignSFTConfig
+from hf_longalign.config import LongAlignSFTConfig, load_processing_class, model_config, scaled_rope
 from hf_longalign.coverage import CoverageCallback
 from hf_longalign.distances import WatchingSFTTrainer, first_documents, stretched_positions
-from hf_longalign.loading import load_processing_class, model_config, scaled_rope
 from hf_longalign.loss import (
     SequenceWeightedModel,
     fused_log_probs,
@@ -165,7 +164,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
                 formatting_func=formatting_func,
             )
         # Before anything is wrapped, sharded or trained.
-        self._base_weights = weights_sample(self.model.get_base_model()) if is_peft_model(self.model) else {}
+        self._base_weights = weights_sample(self.bare_model) if is_peft_model(self.model) else {}
         if self._is_vision_dataset and self._strategy != "none":
             raise ValueError("Positions are skipped in text alone, got a vision data set. Set `skip_strategy='none'`.")
 
@@ -212,8 +211,8 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             check_no_virtual_tokens(self.model)
         self._choose_attention(collator)
         if packs and collator.pad_to_multiple_of is not None and self.aux_loss_enabled:
-            base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-            ignore_padding_of_packed_rows(base.base_model, collator.pad_token_id, collator.pad_to_multiple_of)
+            backbone = self.bare_model.base_model
+            ignore_padding_of_packed_rows(backbone, collator.pad_token_id, collator.pad_to_multiple_of)
         if collator.strategy != "none":
             self._check_lengths(collator.target_length)
             self.coverage = CoverageCallback(collator.target_length, copies=self.get_tp_size())
@@ -224,7 +223,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
 
     def _choose_attention(self, collator: SkipPositionDataCollator) -> None:
         """Keep the model's attention where it is exact, else take "longalign_varlen", else refuse."""
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        base = self.bare_model
         config = base.config.get_text_config()
         present = config._attn_implementation
         problem = self._attention_problem(config, present, collator)
@@ -308,6 +307,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             answers_only="turns" if self._answers_by_turns else "marks" if args.assistant_only_loss else None,
             kept=kept_tokens(args, packing),
         )
+        # The other processes of a machine find in the cache of `datasets` what the first one has made.
         with PartialState().local_main_process_first():
             dataset = prepare_rows(rows, preparer, dataset_name, only_tokens=packing, **progress)
             if watched:  # before they are packed and shuffled: the same rows for every run
@@ -376,8 +376,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
 
     def training_record(self) -> TrainingRecord:
         """Return what a reader of the model or adapter must know to load, repeat and judge it."""
-        collator = self.data_collator
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        collator, base = self.data_collator, self.bare_model
         positions, coverage = PositionsRecord(), None
         if self.coverage is not None and isinstance(collator, SkipPositionDataCollator):
             strategy = collator.strategy if isinstance(collator.strategy, str) else "callable"

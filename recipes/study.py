@@ -13,22 +13,21 @@ Everything is kept in `output_dir`: a killed run goes on with the same command, 
 nothing twice. Several processes given the same folder share the work, also on several machines that mount it.
 """
 
-import fcntl
 import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
+from study_arms import ARMS, PILOT, QUESTION_SEEDS, StudyOptions
 from study_data import (
-    HUB_DATA,
     Pair,
+    compose_pilot,
     compose_rows,
     composed_rows,
     documents,
@@ -42,6 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 from trl import TrlParser
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter, scale_rope
+from hf_longalign.evaluation.claims import Claims
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.perplexity import perplexity_by_position
@@ -54,105 +54,8 @@ from hf_longalign.text import normalise, token_f1
 
 logger = logging.getLogger("study")
 
-# Seeds of what is asked: choices are made by the answers to one set, and reported are those to another.
-QUESTION_SEEDS = {"development": 1, "report": 2}
 # Tokens of a text that is short to every model: where a regression would be seen.
 SHORT = 2048
-
-
-class Arm(NamedTuple):
-    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), with which blocks.
-
-    `long_rows` are as long as the target, and trained on for the seconds that short ones with ordinary positions took.
-    """
-
-    title: str
-    scaled: bool = True
-    strategy: str | None = None
-    parts: bool = True
-    long_rows: bool = False
-
-
-ARMS = {
-    "plain": Arm("plain model", scaled=False),
-    "scaled": Arm("RoPE scaled, not trained"),
-    "ordinary": Arm("ordinary positions", strategy="none"),
-    "pose": Arm("pose", strategy="pose"),
-    "cream": Arm("cream", strategy="cream"),
-    "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
-    "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
-    "skip_context": Arm("skip_context", strategy="skip_context"),
-    "long_rows": Arm("long rows in the same seconds", strategy="none", long_rows=True),
-}
-
-
-@dataclass
-class StudyOptions:
-    """What is trained, on what, and what is asked."""
-
-    model: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or folder."})
-    base_name: str | None = field(
-        default=None, metadata={"help": "What report and cards call a model that is a folder: its Hub id."}
-    )
-    seeds: str = field(default=HUB_DATA, metadata={"help": "Hub id with HotpotQA's columns, or a folder of seeds."})
-    most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
-    output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
-    arms: list[str] = field(
-        default_factory=lambda: [arm for arm, what in ARMS.items() if not what.long_rows],
-        metadata={"help": f"Some of {', '.join(ARMS)}, in the order of importance."},
-    )
-    training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
-    rows: int = field(default=128, metadata={"help": "Rows to train on."})
-    row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
-    gold_tokens: int = field(
-        default=300,
-        metadata={"help": "The most tokens of gold passages in a row; twice that in a text that is asked about."},
-    )
-    epochs: float = field(default=1.0, metadata={"help": "Times each row is trained on."})
-    batch_size: int = field(default=8, metadata={"help": "Rows of a step."})
-    micro_batch_size: int = field(default=8, metadata={"help": "Rows of a forward."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, cosine."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "Layers it changes."}
-    )
-    target_length: int = field(default=16384, metadata={"help": "Positions that RoPE is scaled and skips go to."})
-    rope_type: str = field(default="yarn", metadata={"help": "How RoPE is scaled."})
-    distances: list[int] = field(
-        default_factory=list, metadata={"help": "Distances that the loss of short rows is watched at while training."}
-    )
-    skip_probability: float = field(default=0.5, metadata={"help": "Share of the rows that are skipped."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
-    split: str = field(default="report", metadata={"help": "Whose questions: development (for choices) or report."})
-    cells: list[str] = field(
-        default_factory=lambda: ["512:4", "2048:4", "4096:3", "8192:2", "16384:2"],
-        metadata={"help": "length:texts, in the order in which they are asked."},
-    )
-    needles: int = field(default=16, metadata={"help": "Needles in a text, a multiple of `keys_at_once`."})
-    keys_at_once: int = field(default=4, metadata={"help": "Keys of a question for several."})
-    most_golds: int = field(default=24, metadata={"help": "The most questions about passages per text."})
-    perplexity_texts: str | None = field(
-        default=None, metadata={"help": "Folder of .txt files; unset: the passages of the questions."}
-    )
-    perplexity_documents: int = field(default=8, metadata={"help": "Documents of 2,048 tokens."})
-    batch_tokens: int = field(default=65_536, metadata={"help": "Tokens of texts and answers kept at once on asking."})
-    models_kept: int = field(default=1, metadata={"help": "Models of arms kept in memory between texts."})
-    minutes: float | None = field(default=None, metadata={"help": "Begin nothing new after so many, but report."})
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("arms", ARMS), ("split", QUESTION_SEEDS)):
-            value = getattr(self, name)
-            for word in value if isinstance(value, list) else [value]:
-                if word not in allowed:
-                    raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Correct it.")
-        if "long_rows" in self.arms and "ordinary" not in self.arms:
-            raise ValueError("`arms` must hold ordinary beside long_rows, which trains for its seconds. Add it.")
-
-    @property
-    def grid(self) -> list[tuple[int, int]]:
-        """Length and number of every text, in the order in which they are asked."""
-        found = [tuple(map(int, cell.split(":"))) for cell in self.cells]
-        return [(length, number) for length, texts in found for number in range(texts)]
 
 
 class Unit(NamedTuple):
@@ -218,7 +121,7 @@ class Study:
             for arm in arms:
                 if ARMS[arm].strategy:
                     needs = tuple(map(self.composed, self.sources))
-                    needs += (self.trained("ordinary", seed),) if ARMS[arm].long_rows else ()
+                    needs += (self.trained("ordinary", seed),) if ARMS[arm].timed else ()
                     yield Unit(self.trained(arm, seed), needs, lambda a=arm, s=seed: self.train(a, s))
             for cell in [*options.grid[:1], None, *options.grid[1:]]:
                 for arm in arms:
@@ -241,9 +144,8 @@ class Study:
     def sources(self) -> dict[str, tuple[str, int]]:
         """The rows that are made: their folder, of which pairs, and how long."""
         options = self.options
-        found = {"data": ("train", options.row_tokens)}
-        if "long_rows" in options.arms:
-            found["data_long"] = ("train", options.target_length)
+        trained = [ARMS[arm] for arm in options.arms if ARMS[arm].strategy]
+        found = {what.rows: ("train", options.target_length if what.long else options.row_tokens) for what in trained}
         if options.distances:
             found["data_distances"] = ("development", options.row_tokens)
         return found
@@ -255,13 +157,17 @@ class Study:
     def compose(self, name: str) -> dict[str, Any]:
         """Make the rows of a folder."""
         split, tokens = self.sources[name]
-        compose_rows(self.pairs[split], self.folder / name, tokenizer=self.options.model, tokens=tokens)
-        return {"pairs": len(self.pairs[split])}
+        pairs, folder = self.pairs[split], self.folder / name
+        if name in PILOT:
+            compose_pilot(pairs, folder, self.count, kind=name, tokens=tokens, general=self.options.general)
+        else:
+            compose_rows(pairs, folder, tokenizer=self.options.model, tokens=tokens)
+        return {"pairs": len(pairs)}
 
     def train(self, arm: str, seed: int) -> dict[str, Any]:
         """Train an arm from the model and save its adapter."""
         more: dict[str, Any] = {}
-        if ARMS[arm].long_rows:
+        if ARMS[arm].timed:
             seconds = json.loads(self.trained("ordinary", seed).read_text())["seconds"]
             probe, clock = self.trainer(arm, seed, max_steps=3)
             probe.train()
@@ -282,8 +188,8 @@ class Study:
     def trainer(self, arm: str, seed: int, **more: Any) -> tuple[LongAlignSFTTrainer, StepClock]:
         """Return the trainer of an arm, and what times its steps."""
         options, what, gpu = self.options, ARMS[arm], torch.cuda.is_available()
-        rows = composed_rows(self.folder / ("data_long" if what.long_rows else "data"))
-        micro = 1 if what.long_rows else options.micro_batch_size
+        rows = composed_rows(self.folder / what.rows, parts=what.parts)
+        micro = 1 if what.long else options.micro_batch_size
         trainer = LongAlignSFTTrainer(
             options.model,
             args=LongAlignSFTConfig(
@@ -294,7 +200,7 @@ class Study:
                 learning_rate=options.learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
-                max_length=options.target_length if what.long_rows else options.row_tokens,
+                max_length=self.sources[what.rows][1],
                 assistant_only_loss=True,
                 loss_weighting="sequence",
                 skip_strategy=what.strategy,
@@ -305,7 +211,7 @@ class Study:
                 model_init_kwargs={"dtype": options.dtype},
                 bf16=gpu,
                 use_cpu=not gpu,
-                gradient_checkpointing=what.long_rows,
+                gradient_checkpointing=what.long,
                 include_num_input_tokens_seen="non_padding",
                 seed=seed,
                 base_name=options.base_name,
@@ -317,7 +223,7 @@ class Study:
                 dataloader_pin_memory=gpu,
                 **more,
             ),
-            train_dataset=rows if what.parts else rows.remove_columns("parts"),
+            train_dataset=rows,
             # With their parts for every arm: all are asked at the same distances.
             eval_dataset=composed_rows(self.folder / "data_distances") if options.distances else None,
             processing_class=self.tokenizer,
@@ -411,40 +317,30 @@ def settings(options: StudyOptions) -> dict[str, Any]:
     return told | versions()
 
 
-@contextmanager
-def claimed(result: Path) -> Iterator[bool]:
-    """Yield whether this process alone may work on a result; the system lets go of what a killed one had claimed."""
-    result.parent.mkdir(parents=True, exist_ok=True)
-    with result.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-def work(units: list[Unit], minutes: float | None = None) -> bool:
+def work(units: list[Unit], folder: Path, minutes: float | None = None) -> bool:
     """Do all units that nobody else does, in order; wait for those of others. Return whether all are done."""
-    start = time.monotonic()
-    while True:
-        missing = [unit for unit in units if not unit.result.exists()]
-        if not missing:
-            return True
+    start, claims = time.monotonic(), Claims(folder / "claims")
+    while missing := [unit for unit in units if not unit.result.exists()]:
         for unit in missing:
             if minutes is not None and time.monotonic() - start > 60 * minutes:
+                claims.close()
                 return False
-            if not all(needed.exists() for needed in unit.needs):
+            # By its place in the folder, which another machine may have mounted elsewhere.
+            name = str(unit.result.relative_to(folder))
+            if not all(needed.exists() for needed in unit.needs) or not claims.take(name):
                 continue
-            with claimed(unit.result) as mine:
-                if mine and not unit.result.exists():
-                    part = unit.result.with_suffix(".part")
-                    part.write_text(json.dumps(unit.run()), encoding="utf-8")
-                    os.replace(part, unit.result)
-                    logger.info("%s", "/".join(unit.result.parts[-3:]))
-                    break
+            if not unit.result.exists():
+                unit.result.parent.mkdir(parents=True, exist_ok=True)
+                part = unit.result.with_suffix(".part")
+                part.write_text(json.dumps(unit.run()), encoding="utf-8")
+                os.replace(part, unit.result)
+                logger.info("%s", "/".join(unit.result.parts[-3:]))
+            claims.release([name])
+            break
         else:
             time.sleep(1)
+    claims.close()
+    return True
 
 
 def main() -> None:
@@ -453,7 +349,7 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     (options,) = TrlParser([StudyOptions], description=__doc__).parse_args_and_config()
     study = Study(options)
-    complete = work(list(study.units()), options.minutes)
+    complete = work(list(study.units()), study.folder, options.minutes)
     titles = {arm: what.title for arm, what in ARMS.items() if arm in options.arms}
     path = write_study(study.folder, titles, options.split, settings(options), complete=complete)
     print(f"Wrote {path}.")

@@ -34,6 +34,8 @@ ASK = (  # what LongBench's prompt, which the rows of training have, says behind
 )
 # The shorter texts hold fewer needles: one per so many tokens.
 NEEDLE_EVERY = 128
+# Of a text that serves only to draw a question.
+SHORTEST_TEXT = 768
 ROOM = {"multi_key": 12, "passages": 24}  # of a question for several needles, that of one for each
 # How likely the next passage is a gold one, while there are any.
 GOLD_SHARE = 0.5
@@ -160,11 +162,52 @@ def compose_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens:
     builder.export(folder / "dataset")
 
 
-def composed_rows(folder: Path) -> Dataset:
-    """Return what [`compose_rows`] has composed."""
+def composed_rows(folder: Path, *, parts: bool = True) -> Dataset:
+    """Return what [`compose_rows`] or [`compose_pilot`] has composed."""
     files = str(folder / "dataset" / "chat" / "train-*.parquet")
     rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
-    return rows.select_columns(["messages", "parts"])
+    return rows.select_columns(["messages", "parts"] if parts else ["messages"])
+
+
+def compose_pilot(
+    pairs: Sequence[Pair],
+    folder: Path,
+    count: Callable[[str], int],
+    *,
+    kind: str,
+    tokens: int,
+    general: str | None = None,
+) -> None:
+    """Make the rows of an arm of the pilot study: general chats, and as many rows that ask for a needle.
+
+    Args:
+        pairs: to train on.
+        folder: of the rows.
+        count: tokens a model is given for a text.
+        kind: `general` (no needles), `needles_bare` (the question alone), `needles_short` or `needles_long`.
+        tokens: of a text around needles.
+        general: Hub id of chats with a column `messages`; unset, pairs with their gold passages serve.
+    """
+    if general is None:
+        asked = ["\n\n".join(pair.gold) + ASK.format(question=pair.question) for pair in pairs]
+        chats = [_chat(question, pair.answer) for question, pair in zip(asked, pairs, strict=True)]
+    else:
+        chats = list(load_dataset(general, split=f"train[:{len(pairs)}]")["messages"])
+    for text in range(0 if kind == "general" else len(pairs)):
+        length = min(tokens, SHORTEST_TEXT) if kind == "needles_bare" else tokens
+        # Drawn by another seed than what is asked.
+        drawn = questions(pairs, count, length=length, text=text, seed=3, needles=4, keys_at_once=2, most_golds=1)
+        needles = [prompt for prompt in drawn if prompt.task == "multi_key"]
+        one = needles[text % len(needles)]
+        question = one.text.rpartition("\n\n")[2] if kind == "needles_bare" else one.text
+        chats.append(_chat(question, f"{one.prefix} {one.answers[0]}."))
+    place = folder / "dataset" / "chat"
+    place.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list([{"messages": messages} for messages in chats]).to_parquet(place / "train-00000.parquet")
+
+
+def _chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def questions(

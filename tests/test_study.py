@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,36 @@ def test_rows_to_train_on_tell_their_parts(recipes, seeds, tmp_path):
         kinds = [part["kind"] for part in row["parts"]]
         assert kinds.count("context") > 1 and kinds[-1] == "question"
         assert row["messages"][1]["content"] in content
+
+
+def test_the_pilot_hides_one_needle_in_a_text_or_asks_for_it_alone(recipes, seeds, tmp_path):
+    data, _ = recipes
+
+    def count(text):
+        return len(text.split())
+
+    pairs = data.read_pairs(str(seeds))
+    tokens = {"general": 0, "needles_bare": 700, "needles_short": 700, "needles_long": 1500}
+    rows = {}
+    for kind, length in tokens.items():
+        data.compose_pilot(pairs, tmp_path / kind, count, kind=kind, tokens=length)
+        rows[kind] = [row["messages"] for row in data.composed_rows(tmp_path / kind, parts=False)]
+    general = rows["general"]
+    assert [answer["content"] for _, answer in general] == [pair.answer for pair in pairs]
+    assert all(
+        passage in chat[0]["content"] for chat, pair in zip(general, pairs, strict=True) for passage in pair.gold
+    )
+    for kind in ("needles_bare", "needles_short", "needles_long"):
+        assert rows[kind][: len(pairs)] == general and len(rows[kind]) == 2 * len(pairs)
+        for question, answer in rows[kind][len(pairs) :]:
+            key, value = re.fullmatch(
+                r".* for (.+) mentioned in the provided text is (\d+)\.", answer["content"]
+            ).groups()
+            asked = question["content"]
+            assert key in asked and (value in asked) == (kind != "needles_bare")
+            assert count(asked) <= tokens[kind] and (count(asked) < 20) == (kind == "needles_bare")
+    longest, short = (max(count(chat[0]["content"]) for chat in rows[f"needles_{kind}"]) for kind in ("long", "short"))
+    assert longest > 1.5 * short
 
 
 def naive_difference(scores, reference, arm, tasks, length):

@@ -109,7 +109,7 @@ def flex_packed(
         (tokens, heads, value width).
     """
     value_width = value.shape[-1]
-    rows = [_at_least(states.transpose(0, 1)[None], LEAST_WIDTH) for states in (query, key, value)]
+    rows = [widened(states.transpose(0, 1)[None], LEAST_WIDTH) for states in (query, key, value)]
     mask = segments.once(("blocks", query.device), lambda: block_mask(first_visible(segments, query.device)))
     options: dict[str, Any] = {
         "score_mod": None if softcap is None else _softcap(softcap),
@@ -153,5 +153,7 @@ def _softcap(bound: float) -> Callable[..., torch.Tensor]:
     return cap
 
 
-def _at_least(states: torch.Tensor, width: int) -> torch.Tensor:
+def widened(states: torch.Tensor, width: int) -> torch.Tensor:
+    """Pad with zeros to at least a width; zeros change no product."""
+    # F.pad copies the tensor even where it adds nothing: three copies per layer for nearly every model.
     return states if states.shape[-1] >= width else F.pad(states, (0, width - states.shape[-1]))

@@ -124,9 +124,16 @@ def longalign_attention(
     Raises:
         ValueError: boundaries are missing or contradict the mask, or the layer asks for what would not be exact.
     """
-    window = _window(module, kwargs)
+    if "sliding_window" in kwargs:
+        window = kwargs["sliding_window"]
+    else:  # a few models (Qwen2-MoE, PhiMoE) write it into their mask alone and do not pass it
+        windowed = _layer_kind(module) in (None, "sliding_attention")
+        window = getattr(module.config, "sliding_window", None) if windowed else None
     _refuse_unsupported(module, attention_mask, is_causal, softcap, s_aux, kwargs)
-    query, key, value = _to_one_dtype(module, query, key, value)
+    # Norms kept in float32 (PEFT, quantised models) leave queries and keys in it, and no flash kernel takes them.
+    mixed = query.is_cuda and query.dtype == torch.float32
+    dtype = get_target_dtype(query, module) if mixed else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap, s_aux)
     longest: Any = kwargs.get("max_length_q")
     one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
@@ -250,14 +257,6 @@ def _layer_kind(module: torch.nn.Module) -> str | None:
     return None if kinds is None or getattr(module, "layer_idx", None) is None else kinds[module.layer_idx]
 
 
-def _window(module: torch.nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """The layer's window; a few models (Qwen2-MoE, PhiMoE) write it into their mask alone and do not pass it."""
-    if "sliding_window" in kwargs:
-        return kwargs["sliding_window"]
-    windowed = _layer_kind(module) in (None, "sliding_attention")
-    return getattr(module.config, "sliding_window", None) if windowed else None
-
-
 def _refuse_unsupported(
     module: torch.nn.Module,
     mask: torch.Tensor | None,
@@ -282,14 +281,6 @@ def _refuse_unsupported(
             f'{type(module).__name__}. Set attn_implementation="eager" for this model, or for this part of it by a '
             'dict such as {"text_config": "longalign_varlen", "vision_config": "sdpa"}.'
         )
-
-
-def _to_one_dtype(module: torch.nn.Module, *states: torch.Tensor) -> list[torch.Tensor]:
-    """Undo the float32 that norms kept in float32 (PEFT, quantised models) leave in queries and keys."""
-    dtype = states[-1].dtype
-    if states[0].is_cuda and states[0].dtype == torch.float32:
-        dtype = get_target_dtype(states[0], module)
-    return [tensor.to(dtype) for tensor in states]
 
 
 def _documents(

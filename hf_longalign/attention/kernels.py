@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from hf_longalign.attention.flex import flex_packed
+from hf_longalign.attention.flex import flex_packed, widened
 from hf_longalign.attention.packing import Segments
 
 
@@ -110,8 +110,10 @@ def causal_attention(
         return _kernel(query, key, value, scoring, causal=True)
     length = query.shape[2]
     places = torch.arange(length, device=query.device) if positions is None else positions
-    block = _block(query.shape[1], length, window, scoring)
-    pieces = []
+    block, pieces = QUERY_BLOCK, []
+    if scoring.softcap is not None:  # the formula writes out its scores
+        keys = length if window is None else min(length, window + QUERY_BLOCK)
+        block = min(block, max(1, MAX_SCORES // (query.shape[1] * keys)))
     for start, part in zip(range(0, length, block), query.split(block, dim=2), strict=True):
         stop = start + part.shape[2]
         # positions rise by at least one per token, so the window reaches back at most window - 1 tokens
@@ -169,13 +171,6 @@ def _visible(queries: torch.Tensor, keys: torch.Tensor, window: int | None) -> t
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _block(heads: int, length: int, window: int | None, scoring: Scoring) -> int:
-    if scoring.softcap is None:
-        return QUERY_BLOCK
-    keys = length if window is None else min(length, window + QUERY_BLOCK)
-    return min(QUERY_BLOCK, max(1, MAX_SCORES // (heads * keys)))
-
-
 def _formula(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, visible: torch.Tensor | None
 ) -> torch.Tensor:
@@ -227,10 +222,9 @@ def _with_sink(
     column = sinks.to(query.dtype).view(1, heads, 1, 1).expand(batch, heads, queries, 1)
     # One more coordinate, and zeros up to the next step of eight, which kernels want.
     wide = width + 8 - width % 8
-    query = _widened(torch.cat([query, column], dim=-1), wide)
+    query = widened(torch.cat([query, column], dim=-1), wide)
     sink = F.one_hot(torch.tensor(width, device=key.device), wide).to(key.dtype)
-    key = _widened(key, wide)
-    key = torch.cat([sink.expand(batch, key.shape[1], 1, -1), key], dim=2)
+    key = torch.cat([sink.expand(batch, key.shape[1], 1, -1), widened(key, wide)], dim=2)
     return query, key, F.pad(value, (0, 0, 1, 0))
 
 
@@ -238,12 +232,7 @@ def _same_width(*states: torch.Tensor, step: int = 1) -> list[torch.Tensor]:
     """Pad query, key and value with zeros to one width; the fused kernels take no others (MLA)."""
     width = max(tensor.shape[-1] for tensor in states)
     width += -width % step
-    return [_widened(tensor, width) for tensor in states]
-
-
-def _widened(states: torch.Tensor, width: int) -> torch.Tensor:
-    # F.pad copies the tensor even where it adds nothing: three copies per layer for nearly every model.
-    return states if states.shape[-1] == width else F.pad(states, (0, width - states.shape[-1]))
+    return [widened(tensor, width) for tensor in states]
 
 
 def _repeat(states: torch.Tensor, heads: int, dim: int = 1) -> torch.Tensor:

@@ -115,6 +115,7 @@ def remembered(tensor: torch.Tensor, key: Hashable, compute: Callable[[], T]) ->
     in every layer, spares a device synchronisation per layer. The result dies with the tensor, and is computed anew
     when the tensor was written to.
     """
+    # Tensors of inference mode count no versions, and raise where they are asked for one.
     version = None if tensor.is_inference() else tensor._version
     memo = tensor.__dict__.setdefault("_longalign", {})
     if key not in memo or memo[key][0] != version:
@@ -202,7 +203,16 @@ def window_segments(documents: Documents, positions: torch.Tensor, window: int) 
     jumps = np.diff(places)
     starts = np.zeros(len(places), dtype=bool)
     starts[bounds[:-1]] = True
-    _check_rising(places, bounds, np.flatnonzero((jumps <= 0) & ~starts[1:]))
+    falls = np.flatnonzero((jumps <= 0) & ~starts[1:])
+    owner = np.searchsorted(bounds, falls, side="right") - 1
+    # Padding has one position throughout, and is no fault.
+    falls = falls[places[bounds[owner]] != places[bounds[owner + 1] - 1]]
+    if falls.size:
+        at = int(falls[0])
+        raise ValueError(
+            f"`position_ids` must rise within each document, got {places[at]} then {places[at + 1]} at token {at + 1} "
+            "of the packed row. If a document begins there, say so in `cu_seq_lens_q`."
+        )
     cuts = np.flatnonzero(starts[1:] | (jumps >= window)) + 1
     edges = np.concatenate([[0], cuts, [len(places)]])
     spans = places[edges[1:] - 1] - places[edges[:-1]] + 1
@@ -210,17 +220,6 @@ def window_segments(documents: Documents, positions: torch.Tensor, window: int) 
     # A copy: a view would keep its base alive, and with it the result that is remembered there.
     kept = positions.clone() if skips else None
     return Segments(tuple(edges.tolist()), tuple(spans.tolist()), window, kept)
-
-
-def _check_rising(places: np.ndarray, bounds: np.ndarray, falls: np.ndarray) -> None:
-    owner = np.searchsorted(bounds, falls, side="right") - 1
-    varied = places[bounds[owner]] != places[bounds[owner + 1] - 1]
-    if varied.any():
-        at = int(falls[varied][0])
-        raise ValueError(
-            f"`position_ids` must rise within each document, got {places[at]} then {places[at + 1]} at token {at + 1} "
-            "of the packed row. If a document begins there, say so in `cu_seq_lens_q`."
-        )
 
 
 def _short(bounds: list[int]) -> str:

@@ -6,7 +6,6 @@ the model itself.
 """
 
 import re
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -123,8 +122,7 @@ def exactness_problem(
     if target_length is not None and target_length <= (getattr(text, "sliding_window", None) or 0):
         kinds = kinds - {"sliding_attention"}
     problems = (
-        _kind_problem(kinds, attn_implementation, packed, skipped),
-        _recurrence_problem(kinds, packed),
+        _layer_problem(kinds, attn_implementation, packed, skipped),
         _model_problem(text.model_type, kinds, attn_implementation, packed, skipped),
         _rope_problem(text, target_length, packed, skipped),
         _backend_problem(text.model_type, kinds, attn_implementation, packed, skipped),
@@ -132,17 +130,14 @@ def exactness_problem(
     return next((problem for problem in problems if problem is not None), None)
 
 
-def _kind_problem(kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
+def _layer_problem(kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:
     unknown = sorted(kinds - SUPPORTED_LAYERS)
-    if not unknown or not (packed or skipped or backend == ATTENTION_NAME):
-        return None
-    remedy = 'Set packing=False and skip_strategy="none"'
-    if backend == ATTENTION_NAME:
-        remedy += ', and attn_implementation="eager"'
-    return f'"{backend}" is not exact for {", ".join(unknown)} layers with packed rows or skipped positions. {remedy}.'
-
-
-def _recurrence_problem(kinds: frozenset[str], packed: bool) -> str | None:
+    if unknown and (packed or skipped or backend == ATTENTION_NAME):
+        also = ', and attn_implementation="eager"' if backend == ATTENTION_NAME else ""
+        return (
+            f'"{backend}" is not exact for {", ".join(unknown)} layers with packed rows or skipped positions. Set '
+            f'packing=False and skip_strategy="none"{also}.'
+        )
     recurrent = sorted(kinds & RECURRENT_LAYERS)
     if not recurrent or not packed:
         return None
@@ -158,7 +153,9 @@ def _recurrence_problem(kinds: frozenset[str], packed: bool) -> str | None:
 
 
 def _rope_problem(text: Any, target_length: int | None, packed: bool, skipped: bool) -> str | None:
-    for rope in _rope_parameters(text) if packed or skipped else ():
+    parameters = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [inner for inner in parameters.values() if isinstance(inner, dict)]
+    for rope in by_layer_type or [parameters] if packed or skipped else ():
         kind = rope.get("rope_type", "default")
         if kind not in ("dynamic", "longrope"):
             continue
@@ -169,14 +166,6 @@ def _rope_problem(text: Any, target_length: int | None, packed: bool, skipped: b
                 f"change each other once one passes position {trained}. Set a target length of at most {trained}."
             )
     return None
-
-
-def _rope_parameters(text: Any) -> Iterator[dict[str, Any]]:
-    parameters = getattr(text, "rope_parameters", None) or {}
-    if "rope_type" in parameters:
-        yield parameters
-    else:
-        yield from (inner for inner in parameters.values() if isinstance(inner, dict))
 
 
 def _model_problem(model_type: str, kinds: frozenset[str], backend: str, packed: bool, skipped: bool) -> str | None:

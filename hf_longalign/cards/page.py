@@ -51,6 +51,7 @@ def render(template: str, data: CardData, values: Mapping[str, Any]) -> str:
         data: the front matter.
         values: what the template shows.
     """
+    # Parts of a template that have nothing to show leave their empty lines.
     page = re.sub(r"\n{3,}", "\n\n", _environment().get_template(template).render(values)).strip()
     # A text of the data may hold what looks like a mark.
     page = page.replace("<!-- hf_longalign", "<!- - hf_longalign")

@@ -184,7 +184,13 @@ class BatchGenerator:
         sent = 0
         while True:
             try:
-                return await self._join(request)
+                if self._stopped:
+                    raise RunStopped("The run is stopping.")
+                future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+                self._waiting.append((request, future))
+                if self._gatherer is None or self._gatherer.done():
+                    self._gatherer = asyncio.create_task(self._gather())
+                return await future
             except AttemptError as error:
                 sent += 1
                 if sent >= self.max_rounds and error.reply is not None:
@@ -231,16 +237,6 @@ class BatchGenerator:
             raise RuntimeError("`bind` must come before the first request, got none. Ask through a run's journal.")
         return self._ledger
 
-    async def _join(self, request: Request) -> Reply:
-        """Wait for the next batch, and for its result."""
-        if self._stopped:
-            raise RunStopped("The run is stopping.")
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, future))
-        if self._gatherer is None or self._gatherer.done():
-            self._gatherer = asyncio.create_task(self._gather())
-        return await future
-
     async def _gather(self) -> None:
         """Send what waits whenever no more has come for a while, or a batch is full."""
         while self._waiting:
@@ -248,23 +244,20 @@ class BatchGenerator:
             while number != len(self._waiting) and len(self._waiting) < self.concurrency:
                 number = len(self._waiting)
                 await asyncio.sleep(self.linger)
-            batch = self._next_batch()
+            batch: list[Any] = []
+            rest: list[Any] = []
+            size = 0
+            for request, future in self._waiting:
+                size += len(self._line(request))
+                fits = len(batch) < self.concurrency and size <= MAX_BYTES
+                # Of one route: the other side takes a single one for the whole file.
+                same = not batch or batch[0][0].chat == request.chat
+                (batch if not batch or (fits and same) else rest).append((request, future))
+            self._waiting = rest
             task = asyncio.create_task(self._ask(batch))
+            # Kept here: the event loop itself holds tasks weakly, and one could vanish under way.
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-
-    def _next_batch(self) -> list[tuple[Request, "asyncio.Future[Reply]"]]:
-        """Take from what waits as much as one batch holds: of one route, for a batch has one."""
-        batch: list[Any] = []
-        rest: list[Any] = []
-        size = 0
-        for request, future in self._waiting:
-            size += len(self._line(request))
-            fits = len(batch) < self.concurrency and size <= MAX_BYTES
-            same = not batch or batch[0][0].chat == request.chat
-            (batch if not batch or (fits and same) else rest).append((request, future))
-        self._waiting = rest
-        return batch
 
     def _line(self, request: Request) -> bytes:
         url = "/v1/chat/completions" if request.chat else "/v1/completions"
@@ -319,8 +312,16 @@ class BatchGenerator:
         """By key, the reply once it is on disk, or what went wrong as `AttemptError` or `Refusal`."""
         outcomes: dict[str, Any] = {}
         for request in requests:
+            result = results.get(request.key)
             try:
-                reply = self._read(request, results.get(request.key))
+                if result is None:
+                    raise AttemptError(most(request, "missing"), "the batch ended without a line for it")
+                if not result.status:  # it was never worked on: expired, cancelled
+                    raise AttemptError(Fault(result.code or "no_status"))
+                if result.status != 200:
+                    sent = body_of(request, self.served_model, self._habits)
+                    raise read_status(result.status, {}, result.body, sent)
+                reply = read_reply(result.body, request, self._accepted)
                 outcomes[request.key] = self._its_ledger.store(request, reply, self.batches.price_share)
             except (AttemptError, Refusal) as error:
                 outcomes[request.key] = error
@@ -328,15 +329,6 @@ class BatchGenerator:
         for told, number in faults.most_common(3):
             logger.warning("%d requests of a batch got no reply: %s", number, told)
         return outcomes
-
-    def _read(self, request: Request, result: Result | None) -> Reply:
-        if result is None:
-            raise AttemptError(most(request, "missing"), "the batch ended without a line for it")
-        if result.status == 200:
-            return read_reply(result.body, request, self._accepted)
-        if not result.status:  # it was never worked on: expired, cancelled
-            raise AttemptError(Fault(result.code or "no_status"))
-        raise read_status(result.status, {}, result.body, body_of(request, self.served_model, self._habits))
 
     def _refused(self, request: Request, refusal: Refusal) -> Exception:
         if refusal.kind in ("key", "quota", "not_found", "option"):

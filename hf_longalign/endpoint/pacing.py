@@ -32,6 +32,7 @@ def backoff(failures: int, rng: random.Random) -> float:
     The full range is drawn so that requests which failed together do not come back together
     (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
     """
+    # Bounded before the power is taken: after a night of failures it would be a number of hundreds of digits.
     return rng.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** min(failures, 10)))
 
 
@@ -84,6 +85,7 @@ class AdaptiveLimiter:
             # What was under way and no more: a limit that was never reached says nothing.
             self._broke_at = min(self.limit, self.in_flight)
             self.limit = max(1.0, self._broke_at * _DECREASE)
+        # A reply where slots were free says nothing of how many more the endpoint has.
         elif replied and full:
             near = self._broke_at * _NEAR < self.limit + 1 and self.limit < self._broke_at * _PAST + 1
             self.limit = min(float(self.most), self.limit + (1.0 / self.limit if near else 1.0))

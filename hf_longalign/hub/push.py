@@ -172,7 +172,16 @@ def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
     """
     to.check()
     folder = check_dry_run(folder)
-    for name, content in _final(files, to.repo_id, _published_card(to)).items():
+    api, card = HfApi(endpoint=to.endpoint, token=to.token), None
+    try:
+        with _patience():
+            if api.file_exists(to.repo_id, CARD, repo_type=to.repo_type, revision=to.branch):
+                card = _read_card(api, to, to.repo_id, to.branch)
+    except (RepositoryNotFoundError, RevisionNotFoundError):  # the push will make it
+        pass
+    except (HTTPError, OSError) as error:
+        logger.warning("The card published now cannot be read, so edits of it are not in the dry run: %s", error)
+    for name, content in _final(files, to.repo_id, card).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
@@ -330,20 +339,6 @@ def _read_card(api: HfApi, to: Destination, repo_id: str, revision: str | None) 
     return response.content.decode("utf-8")
 
 
-def _published_card(to: Destination) -> str | None:
-    api = HfApi(endpoint=to.endpoint, token=to.token)
-    try:
-        with _patience():
-            if not api.file_exists(to.repo_id, CARD, repo_type=to.repo_type, revision=to.branch):
-                return None
-            return _read_card(api, to, to.repo_id, to.branch)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        return None
-    except (HTTPError, OSError) as error:
-        logger.warning("The card published now cannot be read, so edits of it are not in the dry run: %s", error)
-        return None
-
-
 @contextmanager
 def _patience() -> Iterator[None]:
     """Give requests that get no answer up after `TIMEOUT` seconds.
@@ -389,6 +384,7 @@ def on_main_process(function: Callable[[], Result]) -> Result:
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return function()
+    # Not NCCL: it would need a GPU for a string, and its watchdog ends processes that wait long.
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     outcome: list[Any] = [None]
     try:

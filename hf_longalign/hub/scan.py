@@ -308,23 +308,18 @@ def _in_parquet(content: Path | bytes, machine: Machine, allow: Collection[str])
         for name in file.schema_arrow.names:
             for find in find_in_text(name, machine, allow):
                 yield "a column's name", find
-        yield from _in_rows(file, {**SECRETS, **machine.patterns()}, allow)
-
-
-def _in_rows(file: pq.ParquetFile, patterns: Mapping[str, str], allow: Collection[str]) -> Iterator[tuple[str, Find]]:
-    """RE2 tells at some hundred MB a second which texts to look at; `find_private` then says what is in them."""
-    # One pattern for all kinds: each pass over a column costs the same, however much is looked for.
-    anything = "|".join(f"(?:{pattern})" for pattern in patterns.values())
-    first = 0
-    for batch in file.iter_batches(_BATCH_ROWS):
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            hits = (pc.any(pc.match_substring_regex(texts, anything)).as_py() for texts in _text_arrays(column))
-            if any(hits):
-                for row, value in enumerate(column.to_pylist()):
+        patterns, first = {**SECRETS, **machine.patterns()}, 0
+        # RE2 tells at some hundred MB a second which columns to look at. One pattern for all kinds: each pass over a
+        # column costs the same, however much is looked for.
+        anything = "|".join(f"(?:{pattern})" for pattern in patterns.values())
+        for batch in file.iter_batches(_BATCH_ROWS):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                hits = (pc.any(pc.match_substring_regex(texts, anything)).as_py() for texts in _text_arrays(column))
+                for row, value in enumerate(column.to_pylist()) if any(hits) else ():
                     for _, text in _strings(value):
                         for find in find_private(text, patterns, allow):
                             yield f"column {name}, row {first + row}", find
-        first += batch.num_rows
+            first += batch.num_rows
 
 
 def _text_arrays(array: pa.Array) -> Iterator[pa.Array]:

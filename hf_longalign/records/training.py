@@ -14,6 +14,12 @@ class RopeRecord(Record):
     max_position_embeddings: int | None = None
     rope_parameters: dict[str, Any] | None = None
 
+    @property
+    def parts(self) -> list[dict[str, Any]]:
+        """The parameters by layer type, as Gemma 3 has them, or the ones of all layers."""
+        parameters = self.rope_parameters or {}
+        return [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+
 
 @dataclass(frozen=True)
 class PositionsRecord(Record):

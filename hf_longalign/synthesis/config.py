@@ -178,6 +178,11 @@ class SynthesisOptions:
                 f"`difficulty` must be given with difficulty_use {self.difficulty_use!r}, got None.",
             ),
             (
+                not 0 < self.difficulty_share <= 1,
+                f"`difficulty_share` must be above 0 and at most 1, got {self.difficulty_share!r}. Set it to the "
+                "share to keep.",
+            ),
+            (
                 bool(self.general_share) != bool(self.general_data),
                 "`general_share` and `general_data` must be given together, "
                 f"got {self.general_share!r} and {self.general_data!r}.",

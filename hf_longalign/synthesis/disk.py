@@ -46,7 +46,19 @@ def whole(path: Path) -> Iterator[Path]:
     unfinished = part_of(path)
     try:
         yield unfinished
-        _put_in_place(unfinished, path)
+        while True:
+            try:
+                os.replace(unfinished, path)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            # A folder cannot replace one that holds something: move that one away first. Another process may put its
+            # own folder there in between, so until it works.
+            old = part_of(path)
+            with suppress(FileNotFoundError):
+                os.replace(path, old)
+            _remove(old)
     finally:
         _remove(unfinished)
 
@@ -77,25 +89,6 @@ def sweep(path: Path) -> None:
 def part_of(path: Path) -> Path:
     """Return a new path beside `path` that `sweep` removes once this process is gone."""
     return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-
-
-def _put_in_place(unfinished: Path, path: Path) -> None:
-    if not unfinished.is_dir():
-        os.replace(unfinished, path)
-        return
-    # A folder cannot replace one that holds something: move that one away first. Another process may put its own
-    # folder there in between, so until it works.
-    while True:
-        try:
-            os.replace(unfinished, path)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        old = part_of(path)
-        with suppress(FileNotFoundError):
-            os.replace(path, old)
-        _remove(old)
 
 
 def _remove(path: Path) -> None:

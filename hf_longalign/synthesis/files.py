@@ -266,8 +266,6 @@ def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int
     >>> draw_general([[{"messages": chat}] * 9], 0.5, long_rows=2, seed=0)[0]["messages"] == chat
     True
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"`general_share` must be at least 0 and below 1, got {share!r}. Set the share of all rows.")
     # share = general / (general + long), solved for general.
     wanted = round(share / (1 - share) * long_rows)
     if not wanted:

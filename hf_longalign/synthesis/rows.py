@@ -80,29 +80,19 @@ def read_rows(source: Any) -> Iterator[Row]:
     >>> [row.values for row in read_rows([{"answer": "Ada\\0"}])]
     [{'answer': 'Ada'}]
     """
-    for row in _read(source):
+    if not isinstance(source, str | Path):
+        rows = _read_memory(source)
+    elif not (path := Path(source)).is_file():
+        rows = _read_dataset(str(source))
+    elif kind := re.search(r"(\.jsonl|\.json|\.csv)(\.gz)?$|\.parquet$", path.name.lower()):
+        # Parquet compresses by itself and is read from its end: not as .gz.
+        readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, None: _read_parquet}
+        rows = readers[kind[1]](path)
+    else:
+        raise ValueError(f"{source}: a file must end with one of {FORMATS}, got {path.name!r}. Convert or rename it.")
+    for row in rows:
         # Made anew and not by `replace`, which takes as long as reading the line.
         yield row if row.fault else Row(_cleaned(row.values), row.file, row.number, row.unit)
-
-
-def _read(source: Any) -> Iterator[Row]:
-    if not isinstance(source, str | Path):
-        return _read_memory(source)
-    path = Path(source)
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes[-1:] == [".gz"]:
-        del suffixes[-1]
-    kind = suffixes[-1] if suffixes else ""
-    if path.is_file():
-        if kind in (".jsonl", ".json"):
-            return _read_jsonl(path)
-        if kind == ".csv":
-            return _read_csv(path)
-        # Not a compressed one: Parquet compresses by itself, and is read from its end.
-        if path.suffix.lower() == ".parquet":
-            return _read_parquet(path)
-        raise ValueError(f"{source}: a file must end with one of {FORMATS}, got {path.name!r}. Convert or rename it.")
-    return _read_dataset(str(source))
 
 
 def _cleaned(value: Any) -> Any:

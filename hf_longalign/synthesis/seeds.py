@@ -115,8 +115,6 @@ def read_seeds(
     >>> read_seeds([{"instruction": "Who?", "answer": "Ada"}]).seeds[0].task
     'general'
     """
-    if on_bad_seed not in ("raise", "skip"):
-        raise ValueError(f'`on_bad_seed` must be "raise" or "skip", got {on_bad_seed!r}.')
     given = {task: _read_contexts(task, source) for task, source in map(_split_source, contexts)}
     # A list of dicts is one source, a list of names are several.
     many = isinstance(sources, (list, tuple)) and all(isinstance(source, str) for source in sources)
@@ -132,7 +130,10 @@ def read_seeds(
         try:
             seed = _to_seed(row, task, given)
             if control is not None:
-                seed = _controlled(seed, row, control, on_control_tokens)
+                seed, mark, column = _without_marks(seed, ("instruction", "answer", "context", "title"), control)
+                if mark and on_control_tokens == "reject":
+                    remedy = f"Take {mark!r} out, or set `on_control_tokens` to 'neutralise'."
+                    raise BadRowError(row, "a mark of a chat template", remedy, column)
             repeated = _is_repeated(seed, row, first_seen)
         except BadRowError as error:
             if on_bad_seed == "raise":
@@ -196,19 +197,15 @@ def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]
     )
 
 
-def _controlled(seed: Seed, row: Row, control: ControlTokens, on_control_tokens: str) -> Seed:
-    changed: dict[str, str] = {}
-    number = 0
-    for column in ("instruction", "answer", "context", "title"):
-        text = getattr(seed, column)
-        found = control.find(text) if text else []
-        if found and on_control_tokens == "reject":
-            remedy = f"Take {found[0]!r} out, or set `on_control_tokens` to 'neutralise'."
-            raise BadRowError(row, "a mark of a chat template", remedy, column)
-        if found:
-            changed[column], count = control.neutralise(text)
-            number += count
-    return replace(seed, neutralised=number, **changed) if changed else seed
+def _without_marks(read: Any, columns: Sequence[str], control: ControlTokens) -> tuple[Any, str, str]:
+    """A seed or document with plain words for marks of chat templates, and the first mark with its column."""
+    found = {column: control.find(text) for column in columns if (text := getattr(read, column))}
+    marked = [column for column, marks in found.items() if marks]
+    if not marked:
+        return read, "", ""
+    plain = {column: control.neutralise(getattr(read, column))[0] for column in marked}
+    number = sum(len(found[column]) for column in marked)
+    return replace(read, neutralised=number, **plain), found[marked[0]][0], marked[0]
 
 
 def _text(row: Row, column: str, required: bool = False) -> Any:
@@ -278,25 +275,18 @@ def read_documents(
         paths += matched
         if not matched:
             raise ValueError(f"`documents` must name files, got {source!r}, which matches none.")
-    found = (document for path in paths for document in _read_texts(path))
-    if control is not None:
-        found = (_controlled_document(document, control, on_control_tokens) for document in found)
-    # Each text once: patterns overlap, and a document that stands twice would distract from itself.
-    return list({document.document_id: document for document in found}.values())
-
-
-def _controlled_document(document: Document, control: ControlTokens, on_control_tokens: str) -> Document:
-    texts = f"{document.title or ''}\n{document.text}"
-    found = control.find(texts)
-    if not found:
-        return document
-    if on_control_tokens == "reject":
-        raise ValueError(
-            f"{document.origin}: a document must hold no mark of a chat template, got {found[0]!r}. Take it out, or "
-            "set `on_control_tokens` to 'neutralise'."
-        )
-    text, title = control.neutralise(document.text)[0], document.title and control.neutralise(document.title)[0]
-    return replace(document, text=text, title=title, neutralised=len(found))
+    kept: dict[str, Document] = {}
+    for document in (document for path in paths for document in _read_texts(path)):
+        if control is not None:
+            document, mark, _ = _without_marks(document, ("title", "text"), control)
+            if mark and on_control_tokens == "reject":
+                raise ValueError(
+                    f"{document.origin}: a document must hold no mark of a chat template, got {mark!r}. Take it out, "
+                    "or set `on_control_tokens` to 'neutralise'."
+                )
+        # Each text once: patterns overlap, and a document that stands twice would distract from itself.
+        kept[document.document_id] = document
+    return list(kept.values())
 
 
 def _read_texts(source: str) -> Iterator[Document]:

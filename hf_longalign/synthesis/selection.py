@@ -34,7 +34,15 @@ def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -
     model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
-    rows = [_prompt_and_answer(seed, tokenizer) for seed in seeds]
+    rows = []
+    for seed in seeds:
+        content: Any = answer_prompt(seed, find_task(seed.task))[0][1]
+        if tokenizer.chat_template:
+            messages = [{"role": "user", "content": content}]
+            content = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # A template has written the special tokens already.
+        prompt = tokenizer(content, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        rows.append((prompt, tokenizer(seed.answer, add_special_tokens=False)["input_ids"]))
     losses = np.zeros(len(rows))
     # By length, so that little of a batch is padding.
     order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]) + len(rows[number][1]))
@@ -42,15 +50,6 @@ def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -
         numbers = order[start : start + batch_size]
         losses[numbers] = _batch_losses(model, [rows[number] for number in numbers], device)
     return [float(loss) for loss in losses]
-
-
-def _prompt_and_answer(seed: Seed, tokenizer: Any) -> tuple[list[int], list[int]]:
-    content = answer_prompt(seed, find_task(seed.task))[0][1]
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": content}]
-        content = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    prompt = tokenizer(content, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    return prompt, tokenizer(seed.answer, add_special_tokens=False)["input_ids"]
 
 
 def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]], device: str) -> np.ndarray:
@@ -88,12 +87,6 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
     >>> choose_seeds(pairs, [0.1, 0.9, 0.5, 0.7], "select", 0.5)
     [1, 3]
     """
-    if use not in USES:
-        raise ValueError(f"`difficulty_use` must be one of {', '.join(USES)}, got {use!r}.")
-    if not 0 < share <= 1:
-        raise ValueError(
-            f"`difficulty_share` must be above 0 and at most 1, got {share!r}. Set it to the share to keep."
-        )
     if use == "record":
         return list(range(len(seeds)))
     tasks = defaultdict(list)
@@ -222,14 +215,20 @@ class Duplicates:
 
 
 def sketch(texts: Sequence[str]) -> np.ndarray:
-    """Return the MinHash sketches of texts, uint32 `(texts, 128)`."""
+    """Return the MinHash sketches of texts over every 5 words in a row, uint32 `(texts, 128)`."""
     rows = np.empty((len(texts), _PERMUTATIONS), np.uint32)
     for number, text in enumerate(texts):
         # The same permutations for every text and process, or no two sketches could be compared.
         made = require("datasketch", "synthesis").MinHash(
             num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
         )
-        made.update_batch(_shingles(text))
+        words = np.array([zlib.crc32(word.encode()) for word in normalise(text).split()] or [0], np.uint64)
+        words = np.pad(words, (0, max(0, _SHINGLE - len(words))))  # fewer words than that are one shingle
+        mixed = np.zeros(len(words) - _SHINGLE + 1, np.uint64)
+        for place in range(_SHINGLE):
+            # A polynomial in an odd number, whose high bits depend on every word.
+            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(mixed)]
+        made.update_batch(np.unique(mixed >> np.uint64(32)))
         rows[number] = made.hashvalues
     return rows
 
@@ -237,18 +236,6 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
 @cache
 def _permutations() -> Any:
     return require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, scheme=_SCHEME).permutations
-
-
-def _shingles(text: str) -> np.ndarray:
-    """The 32-bit hashes of every 5 words in a row, uint64; of all words, where there are fewer."""
-    words = np.array([zlib.crc32(word.encode()) for word in normalise(text).split()] or [0], np.uint64)
-    if len(words) < _SHINGLE:
-        words = np.pad(words, (0, _SHINGLE - len(words)))
-    mixed = np.zeros(len(words) - _SHINGLE + 1, np.uint64)
-    for place in range(_SHINGLE):
-        # A polynomial in an odd number, whose high bits depend on every word.
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + words[place : place + len(mixed)]
-    return np.unique(mixed >> np.uint64(32))
 
 
 class Contamination:
@@ -272,8 +259,6 @@ class Contamination:
     """
 
     def __init__(self, sources: Iterable[Any], ngram: int = 13, shortest: int = 6):
-        if ngram < 1:
-            raise ValueError(f"`decontaminate_ngram` must be at least 1, got {ngram!r}. 13 is usual.")
         # Every n-gram opens with this many words: where no opening stands in a text, nothing else is looked up.
         self._opening = min(ngram, shortest)
         self._openings: set[str] = set()

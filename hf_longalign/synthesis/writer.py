@@ -11,7 +11,6 @@ from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Samp
 from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, VERDICTS, Check, Rules, failures, verify_context
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
-    Facts,
     Messages,
     ReplyError,
     answer_prompt,
@@ -214,29 +213,22 @@ async def judge_given(outcome: Outcome, plan: Plan, ask: Ask) -> Outcome:
 
 async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) -> tuple[str | None, str, str | None]:
     """Title, text and finish reason, in as many steps as the plan has."""
-    task, facts = find_task(seed.task), None
+    task, facts, number_of = find_task(seed.task), None, plan.sections
     if plan.facts_first:
         facts, _ = await dialogue.get("facts", partial(facts_prompt, seed, task), read_facts, reason)
-    if plan.sections > 1:
-        return await _sections(seed, plan, dialogue, facts, reason)
-    prompt = partial(context_prompt, seed, task, plan.words, facts=facts, template=plan.template)
-    (title, context), finish_reason = await dialogue.get("context", prompt, read_context, reason)
-    return title or (facts.title if facts else None), context, finish_reason
-
-
-async def _sections(
-    seed: Seed, plan: Plan, dialogue: Dialogue, facts: Facts | None, reason: str | None
-) -> tuple[str | None, str, str | None]:
-    """Outline first, then the sections one by one, each shown how the text before it ends."""
-    task, number_of = find_task(seed.task), plan.sections
+    prompt: Callable[..., Messages]
+    if number_of == 1:
+        prompt = partial(context_prompt, seed, task, plan.words, facts=facts, template=plan.template)
+        (title, context), finish_reason = await dialogue.get("context", prompt, read_context, reason)
+        return title or (facts.title if facts else None), context, finish_reason
     prompt = partial(outline_prompt, seed, task, plan.words, number_of, facts=facts)
     read = partial(read_outline, sections=number_of)
     outline, finish_reason = await dialogue.get("outline", prompt, read, reason)
     written: list[str] = []
+    words = ceil(plan.words / number_of)
     # One after the other, since each is shown how the one before ends.
     for number in range(1, number_of + 1):
         before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
-        words = ceil(plan.words / number_of)
         prompt = partial(section_prompt, seed, task, words, outline, number, before)
         (_, section), finish = await dialogue.get("section", prompt, read_context, None)
         written.append(section)

@@ -80,15 +80,6 @@ def test_a_draw_depends_on_the_pair_alone():
     assert {turned[n].seed_id for n in choose_seeds(turned, HARDNESS[::-1], "stratify", 0.2)} == kept
 
 
-def test_bad_settings():
-    with pytest.raises(
-        ValueError, match="`difficulty_use` must be one of record, select, stratify, weight, got 'top'"
-    ):
-        choose_seeds(PAIRS, HARDNESS, "top", 0.5)
-    with pytest.raises(ValueError, match="`difficulty_share` must be above 0 and at most 1, got 0"):
-        choose_seeds(PAIRS, HARDNESS, "select", 0)
-
-
 def test_answer_loss_is_the_mean_over_the_answer_tokens(tiny_model):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -26,6 +26,17 @@ BAD = {
     "task": ({"seeds": [{**PAIRS[0], "task": "squad"}]}, r"seeds, row 1, column `task`: unknown task"),
     "field": ({"distractors": 3}, "doesn't have a 'distractors' key|unexpected keyword"),
     "documents": ({"method": "instruction", "seeds": None}, r"`documents` must be given with method \"instruction\""),
+    "bad seeds": ({"on_bad_seed": "ignore"}, r"`on_bad_seed` must be one of 'raise', 'skip', got 'ignore'"),
+    "chosen": ({"difficulty_use": "top"}, r"`difficulty_use` must be one of 'record', .*, got 'top'"),
+    "share": (
+        {"difficulty": "closed_book", "difficulty_use": "select", "difficulty_share": 0},
+        r"`difficulty_share` must be above 0 and at most 1, got 0",
+    ),
+    "ngram": ({"decontaminate_ngram": 0}, r"`decontaminate_ngram` must be between 1 and 1000, got 0"),
+    "all general": (
+        {"general_share": 1, "general_data": ["a.jsonl"]},
+        r"`general_share` must be between 0 and 0\.99, got 1",
+    ),
     "general": ({"general_share": 0.5}, r"`general_share` and `general_data` must be given together"),
     "extra": ({"extra_body": "{min_p: 1}"}, r"`extra_body` must be a JSON object, got '\{min_p: 1\}'"),
     "use": ({"difficulty_use": "select"}, r"`difficulty` must be given with difficulty_use 'select'"),

@@ -1,0 +1,122 @@
+"""What a study compares and asks: its arms, which differ in one thing each, and its options."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from study_data import HUB_DATA
+
+
+# Seeds of what is asked: choices are made by the answers to one set, and reported are those to another.
+QUESTION_SEEDS = {"development": 1, "report": 2}
+
+
+class Arm(NamedTuple):
+    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), its blocks and rows."""
+
+    title: str
+    scaled: bool = True
+    strategy: str | None = None
+    parts: bool = True
+    rows: str = "data"
+
+    @property
+    def long(self) -> bool:
+        """Whether rows are as long as the target: one in a forward, recomputed in the backward pass."""
+        return self.rows in ("data_long", "needles_long")
+
+    @property
+    def timed(self) -> bool:
+        """Whether it is trained for the seconds that ordinary positions took, not for as many steps."""
+        return self.rows == "data_long"
+
+
+ARMS = {
+    "plain": Arm("plain model", scaled=False),
+    "scaled": Arm("RoPE scaled, not trained"),
+    "ordinary": Arm("ordinary positions", strategy="none"),
+    "pose": Arm("pose", strategy="pose"),
+    "cream": Arm("cream", strategy="cream"),
+    "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
+    "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
+    "skip_context": Arm("skip_context", strategy="skip_context"),
+    "long_rows": Arm("long rows in the same seconds", strategy="none", rows="data_long"),
+    # The pilot study of Context Synthesis: what must stand around a needle, so that it is learned to be found?
+    "general": Arm("general data alone", strategy="none", parts=False, rows="general"),
+    "needles_bare": Arm("and needles without a text", strategy="none", parts=False, rows="needles_bare"),
+    "needles_short": Arm("and needles in short texts", strategy="none", parts=False, rows="needles_short"),
+    "needles_long": Arm("and needles in long texts", strategy="none", parts=False, rows="needles_long"),
+}
+PILOT = ("general", "needles_bare", "needles_short", "needles_long")
+
+
+@dataclass
+class StudyOptions:
+    """What is trained, on what, and what is asked."""
+
+    model: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or folder."})
+    base_name: str | None = field(
+        default=None, metadata={"help": "What report and cards call a model that is a folder: its Hub id."}
+    )
+    seeds: str = field(default=HUB_DATA, metadata={"help": "Hub id with HotpotQA's columns, or a folder of seeds."})
+    most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
+    output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
+    arms: list[str] = field(
+        default_factory=lambda: [arm for arm, what in ARMS.items() if what.rows == "data"],
+        metadata={"help": f"Some of {', '.join(ARMS)}, in the order of importance."},
+    )
+    training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
+    general: str | None = field(
+        default=None,
+        metadata={"help": "Hub id of the chats in the pilot's arms; unset: pairs with their passages."},
+    )
+    rows: int = field(default=128, metadata={"help": "Rows to train on; in the pilot so many of each kind."})
+    row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
+    gold_tokens: int = field(
+        default=300,
+        metadata={"help": "The most tokens of gold passages in a row; twice that in a text that is asked about."},
+    )
+    epochs: float = field(default=1.0, metadata={"help": "Times each row is trained on."})
+    batch_size: int = field(default=8, metadata={"help": "Rows of a step."})
+    micro_batch_size: int = field(default=8, metadata={"help": "Rows of a forward."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, cosine."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "Layers it changes."}
+    )
+    target_length: int = field(default=16384, metadata={"help": "Positions that RoPE is scaled and skips go to."})
+    rope_type: str = field(default="yarn", metadata={"help": "How RoPE is scaled."})
+    distances: list[int] = field(
+        default_factory=list, metadata={"help": "Distances that the loss of short rows is watched at while training."}
+    )
+    skip_probability: float = field(default=0.5, metadata={"help": "Share of the rows that are skipped."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
+    split: str = field(default="report", metadata={"help": "Whose questions: development (for choices) or report."})
+    cells: list[str] = field(
+        default_factory=lambda: ["512:4", "2048:4", "4096:3", "8192:2", "16384:2"],
+        metadata={"help": "length:texts, in the order in which they are asked."},
+    )
+    needles: int = field(default=16, metadata={"help": "Needles in a text, a multiple of `keys_at_once`."})
+    keys_at_once: int = field(default=4, metadata={"help": "Keys of a question for several."})
+    most_golds: int = field(default=24, metadata={"help": "The most questions about passages per text."})
+    perplexity_texts: str | None = field(
+        default=None, metadata={"help": "Folder of .txt files; unset: the passages of the questions."}
+    )
+    perplexity_documents: int = field(default=8, metadata={"help": "Documents of 2,048 tokens."})
+    batch_tokens: int = field(default=65_536, metadata={"help": "Tokens of texts and answers kept at once on asking."})
+    models_kept: int = field(default=1, metadata={"help": "Models of arms kept in memory between texts."})
+    minutes: float | None = field(default=None, metadata={"help": "Begin nothing new after so many, but report."})
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("arms", ARMS), ("split", QUESTION_SEEDS)):
+            value = getattr(self, name)
+            for word in value if isinstance(value, list) else [value]:
+                if word not in allowed:
+                    raise ValueError(f"`{name}` must be among {', '.join(allowed)}, got {word!r}. Correct it.")
+        if "long_rows" in self.arms and "ordinary" not in self.arms:
+            raise ValueError("`arms` must hold ordinary beside long_rows, which trains for its seconds. Add it.")
+
+    @property
+    def grid(self) -> list[tuple[int, int]]:
+        """Length and number of every text, in the order in which they are asked."""
+        found = [tuple(map(int, cell.split(":"))) for cell in self.cells]
+        return [(length, number) for length, texts in found for number in range(texts)]
