@@ -152,6 +152,7 @@ def plot_heatmap(
     *,
     title: str,
     reach: Mapping[str, int] | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Draw accuracy by depth and length, one panel per model on one colour scale.
 
@@ -160,6 +161,7 @@ def plot_heatmap(
         lengths: context lengths in tokens, one per column.
         depths: place of the fact, 0 at the beginning of the context, 1 at its end, one per row.
         reach: effective length by name, after whose column a line is drawn.
+        notes: a line over the panel by name, such as how much further than another model it reaches.
 
     Raises:
         ValueError: a panel that is not one accuracy per depth and length.
@@ -184,7 +186,8 @@ def plot_heatmap(
             if reached is not None:
                 axes.axvline(bisect_right(list(lengths), reached) - 0.5, color=COLOURS[1], linewidth=2.5)
             shown = "" if reached is None else f", reaches {reached:,}" if reached else ", reaches none"
-            axes.set_title(name + shown, fontsize=11)
+            note = (notes or {}).get(name)
+            axes.set_title(name + shown + (f"\n{note}" if note else ""), fontsize=11)
         figure.colorbar(image, ax=list(all_axes), label="accuracy", shrink=0.9).outline.set_visible(False)
     return Path(path)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from hf_longalign.endpoint.protocol import EndpointError
+from hf_longalign.lazy import require
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import load_record, model_file
 
@@ -87,6 +89,32 @@ def serve_command(model: str | Path, engine: str = "vllm", *, base_model: str | 
     """
     record, config = _saved(model)
     return command_of(record, config, str(model), engine, base_model=base_model)
+
+
+def load_vllm(model: str, adapter: str | None = None, *, name: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """Return vLLM's `LLM`, and the `LoRARequest` of an adapter, which gets the RoPE and range it was trained with.
+
+    Args:
+        model: Hub id or folder; of an adapter the base.
+        adapter: Hub id or folder.
+        name: what an error calls the model: libraries name the folder, a path of this machine.
+        **options: further arguments of `vllm.LLM`. Beginnings that prompts share are computed once.
+
+    Raises:
+        ImportError: vLLM is missing.
+        ValueError: an adapter that vLLM would compute in another way, see [`vllm_options`].
+        EndpointError: vLLM cannot load the model.
+    """
+    vllm, lora = require("vllm", "vllm"), None
+    options = {"enable_prefix_caching": True, **options}
+    if adapter is not None:
+        options = {**vllm_options(adapter), **options}
+        lora = require("vllm.lora.request", "vllm").LoRARequest("adapter", 1, adapter)
+    try:
+        return vllm.LLM(model, **options), lora
+    except (OSError, ValueError, RuntimeError) as error:
+        name = name or Path(model).name
+        raise EndpointError(f"The model {name!r} cannot be loaded: {str(error).replace(model, name)}") from None
 
 
 def vllm_options(adapter: str | Path) -> dict[str, Any]:

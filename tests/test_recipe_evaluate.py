@@ -180,8 +180,8 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
         (["--suites", "needles"], "`suites` must be among needle"),
         (["--lengths", "2048"], "within the model's range of 1,024 tokens, got 2,048"),
         (
-            ["--suites", "short", "--endpoint", "http://localhost:1/v1"],
-            "got 'short', for which the model itself is needed",
+            ["--suites", "perplexity", "--endpoint", "http://localhost:1/v1"],
+            "got 'perplexity', for which the model itself is needed",
         ),
         (["--haystack", "missing.txt"], "`haystack` must be a text file or a folder, got 'missing.txt'"),
     ],

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from hf_longalign.cards.markdown import code, listed, plain, table
 from hf_longalign.cards.page import REPOSITORY, SOURCE
 from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Difference, Reach, Report, Score, SuiteResult, TaskResult
+from hf_longalign.records.report import Difference, Reach, ReachResult, Report, Score, SuiteResult, TaskResult
 
 
 class _Measured(NamedTuple):
@@ -140,15 +140,33 @@ def reaches(report: Report) -> str:
         length, low, high = f"{found.length:,}" if found.length else "none", found.low, found.high
         return length if found.length == low == high else f"{length} ({low:,}–{high:,})"
 
-    rows = [
-        (suite_of(suite.suite).title, found.rule, *(shown(found.reach[label]) for label in report.labels))
-        for suite in report.suites
-        for found in suite.reaches
-    ]
+    labels = report.labels
+    change = [f"{labels[-1]} − {labels[0]}"] if len(labels) > 1 else []
+    rows = []
+    for suite in report.suites:
+        for found in suite.reaches:
+            moved = _difference(found, labels)
+            told = reach_moved(moved) if moved else ""
+            changed = [f"**{told}**" if moved and moved.significant else told] if change else []
+            own = (shown(found.reach[label]) for label in labels)
+            rows.append((suite_of(suite.suite).title, found.rule, *own, *changed))
     if not rows:
         return ""
     note = "The longest length up to which the score keeps to the rule, in tokens, with its 95 % interval."
-    return f"{table(('effective length', 'rule', *report.labels), rows)}\n\n{note}"
+    return f"{table(('effective length', 'rule', *labels, *change), rows)}\n\n{note}"
+
+
+def reach_moved(moved: Difference) -> str:
+    """Return by how much a model reaches further than another, in tokens, with its 95 % interval.
+
+    >>> reach_moved(Difference("adapter", "base", 2048, -1024, 4096))
+    '+2,048 (−1,024 to +4,096)'
+    """
+
+    def signed(tokens: float | None) -> str:
+        return f"{int(tokens or 0):+,}".replace("-", "−").replace("+0", "0")
+
+    return f"{signed(moved.value)} ({signed(moved.low)} to {signed(moved.high)})"
 
 
 def scores_table(report: Report, suite: SuiteResult) -> str:
@@ -212,7 +230,7 @@ def _shown(found: Score | Difference | None, write: Callable[[float], str], to: 
     return f"{write(found.value)} ({write(found.low)}{to}{write(found.high)})"
 
 
-def _difference(task: TaskResult, labels: list[str]) -> Difference | None:
+def _difference(task: TaskResult | ReachResult, labels: list[str]) -> Difference | None:
     return next((d for d in task.differences if (d.label, d.reference) == (labels[-1], labels[0])), None)
 
 

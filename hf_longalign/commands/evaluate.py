@@ -37,7 +37,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
         arguments = ["--model", *arguments]
     model, suites, hub, publish, card = parser.read(arguments)
     try:
-        suites.check(model.endpoint)
+        suites.check(model.endpoint, model.generator)
         publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub:
             if model.adapter is None:

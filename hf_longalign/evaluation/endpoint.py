@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from hf_longalign.endpoint import EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
+from hf_longalign.endpoint import Endpoint, EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
 from hf_longalign.endpoint.protocol import TOO_LONG
 from hf_longalign.evaluation.haystack import noise
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at
@@ -115,7 +115,7 @@ class EndpointGenerator:
         timeout: float = 1800.0,
         max_attempts: int = 8,
     ) -> None:
-        self.model = model
+        self.model, self.max_concurrency, self.timeout = model, max_concurrency, timeout
         self.stats = GenerationStats()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._client = OpenAIGenerator(
@@ -134,6 +134,18 @@ class EndpointGenerator:
         }
         self._checked = False
 
+    def check(self) -> None:
+        """Raise `EndpointError` where no answer could come: no server, another model, a key that is refused."""
+        if not self._checked:
+            with self._loop() as loop:
+                asyncio.run_coroutine_threadsafe(self._client.check(), loop).result()
+            self._checked = True
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The first address, with its key: for who asks it in another way."""
+        return self._client.endpoints[0]
+
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
         """Yield each prompt with its answer as it arrives; those that share a beginning are sent one after another.
 
@@ -145,10 +157,9 @@ class EndpointGenerator:
         sent: dict[Future[Reply], Prompt] = {}
         failure: Exception | None = None
         start = time.perf_counter()
+        if prompts:
+            self.check()
         with self._loop() as loop:
-            if prompts and not self._checked:
-                asyncio.run_coroutine_threadsafe(self._client.check(), loop).result()
-                self._checked = True
             while True:
                 room = 0 if failure else self._client.concurrency - len(sent)
                 for prompt in islice(waiting, room):

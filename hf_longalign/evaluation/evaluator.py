@@ -53,6 +53,7 @@ from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
+from hf_longalign.evaluation.vllm import vllm_examinees
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import EvaluatedModel, Report
 from hf_longalign.rope import model_range
@@ -104,13 +105,15 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
 def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, bool]:
     """Do what [`evaluate`] does; also returns whether this process has written the report: of several one does."""
     model_options.check()
-    options.check(model_options.endpoint)
+    options.check(model_options.endpoint, model_options.generator)
     examined = Examined.load(model_options)
     # No process group: whoever is lost, or never comes, must not hold up the others.
     with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:
         suites = make_suites(examined, options, store)
         facts = look_at_server(examined, suites, store)
-        announce(examined.model, examined.tokenizer, suites, examined.who, store)
+        # What `refine` adds is part of the time that is told.
+        minutes = options.minutes if options.samples is None else None
+        announce(examined.model, examined.tokenizer, suites, examined.who, store, minutes)
         work(suites, examined, store)
         refine(examined, suites, options, store)
         store.tell_who_is_missing()
@@ -177,6 +180,14 @@ class Examined:
                 if name is not None
             ]
             return cls(options, tokenizer, config, None, who)
+        if options.generator == "vllm":
+            if PROCESSES > 1:
+                raise ValueError(
+                    f"`generator` vllm must run in one process, got {PROCESSES}, which would share a GPU. Start it "
+                    "without `accelerate launch`, with `--vllm_options '{\"tensor_parallel_size\": 8}'`."
+                )
+            config = load_config(options.model, **where)
+            return cls(options, tokenizer, config, None, vllm_examinees(options, tokenizer, config, revision))
         bits: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
         model = load_model(
             options.model,
@@ -396,7 +407,8 @@ def settings(
 ) -> dict[str, Any]:
     """Return what a reader must know to ask the same again."""
     local = examined.model is not None
-    chosen: dict[str, Any] = {"seed": options.seed, "through": "transformers" if local else "endpoint"}
+    through = "endpoint" if examined.options.endpoint is not None else examined.options.generator
+    chosen: dict[str, Any] = {"seed": options.seed, "through": through}
     chosen["chat template"] = "yes" if uses_chat(examined, options) else "no"
     if GRIDS & set(options.suites):
         chosen["haystack"] = public_documents(options.haystack)

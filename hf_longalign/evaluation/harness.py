@@ -1,16 +1,13 @@
-"""Tasks of short contexts on a loaded model, through lm-eval: what the training costs there.
+"""Tasks of short contexts through lm-eval, on a model that is loaded or served: what the training costs there.
 
 Each task stands by itself: one whose data cannot be fetched gives a result that says so, and the rest goes on.
 Source: https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
-import copy
 import difflib
 import logging
-import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -23,6 +20,8 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_longalign.evaluation.endpoint import EndpointGenerator
+from hf_longalign.evaluation.harness_models import alone, check_logprobs, loaded_lm, needs_logprobs, served_lm
 from hf_longalign.evaluation.intervals import Z, mean_interval
 from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
@@ -63,7 +62,7 @@ class HarnessResult:
 
 
 def run_harness(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | EndpointGenerator,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
@@ -76,7 +75,8 @@ def run_harness(
     """Check the arguments, then yield the result of each task as soon as it is there.
 
     Args:
-        model: loaded; an adapter is in force unless the caller has turned it off. It is set to evaluation mode.
+        model: loaded; an adapter is in force unless the caller has turned it off. It is set to evaluation mode. Or a
+            served one, which lm-eval asks by `local-chat-completions` and `local-completions`.
         tokenizer: the model's.
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
@@ -87,7 +87,8 @@ def run_harness(
 
     Raises:
         ImportError: lm-eval is missing.
-        ValueError: an unknown task, with names close to it; no chat template.
+        ValueError: an unknown task, with names close to it; no chat template; a task that needs log-probabilities of
+            a server that does not tell them.
     """
     names = list(dict.fromkeys(tasks))
     if chat and not tokenizer.chat_template:
@@ -108,15 +109,29 @@ def run_harness(
             )
     if not names:
         raise ValueError(f"`short_tasks` must name a task, got none. Set it to {SHORT[0]!r}, for instance.")
-    with _alone():
-        lm = _counting_lm(model, tokenizer, batch_size, max_length)
+    if isinstance(model, EndpointGenerator):
+        model.check()
+        secrets = model.endpoint.secrets
+        compared = [name for name, manager in managers.items() if needs_logprobs(manager, name)]
+        if compared:
+            check_logprobs(model, tokenizer, compared[0])
+        with alone(secrets):
+            lms = {
+                name: served_lm(model, tokenizer, max_length, chat=chat, by_tokens=name in compared) for name in names
+            }
+    else:
+        secrets = []
+        with alone():
+            lms = dict.fromkeys(names, loaded_lm(model, tokenizer, batch_size, max_length))
 
     def run(name: str) -> list[HarnessResult]:
+        lm = lms[name]
         lm.cut = 0
         asked = {"tasks": [name], "task_manager": managers[name], "limit": limit, "apply_chat_template": chat}
         try:
-            with _alone():
-                found = lm_eval.simple_evaluate(lm, **asked, log_samples=False)
+            # In a thread: lm-eval starts an event loop for requests, and the caller may have one running (notebooks).
+            with alone(secrets), ThreadPoolExecutor(1) as thread:
+                found = thread.submit(lm_eval.simple_evaluate, lm, **asked, log_samples=False).result()
         except Exception as error:  # each task's code and data raise their own; the others go on
             reason = next((line for line in str(error).splitlines() if line.strip()), "no message")[:300].rstrip(".")
             told = (
@@ -172,7 +187,7 @@ class HarnessSuite:
 
     Args:
         tasks: lm-eval's names.
-        model: what all examinees share.
+        model: what all examinees share; `None` where servers answer for them.
         tokenizer: the model's.
         store: what earlier runs have found.
         examinees: the models.
@@ -198,10 +213,13 @@ class HarnessSuite:
         self.model, self.tokenizer = model, tokenizer
         self.options: dict[str, Any] = {"max_length": max_length, "limit": limit, "chat": chat}
         self.tasks = list(dict.fromkeys(tasks))
-        run_harness(model, tokenizer, self.tasks, **self.options)  # checks the names
         self._keys = {
             (who.label, task): self._first_open(who, task, store) for who in examinees for task in self.tasks
         }
+        # Names, and what servers can do, before anything is asked; a server that has answered all is left alone.
+        for who in examinees[:1] if model is not None else examinees:
+            if model is not None or store.missing(self.keys([who])):
+                run_harness(self._asked_of(who), tokenizer, self.tasks, **self.options)
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
         """Run the tasks that no other process is at."""
@@ -212,7 +230,7 @@ class HarnessSuite:
                 examinee, task = jobs[key]
                 bar.set_postfix_str(f"{examinee.label}, {task}")
                 with examinee.active():
-                    found = run_harness(self.model, self.tokenizer, [task], **self.options)
+                    found = run_harness(self._asked_of(examinee), self.tokenizer, [task], **self.options)
                     store.add(key, [asdict(result) for result in found])
 
     def keys(self, examinees: Sequence[Examinee]) -> list[str]:
@@ -233,6 +251,9 @@ class HarnessSuite:
                     found.setdefault(result.task, {})[examinee.label] = result
         tasks = [_task_result(name, by_label) for name, by_label in found.items()]
         return SuiteResult(self.name, tasks, group_means(tasks, {}))
+
+    def _asked_of(self, examinee: Examinee) -> Any:
+        return examinee.generator if self.model is None else self.model
 
     def _first_open(self, examinee: Examinee, task: str, store: ResultStore) -> str:
         """The key of a task's result: the first attempt that is not there yet or did not fail."""
@@ -279,58 +300,3 @@ def _tasks_of_lm_eval() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
-
-
-def _counting_lm(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, room: int
-) -> Any:
-    """lm-eval's model around a loaded one: reads and writes `room` tokens, counts the longer prompts in `cut`."""
-    from lm_eval.models.huggingface import HFLM
-
-    class CountingLM(HFLM):
-        cut = 0
-
-        @property
-        def max_length(self) -> int:
-            return room
-
-        def tok_batch_encode(
-            self,
-            strings: list[str],
-            padding_side: str = "left",
-            left_truncate_len: int | None = None,
-            truncation: bool = False,
-        ) -> Any:
-            # lm-eval would cut here without a word; so it is asked not to, and the same is done after counting.
-            token_ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
-            if not left_truncate_len:
-                return token_ids, mask
-            self.cut += int((mask.sum(dim=1) > left_truncate_len).sum())
-            return token_ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
-
-        def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> Any:
-            self.cut += sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
-            return super()._loglikelihood_tokens(requests, *args, **options)
-
-    # The tokenizer is copied because lm-eval gives it a padding token.
-    return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """lm-eval as in the only process, without its remarks on what is meant so; its `print` goes to stderr."""
-    levels = {"lm_eval": logging.WARNING, "lm_eval.models.huggingface": logging.ERROR, "lm_eval.api": logging.ERROR}
-    loggers = [] if logger.isEnabledFor(logging.DEBUG) else [logging.getLogger(name) for name in levels]
-    before, rank = [one.level for one in loggers], os.environ.get("LOCAL_RANK")
-    for one in loggers:
-        one.setLevel(levels[one.name])
-    # lm-eval gives results to the process with LOCAL_RANK 0 alone; here each process asks for its own tasks.
-    os.environ["LOCAL_RANK"] = "0"
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        for one, level in zip(loggers, before, strict=True):
-            one.setLevel(level)
-        os.environ.pop("LOCAL_RANK")
-        os.environ.update({} if rank is None else {"LOCAL_RANK": rank})

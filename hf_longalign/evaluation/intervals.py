@@ -6,12 +6,13 @@ averages vary by makes the interval.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
 from math import sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_longalign.records.report import Reach, Score
+from hf_longalign.records.report import Difference, Reach, ReachResult, Score
 
 
 Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
@@ -123,15 +124,19 @@ def effective_length(lengths: Sequence[int], scores: ArrayLike, threshold: float
 def reaches(
     scores: Mapping[str, Mapping[int, np.ndarray]],
     *,
+    rule: str = "",
     threshold: float | None = None,
     share: float = SHARE,
     draws: int = DRAWS,
     seed: int = 0,
-) -> dict[str, Reach]:
-    """Return the effective length of each model, with an interval from a bootstrap over samples.
+) -> ReachResult:
+    """Return the effective length of each model, and by how much each later model reaches further.
+
+    The intervals are from a bootstrap over samples, which draws the same samples for all models.
 
     Args:
         scores: by label of the model and length, float `(samples,)`: the score of each sample, 0 to 1.
+        rule: in words.
         threshold: score to keep; `None`: `share` of the model's own score at the shortest length.
         share: see `threshold`.
         draws: of the bootstrap.
@@ -140,8 +145,10 @@ def reaches(
     Raises:
         ValueError: models that were not asked the same number of samples at the same lengths.
 
-    >>> reaches({"base": {1024: np.ones(20), 2048: np.zeros(20)}})
-    {'base': Reach(length=1024, low=1024, high=1024)}
+    >>> base = {1024: np.ones(20), 2048: np.zeros(20)}
+    >>> found = reaches({"base": base, "adapter": {1024: np.ones(20), 2048: np.ones(20)}})
+    >>> found.reach["base"], found.differences[0].value
+    (Reach(length=1024, low=1024, high=1024), 1024)
     """
     shapes = {label: {length: len(values) for length, values in sorted(by.items())} for label, by in scores.items()}
     first = next(iter(shapes.values()))
@@ -162,10 +169,19 @@ def reaches(
         # Who answers nothing on short text keeps all of it at any length, and reaches nowhere.
         return effective_length(lengths, means, share * float(means[0]) if means[0] > 0 else np.inf)
 
-    found = {}
+    def ends(reached: np.ndarray) -> list[int]:
+        return [int(end) for end in np.quantile(reached, (0.025, 0.975), method="nearest")]
+
+    own, drawn = {}, {}
     for label, by_length in scores.items():
-        drawn = np.stack([np.asarray(by_length[length])[picks[length]].mean(1) for length in lengths], axis=1)
-        low, high = np.quantile([reached(row) for row in drawn], (0.025, 0.975), method="nearest")
-        own = reached(np.array([np.mean(by_length[length]) for length in lengths]))
-        found[label] = Reach(own, int(low), int(high))
-    return found
+        means = np.stack([np.asarray(by_length[length])[picks[length]].mean(1) for length in lengths], axis=1)
+        drawn[label] = np.array([reached(row) for row in means])
+        own[label] = reached(np.array([np.mean(by_length[length]) for length in lengths]))
+    return ReachResult(
+        rule,
+        {label: Reach(own[label], *ends(drawn[label])) for label in scores},
+        [
+            Difference(label, reference, own[label] - own[reference], *ends(drawn[label] - drawn[reference]))
+            for reference, label in combinations(scores, 2)
+        ],
+    )

@@ -1,5 +1,6 @@
 """What an evaluation asks, of whom, and how: the options of `evaluate` and of the command line. Imports no torch."""
 
+import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from hf_longalign.records.names import is_hub_id
 
 SUITES = ("needle", "puzzles", "ruler", "longbench", "short", "perplexity")
 # What only the model itself can give, and no server.
-LOCAL_SUITES = ("short", "perplexity")
+LOCAL_SUITES = ("perplexity",)
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
@@ -34,6 +35,12 @@ class ModelOptions:
     endpoint: str | None = option(
         None, "Base URL of an OpenAI-compatible server that generates; it serves `adapter` by that name."
     )
+    generator: str = option(
+        "transformers",
+        "What answers here: transformers, or vllm (extra [vllm]; all suites but short and perplexity).",
+        choices=["transformers", "vllm"],
+    )
+    vllm_options: str | None = option(None, "Arguments of `vllm.LLM` as JSON: tensor_parallel_size, max_model_len …")
     check_served: str = option(
         "stored",
         "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its answers were "
@@ -48,6 +55,23 @@ class ModelOptions:
         """Refuse, before anything is loaded, what would fail later."""
         if self.check_served not in ("stored", "local", "off"):
             raise ValueError(f"`check_served` must be stored, local or off, got {self.check_served!r}. Set stored.")
+        if self.generator not in ("transformers", "vllm"):
+            raise ValueError(f"`generator` must be transformers or vllm, got {self.generator!r}. Set transformers.")
+        for name in ("endpoint", "load_in_4bit", "attn_implementation") if self.generator == "vllm" else ():
+            if getattr(self, name):  # it would be ignored
+                raise ValueError(
+                    f"`{name}` must be unset with `generator` vllm, got {getattr(self, name)!r}. Leave it out."
+                )
+        if self.vllm_options is not None:
+            try:
+                fits = self.generator == "vllm" and isinstance(json.loads(self.vllm_options), dict)
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(
+                    f"`vllm_options` must be a JSON object beside `generator` vllm, got {self.vllm_options!r}. Set "
+                    "`--generator vllm --vllm_options '{\"max_model_len\": 32768}'`, for instance."
+                )
         for name in ("max_concurrency", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. Set a larger number.")
@@ -102,7 +126,7 @@ class SuiteOptions:
     )
     perplexity_window: int | None = option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
 
-    def check(self, endpoint: str | None = None) -> None:
+    def check(self, endpoint: str | None = None, generator: str = "transformers") -> None:
         """Refuse, before anything is loaded, what would fail later.
 
         Raises:
@@ -126,6 +150,11 @@ class SuiteOptions:
             raise ValueError(
                 f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
+            )
+        if generator == "vllm" and (local or "short" in self.suites):
+            raise ValueError(
+                f"`suites` must be what vLLM answers here where `generator` is vllm, got {(local or ['short'])[0]!r}. "
+                "Leave it out, set `generator` to transformers, or for short serve the model and set `endpoint`."
             )
         for name in ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window"):
             value = getattr(self, name)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hf_longalign.cards.markdown import table
-from hf_longalign.cards.scores import headline, percent, reaches, scores_note, scores_table
+from hf_longalign.cards.scores import headline, percent, reach_moved, reaches, scores_note, scores_table
 from hf_longalign.plots import plot_accuracy_by_length, plot_coverage, plot_heatmap, plot_perplexity
 from hf_longalign.records.base import dumps
 from hf_longalign.records.names import metric_of, suite_of
@@ -204,10 +205,14 @@ def _draw_suite(suite: SuiteResult, labels: Sequence[str], folder: Path) -> list
         )
     ]
     if len(first.depths) > 1:
+        # The rule of a model's own short score, which comes first: the other would draw a second line.
         reach = {label: found.length for label, found in suite.reaches[0].reach.items()} if suite.reaches else {}
+        moved = suite.reaches[0].differences if suite.reaches else []
+        notes = {d.label: f"{reach_moved(d)} against {d.reference}" for d in moved if d.reference == labels[0]}
         means = {label: np.mean([grid.cells[label] for grid in alike.values()], axis=0) for label in labels}
         path = folder / f"{suite.suite}_heatmap.png"
-        paths.append(plot_heatmap(means, first.lengths, first.depths, path, title=f"{name}, {what}", reach=reach))
+        told: dict[str, Any] = {"title": f"{name}, {what}", "reach": reach, "notes": notes}
+        paths.append(plot_heatmap(means, first.lengths, first.depths, path, **told))
         for task, grid in grids.items() if len(grids) > 1 else ():
             path, title = folder / f"{suite.suite}_{task}.png", f"{name}, {task.replace('_', '-')}"
             paths.append(plot_heatmap(grid.cells, grid.lengths, grid.depths, path, title=title))

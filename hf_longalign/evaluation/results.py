@@ -203,4 +203,4 @@ def _reaches(
     rules: dict[str, float | None] = {"85 % of its own short score": None}
     if suite == "ruler":
         rules["RULER's, 85.6 %"] = RULER_THRESHOLD
-    return [ReachResult(rule, reaches(by_length, threshold=threshold)) for rule, threshold in rules.items()]
+    return [reaches(by_length, rule=rule, threshold=threshold) for rule, threshold in rules.items()]

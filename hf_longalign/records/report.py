@@ -27,7 +27,7 @@ class Score(Record):
 
 @dataclass(frozen=True)
 class Difference(Record):
-    """The score of the model `label` less that of the model `reference` on the same prompts."""
+    """What the model `label` has more than the model `reference` on the same prompts."""
 
     label: str
     reference: str
@@ -118,10 +118,14 @@ class Reach(Record):
 
 @dataclass(frozen=True)
 class ReachResult(Record):
-    """How far models reach over all tasks of a suite, by a `rule` told in words, by label of the model."""
+    """How far models reach over all tasks of a suite, by a `rule` told in words, by label of the model.
+
+    `differences` between models are in tokens, with 95 % intervals over the same samples.
+    """
 
     rule: str
     reach: dict[str, Reach]
+    differences: list[Difference] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

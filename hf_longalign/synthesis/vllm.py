@@ -6,7 +6,8 @@ from typing import Any
 
 from hf_longalign.endpoint.protocol import BAD_REQUEST, GenerationError, Reply, Request
 from hf_longalign.lazy import require
-from hf_longalign.synthesis.local import BatchingGenerator, Waiting, cannot_load, recorded_name
+from hf_longalign.serving import load_vllm
+from hf_longalign.synthesis.local import BatchingGenerator, Waiting, recorded_name
 from hf_longalign.text import digest
 
 
@@ -57,21 +58,11 @@ class VLLMGenerator(BatchingGenerator):
         super().__init__(name, batch_size)
         self._source = model
         self._adapter = adapter
-        self._options = {"revision": revision, "enable_prefix_caching": True, **options}
+        self._options = {"revision": revision, **options}
         self._lora: Any = None
 
     def _read_files(self) -> tuple[Any, Any]:
-        vllm = require("vllm", "vllm")
-        options = self._options
-        if self._adapter is not None:
-            from hf_longalign.serving import vllm_options
-
-            options = {**vllm_options(self._adapter), **options}
-            self._lora = require("vllm.lora.request", "vllm").LoRARequest("adapter", 1, self._adapter)
-        try:
-            model = vllm.LLM(self._source, **options)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise cannot_load(self.model, self._source, error) from None
+        model, self._lora = load_vllm(self._source, self._adapter, name=self.model, **self._options)
         return model, model.get_tokenizer()
 
     def _length(self, model: Any) -> int:

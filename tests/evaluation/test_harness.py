@@ -1,9 +1,12 @@
 """lm-eval's bridge: a task of our own really run, and tasks whose data are out of reach."""
 
 import json
+import logging
 import random
+import threading
 from contextlib import contextmanager
 from dataclasses import asdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -14,7 +17,10 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
 
+from hf_longalign.endpoint import EndpointError
+from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.harness import SHORT, HarnessResult, HarnessSuite, _tasks_of_lm_eval, run_harness
+from hf_longalign.evaluation.harness_models import needs_logprobs
 from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import Difference, TaskResult
 
@@ -213,3 +219,147 @@ def test_the_tokenizer_is_left_alone_and_questions_repeat(model, tmp_path):
     list(run_harness(model, tokenizer, ["towns"], max_length=512, include_path=tmp_path))
     assert random.random() == first
     assert tokenizer.pad_token is None
+
+
+@contextmanager
+def served(model, tokenizer, *, logprobs=True, key=None):
+    """A server of a model as vLLM serves it; without `logprobs` it tells none, as most chat APIs do."""
+    asked, lock = [], threading.Lock()
+
+    def complete(body):
+        ids = body["prompt"] if "prompt" in body else tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, return_dict=False
+        )  # fmt: skip
+        ids = tokenizer(ids)["input_ids"] if isinstance(ids, str) else ids[0] if isinstance(ids[0], list) else ids
+        if body.get("echo"):
+            if not logprobs:
+                raise ValueError("echo is not supported with logprobs")
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            own = [None, *(float(logits[place, token]) for place, token in enumerate(ids[1:]))]
+            top = [None, *({"best": float(row.max())} for row in logits[:-1])]
+            return {"text": "", "logprobs": {"token_logprobs": [*own, -1.0], "top_logprobs": [*top, {"best": -1.0}]}}
+        out = model.generate(torch.tensor([ids]), max_new_tokens=body["max_tokens"], do_sample=False)
+        return {"text": tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, body, self.headers.get("Authorization")))
+            try:
+                if key and self.headers["Authorization"] != f"Bearer {key}":
+                    raise ValueError(f"no such key: {self.headers['Authorization']}")
+                with lock, torch.no_grad():
+                    choice = complete(body)
+                choice["message"] = {"role": "assistant", "content": choice["text"]}
+                self._send(200, {"choices": [{"index": 0, "finish_reason": "stop", **choice}]})
+            except ValueError as error:
+                self._send(400, {"error": {"message": str(error)}})
+
+        def do_GET(self):
+            self._send(200, {"data": [{"id": "tiny"}]})
+
+        def _send(self, status, data):
+            body = json.dumps(data).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield EndpointGenerator("tiny", f"http://127.0.0.1:{server.server_port}", max_concurrency=3), asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def senders():
+    for module in ("tenacity", "aiohttp", "requests", "openai"):
+        pytest.importorskip(module, reason='needs pip install "hf_longalign[eval,harness]"')
+
+
+WORDS = ["salt", "wool", "glass", "copper", "honey", "tin"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_server_scores_as_the_model_itself(model, tmp_path, senders, chat):
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|start|>"
+    rows = [{"question": f"In year {n}, what did Ardel sell?", "answer": WORDS[n]} for n in range(6)]
+    more = CHOSEN.replace('"salt", "wool"', ", ".join(f'"{word}"' for word in WORDS))
+    more += "  - metric: acc_norm\n  - metric: brier_score\n    higher_is_better: false\n"
+    _task(tmp_path, rows, "multiple_choice", more)
+    options = {"max_length": 512, "include_path": tmp_path, "chat": chat}
+    with served(model, tokenizer) as (generator, asked):
+        (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
+        assert found.error is None and found.metrics.keys() == local.metrics.keys()
+        # The Brier score is of the probabilities themselves: it shows what equal choices would hide.
+        assert found.metrics == pytest.approx(local.metrics, abs=1e-5)
+        assert {path for path, _, _ in asked} == {"/v1/completions"} and len(asked) == 1 + 36
+        # What the model says by itself is right for the first four.
+        said = [_answer(model, tokenizer, row["question"]) for row in rows]
+        rows = [{**row, "answer": said[n] if n < 4 else "no"} for n, row in enumerate(rows)]
+        _task(tmp_path, rows)
+        asked.clear()
+        (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
+        assert found.metrics == local.metrics and (found.value, found.samples) == (4 / 6 if chat else 0.0, 6)
+        assert {path for path, _, _ in asked} == {"/v1/chat/completions" if chat else "/v1/completions"}
+        assert all(body["temperature"] == 0 and body["max_tokens"] == 8 for _, body, _ in asked)
+
+
+def test_a_server_without_logprobs_is_refused_by_name_before_anything_is_asked(model, tmp_path, senders):
+    _task(tmp_path, [{"question": "Short?", "answer": "wool"}], "multiple_choice", CHOSEN)
+    options = {"max_length": 512, "include_path": tmp_path}
+    with served(model, tiny_tokenizer(), logprobs=False) as (generator, asked):
+        with pytest.raises(
+            ValueError, match=r"`short_tasks` .* got 'towns'.*HTTP 400: .*echo is not supported"
+        ) as told:
+            run_harness(generator, tiny_tokenizer(), ["towns", "gsm8k"], **options)
+        assert len(asked) == 1 and "Set tasks that generate" in str(told.value)
+        # As it says: what generates goes.
+        _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
+        (found,) = run_harness(generator, tiny_tokenizer(), ["towns"], **options)
+        assert found.value == 0.0 and found.error is None
+    gone = EndpointGenerator("tiny", generator.endpoint.name)
+    with pytest.raises(EndpointError, match="cannot be reached"):
+        run_harness(gone, tiny_tokenizer(), ["towns"], **options)
+
+
+def test_the_key_is_sent_and_never_shown(model, tmp_path, senders, monkeypatch, caplog):
+    monkeypatch.setattr("hf_longalign.evaluation.harness_models._ATTEMPTS", 2)
+    _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
+    for key, right in (("sk-right", True), ("sk-wrong", False)):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with served(model, tiny_tokenizer(), key="sk-right") as (generator, asked), caplog.at_level(logging.DEBUG):
+            (found,) = run_harness(generator, tiny_tokenizer(), ["towns"], max_length=512, include_path=tmp_path)
+        assert asked[-1][2] == f"Bearer {key}" and (found.error is None) == right
+    assert "no such key" in caplog.text and "sk-" not in caplog.text + found.error
+
+
+def test_a_suite_of_a_server_that_has_answered_asks_nothing_more(model, tmp_path, senders, monkeypatch):
+    _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
+    from hf_longalign.evaluation import harness
+
+    monkeypatch.setattr(harness, "_tasks_of_lm_eval", lambda: TaskManager(include_path=str(tmp_path)))
+    from lm_eval.tasks import TaskManager
+
+    with served(model, tiny_tokenizer()) as (generator, asked), ResultStore(tmp_path / "answers") as store:
+        who = [Examinee("base", "id", generator)]
+        for _ in range(2):
+            suite = HarnessSuite(["towns"], None, tiny_tokenizer(), store, who, max_length=512)
+            suite.work(who, store)
+            (task,) = suite.results(who, store).tasks
+            assert task.samples == 1 and len(asked) == 1
+
+
+def test_which_tasks_need_logprobs_is_known_without_their_data():
+    manager = _tasks_of_lm_eval()
+    needed = {name for name in (*SHORT, "bbh", "arc_easy", "ai2_arc", "mmlu", "leaderboard", "squadv2", "wikitext")
+              if needs_logprobs(manager, name)}  # fmt: skip
+    assert needed == {"arc_easy", "ai2_arc", "mmlu", "leaderboard", "squadv2", "wikitext"}

@@ -15,7 +15,7 @@ from hf_longalign.evaluation.intervals import (
     reaches,
     student_quantile,
 )
-from hf_longalign.records.report import Reach
+from hf_longalign.records.report import Difference, Reach
 
 
 DEPTHS = 5
@@ -115,7 +115,7 @@ def test_intervals_hold_the_true_reach():
     rng = np.random.default_rng(0)
     missed = 0
     for _ in range(200):
-        found = reaches({"base": drawn(rng, [0.95, 0.93, 0.9, 0.2])}, draws=400)["base"]
+        found = reaches({"base": drawn(rng, [0.95, 0.93, 0.9, 0.2])}, draws=400).reach["base"]
         missed += not found.low <= 4096 <= found.high
     assert missed <= 20
 
@@ -124,18 +124,48 @@ def test_the_share_is_of_the_models_own_short_score():
     scores = {
         "base": {length: np.full(50, value) for length, value in zip(LENGTHS, [0.5, 0.45, 0.43, 0.2], strict=True)}
     }
-    assert reaches(scores)["base"] == Reach(4096, 4096, 4096)
-    assert reaches(scores, threshold=RULER_THRESHOLD)["base"] == Reach(0, 0, 0)
+    assert reaches(scores).reach["base"] == Reach(4096, 4096, 4096)
+    assert reaches(scores, threshold=RULER_THRESHOLD).reach["base"] == Reach(0, 0, 0)
 
 
 def test_who_fails_short_text_reaches_nowhere():
-    assert reaches({"base": {1024: np.zeros(9), 2048: np.zeros(9)}}) == {"base": Reach(0, 0, 0)}
+    assert reaches({"base": {1024: np.zeros(9), 2048: np.zeros(9)}}).reach == {"base": Reach(0, 0, 0)}
 
 
 def test_models_are_drawn_the_same_samples():
     rng = np.random.default_rng(1)
     scores = drawn(rng, [0.9, 0.8, 0.78, 0.7])
     found = reaches({"base": scores, "adapter": scores})
-    assert found["base"] == found["adapter"] and found["base"].low < found["base"].high
+    assert found.reach["base"] == found.reach["adapter"] and found.reach["base"].low < found.reach["base"].high
+    assert found.differences == [Difference("adapter", "base", 0, 0, 0)]
     with pytest.raises(ValueError, match="`scores` must hold the same lengths and samples for all models"):
         reaches({"base": scores, "adapter": {1024: np.ones(3)}})
+
+
+def test_how_much_further_is_of_the_same_samples():
+    rng = np.random.default_rng(2)
+    base, adapter = drawn(rng, [0.95, 0.9, 0.8, 0.3]), drawn(rng, [0.95, 0.93, 0.9, 0.7])
+    found = reaches({"base": base, "adapter": adapter}, draws=300, seed=5)
+    rng, draws = np.random.default_rng(5), []
+    picks = [rng.integers(40, size=(300, 40)) for _ in LENGTHS]
+    for draw in range(300):
+        reached = []
+        for by_length in (base, adapter):
+            means = [by_length[length][picks[at][draw]].mean() for at, length in enumerate(LENGTHS)]
+            reached.append(effective_length(LENGTHS, means, 0.85 * means[0]))
+        draws.append(reached[1] - reached[0])
+    draws.sort()
+    (difference,) = found.differences
+    assert difference.value == found.reach["adapter"].length - found.reach["base"].length
+    # The 2.5 and 97.5 % quantiles of 300 numbers, the nearest ones.
+    assert (difference.low, difference.high) == (draws[round(0.025 * 299)], draws[round(0.975 * 299)])
+
+
+def test_models_of_one_reach_are_seldom_told_apart_and_of_two_mostly():
+    rng, apart, found = np.random.default_rng(3), 0, 0
+    for _ in range(100):
+        same = {label: drawn(rng, [0.95, 0.93, 0.82, 0.2]) for label in ("base", "adapter")}
+        other = {"base": drawn(rng, [0.97, 0.97, 0.3, 0.1]), "adapter": drawn(rng, [0.97, 0.97, 0.96, 0.95])}
+        apart += reaches(same, draws=200).differences[0].significant
+        found += reaches(other, draws=200).differences[0].significant
+    assert apart <= 5 and found >= 80

@@ -52,6 +52,16 @@ def test_what_was_planned_is_planned_again(tmp_path):
         assert len(keys_of(tmp_path)) == 2, "another model has a plan of its own"
 
 
+def test_minutes_that_are_too_few_are_told(tmp_path, caplog):
+    asked = [SuiteOptions(minutes=1.0), SuiteOptions(minutes=1.0, suites=["puzzles"])]
+    for place, options in enumerate(asked):
+        with ResultStore(tmp_path / str(place)) as store:
+            store.add(f"speed/a/{platform.node()}", [0.002, 0.0, 0.03])
+            plan_grid(tiny_llama(), ["a"], options, [1024], store)
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "longer than `minutes` 1" in told, "the second asks less, as the first is told to"
+
+
 def test_costs_are_positive():
     read, pair, written = seconds_per_token(tiny_llama(max_position_embeddings=2048))
     assert read > 0 and pair >= 0 and written > 0
@@ -103,10 +113,13 @@ def test_what_is_still_to_be_asked_is_said_first(tmp_path, caplog):
         announce(None, tiny_tokenizer(), [suite], who, other)
         store.add(f"speed/a/{platform.node()}", [0.01, 0.0, 0.0])
         announce(tiny_llama(), tiny_tokenizer(), [suite], who, store)
+        announce(tiny_llama(), tiny_tokenizer(), [suite], who, store, 15.0)
     tokens = 7 * 512 + 2 * len(tiny_tokenizer()("who who")["input_ids"])
     told = f"puzzles: 9 prompts of {tokens:,} tokens in all"
     minutes = 0.01 * tokens / 60
     assert [record.getMessage() for record in caplog.records] == [
         f"{told}.",
         f"{told}, about {minutes:.1f} min of one process.",
+        f"{told}, about {minutes:.1f} min of one process.",
+        f"In all about {minutes:.1f} min, then more samples where intervals are wide, until 15 min are over.",
     ], "the main process alone tells it"

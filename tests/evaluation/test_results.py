@@ -142,7 +142,8 @@ def test_the_folder_holds_numbers_text_and_pictures(tmp_path):
         "| base | 9.00 |  |",
         "| base | 1,000 | 400 | 80 | 2.0 | 500 |",
         "| single | 0 | 4 | 0 | 0 |",
-        "| Needle in a haystack | 85 % of its own short score | none | 256 |",
+        "| effective length | rule | base | adapter | adapter − base |",
+        "| Needle in a haystack | 85 % of its own short score | none | 256 | **+256 (+256 to +256)** |",
         "`f00`",
     ):
         assert line in text, line
@@ -180,6 +181,16 @@ def test_a_suite_tells_what_could_not_be_asked(tmp_path):
 def test_a_record_without_distances_costs_no_report(tmp_path):
     written = write_report(tmp_path, report(), coverage=CoverageRecord(64))
     assert "coverage.png" not in written.images and (tmp_path / "report.md").exists()
+
+
+def test_the_heatmap_tells_how_much_further_the_adapter_reaches(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "hf_longalign.evaluation.report.plot_heatmap", lambda *args, **options: drawn.append(options) or args[3]
+    )
+    write_report(tmp_path, report())
+    assert drawn[0]["notes"] == {"adapter": "+256 (+256 to +256) against base"}
+    assert drawn[0]["reach"] == {"base": 0, "adapter": 256}
 
 
 def test_all_lengths_evaluated_stand_in_the_picture_of_distances(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import vllm_stand_in
 from tiny_chat import make_tiny_chat
 
 from hf_longalign.cli import main
@@ -19,7 +20,6 @@ from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import save_record
 from hf_longalign.synthesis import ContextSynthesisBuilder, VLLMGenerator
 
-from . import vllm_stand_in
 from .fakes import FakeGenerator, make_pairs
 
 

@@ -1,0 +1,141 @@
+"""Greedy answers of vLLM inside this process, without a server: a base, and an adapter beside it."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED
+from hf_longalign.evaluation.options import ModelOptions
+from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
+from hf_longalign.evaluation.runner import Examinee
+from hf_longalign.lazy import require
+from hf_longalign.rope import rope_record
+from hf_longalign.run_record import loaded_commit
+from hf_longalign.serving import load_vllm, vllm_options
+from hf_longalign.text import digest
+
+
+# Prompts of one call, which ends with its longest answer: what is answered by then is on disk after a kill.
+_BATCH = 256
+
+
+class VLLMAnswers:
+    """Answers prompts greedily with vLLM's `LLM`, which reads a beginning that prompts share once.
+
+    Written against the interface of vLLM 0.33 and tested with a stand-in of it; never run on a GPU.
+
+    Args:
+        engine: returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`.
+        tokenizer: the model's.
+        adapted: whether the adapter is in force.
+
+    Attributes:
+        stats: counts and seconds so far, see [`GenerationStats`].
+    """
+
+    def __init__(
+        self, engine: Callable[[], tuple[Any, Any]], tokenizer: PreTrainedTokenizerBase, *, adapted: bool = False
+    ) -> None:
+        self.stats = GenerationStats()
+        self._engine, self._tokenizer, self._adapted = engine, tokenizer, adapted
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
+        """Yield each prompt with its answer, 256 at a time, in the order in which beginnings are shared.
+
+        Raises:
+            ValueError: a prompt beyond the range that vLLM was given, before anything is generated.
+            EndpointError: vLLM cannot load the model.
+        """
+        encoded = sorted(
+            ((encode_text(self._tokenizer, one.text, chat=one.chat, prefix=one.prefix), one) for one in prompts),
+            key=lambda pair: pair[0],
+        )
+        if not encoded:
+            return
+        llm, lora = self._engine()
+        needed = max(len(ids) + prompt.max_new_tokens for ids, prompt in encoded)
+        reach = int(llm.model_config.max_model_len)
+        if needed > reach:
+            raise ValueError(
+                f"`lengths` must be within the range that vLLM was given, {reach:,} tokens, got {needed:,} with the "
+                f"answer. Set shorter lengths, or `vllm_options` to '{{\"max_model_len\": {needed}}}'."
+            )
+        make = require("vllm", "vllm").SamplingParams
+        for first in range(0, len(encoded), _BATCH):
+            batch, start = encoded[first : first + _BATCH], time.perf_counter()
+            # All that is not given is off: vLLM reads a generation config's penalties for its own defaults alone.
+            outputs = llm.generate(
+                [{"prompt_token_ids": ids} for ids, _ in batch],
+                [
+                    make(temperature=0.0, max_tokens=one.max_new_tokens, stop=list(one.stop) or None)
+                    for _, one in batch
+                ],
+                use_tqdm=False,
+                lora_request=lora if self._adapted else None,
+            )
+            self.stats.seconds += time.perf_counter() - start
+            for (ids, prompt), output in zip(batch, outputs, strict=True):
+                (written,) = output.outputs
+                self.stats.prompt_tokens += len(ids)
+                self.stats.cached_tokens += output.num_cached_tokens or 0
+                self.stats.generated_tokens += len(written.token_ids)
+                text, cut = cut_at(written.text, prompt.stop), written.finish_reason == "length"
+                yield prompt, Completion(text, len(written.token_ids), cut)
+
+
+def vllm_examinees(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, revision: str | None
+) -> list[Examinee]:
+    """Return the base, and the adapter beside it on the same weights in memory.
+
+    Where the adapter was trained with scaled RoPE, the base has that RoPE too, and is called so: vLLM has one RoPE
+    for all that it holds. The base as published is a run of its own, without the adapter.
+
+    Args:
+        options: what is evaluated.
+        tokenizer: the model's.
+        config: of the model, with the RoPE of the adapter.
+        revision: of the model.
+    """
+    require("vllm", "vllm")  # missing is told now, and not when all prompts are made
+    given: Mapping[str, Any] = json.loads(options.vllm_options or "{}")
+    more: dict[str, Any] = {"dtype": options.dtype, "revision": revision, **given}
+    if options.trust_remote_code:
+        more["trust_remote_code"] = True
+    engine = cache(partial(load_vllm, options.model, options.adapter, **more))
+    base = {
+        "engine": "vllm",
+        "options": more,
+        "rope": asdict(rope_record(config)),
+        "files": _files(options.model),
+        "commit": getattr(config, "_commit_hash", None),
+    }
+    identity = digest(json.dumps(base, sort_keys=True, default=str))
+    if options.adapter is None:
+        return [Examinee(BASE, identity, VLLMAnswers(engine, tokenizer), what="the model, by vLLM")]
+    vllm_options(options.adapter)  # refuses what vLLM would compute in another way, before anything is asked
+    remote = {"revision": revision, "trust_remote_code": options.trust_remote_code}
+    scaled = rope_record(AutoConfig.from_pretrained(options.model, **remote)) != rope_record(config)
+    what = "the base without the adapter, by vLLM" + (", with the RoPE scaling it was trained with" if scaled else "")
+    commit = loaded_commit(options.adapter, "adapter_config.json", options.adapter_revision)
+    adapter = digest(json.dumps([identity, options.adapter, commit, _files(options.adapter)]))
+    return [
+        Examinee(SCALED if scaled else BASE, identity, VLLMAnswers(engine, tokenizer), what=what),
+        Examinee(
+            ADAPTER, adapter, VLLMAnswers(engine, tokenizer, adapted=True), what="the base with the adapter, by vLLM"
+        ),
+    ]
+
+
+def _files(source: str) -> list[list[Any]] | str:
+    """What tells the files of a folder from any others; of a Hub id its name, whose commit stands beside it."""
+    if not Path(source).is_dir():
+        return source
+    files = sorted(path for path in Path(source).iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
