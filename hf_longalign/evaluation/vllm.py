@@ -43,6 +43,7 @@ class VLLMAnswers:
         self, engine: Callable[[], tuple[Any, Any]], tokenizer: PreTrainedTokenizerBase, *, adapted: bool = False
     ) -> None:
         self.stats = GenerationStats()
+        self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._engine, self._tokenizer, self._adapted = engine, tokenizer, adapted
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
