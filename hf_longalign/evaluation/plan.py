@@ -23,9 +23,8 @@ logger = logging.getLogger(__name__)
 MOST, FEWEST = 20, 3
 # Tokens of the two texts by whose time the cost of a token, alone and by its distance to others, is known.
 PROBES = (256, 1024)
-# Steps of writing an answer, less those it shares with answers written at once: the depths of a needle are together.
-# Measured with SmolLM2-135M at 1,024 tokens and three samples.
-NEEDLE_STEPS, ANSWER_STEPS = 4, 14
+# Tokens of an answer, and how many are written at once. Answers have 64 on average where a small model does not end.
+ANSWER_TOKENS, ROWS = 64, 8
 # The share of a needle prompt that is read anew, at the default depths: what two depths share is read once, so the
 # first two are read whole and the others from 0.25, 0.5 and 0.75 on: (1 + 1 + 0.75 + 0.5 + 0.25) / 5.
 NEEDLE_SHARE = 0.7
@@ -120,9 +119,7 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
 def seconds_of(cost: tuple[float, float, float], length: int, is_needle: bool) -> float:
     """Return the seconds of a prompt of so many tokens with its answer, see [`seconds_per_token`]."""
     reading = cost[0] * length + cost[1] * length**2
-    if is_needle:
-        return NEEDLE_SHARE * reading + NEEDLE_STEPS * cost[2]
-    return reading + ANSWER_STEPS * cost[2]
+    return (NEEDLE_SHARE if is_needle else 1.0) * reading + ANSWER_TOKENS * cost[2]
 
 
 def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, float]:
@@ -169,19 +166,32 @@ def announce(
 @torch.inference_mode()
 def seconds_per_token(model: Any) -> tuple[float, float, float]:
     """Return what a token costs in seconds: read, for each token before it, and written."""
-    times = []
-    for tokens in (PROBES[0], *PROBES, 1):  # the first one warms up
+    times: list[float] = []
+    cache: Any = None
+    for tokens in (PROBES[0], *PROBES):  # the first one warms up
         ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
-        start = time.perf_counter()
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        seconds, cache = _timed(model, input_ids=ids, use_cache=True)
+        times.append(seconds)
+    # Answers are written after a text that all their rows hold: on a CPU that costs more than the step itself.
+    held: dict[str, Any] = {"use_cache": False}
+    if hasattr(cache, "batch_repeat_interleave"):  # not a state of another kind
+        cache.batch_repeat_interleave(ROWS)
+        held = {"use_cache": True, "past_key_values": cache}
+    written, _ = _timed(model, input_ids=ids[:, :1].expand(ROWS, 1), **held)
     # A token costs a fixed part and one that grows with the tokens before it: two lengths tell both.
-    _, at_short, at_long, written = times
+    _, at_short, at_long = times
     short, long = PROBES
     pair = max(0.0, (at_long / long - at_short / short) / (long - short))
-    return max(1e-9, at_short / short - pair * short), pair, written
+    return max(1e-9, at_short / short - pair * short), pair, written / ROWS
+
+
+def _timed(model: Any, **inputs: Any) -> tuple[float, Any]:
+    """The seconds of a forward, and the cache it leaves."""
+    start = time.perf_counter()
+    output = model(**inputs, logits_to_keep=1)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, getattr(output, "past_key_values", None)
 
 
 @dataclass(frozen=True)
