@@ -13,7 +13,7 @@ from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
 from hf_longalign.commands import sft
 from hf_longalign.commands.sft import DataOptions
-from hf_longalign.evaluation import evaluate, evaluator
+from hf_longalign.evaluation import evaluate, evaluator, examined
 from hf_longalign.evaluation.options import ModelOptions
 
 
@@ -172,9 +172,9 @@ def test_code_that_comes_with_a_model_runs_only_where_it_may(monkeypatch):
         asked.append(options["trust_remote_code"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluator, "load_tokenizer", load)
-    monkeypatch.setattr(evaluator, "check_there", lambda **names: None)
+    monkeypatch.setattr(examined, "load_tokenizer", load)
+    monkeypatch.setattr(examined, "check_there", lambda **names: None)
     for trusted in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            evaluator.Examined.load(ModelOptions("org/model", trust_remote_code=trusted))
+            examined.Examined.load(ModelOptions("org/model", trust_remote_code=trusted))
     assert asked == [False, True]

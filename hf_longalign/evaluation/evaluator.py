@@ -1,10 +1,9 @@
 """`evaluate`: ask a model, and the adapter trained on it, the same questions, and report what changed."""
 
 import logging
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -15,11 +14,10 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoConfig, BitsAndBytesConfig
-from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
-from hf_longalign.evaluation.generation import LocalGenerator, check_range
+from hf_longalign.evaluation.examined import PROCESSES, Examined, public_name
+from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
 from hf_longalign.evaluation.longbench import (
@@ -31,17 +29,7 @@ from hf_longalign.evaluation.longbench import (
     longbench_prompts,
     score_longbench,
 )
-from hf_longalign.evaluation.models import (
-    ADAPTER,
-    BASE,
-    base_revision,
-    check_there,
-    examinees,
-    load_config,
-    load_model,
-    load_tokenizer,
-    record_of,
-)
+from hf_longalign.evaluation.models import ADAPTER, load_model, record_of
 from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import DOCUMENTS, PerplexitySuite
@@ -53,18 +41,12 @@ from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
 from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
-from hf_longalign.evaluation.vllm import vllm_examinees
 from hf_longalign.known_answers import known_answers
-from hf_longalign.records.report import EvaluatedModel, Report
-from hf_longalign.rope import model_range
-from hf_longalign.run_record import loaded_commit
+from hf_longalign.records.report import Report
 from hf_longalign.version import __version__
 
 
 logger = logging.getLogger(__name__)
-
-# Processes that a launcher such as torchrun has started; others may join.
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 Suite = PromptSuite | HarnessSuite | PerplexitySuite
 
@@ -127,7 +109,7 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
         return write_report(options.output_dir, report, coverage=record.coverage if record else None), True
 
 
-def work(suites: Sequence[Suite], examined: "Examined", store: ResultStore) -> None:
+def work(suites: Sequence[Suite], examined: Examined, store: ResultStore) -> None:
     """Ask until every answer is there; what other processes are at is waited for, and asked where they are lost."""
     told, pause = time.monotonic(), PAUSE
     while True:
@@ -141,95 +123,6 @@ def work(suites: Sequence[Suite], examined: "Examined", store: ResultStore) -> N
             logger.info("Waiting for %d results of other processes in %s.", len(missing), store.folder)
         time.sleep(pause)
         pause = min(2 * pause, 10.0)  # many looks would keep a network disk busy
-
-
-@dataclass
-class Examined:
-    """The models under evaluation, the tokenizer and the config that all suites share."""
-
-    options: ModelOptions
-    tokenizer: Any
-    config: Any
-    model: Any
-    who: list[Examinee]
-
-    def __post_init__(self) -> None:
-        # The base's, of which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
-        self.tokenizer.model_max_length = VERY_LARGE_INTEGER
-
-    @classmethod
-    def load(cls, options: ModelOptions) -> "Examined":
-        """Load what the options name; of a served model only its tokenizer and config."""
-        check_there(model=options.model, adapter=options.adapter, tokenizer=options.tokenizer)
-        revision = base_revision(options.model, options.adapter, options.model_revision, options.adapter_revision)
-        remote = {"trust_remote_code": options.trust_remote_code}
-        where: dict[str, Any] = {"adapter": options.adapter, "revision": revision, **remote}
-        where["adapter_revision"] = options.adapter_revision
-        tokenizer = load_tokenizer(options.model, tokenizer=options.tokenizer, **where)
-        if options.endpoint is not None:
-            config, url = load_config(options.model, **where), options.endpoint.split("@")[-1]  # without a login
-            request: dict[str, Any] = {"api_key_env": options.api_key_env, "max_concurrency": options.max_concurrency}
-            who = [
-                Examinee(
-                    label,
-                    f"{url}/{name}",
-                    EndpointGenerator(name, options.endpoint, **request),
-                    what=f"as served by {url}",
-                )
-                for label, name in ((BASE, options.model), (ADAPTER, options.adapter))
-                if name is not None
-            ]
-            return cls(options, tokenizer, config, None, who)
-        if options.generator == "vllm":
-            if PROCESSES > 1:
-                raise ValueError(
-                    f"`generator` vllm must run in one process, got {PROCESSES}, which would share a GPU. Start it "
-                    "without `accelerate launch`, with `--vllm_options '{\"tensor_parallel_size\": 8}'`."
-                )
-            config = load_config(options.model, **where)
-            return cls(options, tokenizer, config, None, vllm_examinees(options, tokenizer, config, revision))
-        bits: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
-        model = load_model(
-            options.model,
-            **where,
-            dtype=options.dtype,
-            attn_implementation=options.attn_implementation,
-            quantization_config=BitsAndBytesConfig(**bits) if options.load_in_4bit else None,
-            device_map=place(),
-        )
-        generator = LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
-        plain = AutoConfig.from_pretrained(options.model, revision=revision, **remote) if options.adapter else None
-        who = examinees(model, generator, {"quantised": options.load_in_4bit}, plain)
-        for examinee in who[1:]:  # each counts what it reads and writes for itself
-            examinee.generator = LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
-        return cls(options, tokenizer, model.config, model, who)
-
-    @property
-    def reach(self) -> int:
-        """The range in tokens that all prompts stay within."""
-        return model_range(self.config)
-
-    def models(self) -> list[EvaluatedModel]:
-        """Return what was asked, for the report; of a folder only its last part."""
-        options, models = self.options, []
-        for examinee in self.who:
-            name, commit = options.model, getattr(self.config, "_commit_hash", None)
-            if examinee.label == ADAPTER and options.adapter is not None:
-                name = options.adapter
-                commit = loaded_commit(name, "adapter_config.json", options.adapter_revision)
-            models.append(EvaluatedModel(examinee.label, public_name(name), commit, examinee.what))
-        return models
-
-
-def place() -> Any:
-    """Return where a model goes: one process spreads it over all GPUs; of several, each holds a whole one."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if PROCESSES == 1:
-        return "auto" if torch.cuda.is_available() else {"": accelerator or "cpu"}
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    if accelerator:
-        torch.accelerator.set_device_index(number)  # kernels run on the current device
-    return {"": torch.device(accelerator.type, number) if accelerator else "cpu"}
 
 
 def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -> list[Suite]:
@@ -446,8 +339,3 @@ def uses_chat(examined: Examined, options: SuiteOptions) -> bool:
 def public_documents(source: str | None) -> str:
     """Return what a report calls documents."""
     return "built-in sentences" if source is None else public_name(source)
-
-
-def public_name(name: str) -> str:
-    """Return a Hub id as it is, of a path of this machine its last part: reports are published."""
-    return Path(name).resolve().name if Path(name).exists() else name

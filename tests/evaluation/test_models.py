@@ -11,7 +11,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.adapter import weights_sample
-from hf_longalign.evaluation.evaluator import Examined
+from hf_longalign.evaluation.examined import Examined
 from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.records.training import TrainingRecord
