@@ -159,7 +159,7 @@ def check_logprobs(generator: EndpointGenerator, tokenizer: PreTrainedTokenizerB
         if answer.ok and len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == len(ids) + 1:
             lm.parse_logprobs(answer.json(), ctxlens=[1])
             return
-    except requests.ConnectionError as error:
+    except (requests.ConnectionError, requests.Timeout) as error:
         told = f"{type(error).__name__}, is it running?"
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         told = "an answer without them"
