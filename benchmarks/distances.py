@@ -43,7 +43,7 @@ def train(args, strategy, folder):
         skip_strategy=strategy,
         skip_target_length=args.target_length,
         skip_probability=0.5,
-        rope_type="yarn",
+        rope_type=args.rope_type,
         eval_distances=[length for length, _ in args.texts],
         eval_strategy="steps",
         eval_steps=args.steps // args.checkpoints,
@@ -106,6 +106,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--target_length", type=int, default=16384)
+    parser.add_argument("--rope_type", default="yarn", help="linear by a large factor breaks what training then mends")
     parser.add_argument("--texts", nargs="+", default=["2048:2", "4096:2"], help="length:texts")
     parser.add_argument("--folder", type=Path, default=Path("outputs/distances"), help="of adapters and answers")
     parser.add_argument("--output", type=Path, required=True)
