@@ -30,8 +30,7 @@ import openai
 from hf_longalign.endpoint.client import OpenAIGenerator
 from hf_longalign.endpoint.protocol import Request
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.progress import Progress
-from hf_longalign.synthesis.runner import Runner
+from hf_longalign.synthesis.runner import Progress, Runner
 
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ JOINS = {"__init__", "__main__", "cli", "commands"}
 # Standard library and NumPy alone; cards also make their front matter and page with what the Hub's own client uses.
 PURE = {
     *("positions", "blocks", "records"),
-    *("synthesis/prompts", "synthesis/compose"),
+    "synthesis/prompts",
     *("evaluation/prompt", "evaluation/needles", "evaluation/placement", "evaluation/intervals"),
     *("evaluation/results", "evaluation/longbench_metrics", "evaluation/ruler"),
 }

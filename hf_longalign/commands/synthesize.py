@@ -157,7 +157,7 @@ def make_vllm(args: SynthesizeArguments) -> Generator:
     """Return a model in vLLM, which spreads it over the GPUs by itself."""
     from accelerate import PartialState
 
-    from hf_longalign.synthesis.vllm import VLLMGenerator
+    from hf_longalign.synthesis.local import VLLMGenerator
 
     processes = PartialState().num_processes
     if processes > 1:
@@ -224,8 +224,7 @@ def run(
 
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder
     from hf_longalign.synthesis.export import check_output
-    from hf_longalign.synthesis.shards import fill_shard
-    from hf_longalign.synthesis.team import join_team
+    from hf_longalign.synthesis.shards import fill_shard, join_team
 
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())

@@ -35,8 +35,6 @@ class HostedBatches:
         poll_seconds: seconds between two looks at a batch.
         window: how long the other side may take; the only one offered today is "24h".
 
-    Example:
-
     >>> HostedBatches("https://api.example.com").place
     'https://api.example.com/v1'
     """
@@ -158,8 +156,6 @@ class CommandBatches:
     Parameters:
         command: the command and its arguments, with `{input}` and `{output}` where the files go.
         folder: where the files are kept; a run that was killed finds its own again.
-
-    Example:
 
     >>> command = ["vllm", "run-batch", "-i", "{input}", "-o", "{output}", "--model", "Qwen/Qwen2.5-7B-Instruct"]
     >>> CommandBatches(command, "outputs/batches").place

@@ -343,8 +343,6 @@ def training_rows(
     Raises:
         ValueError: an unknown task, or a length without room for it.
 
-    Example:
-
     >>> row = training_rows(["latest"], number=1, length=120, count=lambda text: len(text.split()))[0]
     >>> [message["role"] for message in row["messages"]], sorted(row["parts"][0])
     (['user', 'assistant'], ['end', 'message', 'start'])

@@ -7,15 +7,14 @@ from hf_longalign.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder, ContextSynthesisConfig
-    from hf_longalign.synthesis.local import TransformersGenerator
+    from hf_longalign.synthesis.local import TransformersGenerator, VLLMGenerator
     from hf_longalign.synthesis.shards import merge_shards, run_shard
-    from hf_longalign.synthesis.vllm import VLLMGenerator
 
 _EXPORTS = {
     "ContextSynthesisBuilder": "builder",
     "ContextSynthesisConfig": "builder",
     "TransformersGenerator": "local",
-    "VLLMGenerator": "vllm",
+    "VLLMGenerator": "local",
     "merge_shards": "shards",
     "run_shard": "shards",
 }

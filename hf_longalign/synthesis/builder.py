@@ -125,8 +125,6 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
     Raises:
         ValueError: a bad field, seed, document or tokenizer, named with its remedy, before anything is paid for.
 
-    Example:
-
     >>> import tempfile
     >>> pairs = [{"instruction": f"Which of the dams is dam {n}?", "answer": f"dam {n}", "context": f"It is dam {n}."}
     ...          for n in range(3)]
@@ -199,8 +197,6 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
 
     def other(self, config_name: str) -> "ContextSynthesisBuilder":
         """Return the builder of another configuration of the same data: seeds are read and checked once for all.
-
-        Example:
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -128,8 +128,6 @@ def verify_context(
     A text that no model has `written` cannot refuse, talk about the task or be cut off. `finish_reason` says why the
     model stopped: "length" means in mid-sentence.
 
-    Example:
-
     >>> rules = Rules(("length", "support"), min_words=3)
     >>> [str(c.outcome) for c in verify_context("Ada left.", Seed("a", "general", "Who?", "Ada"), rules, written=True)]
     ['failed', 'passed']
@@ -274,8 +272,6 @@ def identify_language(text: str) -> str | None:
     """Return the two-letter code of the language of `text`, or `None` where it is too short to tell.
 
     Offline, by py3langid (97 languages, a 4 MB model inside the package).
-
-    Example:
 
     >>> identify_language("The dam was built in 1912, and the village below it was moved to the bank of the river.")
     'en'

@@ -31,8 +31,6 @@ def whole(path: Path) -> Iterator[Path]:
     What stood at `path` is replaced. Two that write one path at once both succeed, and the last one stays. What a
     killed process left unfinished is removed by the next one that writes `path`.
 
-    Example:
-
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with whole(Path(folder) / "a.txt") as unfinished:

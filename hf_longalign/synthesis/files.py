@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from hf_longalign.synthesis.chat import Composer
-from hf_longalign.synthesis.compose import BudgetError
+from hf_longalign.synthesis.compose import BudgetError, Composer
 from hf_longalign.synthesis.disk import read_table, table_row, write_array, write_table
 from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
@@ -259,8 +258,6 @@ def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int
     `sources` have a column `messages` of `{"role", "content"}`; where they hold too few rows to be mixed with
     `long_rows` others, all are returned. Raises a BadRowError for no conversation, or one that the assistant does not
     end.
-
-    Example:
 
     >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     >>> draw_general([[{"messages": chat}] * 9], 0.5, long_rows=2, seed=0)[0]["messages"] == chat

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
-from hf_longalign.synthesis import budget as claims
-from hf_longalign.synthesis.budget import Budget, Claim, Spend
+from hf_longalign.synthesis import tables
+from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.disk import lacks_its_log, mark_in_use, network_file_system, whole
-from hf_longalign.synthesis.tables import DROP, MERGE, VERSION, prepare
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,7 @@ class Entry:
 class Journal:
     """Replies by key, shared by any number of threads and processes on one machine.
 
-    A journal is opened in the process that uses it, after a fork and not before. `owner` is its name on claims.
+    A journal is opened in the process that uses it, after a fork and not before. `owner` is its name on tables.
 
     Raises:
         JournalError: the file is no journal, a copy without its log, or on a network's disk in use by another machine.
@@ -93,7 +92,7 @@ class Journal:
         # sqlite's locks do not survive a fork: a child that wrote through the parent's connection would break the
         # file.
         self._pid = os.getpid()
-        self.owner = claims.new_owner()
+        self.owner = tables.new_owner()
         self._lock = threading.Lock()
         self._lost: JournalError | None = None
         # sqlite shares its log through mapped memory, which the disk of another machine does not give
@@ -101,7 +100,7 @@ class Journal:
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
-        if lacks_its_log(self.path, VERSION):
+        if lacks_its_log(self.path, tables.VERSION):
             logger.warning(
                 "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
                 "another program has opened it after a kill. Every other reply is there.",
@@ -139,25 +138,25 @@ class Journal:
             stored = reply if new else _reply(connection, request.key)
         return stored or reply
 
-    def claim(self, request: Request, budget: Budget, *, waits: bool = False) -> Claim:
+    def claim(self, request: Request, budget: Budget, *, waits: bool = False) -> tables.Claim:
         """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`.
 
         What `waits` for a batch costs nothing before that is opened.
         """
         with self._locked() as connection:
             # Without a lock on the file: many wait here for what another process asks.
-            found = claims.look(connection, request.key, self.owner)
+            found = tables.look(connection, request.key, self.owner)
         if found is not None:
             return found
         if shutil.disk_usage(self.path.parent).free < _DISK_RESERVE:
             raise JournalError(f"The disk of the journal `{self.path.name}` is full. Free some space and run again.")
         with self.transaction() as connection:
-            return claims.claim(connection, request, budget, self.owner, waits=waits)
+            return tables.claim(connection, request, budget, self.owner, waits=waits)
 
     def release(self, request: Request) -> None:
         """Give up a claim that led to no reply."""
         with self.transaction() as connection:
-            claims.release(connection, request.key, self.owner)
+            tables.release(connection, request.key, self.owner)
 
     def fault(self, request: Request, fault: Fault, spend: Spend) -> None:
         """Note what an attempt without a reply has cost."""
@@ -176,7 +175,7 @@ class Journal:
         """
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
         with self.transaction() as connection:
-            for statement in DROP:
+            for statement in tables.DROP:
                 connection.executemany(statement, keys)
         return len(keys)
 
@@ -227,7 +226,7 @@ class Journal:
         """
         if not Path(path).is_file():
             raise JournalError(f"The journal `{Path(path).name}` does not exist. Correct the path.")
-        if lacks_its_log(Path(path), VERSION):
+        if lacks_its_log(Path(path), tables.VERSION):
             name = Path(path).name
             raise JournalError(
                 f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
@@ -250,9 +249,9 @@ class Journal:
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
                     with self._in_one(connection):
-                        for statement in MERGE[:-1]:
+                        for statement in tables.MERGE[:-1]:
                             connection.execute(statement)
-                        return connection.execute(MERGE[-1]).rowcount
+                        return connection.execute(tables.MERGE[-1]).rowcount
                 finally:
                     connection.execute("DETACH other")
 
@@ -261,7 +260,7 @@ class Journal:
         self._closing.set()
         self._keeper.join()
         with self.transaction() as connection:
-            claims.reap(connection, self.owner)
+            tables.reap(connection, self.owner)
         with suppress(sqlite3.OperationalError):
             # The last to leave takes the log into the file and says so in its header: a file that says "log" and has
             # none beside it was copied without. Others who still use the journal are not waited for.
@@ -280,7 +279,7 @@ class Journal:
         connection = sqlite3.connect(self.path, _PATIENCE_SECONDS, isolation_level=None, check_same_thread=False)
         try:
             # The tables come before the log is turned on, so that the file itself is a journal from the first moment.
-            prepare(connection)
+            tables.prepare(connection)
             mode = "delete" if self._network else "wal"
             answer = _set_mode(connection, mode)
             if answer != mode:

@@ -107,8 +107,6 @@ def accepted(outcomes: Sequence[Outcome]) -> list[int]:
 def features(config_name: str) -> Features:
     """Return the columns of a configuration.
 
-    Example:
-
     >>> sorted(features("chat")["parts"].feature)
     ['end', 'kind', 'message', 'start']
     """

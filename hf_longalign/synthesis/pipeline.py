@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
 from hf_longalign.synthesis.budget import Budget
-from hf_longalign.synthesis.chat import to_messages
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
+from hf_longalign.synthesis.compose import to_messages
 from hf_longalign.synthesis.config import SynthesisOptions, json_object
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
@@ -25,7 +25,6 @@ from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, draw_chunks, read_seeds
 from hf_longalign.synthesis.selection import Contamination, Duplicates, answer_losses, choose_seeds
 from hf_longalign.synthesis.tasks import find_task, prompt_parts
-from hf_longalign.synthesis.team import Team
 from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.synthesis.writer import (
     Ask,
@@ -42,6 +41,7 @@ from hf_longalign.synthesis.writer import (
 
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisConfig
+    from hf_longalign.synthesis.shards import Team
 
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Pipeline:
     journal: Path
     budget: Budget | None = None
     show_progress: bool | None = None
-    team: Team | None = None
+    team: "Team | None" = None
     shard: tuple[int, int] = (0, 1)
     _checked: bool = field(default=False, init=False)
     _done: bool = field(default=False, init=False)

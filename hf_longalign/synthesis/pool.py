@@ -28,8 +28,6 @@ _SAMPLE = 2000
 def hash_words(words: Iterable[str]) -> np.ndarray:
     """Return the 32-bit hashes of words, uint32, sorted, each once.
 
-    Example:
-
     >>> hash_words(["dam", "ashby", "dam"]).tolist() == sorted({zlib.crc32(b"dam"), zlib.crc32(b"ashby")})
     True
     """
@@ -88,8 +86,6 @@ class Rivals:
 
     Args:
         words: those of the texts; some thousand of them tell how rare a word is.
-
-    Example:
 
     >>> rivals = Rivals(Words.of(["the dam of Thornwick", "the dam of Ashby", "a film by Ada"]))
     >>> asked = rivals.asked("Where is the dam of Ashby?")
@@ -248,8 +244,6 @@ Scorer = Callable[[int], np.ndarray]
 def shuffled(items: Sequence[int] | np.ndarray, rng: np.random.Generator) -> Iterator[int]:
     """Yield the items in random order, at the cost of those that are taken and not of all.
 
-    Example:
-
     >>> sorted(shuffled([3, 5, 7], np.random.default_rng(0)))
     [3, 5, 7]
     """
@@ -274,8 +268,6 @@ def offer(
     `groups` are indices by source, the preferred source first; the row's `own` is not offered. `nearest` holds for
     each group the indices closest to what is asked, closest first, -1 for none; `hard_share` is how likely the next
     context is the nearest one left in its group.
-
-    Example:
 
     >>> groups = [np.array([1, 2, 3]), np.array([8, 9])]
     >>> order = list(offer(groups, np.random.default_rng(0), own=1, nearest=[[2], [9]], hard_share=1.0))

@@ -143,8 +143,6 @@ def context_prompt(
 ) -> Messages:
     """Ask for a context in one reply, from the pair alone or from facts listed before.
 
-    Example:
-
     >>> from hf_longalign.synthesis.tasks import TASKS
     >>> messages = context_prompt(Seed("a", "qmsum", "Why?", "Because."), TASKS["qmsum"], 500)
     >>> "about 500 words" in messages[1][1], messages[1][1].endswith(CONTEXT_FORMAT)
@@ -259,8 +257,6 @@ def read_context(text: str) -> tuple[str | None, str]:
     Raises:
         ReplyError: the reply has no "Context:", or nothing after it, or anything but a title before it.
 
-    Example:
-
     >>> read_context("Title: Dams\\nContext:\\nThe dam was built in 1912.")
     ('Dams', 'The dam was built in 1912.')
     """
@@ -299,8 +295,6 @@ def read_outline(text: str, sections: int) -> Outline:
 def read_pair(text: str) -> tuple[str, str]:
     """Return the question and the answer.
 
-    Example:
-
     >>> read_pair("Question: When?\\nAnswer: In 1912.")
     ('When?', 'In 1912.')
     """
@@ -313,8 +307,6 @@ def read_pair(text: str) -> tuple[str, str]:
 
 def read_verdict(text: str) -> tuple[bool, str]:
     """Return a judge's verdict and its reason.
-
-    Example:
 
     >>> read_verdict("Not supported: the text names another year.")
     (False, 'the text names another year.')
@@ -333,8 +325,6 @@ def spoken(text: str) -> str:
 
     Raises:
         ReplyError: the thoughts have no end.
-
-    Example:
 
     >>> spoken("I could write <think>Context: ...</think> first.</think>Context: The dam.")
     'Context: The dam.'

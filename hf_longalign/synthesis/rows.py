@@ -75,8 +75,6 @@ def read_rows(source: Any) -> Iterator[Row]:
         ValueError: no such file and not the name of a Hub data set either, a format that is not read, or a Parquet
             file that is not whole.
 
-    Example:
-
     >>> [row.values for row in read_rows([{"answer": "Ada\\0"}])]
     [{'answer': 'Ada'}]
     """

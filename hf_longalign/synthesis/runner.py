@@ -25,9 +25,9 @@ from hf_longalign.endpoint.protocol import (
     Request,
     RunStopped,
 )
-from hf_longalign.synthesis.budget import HOPELESS, Breaker, Budget, Claim, Spend
+from hf_longalign.synthesis.budget import HOPELESS, Breaker, Budget, Spend
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.ledger import JournalLedger
+from hf_longalign.synthesis.tables import Claim, JournalLedger
 
 
 T = TypeVar("T")
@@ -122,8 +122,6 @@ class Runner:
     A job is `async def job(ask)`, one for each seed: it awaits `ask(request)` as often as it needs (retries with the
     reason, sections) and returns its outcome. It may catch `GenerationError`, nothing else. Work of more than some
     milliseconds belongs into `await asyncio.to_thread(...)`: while a job computes, no reply is received.
-
-    Example:
 
     >>> import tempfile
     >>> from hf_longalign.endpoint.protocol import Reply, Request

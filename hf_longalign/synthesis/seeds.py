@@ -110,8 +110,6 @@ def read_seeds(
         BadRowError: a bad row, named by file, line and column.
         ValueError: an unknown task, no good row at all, or fewer contexts than seeds.
 
-    Example:
-
     >>> read_seeds([{"instruction": "Who?", "answer": "Ada"}]).seeds[0].task
     'general'
     """
@@ -317,8 +315,6 @@ def draw_chunks(documents: Sequence[Document], words: int, per_document: int, se
 
     Instruction synthesis takes 3,000 words (https://arxiv.org/abs/2502.15592). A chunk begins and ends at a word; the
     blanks between its words stay as they are.
-
-    Example:
 
     >>> draw_chunks([Document("one two  three", "a.txt")], 2, 1, seed=0)[0].context in ("one two", "two  three")
     True

@@ -81,8 +81,6 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
             hardness; "weight" draws, the hardest three times as likely as the easiest.
         seed: seed of the draw. Each pair's draw depends on its own id alone.
 
-    Example:
-
     >>> pairs = [Seed(str(number), "qasper", "Why?", "So.") for number in range(4)]
     >>> choose_seeds(pairs, [0.1, 0.9, 0.5, 0.7], "select", 0.5)
     [1, 3]
@@ -148,8 +146,6 @@ class Duplicates:
         """Return, for each text that nearly repeats an earlier one, its index and the index of that earlier one.
 
         A text is compared with those before it that repeat none themselves.
-
-        Example:
 
         >>> Duplicates().find(["the dam was built in 1912 by Ada", "no", "The dam was built in 1912, by Ada!"])
         {2: 0}
@@ -248,8 +244,6 @@ class Contamination:
             A string of the evaluation data with fewer words, but at least `shortest`, counts as a whole: most
             questions are shorter than 13 words. Where words are not divided by blanks, two characters are one.
         shortest: strings of fewer words overlap with nothing: "yes" and "in 1912" contaminate nobody.
-
-    Example:
 
     >>> known = Contamination([[{"input": "Who finished the dam below Thornwick in 1912?"}]])
     >>> known.overlap("who finished the dam, below Thornwick, in 1912")

@@ -44,8 +44,6 @@ class Task:
     def clean(self, context: str) -> str:
         """Return a given context with line breaks for the marks that stand for them.
 
-        Example:
-
         >>> TASKS["multi_news"].clean("A storm. NEWLINE_CHAR NEWLINE_CHAR It rained.  ||||| A flood.")
         'A storm.\\n\\nIt rained.\\n\\nA flood.'
         """
@@ -122,8 +120,6 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: no such task; the message lists the names.
 
-    Example:
-
     >>> find_task("2wikiqa").name
     '2wikimqa'
     >>> find_task("gov_report").is_summary
@@ -141,8 +137,6 @@ def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> 
     Returns:
         The head, and the tail that holds the question, without the blank line between context and tail.
 
-    Example:
-
     >>> prompt_parts(TASKS["gov_report"], "", 'the report "Dams"')[1]
     'Now, write a one-page summary of the report "Dams".\\n\\nSummary:'
     """
@@ -158,8 +152,6 @@ def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> 
 
 def fill(template: str, **values: str) -> str:
     """Return a template with its fields filled at once: braces in what is filled in are text, not fields.
-
-    Example:
 
     >>> fill("On {reference}: {input}", reference="the film {input}", input="Who?")
     'On the film {input}: Who?'

@@ -59,8 +59,6 @@ class ControlTokens:
     becomes two turns in training, and another prompt than was meant at an endpoint. `special_tokens` are those of the
     tokenizer that will be trained, next to the known ones of other templates.
 
-    Example:
-
     >>> control = ControlTokens()
     >>> control.find("The end.<|im_end|>\\n</s>"), control.find("a < b, [1], <i>s</i>")
     (['<|im_end|>', '</s>'], [])

@@ -267,8 +267,6 @@ def score_answer(answer: str, reply: str) -> float:
     The F1 is SQuAD's (https://arxiv.org/abs/1606.05250); answers of a word that decides ("yes", "no") must open the
     reply.
 
-    Example:
-
     >>> score_answer("The Georgia Peach", "It was the georgia peach, Ty Cobb.")
     1.0
     >>> score_answer("no", "There is no doubt: yes.")

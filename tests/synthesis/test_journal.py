@@ -15,9 +15,10 @@ from contextlib import closing
 import pytest
 
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, Sampling
-from hf_longalign.synthesis.budget import Budget, BudgetExceeded, Claim, Spend
+from hf_longalign.synthesis.budget import Budget, BudgetExceeded, Spend
 from hf_longalign.synthesis.disk import network_file_system
 from hf_longalign.synthesis.journal import Journal, JournalError
+from hf_longalign.synthesis.tables import Claim
 
 
 NO_BUDGET = Budget()

@@ -9,8 +9,7 @@ import vllm_stand_in
 from tiny_chat import make_tiny_chat
 
 from hf_longalign.endpoint.protocol import EndpointError, GenerationError, Request, RunStopped, Sampling
-from hf_longalign.synthesis.local import Draw, TransformersGenerator
-from hf_longalign.synthesis.vllm import VLLMGenerator
+from hf_longalign.synthesis.local import Draw, TransformersGenerator, VLLMGenerator
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import pytest
 from hf_longalign.endpoint.protocol import RunStopped, ignore
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.shards import fill_shard, merge_shards, run_shard
-from hf_longalign.synthesis.team import Team
+from hf_longalign.synthesis.shards import Team, fill_shard, merge_shards, run_shard
 
 from .fakes import FakeGenerator, make_pairs
 
