@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from hf_longalign.lazy import require
 from hf_longalign.records.names import is_local_path
 
 
@@ -20,7 +22,7 @@ _PATH = re.compile(r"(?<![\w:/.@-])(?:[A-Za-z]:\\|~?/)(?:[^\s/\\'\"`:,;()<>]+[/\
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
-    """`text` without `secrets`, keys and URL passwords, and with the last part of a local path alone.
+    """`text` without `secrets`, keys and logins, and with the last part of a local path alone.
 
     >>> redact("no /home/me/models/tiny at http://me:pw@host/v1/models with Bearer abc", ["pw"])
     'no tiny at http://host/v1/models with Bearer ***'
@@ -91,9 +93,19 @@ class Endpoint:
         return [secret for secret in (self.api_key, password, unquote(password or ""), self.login) if secret]
 
     @classmethod
-    def with_key_of(cls, url: str, variable: str) -> "Endpoint":
-        """The endpoint at `url` with the key that the environment variable holds, if it is set.
+    def with_key_of(cls, endpoint: "str | Endpoint", variable: str) -> "Endpoint":
+        """The endpoint at a URL with the key that the environment variable holds, if it is set and no login is."""
+        if isinstance(endpoint, Endpoint):
+            return endpoint
+        return cls(endpoint, None if urlsplit(endpoint).username else os.environ.get(variable) or None)
 
-        A login in the URL goes before the key.
-        """
-        return cls(url, None if urlsplit(url).username else os.environ.get(variable) or None)
+    def connect(self, **options: Any) -> Any:
+        """A new `openai.AsyncOpenAI` for it, which repeats nothing: retries are counted and paced by who asks."""
+        return require("openai", "endpoint").AsyncOpenAI(
+            base_url=self.name,
+            # The client refuses to be made without a key, and reads OPENAI_API_KEY, whosever it is, if it gets none.
+            api_key=self.api_key or "none",
+            default_headers={"Authorization": f"Basic {self.login}"} if self.login else {},
+            max_retries=0,
+            **options,
+        )

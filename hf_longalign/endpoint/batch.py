@@ -7,7 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from hf_longalign.endpoint.address import recorded_name
 from hf_longalign.endpoint.protocol import (
@@ -20,8 +20,13 @@ from hf_longalign.endpoint.protocol import (
     Request,
     RunStopped,
     ignore,
+    settle,
 )
 from hf_longalign.endpoint.wire import AttemptError, Refusal, body_of, habit_for, most, read_reply, read_status
+
+
+if TYPE_CHECKING:
+    from hf_longalign.endpoint.batch_places import CommandBatches, HostedBatches
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +42,7 @@ class OpenBatch:
     Attributes:
         tag: its name here, given before anything is sent.
         name: its name there; `None` where this process, or one that was killed, never learned it.
-        place: where it was sent, see `Batches.place`.
+        place: where it was sent; it holds no key and no local path.
         requests: what it asks.
     """
 
@@ -95,35 +100,6 @@ class BatchRefusedError(EndpointError):
     """A batch was refused as a whole, for nothing."""
 
 
-class Batches(Protocol):
-    """Where batches are sent.
-
-    `place` tells it from others in the ledger; it holds no key and no local path. `price_share` of the list prices is
-    billed.
-    """
-
-    place: str
-    price_share: float
-
-    async def check(self) -> None:
-        """Raise `EndpointError` where no batch could be sent; costs nothing."""
-
-    async def send(self, tag: str, lines: bytes) -> str:
-        """Send a file of requests, one JSON object a line, and return the batch's name. Sends none twice."""
-
-    async def find(self, tag: str) -> str | None:
-        """Return the name of the batch that was sent under `tag`, if one was."""
-
-    async def results(self, name: str) -> dict[str, Result]:
-        """Wait for the end of a batch and return what came back, by `custom_id`; what did not is absent.
-
-        Raises `BatchRefusedError`, or `EndpointError` where the other side is away.
-        """
-
-    async def close(self) -> None:
-        """Free connections and processes."""
-
-
 @dataclass
 class BatchGenerator:
     """Asks in batches, round by round: what one round could not use is asked again in the next.
@@ -149,7 +125,7 @@ class BatchGenerator:
     """
 
     served_model: str
-    batches: Batches
+    batches: "HostedBatches | CommandBatches"
     concurrency: int = 10_000
     linger: float = 5.0
     max_rounds: int = 4
@@ -203,7 +179,7 @@ class BatchGenerator:
             except Refusal as refusal:
                 habit = habit_for(refusal, body_of(request, self.served_model, ()))
                 if habit != "max_completion_tokens" or refusal.kind != "option":
-                    raise self._refused(request, refusal) from None
+                    raise self._error(request, refusal) from None
                 self._habits.add(habit)  # it was refused for nothing: not one of its rounds
 
     def drain(self) -> None:
@@ -213,7 +189,7 @@ class BatchGenerator:
             task.cancel()
         waiting, self._waiting = self._waiting, []
         for _, future in waiting:
-            _fail(future, RunStopped("The run is stopping."))
+            settle(future, RunStopped("The run is stopping."))
 
     async def close(self) -> None:
         """Free what the other side's client holds; the next request opens it anew."""
@@ -279,7 +255,7 @@ class BatchGenerator:
         except asyncio.CancelledError:
             self._its_ledger.leave_batch(tag)
             for _, future in waiting:
-                _fail(future, RunStopped("The run is stopping; the next one collects what its batches bring."))
+                settle(future, RunStopped("The run is stopping; the next one collects what its batches bring."))
             raise
         except Exception as error:  # noqa: BLE001 - raised where a reply is waited for
             if isinstance(error, BatchRefusedError):
@@ -287,15 +263,10 @@ class BatchGenerator:
             else:  # perhaps it is under way all the same
                 self._its_ledger.leave_batch(tag)
             for _, future in waiting:
-                _fail(future, error)
+                settle(future, error)
             return
         for request, future in waiting:
-            outcome = outcomes[request.key]
-            if isinstance(outcome, Reply):
-                if not future.done():
-                    future.set_result(outcome)
-            else:
-                _fail(future, outcome)
+            settle(future, outcomes[request.key])
 
     async def _collect(self, batch: OpenBatch) -> None:
         """Take over what a batch of an earlier run brings; what it does not bring is asked again like anything."""
@@ -330,7 +301,7 @@ class BatchGenerator:
             logger.warning("%d requests of a batch got no reply: %s", number, told)
         return outcomes
 
-    def _refused(self, request: Request, refusal: Refusal) -> Exception:
+    def _error(self, request: Request, refusal: Refusal) -> Exception:
         if refusal.kind in ("key", "quota", "not_found", "option"):
             option = f" the option `{refusal.option}`" if refusal.option else ""
             return EndpointError(
@@ -340,8 +311,3 @@ class BatchGenerator:
         return GenerationError(
             refusal.kind, f"{self.batches.place} refuses request {request.key}: {refusal.told}", refusal.told
         )
-
-
-def _fail(future: "asyncio.Future[Reply]", error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)

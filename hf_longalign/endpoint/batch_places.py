@@ -49,7 +49,7 @@ class HostedBatches:
         poll_seconds: float = 30.0,
         window: str = "24h",
     ) -> None:
-        self._endpoint = Endpoint.with_key_of(endpoint, api_key_env) if isinstance(endpoint, str) else endpoint
+        self._endpoint = Endpoint.with_key_of(endpoint, api_key_env)
         self.place = self._endpoint.name
         self.poll_seconds = poll_seconds
         self.window = window
@@ -61,10 +61,9 @@ class HostedBatches:
         await self._call(lambda client: client.batches.list(limit=1))
 
     async def send(self, tag: str, lines: bytes) -> str:
-        """Upload the file and create the batch; see `Batches.send`."""
+        """Upload a file of requests, one JSON object a line, and return the name of its batch. Sends none twice."""
         file = await self._call(lambda client: client.files.create(file=(f"{tag}.jsonl", lines), purpose="batch"))
         first = json.loads(lines.split(b"\n", 1)[0])
-
         tried = False
 
         async def create(client: Any) -> Any:
@@ -85,7 +84,10 @@ class HostedBatches:
         return name
 
     async def results(self, name: str) -> dict[str, Result]:
-        """Wait for the end and read both files; see `Batches.results`."""
+        """Wait for the end and return what came back, by `custom_id`; what did not is absent.
+
+        Raises `BatchRefusedError`, or `EndpointError` where the other side is away.
+        """
         while True:
             batch = await self._call(lambda client: client.batches.retrieve(name))
             if batch.status in _ENDED:
@@ -125,13 +127,7 @@ class HostedBatches:
     async def _call(self, call: Any) -> Any:
         """Do one thing, again while the other side is away or busy; all of them may be done twice."""
         openai = require("openai", "endpoint")
-        if self._opened is None:
-            self._opened = openai.AsyncOpenAI(
-                base_url=self._endpoint.name,
-                api_key=self._endpoint.api_key or "none",
-                default_headers={"Authorization": f"Basic {self._endpoint.login}"} if self._endpoint.login else {},
-                max_retries=0,  # repeated here, whole
-            )
+        self._opened = self._opened or self._endpoint.connect()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await call(self._opened)

@@ -67,8 +67,7 @@ _REQUEST_REMEDIES = {
 class OpenAIGenerator:
     """Asks one or several endpoints that serve the same model, each with an adaptive number of requests at once.
 
-    A server that takes only `max_completion_tokens`, or only streams, says so in an answer that costs nothing, and is
-    asked that way from then on.
+    A server that takes only `max_completion_tokens`, or only streams, is asked that way once it has said so.
 
     Parameters:
         model: the name the endpoints serve. A local path is recorded by its last part and a hash of the whole.
@@ -108,10 +107,7 @@ class OpenAIGenerator:
             endpoints = [endpoints]
         if not endpoints:
             raise ValueError("`endpoints` must hold at least one URL, got none. Set http://localhost:8000/v1.")
-        self.endpoints = [
-            Endpoint.with_key_of(endpoint, api_key_env) if isinstance(endpoint, str) else endpoint
-            for endpoint in endpoints
-        ]
+        self.endpoints = [Endpoint.with_key_of(endpoint, api_key_env) for endpoint in endpoints]
         AdaptiveLimiter(max_concurrency)  # raises for a bad value before anything is sent
         self.served_model = model
         self.model = recorded_name(model)
@@ -185,10 +181,7 @@ class OpenAIGenerator:
             await asyncio.gather(*(lane.client.close() for lane in pool.lanes))
 
     async def _send(self, lane: Lane, request: Request) -> Reply:
-        """One attempt, in the form the endpoint takes.
-
-        Raises `AttemptError`, or `GenerationError` or `EndpointError` where another attempt would not help.
-        """
+        """One attempt. Raises `AttemptError`, or another error where a further attempt would not help."""
         while True:
             body = body_of(request, self.served_model, lane.habits)
             try:
@@ -205,23 +198,20 @@ class OpenAIGenerator:
                 raise AttemptError(most(request, kind) if sent else Fault("unreachable"), str(error)) from None
             except Refusal as refusal:
                 habit = habit_for(refusal, body)
+                if habit is None and refusal.kind in _MEANING:
+                    raise self._run_error(lane, refusal) from None
+                told = redact(refusal.told, self._secrets)
                 if habit is None:
-                    raise self._refused(lane, request, refusal) from None
+                    remedy = _REQUEST_REMEDIES.get(refusal.kind)
+                    if remedy and refusal.kind not in self._told:
+                        self._told.add(refusal.kind)
+                        logger.warning("%s refuses a request: %s. %s", lane.name, told, remedy)
+                    message = f"{lane.name} refuses request {request.key}: {told}"
+                    raise GenerationError(refusal.kind, message, told) from None
                 # Many requests under way meet the same refusal: it is told once.
                 if habit not in lane.habits:
-                    told = redact(refusal.told, self._secrets)
                     logger.warning("%s: asked with %r from now on. It says: %s", lane.name, habit, told)
                 lane.habits.add(habit)
-
-    def _refused(self, lane: Lane, request: Request, refusal: Refusal) -> Exception:
-        if refusal.kind in _MEANING:
-            return self._run_error(lane, refusal)
-        told = redact(refusal.told, self._secrets)
-        remedy = _REQUEST_REMEDIES.get(refusal.kind)
-        if remedy and refusal.kind not in self._told:
-            self._told.add(refusal.kind)
-            logger.warning("%s refuses a request: %s. %s", lane.name, told, remedy)
-        return GenerationError(refusal.kind, f"{lane.name} refuses request {request.key}: {told}", told)
 
     def _run_error(self, lane: Lane, refusal: Refusal, more: str = "") -> EndpointError:
         remedy = self.option_remedies.get(refusal.option, f"Take `{refusal.option}` out of `extra_body`")
@@ -274,20 +264,11 @@ class OpenAIGenerator:
     def _open(self) -> Pool:
         """The pool of this event loop, opened at the first use."""
         if self._pool is None:
-            openai = require("openai", "endpoint")
+            timeout = require("openai", "endpoint").Timeout(self.timeout, connect=_CONNECT_SECONDS)
             lanes = []
             for endpoint in self.endpoints:
-                client = openai.AsyncOpenAI(
-                    base_url=endpoint.name,
-                    # The client refuses to be made without a key, and reads OPENAI_API_KEY, whosever it is, where none
-                    # is given.
-                    api_key=endpoint.api_key or "none",
-                    default_headers={"Authorization": f"Basic {endpoint.login}"} if endpoint.login else {},
-                    timeout=openai.Timeout(self.timeout, connect=_CONNECT_SECONDS),
-                    max_retries=0,  # retries are counted and paced here
-                )
-                limiter = AdaptiveLimiter(self.max_concurrency)
-                lanes.append(Lane(endpoint.name, client, limiter, self._habits[endpoint.name]))
+                limiter, habits = AdaptiveLimiter(self.max_concurrency), self._habits[endpoint.name]
+                lanes.append(Lane(endpoint.name, endpoint.connect(timeout=timeout), limiter, habits))
             self._pool = Pool(lanes, patience=self.patience)
         return self._pool
 
@@ -302,10 +283,7 @@ async def _post(lane: Lane, body: dict[str, Any], *, chat: bool, **options: Any)
 
 
 async def _guarded(call: Awaitable[Any], sent: Collection[str] = ()) -> bytes:
-    """The body of a call's answer.
-
-    Raises `Refusal` or `AttemptError` for an error status, `ConnectionError` with the name of its cause for none.
-    """
+    """The body of an answer. Raises what `read_status` returns, or a `ConnectionError` named by its cause."""
     openai = require("openai", "endpoint")
     try:
         return bytes((await call).content)

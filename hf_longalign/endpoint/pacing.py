@@ -128,7 +128,16 @@ class Pool:
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[Lane]:
         """Wait for a slot of the lane with most room, and learn from how its request ends: see `AttemptError`."""
-        lane = await self._free_lane()
+        while True:
+            if self._stop is not None:
+                raise self._stop
+            # By free slots, so that a fast endpoint gets as much more as it can take.
+            lane = max(self.lanes, key=lambda lane: lane.limiter.room())
+            if lane.limiter.room():
+                break
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting.append(waiter)
+            await waiter
         ticket = lane.limiter.acquire()
         try:
             yield lane
@@ -165,18 +174,6 @@ class Pool:
                 if not waiter.done():
                     waiter.set_result(None)
             self._waiting.clear()
-
-    async def _free_lane(self) -> Lane:
-        while True:
-            if self._stop is not None:
-                raise self._stop
-            # By free slots, so that a fast endpoint gets as much more as it can take.
-            lane = max(self.lanes, key=lambda lane: lane.limiter.room())
-            if lane.limiter.room():
-                return lane
-            waiter = asyncio.get_running_loop().create_future()
-            self._waiting.append(waiter)
-            await waiter
 
     def _failed(self, lane: Lane, ticket: int, error: AttemptError) -> None:
         """Send the lane less, or nothing for as long as it asks for."""

@@ -17,8 +17,6 @@ BAD_REQUEST = "bad_request"
 
 
 class _NamedError(RuntimeError):
-    """An error with a short name to count by."""
-
     def __init__(self, kind: str, message: str, told: str = "") -> None:
         super().__init__(message)
         self.kind = kind
@@ -85,9 +83,7 @@ class Sampling:
         >>> Sampling(seed=5).again(2).seed, Sampling(seed=None).again(2).draw
         (7, 2)
         """
-        if self.seed is None:
-            return replace(self, draw=number)
-        return replace(self, seed=self.seed + number)
+        return replace(self, draw=number) if self.seed is None else replace(self, seed=self.seed + number)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as JSON holds them (`dataclasses.asdict` copies deeply: that would be most of a key's cost)."""
@@ -183,6 +179,16 @@ async def ignore(fault: Fault) -> None:
     """Notify nobody of a fault."""
 
 
+def settle(awaited: "asyncio.Future[Reply]", outcome: Reply | BaseException) -> None:
+    """Hand over what became of a request, if anybody still waits for it."""
+    if awaited.done():
+        return
+    if isinstance(outcome, Reply):
+        awaited.set_result(outcome)
+    else:
+        awaited.set_exception(outcome)
+
+
 class Generator(Protocol):
     """Turns requests into replies.
 
@@ -212,11 +218,7 @@ class Generator(Protocol):
 class SwitchGenerator:
     """Sends every request to the generator of its model, such as one that writes and another that judges.
 
-    Args:
-        generators: the first gives the switch its name; no two may have the same model.
-
-    Raises:
-        ValueError: two generators have one model's name, so a request cannot tell them apart.
+    The first gives the switch its name. Raises a ValueError where two have the same model.
     """
 
     def __init__(self, generators: Sequence[Generator]):

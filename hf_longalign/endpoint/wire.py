@@ -36,10 +36,7 @@ _LONGEST_TOLD = 500
 
 
 class AttemptError(Exception):
-    """One attempt failed and another may do better.
-
-    `wait` is what the server asked for, in seconds. `reply` is taken where no attempt does better.
-    """
+    """One attempt failed; another may do better after `wait` seconds, else `reply` is taken if there is one."""
 
     def __init__(self, fault: Fault, told: str = "", wait: float | None = None, reply: Reply | None = None) -> None:
         super().__init__(f"{fault.kind}: {told}" if told else fault.kind)
@@ -284,9 +281,8 @@ def _error_of(body: bytes | Mapping[str, Any]) -> tuple[str, str, str]:
         option = found[0][0] if found else ""
         told = "; ".join(f"{place}: {message}" for place, message in found)
     metadata = error.get("metadata")
-    raw = (
-        metadata.get("raw") if isinstance(metadata, dict) else None
-    )  # OpenRouter's: the words of the server behind it
+    # OpenRouter's: the words of the server behind it.
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
     told = f"{told} {raw}" if raw else str(told)
     code = " ".join(str(error[name]) for name in ("code", "type") if error.get(name))
     return told[:_LONGEST_TOLD], code, str(option)

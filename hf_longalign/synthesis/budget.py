@@ -86,10 +86,9 @@ _SHOWN = 300
 class Breaker:
     """Notes what became of a run's requests and says when to stop.
 
-    Replies that cannot be read or fail a check are unusable. A run whose replies are all unusable stops after 20 of
-    them; one that had better ones stops after a streak of at least 200 that has a chance of less than one in a million
-    at the share of unusable ones before it. What an earlier run paid for counts towards that share and in no streak,
-    so that a rerun goes on past the same replies.
+    A run whose replies all fail to be read or checked stops after 20 of them; one that had better ones stops after a
+    streak of at least 200 that has a chance of less than one in a million at the share of unusable ones before it.
+    What an earlier run paid for counts towards that share and in no streak, so that a rerun goes on past it.
 
     >>> breaker = Breaker()
     >>> for number in range(20):
@@ -143,10 +142,8 @@ class Breaker:
         )
 
     def refused(self, error: GenerationError) -> RunStopped | None:
-        """The endpoint will not serve a request; returns why the run must stop, if it must.
-
-        Texts that are too long may well stand together: they stop a run only where nothing else is served.
-        """
+        """The endpoint will not serve a request; returns why the run must stop, if it must."""
+        # Texts that are too long may well stand together: they stop a run only where nothing else is served.
         if self._any_reply and error.kind == TOO_LONG:
             return None
         self._refused += 1

@@ -30,12 +30,8 @@ class ContextSynthesisConfig(SynthesisOptions, datasets.BuilderConfig):
     """The configuration of `ContextSynthesisBuilder`.
 
     Its id, which names the cache folder, is a digest of the fields and of what the named files hold: equal data gives
-    equal folders on every machine, and neither a path nor anything of an endpoint stands in it.
-
-    Attributes:
-        generator: "openai", "batch", "transformers", "vllm" or "documents"; set by the builder.
-        model: the name of the model that writes; set by the builder.
-        judge_model: the name of the model that judges; set by the builder.
+    equal folders on every machine, and neither a path nor anything of an endpoint stands in it. The builder sets
+    `generator` ("openai", "batch", "transformers", "vllm" or "documents"), `model` and `judge_model`.
     """
 
     version: datasets.Version | str | None = VERSION
@@ -166,7 +162,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         if isinstance(config.get("seeds"), str):
             config["seeds"] = [config["seeds"]]
         # What a builder of another configuration is made with.
-        who = {"generator": generator, "judge": judge}
+        who: dict[str, Any] = {"generator": generator, "judge": judge}
         self._arguments = {"cache_dir": cache_dir, "dataset_name": dataset_name, **who, **config}
         super().__init__(
             cache_dir=None if cache_dir is None else str(cache_dir),
@@ -196,25 +192,14 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         return {**self.__dict__, "config": config, "pipeline": None, "_arguments": None}
 
     def other(self, config_name: str) -> "ContextSynthesisBuilder":
-        """Return the builder of another configuration of the same data: seeds are read and checked once for all.
-
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     chat = ContextSynthesisBuilder(cache_dir=folder, seeds=[{"instruction": "Who?", "answer": "Ada"}])
-        ...     rejected = chat.other("rejected")
-        >>> rejected.config.name, rejected.pipeline is chat.pipeline
-        ('rejected', True)
-        """
+        """Return the builder of another configuration of the same data: seeds are read and checked once for all."""
         # Made anew, since `datasets` fixes folder and features in the constructor; then it shares what was read.
         builder = type(self)(config_name=config_name, **self._arguments)
         builder.pipeline, builder.files = self.pipeline, self.files
         return builder
 
     def prepare_outcomes(self) -> bool:
-        """Write or check every context, if that is not done yet; here the money is spent.
-
-        Returns whether this process goes on to compose the rows: of several that ask together, one does.
-        """
+        """Write or check every context, if that is not done yet; here the money is spent. See `Pipeline.run`."""
         return self.pipeline.run()
 
     def export(

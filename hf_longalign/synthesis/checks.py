@@ -123,10 +123,9 @@ def verify_context(
     finish_reason: str | None = None,
     title: str | None = None,
 ) -> list[Check]:
-    """Run the checks of `rules` on a context for a seed.
+    """Run the checks of `rules` on a context; a text that no model has `written` cannot refuse or be cut off.
 
-    A text that no model has `written` cannot refuse, talk about the task or be cut off. `finish_reason` says why the
-    model stopped: "length" means in mid-sentence.
+    `finish_reason` says why the model stopped: "length" means in mid-sentence.
 
     >>> rules = Rules(("length", "support"), min_words=3)
     >>> [str(c.outcome) for c in verify_context("Ada left.", Seed("a", "general", "Who?", "Ada"), rules, written=True)]
@@ -183,11 +182,9 @@ def length(text: _Text) -> Check:
 
 
 def support(text: _Text) -> Check:
-    """The answer word for word; a short one by its words close together, a longer one by the share of them.
-
-    Open where comparing words cannot tell: a verdict such as "yes", and answers of function words alone.
-    """
+    """The answer word for word; a short one by its words close together, a longer one by the share of them."""
     answer, context = normalise(text.seed.answer), text.normalised
+    # Comparing words cannot tell of a verdict, nor of an answer of function words alone.
     if answer in VERDICTS:
         return Check("support", OPEN, f"{answer!r} can only be judged")
     # An answer of signs alone ('+', '€') normalises to nothing and is looked for as it is.
@@ -269,9 +266,7 @@ def _identifier() -> Any:
 
 
 def identify_language(text: str) -> str | None:
-    """Return the two-letter code of the language of `text`, or `None` where it is too short to tell.
-
-    Offline, by py3langid (97 languages, a 4 MB model inside the package).
+    """Return the two-letter code of the language of `text` by py3langid, or `None` where it is too short to tell.
 
     >>> identify_language("The dam was built in 1912, and the village below it was moved to the bank of the river.")
     'en'
@@ -286,22 +281,15 @@ def identify_language(text: str) -> str | None:
 
 
 def majority_language(texts: Iterable[str]) -> str | None:
-    """Return the language of most of the texts that are long enough to tell, or `None`.
-
-    Instructions are too short to be told one by one, so a data set is told as a whole.
-    """
-    pieces: list[str] = []
-    joined, length = [], 0
+    """Return the language of most texts, joined since instructions are too short to be told one by one, or `None`."""
+    # Twenty samples of 1,500 characters settle it; the classifier takes milliseconds for each.
+    pieces = [""]
     for text in texts:
-        joined.append(text)
-        length += len(text) + 1
-        if length >= _LANGUAGE_SAMPLE:
-            pieces.append(" ".join(joined)[:_LANGUAGE_SAMPLE])
-            joined, length = [], 0
-            # Twenty samples of 1,500 characters settle it; the classifier takes milliseconds for each.
+        if len(pieces[-1]) >= _LANGUAGE_SAMPLE:
             if len(pieces) == 20:
                 break
-    pieces += [" ".join(joined)] if len(pieces) < 20 else []
+            pieces.append("")
+        pieces[-1] += f"{text[:_LANGUAGE_SAMPLE]} "
     found = Counter(language for language in map(identify_language, pieces) if language)
     return found.most_common(1)[0][0] if found else None
 

@@ -41,10 +41,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Piece:
-    """One context: its text, the id of the row it comes from, and its tokens (0 where none are counted).
-
-    `cut` says that the text was shortened to fit.
-    """
+    """One context: its text, the id of its row, its tokens (0 where none are counted), and whether it was cut to fit."""
 
     text: str
     source: str
@@ -266,13 +263,38 @@ class Composer:
     _tokens: dict[tuple[int, bool], int] = field(default_factory=dict)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row of the gold context `index`.
-
-        Raises:
-            BudgetError: the context and its prompt alone exceed the budget.
-        """
+        """Return the row of the gold context `index`; a `BudgetError` where it alone exceeds the budget."""
         begun = self._begin(index)
-        return self._to_row(begun, self._compose(index, begun, self._candidates(index, begun), self.limit))
+        made = self._compose(index, begun, self._candidates(index, begun), self.limit)
+        record, messages = begun.record, to_messages(made.content, begun.record["answer"])
+        context_tokens = total_tokens = None
+        if self.counter is not None:
+            total_tokens = made.tokens or self.counter.count_chat(messages)
+            # The tokens of contexts as the difference of two whole chats: the template's own tokens belong to neither.
+            bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
+            context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
+        checks = record["checks"]
+        if any(self.pool.neutralised[begun.offered[source]] for source in made.sources if source in begun.offered):
+            # The row's own text has said so already; this says it of the others.
+            kept_checks = [check for check in checks if check["name"] != "control_tokens"]
+            checks = [*kept_checks, asdict(Check("control_tokens", NEUTRALISED, "in a distractor"))]
+        if self.avoid_conflicts:
+            checks = [*checks, asdict(Check("conflict", PASSED, f"{len(begun.passed_over)} passed over"))]
+        kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
+        parts = [*(("context", span) for span in made.contexts), ("question", made.question)]
+        return {
+            "messages": messages,
+            "parts": [{"message": 0, "start": start, "end": end, "kind": kind} for kind, (start, end) in parts],
+            **{name: record[name] for name in ("task", "instruction", "answer", *kept)},
+            "reference": begun.reference,
+            "gold_index": made.gold_index,
+            "gold_depth": made.gold_depth,
+            "n_contexts": len(made.contexts),
+            "context_tokens": context_tokens,
+            "total_tokens": total_tokens,
+            "context_ids": list(made.sources),
+            "checks": checks,
+        }
 
     def over_budget(self, index: int) -> str | None:
         """Return why `row` would raise `BudgetError`, or `None` if it would not."""
@@ -331,41 +353,6 @@ class Composer:
                 self._tokens[index, named] = self.counter.count(text)
             tokens = self._tokens[index, named]
         return Piece(text, self.pool.ids[index], tokens)
-
-    def _to_row(self, begun: _Begun, made: Composition) -> dict[str, Any]:
-        record = begun.record
-        messages = to_messages(made.content, record["answer"])
-        context_tokens = total_tokens = None
-        if self.counter is not None:
-            total_tokens = made.tokens or self.counter.count_chat(messages)
-            # The tokens of contexts as the difference of two whole chats: the template's own tokens belong to neither.
-            bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
-            context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
-        checks = record["checks"]
-        if any(self.pool.neutralised[begun.offered[source]] for source in made.sources if source in begun.offered):
-            # The row's own text has said so already; this says it of the others.
-            kept_checks = [check for check in checks if check["name"] != "control_tokens"]
-            checks = [*kept_checks, asdict(Check("control_tokens", NEUTRALISED, "in a distractor"))]
-        if self.avoid_conflicts:
-            checks = [*checks, asdict(Check("conflict", PASSED, f"{len(begun.passed_over)} passed over"))]
-        kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
-        return {
-            "messages": messages,
-            "parts": [
-                {"message": 0, "start": start, "end": end, "kind": kind}
-                for kind, spans in (("context", made.contexts), ("question", [made.question]))
-                for start, end in spans
-            ],
-            **{name: record[name] for name in ("task", "instruction", "answer", *kept)},
-            "reference": begun.reference,
-            "gold_index": made.gold_index,
-            "gold_depth": made.gold_depth,
-            "n_contexts": len(made.contexts),
-            "context_tokens": context_tokens,
-            "total_tokens": total_tokens,
-            "context_ids": list(made.sources),
-            "checks": checks,
-        }
 
 
 def to_messages(content: str, answer: str) -> list[dict[str, str]]:

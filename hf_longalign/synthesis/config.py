@@ -131,8 +131,36 @@ class SynthesisOptions:
             if value is not None and not low <= value <= high:
                 raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
         json_object("extra_body", self.extra_body)
-        # Last, as it reads fields whose own values must be right first.
-        self._validate_together()
+        # Last, as these read fields whose own values must be right first.
+        documents = self.method == "instruction" or "documents" in self.distractor_sources
+        for missing, message in (
+            (self.method == "context" and self.seeds is None, "`seeds` must be given, got None. Name files of pairs."),
+            (
+                documents and not self.documents,
+                '`documents` must be given with method "instruction", and where `distractor_sources` holds '
+                '"documents", got none. Name files.',
+            ),
+            (
+                self.difficulty == "answer_loss" and self.difficulty_model is None,
+                '`difficulty_model` must be given with difficulty "answer_loss", got None. Name a causal model.',
+            ),
+            (
+                self.difficulty_use != "record" and self.difficulty is None,
+                f"`difficulty` must be given with difficulty_use {self.difficulty_use!r}, got None.",
+            ),
+            (
+                not 0 < self.difficulty_share <= 1,
+                f"`difficulty_share` must be above 0 and at most 1, got {self.difficulty_share!r}. Set it to the "
+                "share to keep.",
+            ),
+            (
+                bool(self.general_share) != bool(self.general_data),
+                "`general_share` and `general_data` must be given together, "
+                f"got {self.general_share!r} and {self.general_data!r}.",
+            ),
+        ):
+            if missing:
+                raise ValueError(message)
 
     @property
     def hard_by(self) -> str:
@@ -155,49 +183,9 @@ class SynthesisOptions:
             found[task] = sum(by_source[source] for source in self.distractor_sources)
         return found
 
-    def _validate_together(self) -> None:
-        for condition, message in (
-            (
-                self.method == "context" and self.seeds is None,
-                "`seeds` must be given, got None. Name files or data sets of pairs.",
-            ),
-            (
-                self.method == "instruction" and not self.documents,
-                '`documents` must be given with method "instruction", got none. Name files to draw chunks from.',
-            ),
-            (
-                "documents" in self.distractor_sources and not self.documents,
-                '`documents` must be given where `distractor_sources` holds "documents", got none. Name files.',
-            ),
-            (
-                self.difficulty == "answer_loss" and self.difficulty_model is None,
-                '`difficulty_model` must be given with difficulty "answer_loss", got None. Name a causal model.',
-            ),
-            (
-                self.difficulty_use != "record" and self.difficulty is None,
-                f"`difficulty` must be given with difficulty_use {self.difficulty_use!r}, got None.",
-            ),
-            (
-                not 0 < self.difficulty_share <= 1,
-                f"`difficulty_share` must be above 0 and at most 1, got {self.difficulty_share!r}. Set it to the "
-                "share to keep.",
-            ),
-            (
-                bool(self.general_share) != bool(self.general_data),
-                "`general_share` and `general_data` must be given together, "
-                f"got {self.general_share!r} and {self.general_data!r}.",
-            ),
-        ):
-            if condition:
-                raise ValueError(message)
-
 
 def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Return the value of an option that is a dictionary, or JSON on a command line.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
+    """Return the value of an option that is a dictionary, or JSON on a command line; a ValueError where it is none."""
     found: Any = value or {}
     if isinstance(found, str):
         try:

@@ -30,13 +30,6 @@ def whole(path: Path) -> Iterator[Path]:
 
     What stood at `path` is replaced. Two that write one path at once both succeed, and the last one stays. What a
     killed process left unfinished is removed by the next one that writes `path`.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with whole(Path(folder) / "a.txt") as unfinished:
-    ...         _ = unfinished.write_text("a")
-    ...     [path.name for path in Path(folder).iterdir()]
-    ['a.txt']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
@@ -117,7 +110,7 @@ def table_row(table: pa.Table, number: int) -> dict[str, Any]:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write an array."""
+    """Write an array as a `.npy` file."""
     with whole(path) as unfinished, unfinished.open("wb") as file:
         np.save(file, array)
 
@@ -144,15 +137,12 @@ def mark_in_use(mark: Path, seconds: float) -> str | None:
 
 
 def lacks_its_log(path: Path, version: int) -> bool:
-    """Return whether a sqlite file of that user version was copied without its log, which its header says it has.
-
-    Bytes 18 and 60 to 63 of https://sqlite.org/fileformat.html.
-    """
+    """Return whether a sqlite file of that user version was copied without its log, which its header says it has."""
     for _ in range(10):  # another process may be opening or closing the file just now
         if not path.is_file():
             return False
         with path.open("rb") as file:
-            header = file.read(100)
+            header = file.read(100)  # its fields: https://sqlite.org/fileformat.html
         ours = header.startswith(b"SQLite format 3\0") and header[60:64] == version.to_bytes(4, "big")
         if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
             return False

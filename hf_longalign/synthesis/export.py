@@ -68,8 +68,8 @@ def export(
 ) -> Path:
     """Write the configurations and their card; `load_dataset(folder, "chat")` reads them, as does the Hub.
 
-    The folder appears whole or not at all, also where two processes write it at once, and equal data gives equal
-    bytes. A configuration without rows is left out: nothing could load it.
+    The folder appears whole or not at all, and equal data gives equal bytes. A configuration without rows is left out:
+    nothing could load it.
 
     Args:
         folder: where to; it must be absent, empty, or written by this function, else a ValueError.
@@ -145,7 +145,10 @@ def dataset_facts(
     """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone."""
     chat = list(data["chat"].values())
     given = config.method == "context" and config.generator == "documents"
-    lengths, unit = _lengths(chat)
+    lengths, unit = [number for rows in chat for number in rows["total_tokens"]], "tokens"
+    if None in lengths:  # nobody has counted them
+        rows = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
+        lengths, unit = [sum(word_count(message["content"]) for message in row) for row in rows], "words"
     # What was run, rather than what was set: a given text is not checked for what only models do.
     checks = [row for rows in chat for row in rows["checks"]]
     contexts = [number for rows in chat for number in rows["n_contexts"] if number]
@@ -219,14 +222,6 @@ def _used(config: "ContextSynthesisConfig", names: tuple[str, ...]) -> dict[str,
 def _outcomes(data: Data) -> Iterator[Dataset]:
     for name in ("contexts", "rejected"):
         yield from data.get(name, {}).values()
-
-
-def _lengths(chat: list[Dataset]) -> tuple[list[int], str]:
-    tokens = [number for rows in chat for number in rows["total_tokens"]]
-    if None not in tokens:
-        return tokens, "tokens"
-    messages = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
-    return [sum(word_count(message["content"]) for message in row) for row in messages], "words"
 
 
 def _sources(data: Data, config: "ContextSynthesisConfig") -> list[DataSource]:

@@ -141,11 +141,7 @@ class Files:
         return all((self._outcomes / f"{kind}.arrow").is_file() for kind in ("accepted", "rejected"))
 
     def write_outcomes(self, outcomes: Sequence[Outcome]) -> None:
-        """Write the outcomes.
-
-        Raises:
-            ValueError: no seed was accepted.
-        """
+        """Write the outcomes; a ValueError where no seed was accepted."""
         # An empty data set would be written, cached and pushed as if all were well.
         if not any(outcome.accepted for outcome in outcomes):
             raise ValueError(f"No seed of {len(outcomes)} was accepted. The first was rejected: {outcomes[0].reason}.")
@@ -222,11 +218,11 @@ class Files:
 
 
 def forget_outcomes(folder: Path, keys: Set[str]) -> list[str]:
-    """Remove what was made from the replies `keys` in the folder of a data set, so that the next run makes it anew.
+    """Remove what was made from the replies `keys` in the folder of a data set; returns the names of the folders.
 
-    Outcomes that rest on other replies too stay: they could only be made again by paying for those. Returns the names
-    of the folders that were removed; of prepared rows all, as they do not say what they are made from.
+    Outcomes that rest on other replies too stay: they could only be made again by paying for those.
     """
+    # Of prepared rows all go, as they do not say what they are made from.
     names = sorted(path.name for path in folder.glob("*-*") if _MADE.fullmatch(path.name))
     stale = []
     for name in names:
@@ -253,11 +249,9 @@ class _Documents(Sequence[Document]):
 
 
 def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int) -> list[dict[str, Any]]:
-    """Return general rows, each `{"messages": [...], "seed_id": ...}`, that make up `share` of the whole.
+    """Return general rows, each `{"messages": [...], "seed_id": ...}`, that make up `share` of the whole, or all.
 
-    `sources` have a column `messages` of `{"role", "content"}`; where they hold too few rows to be mixed with
-    `long_rows` others, all are returned. Raises a BadRowError for no conversation, or one that the assistant does not
-    end.
+    Raises a BadRowError for no conversation in the column `messages`, or one that the assistant does not end.
 
     >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     >>> draw_general([[{"messages": chat}] * 9], 0.5, long_rows=2, seed=0)[0]["messages"] == chat

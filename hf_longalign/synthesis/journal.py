@@ -139,10 +139,7 @@ class Journal:
         return stored or reply
 
     def claim(self, request: Request, budget: Budget, *, waits: bool = False) -> tables.Claim:
-        """Take on the asking of `request` and set its cost aside; raises `BudgetExceeded` or `JournalError`.
-
-        What `waits` for a batch costs nothing before that is opened.
-        """
+        """Take on the asking of `request` and set its cost aside; see `tables.claim`. Raises `JournalError` too."""
         with self._locked() as connection:
             # Without a lock on the file: many wait here for what another process asks.
             found = tables.look(connection, request.key, self.owner)
@@ -169,10 +166,7 @@ class Journal:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
 
     def drop(self, unwanted: Callable[[Entry], bool]) -> int:
-        """Forget the replies whose entries (see `entries`) are `unwanted`, and return how many.
-
-        They are asked for again; what they have cost stays counted, as faults named "dropped".
-        """
+        """Forget the replies whose entries are `unwanted` and return how many; their cost stays, as faults "dropped"."""
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
         with self.transaction() as connection:
             for statement in tables.DROP:
@@ -218,16 +212,13 @@ class Journal:
     def merge(self, path: str | Path) -> int:
         """Take over the replies of another journal that this one lacks, and what it spent; returns how many.
 
-        A reply that both journals paid for counts twice in the totals, however often and in whatever order journals
-        are merged; one that was copied counts once. A journal in use is taken as it stands.
-
-        Raises:
-            JournalError: no such journal, or one that is not whole: a copy without its log, or cut short.
+        A reply that both journals paid for counts twice in the totals, in whatever order journals are merged; one that
+        was copied counts once. Raises `JournalError` for none, or one that is cut short or a copy without its log.
         """
-        if not Path(path).is_file():
-            raise JournalError(f"The journal `{Path(path).name}` does not exist. Correct the path.")
-        if lacks_its_log(Path(path), tables.VERSION):
-            name = Path(path).name
+        path, name = Path(path), Path(path).name
+        if not path.is_file():
+            raise JournalError(f"The journal `{name}` does not exist. Correct the path.")
+        if lacks_its_log(path, tables.VERSION):
             raise JournalError(
                 f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
                 f"without its last replies. Copy `{name}-wal` along with it, or copy it once its run has ended. If it "
@@ -240,7 +231,7 @@ class Journal:
                 (total,) = connection.execute("SELECT replies FROM totals").fetchone()
             if found != "ok" or counted != total:  # cut or torn by copying
                 raise JournalError(
-                    f"The journal `{other.path.name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy "
+                    f"The journal `{name}` is not whole ({found}; {counted:,} of {total:,} replies). Copy "
                     "it again once its run has ended."
                 )
             with self._locked() as connection:

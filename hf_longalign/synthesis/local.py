@@ -21,6 +21,7 @@ from hf_longalign.endpoint.protocol import (
     Request,
     RunStopped,
     ignore,
+    settle,
 )
 from hf_longalign.lazy import require
 from hf_longalign.serving import load_vllm
@@ -48,15 +49,6 @@ class Waiting:
     request: Request
     prompt: list[int]
     reply: "asyncio.Future[Reply]"
-
-    def end(self, outcome: Reply | Exception) -> None:
-        """Hand over what became of the request, if anybody still waits."""
-        if self.reply.done():
-            return
-        if isinstance(outcome, Reply):
-            self.reply.set_result(outcome)
-        else:
-            self.reply.set_exception(outcome)
 
 
 class BatchingGenerator(ABC):
@@ -93,7 +85,7 @@ class BatchingGenerator(ABC):
         """Finish the batch at work and no other."""
         self._draining = True
         for waiting in self._waiting:
-            waiting.end(RunStopped("The run is stopping."))
+            settle(waiting.reply, RunStopped("The run is stopping."))
         self._waiting.clear()
 
     async def close(self) -> None:
@@ -114,7 +106,7 @@ class BatchingGenerator(ABC):
             except Exception as error:  # noqa: BLE001 - raised where the replies are awaited
                 outcomes = [error] * len(batch)
             for waiting, outcome in zip(batch, outcomes, strict=True):
-                waiting.end(outcome)
+                settle(waiting.reply, outcome)
 
     def _load(self) -> tuple[Any, Any]:
         """The model and its tokenizer, read where they are first needed."""
@@ -173,10 +165,8 @@ class TransformersGenerator(BatchingGenerator):
     """Generates with a causal language model from the Hub or a folder, whose tokenizer has a chat template.
 
     The random numbers of a reply depend on its request alone: neither on the batch it is in nor on the device. What a
-    batch can still change are the last bits of the logits, since padding and batch size choose other kernels; in
-    float32 that seldom turns a token, in bfloat16 more often. The journal keeps the first reply either way.
-
-    A folder is recorded by its name and a hash of its files, so that another model under the same path is another key.
+    batch can still change are the last bits of the logits; in float32 that seldom turns a token, in bfloat16 more
+    often. A folder is recorded by its name and a hash of its files.
 
     Parameters:
         model: Hub id or folder.
@@ -220,7 +210,9 @@ class TransformersGenerator(BatchingGenerator):
                 self._source, revision=self._revision, dtype=self._dtype, **where
             )
         except (OSError, ValueError) as error:
-            raise cannot_load(self.model, self._source, error) from None
+            # Libraries name the folder, a path of this machine, in their messages.
+            told = str(error).replace(self._source, self.model)
+            raise EndpointError(f"The model {self.model!r} cannot be loaded: {told}") from None
         return (model.eval() if where else model.eval().to(device)), tokenizer
 
     def _length(self, model: Any) -> int | None:
@@ -412,10 +404,7 @@ class VLLMGenerator(BatchingGenerator):
 
 
 def recorded_name(model: str, revision: str | None = None) -> str:
-    """Return the name of a model as it is recorded: a Hub id with its revision, a folder's last part with a hash.
-
-    The hash is of its files: names, sizes, and 64 KiB of every 16 MiB.
-    """
+    """Return the name of a model as it is recorded: a Hub id with its revision, a folder's last part with a hash."""
     folder = Path(model)
     if not folder.is_dir():
         return f"{model}@{revision}" if revision else model
@@ -424,12 +413,7 @@ def recorded_name(model: str, revision: str | None = None) -> str:
         size = file.stat().st_size
         state.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as content:
-            for start in range(0, size, _STRIDE):
+            for start in range(0, size, _STRIDE):  # of gigabytes, 64 KiB of every 16 MiB
                 content.seek(start)
                 state.update(content.read(_BLOCK))
     return f"{folder.resolve().name}-{state.hexdigest()}"
-
-
-def cannot_load(name: str, source: str, error: Exception) -> EndpointError:
-    """Return why a model cannot be loaded; libraries name the folder, a path of this machine, in their messages."""
-    return EndpointError(f"The model {name!r} cannot be loaded: {str(error).replace(source, name)}")

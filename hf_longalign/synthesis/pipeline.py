@@ -174,14 +174,13 @@ class Pipeline:
             return
         config = self.config
         config.validate()
-        asks = {
-            "method 'instruction'": config.method == "instruction",
-            "difficulty 'closed_book'": config.difficulty == "closed_book",
-            "`answerability`": config.answerability,
-            "the check 'judge'": "judge" in config.checks,
-        }
-        for name in filter(asks.get, asks):
-            if self.generator is None:
+        for name, asks in (
+            ("method 'instruction'", config.method == "instruction"),
+            ("difficulty 'closed_book'", config.difficulty == "closed_book"),
+            ("`answerability`", config.answerability),
+            ("the check 'judge'", "judge" in config.checks),
+        ):
+            if asks and self.generator is None:
                 raise ValueError(f"`generator` or `judge` must be a model for {name}, got none. Pass a generator.")
         seeds = self.seeds.seeds
         for reason, number in self.seeds.skipped.most_common():
@@ -220,9 +219,7 @@ class Pipeline:
 
     def _ask(self, step: str, items: Sequence[Any]) -> list[Any]:
         """Do a step for every item, together with the team; returns the results in the order of the items."""
-        if not items or self.generator is None:
-            return []
-        if self.team is None:
+        if self.team is None or not items:
             return self._ask_in_turn(step, items)
         # The names of steps are handed out, not functions: bound methods would carry the whole pipeline with them.
         order = self.team.hand_out((step, self.plan), items)
@@ -232,7 +229,7 @@ class Pipeline:
 
     def _ask_in_turn(self, step: str, items: Sequence[Any]) -> list[Any]:
         """Do a step for every item, through the journal and the generator."""
-        if self.generator is None:
+        if self.generator is None or not items:
             return []
         name, work = _STEPS[step]
         progress = Progress(len(items), name=name, show=self.show_progress)

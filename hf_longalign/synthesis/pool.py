@@ -1,6 +1,7 @@
 """The contexts of a data set, side by side: which may distract from which, and in what order they are offered."""
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,14 +39,11 @@ def hash_words(words: Iterable[str]) -> np.ndarray:
 class Words:
     """The content words of every text, as hashes in two arrays, which many processes can map into memory.
 
-    As sets of strings they would take 30 kB a context; hashed they take 4 bytes a word, and looking up the few words
-    of an instruction among those of a text takes microseconds.
-
-    Attributes:
-        hashes: uint32 `(total,)`, sorted within each text.
-        ends: int64 `(texts,)`, where the hashes of each text end.
+    `hashes` is uint32 `(total,)`, sorted within each text; `ends` is int64 `(texts,)`, where those of each text end.
     """
 
+    # As sets of strings the words would take 30 kB a context; hashed they take 4 bytes each, and looking up the few
+    # words of an instruction among those of a text takes microseconds.
     def __init__(self, hashes: np.ndarray, ends: np.ndarray):
         self.hashes = hashes
         self.ends = ends
@@ -84,9 +82,6 @@ class Words:
 class Rivals:
     """Tells whether a context holds what an instruction asks for, by the rare words they share.
 
-    Args:
-        words: those of the texts; some thousand of them tell how rare a word is.
-
     >>> rivals = Rivals(Words.of(["the dam of Thornwick", "the dam of Ashby", "a film by Ada"]))
     >>> asked = rivals.asked("Where is the dam of Ashby?")
     >>> [rivals.covers(asked, index) for index in range(3)]
@@ -98,31 +93,22 @@ class Rivals:
         # Every so-manieth and not at random: the same words are rare in every process.
         sample = range(0, len(words), max(1, len(words) // _SAMPLE))
         self._documents = len(sample)
-        found = np.concatenate([np.empty(0, np.uint32), *(words[index] for index in sample)])
-        self._known, self._frequencies = np.unique(found, return_counts=True)
+        self._frequencies = Counter(word for index in sample for word in words[index].tolist())
 
     def asked(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the words of an instruction and their weights, the inverse document frequencies."""
         hashes = hash_words(content_words(instruction))
-        places = np.searchsorted(self._known, hashes)
-        known = _holds(self._known, hashes, places)
-        counts = [int(self._frequencies[place]) if held else 0 for place, held in zip(places, known, strict=True)]
+        counts = [self._frequencies[word] for word in hashes.tolist()]
         return hashes, np.array([log((self._documents + 1) / (count + 1)) for count in counts])
 
     def covers(self, asked: tuple[np.ndarray, np.ndarray], index: int) -> bool:
         """Return whether text `index` holds most of what is `asked`; everything holds common words alone."""
         hashes, weights = asked
-        held = _holds(self._words[index], hashes)
+        words = self._words[index]
+        # Twice and not once: where nothing lies between the two sides of a word, it is not there.
+        held = np.searchsorted(words, hashes, "right") > np.searchsorted(words, hashes, "left")
         # Rounded: what stands exactly at the border must not depend on the order of a sum.
         return bool(round(float(weights[held].sum()), 9) >= round(COVERAGE * float(weights.sum()), 9))
-
-
-def _holds(known: np.ndarray, wanted: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
-    """Which of the `wanted` stand in the sorted array `known`."""
-    if not len(known):
-        return np.zeros(len(wanted), bool)
-    places = np.searchsorted(known, wanted) if places is None else places
-    return np.asarray(known[np.minimum(places, len(known) - 1)] == wanted)
 
 
 @dataclass

@@ -7,7 +7,6 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
@@ -213,11 +212,9 @@ class Duplicates:
 def sketch(texts: Sequence[str]) -> np.ndarray:
     """Return the MinHash sketches of texts over every 5 words in a row, uint32 `(texts, 128)`."""
     rows = np.empty((len(texts), _PERMUTATIONS), np.uint32)
+    made = require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, hashfunc=int, scheme=_SCHEME)
     for number, text in enumerate(texts):
-        # The same permutations for every text and process, or no two sketches could be compared.
-        made = require("datasketch", "synthesis").MinHash(
-            num_perm=_PERMUTATIONS, permutations=_permutations(), hashfunc=int, scheme=_SCHEME
-        )
+        made.clear()  # and not another one, whose permutations would take longer to draw than the text to sketch
         words = np.array([zlib.crc32(word.encode()) for word in normalise(text).split()] or [0], np.uint64)
         words = np.pad(words, (0, max(0, _SHINGLE - len(words))))  # fewer words than that are one shingle
         mixed = np.zeros(len(words) - _SHINGLE + 1, np.uint64)
@@ -227,11 +224,6 @@ def sketch(texts: Sequence[str]) -> np.ndarray:
         made.update_batch(np.unique(mixed >> np.uint64(32)))
         rows[number] = made.hashvalues
     return rows
-
-
-@cache
-def _permutations() -> Any:
-    return require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, scheme=_SCHEME).permutations
 
 
 class Contamination:
@@ -263,22 +255,20 @@ class Contamination:
                 if row.fault:
                     raise row.fault
                 for text in _strings(row.values):
-                    self._add(text, row.origin, ngram, shortest)
+                    words = normalise(text).split()
+                    # Where no blanks divide words, `normalise` makes a word of every character: two of them are one.
+                    scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
+                    length = min(scale * ngram, len(words))
+                    # What is too short for any n-gram.
+                    if length < self._opening * scale:
+                        continue
+                    self._lengths.add(length)
+                    for start in range(len(words) - length + 1):
+                        self._openings.add(" ".join(words[start : start + self._opening]))
+                        self._grams.setdefault(" ".join(words[start : start + length]), row.origin)
 
     def __len__(self) -> int:
         return len(self._grams)
-
-    def _add(self, text: str, origin: str, ngram: int, shortest: int) -> None:
-        words = normalise(text).split()
-        # Where no blanks divide words, `normalise` makes a word of every character: two of them are one.
-        scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
-        length = min(scale * ngram, len(words))
-        if length < min(ngram, shortest) * scale:
-            return
-        self._lengths.add(length)
-        for start in range(len(words) - length + 1):
-            self._openings.add(" ".join(words[start : start + self._opening]))
-            self._grams.setdefault(" ".join(words[start : start + length]), origin)
 
     def overlap(self, text: str) -> tuple[str, str] | None:
         """Return the first shared n-gram and where it stands in the evaluation data, or `None`."""

@@ -251,7 +251,7 @@ _TABLES = (
 class JournalLedger:
     """The ledger of a run that asks in batches; see [`~hf_longalign.endpoint.batch.Ledger`]."""
 
-    def __init__(self, journal: Journal, budget: Budget) -> None:
+    def __init__(self, journal: "Journal", budget: Budget) -> None:
         self.journal = journal
         self.budget = budget
         with journal.transaction() as connection:
