@@ -7,7 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hf_longalign.endpoint.address import recorded_name
 from hf_longalign.endpoint.protocol import (
@@ -72,19 +72,6 @@ class Ledger(Protocol):
 
     def close_batch(self, tag: str, again: Sequence[Request] = ()) -> None:
         """Forget it. The claims of what is asked `again` pass back to the process, the others end."""
-
-
-@runtime_checkable
-class Batched(Protocol):
-    """A generator that keeps a ledger. `places` are those whose open batches it collects in `check`."""
-
-    places: frozenset[str]
-
-    def price_share(self, request: Request) -> float | None:
-        """Return the share of the price at which it is asked in a batch; `None` where it is asked by itself."""
-
-    def bind(self, ledger: Ledger) -> None:
-        """Use this ledger from now on."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +187,11 @@ class BatchGenerator:
 
     @property
     def places(self) -> frozenset[str]:
-        """Where its batches are."""
+        """Where its batches are: those of earlier runs are collected in `check`."""
         return frozenset([self.batches.place])
 
     def price_share(self, request: Request) -> float:
-        """Return the share of the list prices that is billed."""
+        """Return the share of the list prices that is billed for a request."""
         return self.batches.price_share
 
     @property

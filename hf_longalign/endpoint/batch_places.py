@@ -33,7 +33,6 @@ class HostedBatches:
         endpoint: the base URL; without a path it gets /v1.
         api_key_env: the environment variable with the key.
         poll_seconds: seconds between two looks at a batch.
-        window: how long the other side may take; the only one offered today is "24h".
 
     >>> HostedBatches("https://api.example.com").place
     'https://api.example.com/v1'
@@ -47,12 +46,10 @@ class HostedBatches:
         *,
         api_key_env: str = "OPENAI_API_KEY",
         poll_seconds: float = 30.0,
-        window: str = "24h",
     ) -> None:
         self._endpoint = Endpoint.with_key_of(endpoint, api_key_env)
         self.place = self._endpoint.name
         self.poll_seconds = poll_seconds
-        self.window = window
         self._variable = api_key_env
         self._opened: Any = None
 
@@ -72,7 +69,8 @@ class HostedBatches:
             name = await self._look(client, tag) if tried else None
             tried = True
             if name is None:
-                options = {"completion_window": self.window, "metadata": {_TAG: tag}}
+                # No API offers another window than a day.
+                options = {"completion_window": "24h", "metadata": {_TAG: tag}}
                 name = (await client.batches.create(input_file_id=file.id, endpoint=first["url"], **options)).id
             return name
 

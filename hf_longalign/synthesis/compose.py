@@ -41,12 +41,11 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Piece:
-    """One context: its text, the id of its row, its tokens (0 where none are counted), and whether it was cut to fit."""
+    """One context: its text, the id of the row it comes from, and its tokens (0 where none are counted)."""
 
     text: str
     source: str
     tokens: int = 0
-    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ class Composition:
         contexts: start and end of every context; `question` those of what follows the contexts.
         sources: the id of the row each context comes from.
         gold_depth: the share of the distractors' characters that stands before the gold context, 0.0 to 1.0.
-        cut: the indices of the distractors that were cut to fit: none or one, as a rule.
         tokens: tokens of the whole sample; `None` without a budget.
     """
 
@@ -76,7 +74,6 @@ class Composition:
     sources: tuple[str, ...]
     gold_index: int
     gold_depth: float
-    cut: tuple[int, ...] = ()
     tokens: int | None = None
 
 
@@ -172,7 +169,7 @@ def _cut(piece: Piece, tokens: int, ruler: Ruler) -> Piece | None:
     slack = ruler.budget * FILL_TOLERANCE / 2
     if ends and tokens - ruler.count(text[: ends[-1]]) <= slack:
         text = text[: ends[-1]]
-    return Piece(text, piece.source, ruler.count(text), cut=True) if text else None
+    return Piece(text, piece.source, ruler.count(text)) if text else None
 
 
 def _longest_prefix(piece: Piece, tokens: int, ruler: Ruler) -> int:
@@ -211,7 +208,6 @@ def _arrange(gold: Piece, chosen: list[Piece], prompt: tuple[str, str], rng: np.
         sources=tuple(piece.source for piece in pieces),
         gold_index=gold_index,
         gold_depth=before / others if others else 0.0,
-        cut=tuple(number for number, piece in enumerate(pieces) if piece.cut),
     )
 
 
@@ -231,10 +227,6 @@ class _Begun:
     prompt: tuple[str, str]
     offered: dict[str, int] = field(default_factory=dict)
     passed_over: list[int] = field(default_factory=list)
-
-    @property
-    def named(self) -> bool:
-        return self.reference is not None
 
 
 @dataclass
@@ -308,7 +300,7 @@ class Composer:
         counter, ruler, answer = self.counter, None, begun.record["answer"]
         if counter is not None and self.budget is not None:
             ruler = Ruler(self.budget, counter.count, lambda text: counter.count_chat(to_messages(text, answer)))
-        gold = self._piece(index, begun.named)
+        gold = self._piece(index, begun.reference is not None)
         return compose(gold, candidates, begun.prompt, begun.rng, limit=limit, ruler=ruler)
 
     def _begin(self, index: int) -> _Begun:
@@ -333,7 +325,7 @@ class Composer:
         for other in offer(groups, begun.rng, own=index, nearest=nearest, hard_share=hard_share):
             # A prompt that names its context may hold rivals, which makes it harder; two of one name would not be told
             # apart.
-            if begun.named:
+            if begun.reference is not None:
                 unfit = self.pool.name(other) == self.pool.name(index)
             else:
                 unfit = self.avoid_conflicts and begun.conflicts(other)
@@ -341,7 +333,7 @@ class Composer:
                 begun.passed_over.append(other)
             else:
                 begun.offered[self.pool.ids[other]] = other
-                yield self._piece(other, begun.named)
+                yield self._piece(other, begun.reference is not None)
 
     def _piece(self, index: int, named: bool) -> Piece:
         text = f"{self.pool.name(index)}\n{self.pool.text(index)}" if named else self.pool.text(index)

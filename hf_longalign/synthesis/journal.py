@@ -73,7 +73,7 @@ class Entry:
 class Journal:
     """Replies by key, shared by any number of threads and processes on one machine.
 
-    A journal is opened in the process that uses it, after a fork and not before. `owner` is its name on tables.
+    A journal is opened in the process that uses it, after a fork and not before. `owner` is its name on claims.
 
     Raises:
         JournalError: the file is no journal, a copy without its log, or on a network's disk in use by another machine.
@@ -166,7 +166,7 @@ class Journal:
             connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
 
     def drop(self, unwanted: Callable[[Entry], bool]) -> int:
-        """Forget the replies whose entries are `unwanted` and return how many; their cost stays, as faults "dropped"."""
+        """Forget the replies whose entries are `unwanted`; returns how many. As faults "dropped" their cost stays."""
         keys = [(entry.key,) for entry in self.entries() if unwanted(entry)]
         with self.transaction() as connection:
             for statement in tables.DROP:

@@ -19,21 +19,14 @@ SCORES = ("closed_book", "answer_loss", "answerable_with", "answerable_without")
 
 _TEXT, _COUNT, _SHARE = Value("string"), Value("int32"), Value("float64")
 _PROVENANCE = {
-    "seed_id": _TEXT,
-    "generator": _TEXT,
-    "model": _TEXT,
-    "prompt_hash": _TEXT,
+    **dict.fromkeys(("seed_id", "generator", "model", "prompt_hash"), _TEXT),
     "journal_keys": [_TEXT],
     "attempts": _COUNT,
     "checks": [{"name": _TEXT, "outcome": _TEXT, "detail": _TEXT}],
     **dict.fromkeys(SCORES, _SHARE),
 }
 _CONTEXTS = {
-    "task": _TEXT,
-    "instruction": _TEXT,
-    "answer": _TEXT,
-    "title": _TEXT,
-    "context": _TEXT,
+    **dict.fromkeys(("task", "instruction", "answer", "title", "context"), _TEXT),
     "words": _COUNT,
     "origin": _TEXT,
     **_PROVENANCE,
@@ -42,15 +35,10 @@ _CONTEXTS = {
 _CHAT = {
     "messages": [{"role": _TEXT, "content": _TEXT}],
     "parts": [{"message": _COUNT, "start": _COUNT, "end": _COUNT, "kind": _TEXT}],
-    "task": _TEXT,
-    "instruction": _TEXT,
-    "answer": _TEXT,
-    "reference": _TEXT,
+    **dict.fromkeys(("task", "instruction", "answer", "reference"), _TEXT),
     "gold_index": _COUNT,
     "gold_depth": _SHARE,
-    "n_contexts": _COUNT,
-    "context_tokens": _COUNT,
-    "total_tokens": _COUNT,
+    **dict.fromkeys(("n_contexts", "context_tokens", "total_tokens"), _COUNT),
     "context_ids": [_TEXT],
     **_PROVENANCE,
 }
@@ -61,11 +49,8 @@ _FEATURES = {"chat": _CHAT, "contexts": _CONTEXTS, "rejected": {**_CONTEXTS, "re
 class Provenance:
     """Where a context comes from; of a given text nothing but the kind "documents" is known.
 
-    Attributes:
-        generator: "openai", "batch", "transformers", "vllm" or "documents".
-        prompt_hash: digest of the prompt that led to it.
-        journal_keys: the keys of its replies in the journal, in the order they were asked for.
-        attempts: how many times it was begun.
+    `prompt_hash` is a digest of the last prompt, `journal_keys` are those of all replies in the order they were asked
+    for, and `attempts` is how many times it was begun.
     """
 
     generator: str = "documents"
@@ -105,11 +90,7 @@ def accepted(outcomes: Sequence[Outcome]) -> list[int]:
 
 
 def features(config_name: str) -> Features:
-    """Return the columns of a configuration.
-
-    >>> sorted(features("chat")["parts"].feature)
-    ['end', 'kind', 'message', 'start']
-    """
+    """Return the columns of a configuration."""
     return Features(_FEATURES[config_name])
 
 

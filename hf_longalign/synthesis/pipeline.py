@@ -165,11 +165,7 @@ class Pipeline:
         return Contamination(self.config.decontaminate_against, self.config.decontaminate_ngram)
 
     def check(self) -> None:
-        """Read and check everything that can be checked before a request is sent; once, however often it is called.
-
-        Raises:
-            ValueError: anything wrong with the configuration, the seeds, the documents or the tokenizer.
-        """
+        """Read and check all that can be checked before a request is sent, once; raises a ValueError."""
         if self._checked:
             return
         config = self.config
@@ -187,8 +183,12 @@ class Pipeline:
             logger.warning("Skipped %d seeds: %s.", number, reason)
         if self.seeds.neutralised:
             logger.warning("Made words of marks of chat templates in %d seeds.", self.seeds.neutralised)
-        if config.generator == "documents":
-            check_contexts(seeds)
+        for seed in seeds:
+            if config.generator == "documents" and seed.context is None:
+                # The row itself is gone by now; its place is all that the message needs.
+                file, _, number = seed.origin.rpartition(":")
+                remedy = 'Give a column `context` or `contexts`, or a generator other than "documents" to write it.'
+                raise BadRowError(Row({}, file, int(number)), "missing", remedy, "context")
         if self.shard == (0, 1):
             check_distractors(seeds, config, len(self.files.documents))
         elif config.difficulty_use != "record":
@@ -385,13 +385,3 @@ def check_budget(seeds: Sequence[Seed], options: SynthesisOptions, counter: Toke
         f"`target_tokens` must be at least {min(counted)}, the tokens of the shortest sample with nothing but its own "
         f"context, got {options.target_tokens}. Raise it, or ask for fewer `context_words`."
     )
-
-
-def check_contexts(seeds: Sequence[Seed]) -> None:
-    """Refuse seeds without a context where no model writes one."""
-    for seed in seeds:
-        if seed.context is None:
-            # The row itself is gone by now; its place is all that the message needs.
-            file, _, number = seed.origin.rpartition(":")
-            remedy = 'Give a column `context` or `contexts`, or a generator other than "documents" to write it.'
-            raise BadRowError(Row({}, file, int(number)), "missing", remedy, "context")

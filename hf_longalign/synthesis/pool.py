@@ -16,6 +16,7 @@ from hf_longalign.lazy import require
 from hf_longalign.synthesis.checks import NEUTRALISED
 from hf_longalign.synthesis.disk import whole, write_array
 from hf_longalign.synthesis.seeds import Document
+from hf_longalign.synthesis.tokens import batches_by_length, load_model
 from hf_longalign.text import content_words, digest, normalise
 
 
@@ -27,11 +28,7 @@ _SAMPLE = 2000
 
 
 def hash_words(words: Iterable[str]) -> np.ndarray:
-    """Return the 32-bit hashes of words, uint32, sorted, each once.
-
-    >>> hash_words(["dam", "ashby", "dam"]).tolist() == sorted({zlib.crc32(b"dam"), zlib.crc32(b"ashby")})
-    True
-    """
+    """Return the 32-bit hashes of words, uint32, sorted, each once."""
     # crc32 and not `hash`, which Python seeds anew in every process.
     return np.unique(np.array([zlib.crc32(word.encode()) for word in words], np.uint32))
 
@@ -147,12 +144,8 @@ class Pool:
         return map(self.text, range(len(self)))
 
     def groups(self, index: int, sources: Sequence[str]) -> list[np.ndarray]:
-        """Return the indices a row may take its distractors from, source by source; its own is among them.
-
-        A row of the train split never sees the context of a test row; the other way round is no leak. The arrays are
-        shared by all rows of a task and split: nothing here grows with the pool.
-        """
-        groups = []
+        """Return the indices a row may take its distractors from, source by source; its own is among them."""
+        groups = []  # shared by all rows of a task and split: nothing here grows with the pool
         for source in sources:
             key = (source, int(self.tasks[index]), bool(self.test[index]))
             if key not in self._groups:
@@ -163,6 +156,7 @@ class Pool:
 
     def usable(self, source: str, task: int, for_test: bool, texts: Any = slice(None)) -> np.ndarray:
         """Return which of the contexts `texts` the rows of a task and split may take from a source."""
+        # A row of the train split never sees the context of a test row; the other way round is no leak.
         same = self.tasks[texts] == task
         return (same if source == "same_task" else ~same) & (~self.test[texts] | for_test)
 
@@ -187,10 +181,7 @@ class Pool:
         return Rivals(Words.of(self.texts()) if self.folder is None else Words.stored(self.folder, self.texts))
 
     def conflict(self, index: int) -> Callable[[int], bool]:
-        """Return a function that tells whether another text conflicts with row `index` as its distractor.
-
-        Two contexts conflict where their instructions are the same, or where the other holds what this row asks for.
-        """
+        """Return a function that tells whether another text holds what row `index` asks for, or asks the same."""
         instructions = self.table["instruction"]
         own = normalise(instructions[index].as_py())
         asked: list[tuple[np.ndarray, np.ndarray]] = []
@@ -228,11 +219,7 @@ Scorer = Callable[[int], np.ndarray]
 
 
 def shuffled(items: Sequence[int] | np.ndarray, rng: np.random.Generator) -> Iterator[int]:
-    """Yield the items in random order, at the cost of those that are taken and not of all.
-
-    >>> sorted(shuffled([3, 5, 7], np.random.default_rng(0)))
-    [3, 5, 7]
-    """
+    """Yield the items in random order, at the cost of those that are taken and not of all."""
     # Fisher and Yates, with only the moved places kept: a row takes ten of a hundred thousand.
     moved: dict[int, int] = {}
     for last in range(len(items) - 1, -1, -1):
@@ -356,28 +343,16 @@ def by_embeddings(pool: Pool, queries: Sequence[str], model_name: str) -> Callab
     return score
 
 
-def embed(texts: Sequence[str], model_name: str, batch_size: int = 16) -> np.ndarray:
+def embed(texts: Sequence[str], model_name: str) -> np.ndarray:
     """Return unit vectors, float32 `(texts, hidden)`: the mean over the tokens of an encoder's last hidden states."""
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model: Any = AutoModel.from_pretrained(model_name)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
+    tokenizer, model = load_model("AutoModel", model_name)
     longest = min(512, getattr(model.config, "max_position_embeddings", 512) - 2)
-    # Texts of one length share a batch, so that little is padding.
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
     vectors: list[Any] = [None] * len(texts)
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[number] for number in numbers],
-            padding=True,
-            truncation=True,
-            max_length=longest,
-            return_tensors="pt",
-        ).to(device)
+    for numbers in batches_by_length(list(map(len, texts)), 16):
+        batch = tokenizer([texts[number] for number in numbers], **options).to(model.device)
         with torch.inference_mode():
             states = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1)

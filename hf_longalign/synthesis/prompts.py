@@ -96,7 +96,8 @@ class Facts:
     distraction: tuple[str, ...]
 
     def __str__(self) -> str:
-        return _GIVEN_FACTS.format(evidence=_bullets(self.evidence), distraction=_bullets(self.distraction))
+        evidence, distraction = ("\n".join(f"- {fact}" for fact in part) for part in (self.evidence, self.distraction))
+        return _GIVEN_FACTS.format(evidence=evidence, distraction=distraction)
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,10 @@ class Outline:
 
 
 def check_template(template: str, name: str) -> str:
-    """Return a custom prompt template if it can be filled.
+    """Return a custom prompt template, the whole user message, if it can be filled, else raise a ValueError.
 
-    A template is the whole user message. Fields: `{instruction}` and `{answer}`, which it must hold, `{task}`,
-    `{genre}`, `{words}`, `{facts}` (empty unless facts are listed first) and `{format}`, the format of the reply,
-    which is appended where it does not stand. Literal braces are doubled.
-
-    Raises:
-        ValueError: an unknown or missing field, or a brace that is not doubled.
+    Fields: `{instruction}` and `{answer}`, which it must hold, `{task}`, `{genre}`, `{words}`, `{facts}` (empty unless
+    facts are listed first) and `{format}`, the format of the reply, which is appended where it does not stand.
     """
     try:
         fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
@@ -151,18 +148,8 @@ def context_prompt(
     if template is None:
         # Built before it is filled: braces in the seed must not be taken for fields.
         template = _LOST + ("\n{facts}" if facts else "") + "\n" + _DEMANDS + "\n{format}"
-    return _ask(
-        template.format(
-            instruction=seed.instruction,
-            answer=seed.answer,
-            task=task.name,
-            genre=task.genre,
-            words=words,
-            facts=facts or "",
-            format=CONTEXT_FORMAT,
-        ),
-        reason,
-    )
+    pair = {"instruction": seed.instruction, "answer": seed.answer, "task": task.name, "genre": task.genre}
+    return _ask(template.format(**pair, words=words, facts=facts or "", format=CONTEXT_FORMAT), reason)
 
 
 def facts_prompt(seed: Seed, task: Task, *, reason: str | None = None) -> Messages:
@@ -191,15 +178,13 @@ def section_prompt(
 
 def judge_prompt(seed: Seed, context: str) -> Messages:
     """Ask whether a context supports the answer."""
-    return (
-        (
-            "user",
-            "Does the text below support the answer? It does if a careful reader who knows nothing but the text, "
-            "given the instruction, would arrive at that answer and at no other.\n\n"
-            f"Text:\n{context}\n\nInstruction: {seed.instruction}\nAnswer: {seed.answer}\n\n"
-            'Reply with one line: "supported", or "not supported: " and the reason in a few words.',
-        ),
+    asked = (
+        "Does the text below support the answer? It does if a careful reader who knows nothing but the text, "
+        "given the instruction, would arrive at that answer and at no other.\n\n"
+        f"Text:\n{context}\n\nInstruction: {seed.instruction}\nAnswer: {seed.answer}\n\n"
+        'Reply with one line: "supported", or "not supported: " and the reason in a few words.'
     )
+    return (("user", asked),)
 
 
 def answer_prompt(seed: Seed, task: Task, context: str | None = None) -> Messages:
@@ -229,10 +214,6 @@ def _ask(content: str, reason: str | None) -> Messages:
     return (("system", _SYSTEM), ("user", retry + content))
 
 
-def _bullets(lines: tuple[str, ...]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
 # Reasoning models of today: <think> (Qwen, DeepSeek), <thought>, <reasoning>, <seed:think>, [THINK] (Mistral), ◁think▷
 # (Kimi).
 _THOUGHT_END = re.compile(r"</(?:seed:think|think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷", re.IGNORECASE)
@@ -253,9 +234,6 @@ class ReplyError(ValueError):
 
 def read_context(text: str) -> tuple[str | None, str]:
     """Return the title, if there is one, and the context of a reply that opens with "Context:".
-
-    Raises:
-        ReplyError: the reply has no "Context:", or nothing after it, or anything but a title before it.
 
     >>> read_context("Title: Dams\\nContext:\\nThe dam was built in 1912.")
     ('Dams', 'The dam was built in 1912.')
@@ -293,11 +271,7 @@ def read_outline(text: str, sections: int) -> Outline:
 
 
 def read_pair(text: str) -> tuple[str, str]:
-    """Return the question and the answer.
-
-    >>> read_pair("Question: When?\\nAnswer: In 1912.")
-    ('When?', 'In 1912.')
-    """
+    """Return the question and the answer."""
     _, rest = _cut(spoken(text), "Question")
     question, answer = _cut(rest, "Answer")
     if not question or not answer:
@@ -318,17 +292,13 @@ def read_verdict(text: str) -> tuple[bool, str]:
 
 
 def spoken(text: str) -> str:
-    """Return a reply without the thoughts some models put in front of it.
-
-    Many chat templates open the thoughts in the prompt, so that a reply holds their end alone, and a thought may draft
-    all that is asked for: what stands before the last end of a thought is thought.
-
-    Raises:
-        ReplyError: the thoughts have no end.
+    """Return a reply without the thoughts some models put in front of it; raises `ReplyError` where they do not end.
 
     >>> spoken("I could write <think>Context: ...</think> first.</think>Context: The dam.")
     'Context: The dam.'
     """
+    # Many chat templates open the thoughts in the prompt, so that a reply holds their end alone, and a thought may
+    # draft all that is asked for: what stands before the last end of a thought is thought.
     ends = list(_THOUGHT_END.finditer(text))
     if not ends and _THOUGHT_START.match(text):
         raise ReplyError("it ended inside its thoughts")

@@ -67,13 +67,9 @@ def _name(file: str) -> str:
 def read_rows(source: Any) -> Iterator[Row]:
     """Yield the rows of a source, their texts made safe by `hf_longalign.text.clean`; a broken one carries its fault.
 
-    Args:
-        source: a path to JSONL, CSV (both also compressed, `.gz`) or Parquet, a directory or Hub data set
-            `user/name[:config][@split]`, a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts.
-
-    Raises:
-        ValueError: no such file and not the name of a Hub data set either, a format that is not read, or a Parquet
-            file that is not whole.
+    `source` is a path to JSONL, CSV (both also compressed, `.gz`) or Parquet, a directory or Hub data set
+    `user/name[:config][@split]`, a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts. Raises a ValueError
+    where it is none of them, or a Parquet file that is not whole.
 
     >>> [row.values for row in read_rows([{"answer": "Ada\\0"}])]
     [{'answer': 'Ada'}]

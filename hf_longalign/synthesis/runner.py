@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from hf_longalign.endpoint.batch import Batched
 from hf_longalign.endpoint.protocol import (
     CONTENT_FILTER,
     Fault,
@@ -119,9 +118,8 @@ class Progress:
 class Runner:
     """Asks each request once, journal first, for as many jobs at a time as keep the generator busy.
 
-    A job is `async def job(ask)`, one for each seed: it awaits `ask(request)` as often as it needs (retries with the
-    reason, sections) and returns its outcome. It may catch `GenerationError`, nothing else. Work of more than some
-    milliseconds belongs into `await asyncio.to_thread(...)`: while a job computes, no reply is received.
+    A job is `async def job(ask)`, one for each seed: it awaits `ask(request)` as often as it needs and returns its
+    outcome. It may catch `GenerationError`, nothing else, and computes in `await asyncio.to_thread(...)`.
 
     >>> import tempfile
     >>> from hf_longalign.endpoint.protocol import Reply, Request
@@ -145,8 +143,8 @@ class Runner:
         self.journal = journal
         self.budget = budget or Budget()
         self.generator = generator
-        # Asked once: to look a protocol up costs more than to claim a request.
-        self._batched = generator if isinstance(generator, Batched) else None
+        # One that asks in batches keeps a ledger of them, and asks at another price: see `BatchGenerator`.
+        self._batched: Any = generator if hasattr(generator, "bind") else None
         self.progress = progress or Progress(show=False)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
         self._checked: asyncio.Task[None] | None = None
@@ -193,8 +191,7 @@ class Runner:
         """Run every job, in any order, and return their results in the order of the jobs.
 
         Ctrl-C, a spent budget or a lost endpoint: nothing more is sent, the replies on their way are journaled, then
-        `KeyboardInterrupt` or `RunStopped` is raised. A second Ctrl-C leaves at once. Where requests got no reply
-        after every attempt, the other jobs are finished before `RunStopped` says so.
+        `KeyboardInterrupt` or `RunStopped` is raised. A second Ctrl-C leaves at once.
         """
         # Here and not on the loop: an interrupt may come before the loop of another thread runs.
         self._main, self._stop, self._checked, self._in_a_row = None, None, None, 0

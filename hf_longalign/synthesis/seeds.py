@@ -93,9 +93,8 @@ def read_seeds(
     """Read and check seeds, each row once, and keep those of a part.
 
     Args:
-        sources: one or several of `path.jsonl`, `path.csv`, `path.parquet`, `user/name[:config][@split]`, each with an
-            optional `task=` in front; or a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts. Columns:
-            `instruction`, `answer`, and where there are any `task`, `context`, `title`, `id`.
+        sources: one or several names that `read_rows` takes, each with an optional `task=` in front, or rows in
+            memory. Columns: `instruction`, `answer`, and where there are any `task`, `context`, `title`, `id`.
         contexts: `task=path` for seeds that keep their contexts in a second file: line k of its column `context`
             belongs to line k of the seeds of that task.
         on_bad_seed: "raise", or "skip" to count bad rows and go on. A row that stands there twice, word for word and
@@ -103,8 +102,7 @@ def read_seeds(
         per_task: keep only the first so many seeds of each task.
         control: the marks of chat templates to look for; `None` to leave them in.
         on_control_tokens: "neutralise" makes plain words of them, "reject" makes theirs a bad row.
-        part: index and number of the parts. All rows are read for any of them: which seeds are its own depends on
-            which rows before are bad or repeat others.
+        part: index and number of the parts. All rows are read for any of them.
 
     Raises:
         BadRowError: a bad row, named by file, line and column.
@@ -262,10 +260,9 @@ def read_documents(
 ) -> list[Document]:
     """Read documents, each text once.
 
-    `sources` are text files (one document each) or patterns such as `essays/*.txt`; JSONL, CSV, Parquet or Hub data
-    sets with a column `text` or `context`, and a `title` where there is one. `control` and `on_control_tokens` are
-    those of `read_seeds`. Raises a BadRowError for a row without a text, a ValueError for no such file, or one that is
-    empty, not UTF-8 or refused.
+    `sources` are text files (one document each) or patterns such as `essays/*.txt`, or what `read_rows` takes, with a
+    column `text` or `context`, and a `title` where there is one. Raises a BadRowError for a row without a text, a
+    ValueError for no such file, or one that is empty, not UTF-8 or refused.
     """
     paths: list[str] = []
     for source in sources:
@@ -311,10 +308,7 @@ def _read_texts(source: str) -> Iterator[Document]:
 
 
 def draw_chunks(documents: Sequence[Document], words: int, per_document: int, seed: int) -> list[Seed]:
-    """Return random contiguous chunks as seeds whose instruction and answer are still to be written.
-
-    Instruction synthesis takes 3,000 words (https://arxiv.org/abs/2502.15592). A chunk begins and ends at a word; the
-    blanks between its words stay as they are.
+    """Return random contiguous chunks of so many words as seeds whose instruction and answer are still to be written.
 
     >>> draw_chunks([Document("one two  three", "a.txt")], 2, 1, seed=0)[0].context in ("one two", "two  three")
     True

@@ -17,6 +17,7 @@ from hf_longalign.synthesis.prompts import answer_prompt
 from hf_longalign.synthesis.rows import read_rows
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
+from hf_longalign.synthesis.tokens import batches_by_length, load_model
 from hf_longalign.text import UNSPACED, digest, normalise
 
 
@@ -26,13 +27,7 @@ _STRATA = 4
 
 def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -> list[float]:
     """Return the mean loss per answer token, in nats, of each answer given its instruction alone."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_name, dtype="auto")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model.to(device).eval()
+    tokenizer, model = load_model("AutoModelForCausalLM", model_name)
     rows = []
     for seed in seeds:
         content: Any = answer_prompt(seed, find_task(seed.task))[0][1]
@@ -43,15 +38,12 @@ def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -
         prompt = tokenizer(content, add_special_tokens=not tokenizer.chat_template)["input_ids"]
         rows.append((prompt, tokenizer(seed.answer, add_special_tokens=False)["input_ids"]))
     losses = np.zeros(len(rows))
-    # By length, so that little of a batch is padding.
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]) + len(rows[number][1]))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        losses[numbers] = _batch_losses(model, [rows[number] for number in numbers], device)
-    return [float(loss) for loss in losses]
+    for numbers in batches_by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_size):
+        losses[numbers] = _batch_losses(model, [rows[number] for number in numbers])
+    return losses.tolist()
 
 
-def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]], device: str) -> np.ndarray:
+def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]]) -> np.ndarray:
     import torch
 
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
@@ -63,12 +55,10 @@ def _batch_losses(model: Any, rows: list[tuple[list[int], list[int]]], device: s
         # The answer alone: a long instruction would otherwise drown what is measured.
         labels[number, len(prompt) : len(whole)] = whole[len(prompt) :]
     with torch.inference_mode():
-        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
-    token_losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].transpose(1, 2), labels[:, 1:].to(device), reduction="none"
-    )
-    targets = (labels[:, 1:] != -100).sum(1).clamp(min=1).to(device)
-    return (token_losses.sum(1) / targets).cpu().numpy()
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float()
+    wanted = labels[:, 1:].to(model.device)
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), wanted, reduction="none")
+    return (losses.sum(1) / (wanted != -100).sum(1).clamp(min=1)).cpu().numpy()
 
 
 def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, share: float, seed: int = 0) -> list[int]:
@@ -78,7 +68,7 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
         hardness: how hard each seed is; higher is harder.
         use: "record" keeps all; "select" keeps the hardest; "stratify" keeps the same number from each quarter of the
             hardness; "weight" draws, the hardest three times as likely as the easiest.
-        seed: seed of the draw. Each pair's draw depends on its own id alone.
+        seed: seed of the draw.
 
     >>> pairs = [Seed(str(number), "qasper", "Why?", "So.") for number in range(4)]
     >>> choose_seeds(pairs, [0.1, 0.9, 0.5, 0.7], "select", 0.5)
@@ -230,12 +220,10 @@ class Contamination:
     """The n-grams of evaluation data.
 
     Args:
-        sources: evaluation files or Hub data sets, read as `read_rows` does; a row that cannot be read is raised.
-            Every string of every row counts, also inside lists and dicts.
-        ngram: words in a row that make an overlap; 13 by default, as in GPT-3 (https://arxiv.org/abs/2005.14165).
-            A string of the evaluation data with fewer words, but at least `shortest`, counts as a whole: most
-            questions are shorter than 13 words. Where words are not divided by blanks, two characters are one.
-        shortest: strings of fewer words overlap with nothing: "yes" and "in 1912" contaminate nobody.
+        sources: evaluation files or Hub data sets, read as `read_rows` does; every string of every row counts, also
+            inside lists and dicts.
+        ngram: words in a row that make an overlap; 13 by default, as in GPT-3 (https://arxiv.org/abs/2005.14165). A
+            string with fewer words, but at least 6, counts as a whole: most questions are shorter.
 
     >>> known = Contamination([[{"input": "Who finished the dam below Thornwick in 1912?"}]])
     >>> known.overlap("who finished the dam, below Thornwick, in 1912")
@@ -244,9 +232,10 @@ class Contamination:
     True
     """
 
-    def __init__(self, sources: Iterable[Any], ngram: int = 13, shortest: int = 6):
-        # Every n-gram opens with this many words: where no opening stands in a text, nothing else is looked up.
-        self._opening = min(ngram, shortest)
+    def __init__(self, sources: Iterable[Any], ngram: int = 13):
+        # Every n-gram opens with this many words: where no opening stands in a text, nothing else is looked up. What
+        # has fewer overlaps with nothing: "yes" and "in 1912" contaminate nobody.
+        self._opening = min(ngram, 6)
         self._openings: set[str] = set()
         self._lengths: set[int] = set()
         self._grams: dict[str, str] = {}
@@ -259,7 +248,6 @@ class Contamination:
                     # Where no blanks divide words, `normalise` makes a word of every character: two of them are one.
                     scale = 2 if 2 * len(_UNSPACED.findall(text)) > len(words) else 1
                     length = min(scale * ngram, len(words))
-                    # What is too short for any n-gram.
                     if length < self._opening * scale:
                         continue
                     self._lengths.add(length)

@@ -1,11 +1,4 @@
-"""A run in parts: shards on many machines, which are merged, and teams of processes on one.
-
-Of a team, one process leads: it alone reads the seeds and decides what is asked. For each step it writes to every
-other process which part of the work is its own, does its own part and then goes through all: what the others have
-asked stands in the journal, what they are asking it waits for, and what a lost process left open it asks itself. All
-this goes through files in one folder, so nothing times out however long a model writes. When the leader is lost, the
-first to notice leads instead.
-"""
+"""A run in parts: shards on many machines, whose journals are merged, and teams of processes on one."""
 
 import logging
 import pickle
@@ -48,9 +41,6 @@ def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count:
         index: which part, from 0.
         count: how many parts there are.
 
-    Returns:
-        The path of the finished shard.
-
     Raises:
         ValueError: `index` and `count` that do not fit, a `journal` in `options`, or what the builder raises.
         RunStopped: the budget is spent or the endpoint gone; the same call goes on later.
@@ -76,10 +66,7 @@ def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count:
 
 
 def fill_shard(builder: ContextSynthesisBuilder, folder: str | Path) -> bool:
-    """Do what `run_shard` does, for the part that stands in `builder.pipeline.shard`, alone or with a team.
-
-    Returns whether this process has put the shard into the folder: of a team, one does.
-    """
+    """Do what `run_shard` does, for the part in `builder.pipeline.shard`; returns whether this process of a team led."""
     index, count = builder.pipeline.shard
     name = f"shard-{index}-of-{count}.sqlite"
     finished, half = Path(folder) / name, Path(folder) / f"{name}.half"
@@ -112,14 +99,7 @@ def merge_shards(folder: str | Path, journal: str | Path | None = None) -> Path:
     """Merge the finished shards of a folder into one journal, from which a run over all seeds composes for nothing.
 
     Shards may overlap, and shards of two counts may lie side by side: each reply is taken once, and all that was paid
-    is counted. What is missing at one count must be there at another.
-
-    Args:
-        folder: the folder of `run_shard`.
-        journal: where to; by default `journal.sqlite` in the folder.
-
-    Returns:
-        The path of the journal.
+    is counted. Returns the path of the journal, by default `journal.sqlite` in the folder.
 
     Raises:
         ValueError: no shard, or shards are missing; names them.
@@ -162,7 +142,12 @@ def _put_down(local: Path, shared: Path) -> None:
 
 
 class Team:
-    """One process's view of the processes that ask together: its `rank` of `size`; 0 leads at first.
+    """One process's view of the processes that ask together, such as one per GPU: its `rank` of `size`; 0 leads first.
+
+    The leader alone reads the seeds and decides what is asked. For each step it writes to every other process which
+    part of the work is its own, does its own part and then goes through all: what the others have asked stands in the
+    journal, what they are asking it waits for, and what a lost process left open it asks itself. All this goes through
+    files in one folder, so nothing times out. When the leader is lost, the first to notice leads instead.
 
     `folder` is for this run alone and seen by all of them; the leader makes it with `found`.
     """
@@ -186,8 +171,7 @@ class Team:
     def run(self, lead: Callable[[], object], follow: Callable[[Any], object]) -> bool:
         """Lead, or follow until the leader is done; returns whether this process was the leader at the end.
 
-        Raises:
-            ValueError: the processes do not share a disk, or run on several machines.
+        Raises a ValueError where the processes do not share a disk, or run on several machines.
         """
         self._meet()
         if self.rank and not self._follow(follow):
@@ -201,16 +185,13 @@ class Team:
         return True
 
     def hand_out(self, step: Any, items: Sequence[Any]) -> list[int]:
-        """Write to each process the items of `step` that it begins with; returns the leader's own order of all items.
-
-        The leader goes through the parts of the others from their end, so that it meets them at work as late as can
-        be, and helps the slow ones.
-        """
+        """Write to each process the items of `step` that it begins with; returns the leader's own order of all items."""
         # A process that took over goes on counting where the lost leader stopped.
         self._steps = max([self._steps, *(int(path.name[:4]) for path in self.folder.glob("*.work"))]) + 1
         for rank in set(range(self.size)) - {self.rank}:
             with whole(self.folder / f"{self._steps:04}-{rank}.work") as unfinished:
                 unfinished.write_bytes(pickle.dumps((step, items[rank :: self.size])))
+        # From their end, so that it meets the others at work as late as can be, and helps the slow ones.
         others = [number for number in range(len(items)) if number % self.size != self.rank]
         return [*range(self.rank, len(items), self.size), *reversed(others)]
 
@@ -271,10 +252,7 @@ class Team:
 
 
 def join_team(parent: Path) -> Team | None:
-    """Return the team of the processes that `accelerate` or `torchrun` started, or `None` for one process alone.
-
-    `parent` is the same folder in every process, on a disk that all of them see.
-    """
+    """Return the team that `accelerate` or `torchrun` started, or `None` for one process; all see the folder `parent`."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 

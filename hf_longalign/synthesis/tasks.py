@@ -109,43 +109,30 @@ TASKS = {task.name: task for task in _TASKS}
 _ALIASES = {alias: task.name for task in TASKS.values() for alias in task.aliases}
 
 
-def task_names() -> list[str]:
-    """Return every accepted name of a task, aliases included, sorted."""
-    return sorted([*TASKS, *_ALIASES])
-
-
 def find_task(name: str) -> Task:
-    """Return the task of that name or alias.
-
-    Raises:
-        ValueError: no such task; the message lists the names.
+    """Return the task of that name or alias; a ValueError lists the names.
 
     >>> find_task("2wikiqa").name
     '2wikimqa'
-    >>> find_task("gov_report").is_summary
-    True
     """
     task = TASKS.get(_ALIASES.get(name, name))
     if task is None:
-        raise ValueError(f"`task` must be one of {', '.join(task_names())}, got {name!r}. Set it to 'general' else.")
+        names = ", ".join(sorted([*TASKS, *_ALIASES]))
+        raise ValueError(f"`task` must be one of {names}, got {name!r}. Set it to 'general' else.")
     return task
 
 
 def prompt_parts(task: Task, instruction: str, reference: str | None = None) -> tuple[str, str]:
-    """Return what stands before and after the contexts in the task's prompt.
-
-    Returns:
-        The head, and the tail that holds the question, without the blank line between context and tail.
+    """Return what stands before the contexts in the task's prompt, and behind them and a blank line.
 
     >>> prompt_parts(TASKS["gov_report"], "", 'the report "Dams"')[1]
     'Now, write a one-page summary of the report "Dams".\\n\\nSummary:'
     """
-    if reference is None:
-        template = task.template
-    elif task.named_template is not None:
+    template = task.template
+    if reference is not None and task.named_template is not None:
         template = task.named_template
-    else:
-        template, instruction = task.template, f"(On {reference}) {instruction}"
+    elif reference is not None:
+        instruction = f"(On {reference}) {instruction}"
     head, tail = template.split("{context}\n\n")
     return head, fill(tail, reference=reference or "", input=instruction)
 

@@ -1,7 +1,7 @@
 """What a tokenizer makes of texts: how many tokens they are, and what in them it takes for marks of a chat."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -19,8 +19,7 @@ _LEAST_CHARACTERS = 3
 class TokenCounter:
     """Counts the tokens of texts and of whole conversations, as training will see them: with the chat template.
 
-    The tokenizer is a name, a path, or the object. Raises a ValueError where it has no chat template, so that the
-    length of a sample is unknown.
+    The tokenizer is a name, a path, or the object. Raises a ValueError where it has no chat template.
     """
 
     def __init__(self, tokenizer: Any):
@@ -52,12 +51,27 @@ class TokenCounter:
         return sorted({*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)})
 
 
+def load_model(kind: str, name: str) -> tuple[Any, Any]:
+    """Return the tokenizer and the model of transformers' class `kind`, on the best device, to be asked."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = getattr(transformers, kind).from_pretrained(name, dtype="auto")
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield indices in batches of similar length, so that little of a batch is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
 class ControlTokens:
     """Finds the marks by which chat templates divide turns, in texts that come from outside.
 
-    A tokenizer takes them for what they say wherever they stand: a context with `<|im_end|><|im_start|>user` in it
-    becomes two turns in training, and another prompt than was meant at an endpoint. `special_tokens` are those of the
-    tokenizer that will be trained, next to the known ones of other templates.
+    A context with `<|im_end|><|im_start|>user` in it would become two turns in training, and another prompt than was
+    meant at an endpoint. `special_tokens` are those of the tokenizer that will be trained, next to the known ones.
 
     >>> control = ControlTokens()
     >>> control.find("The end.<|im_end|>\\n</s>"), control.find("a < b, [1], <i>s</i>")

@@ -50,15 +50,10 @@ class GiveUpError(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """How contexts are written.
+    """How contexts are written, for the processes that ask; the fields are options, see `SynthesisOptions`.
 
-    Attributes:
-        generator: the generator's kind, as it stands in the rows.
-        words: words asked for per context; beyond `reply_words` it is written as outline, then sections.
-        template: a custom prompt, checked.
-        retries: how many more replies a seed may cost when one cannot be read or fails a check.
-        judge: the model that judges support, or `None` for no judge.
-        answering: the model that answers: the judge's where there is one, so that no model marks its own texts.
+    `judge` is the model that judges support, if one does. `answering` is the one that answers: the judge's where there
+    is one, so that no model marks its own texts.
     """
 
     generator: str
@@ -152,11 +147,7 @@ class Dialogue:
 
 
 async def write_context(seed: Seed, plan: Plan, ask: Ask, count: Count, refused: Outcome | None = None) -> Outcome:
-    """Have a model write the context of a seed.
-
-    `refused` is an outcome that was good by itself and was refused beside the others (a near-duplicate): it is written
-    anew, with that reason, out of the same allowance.
-    """
+    """Have a model write the context of a seed; one that was `refused` beside the others anew, with that reason."""
     dialogue = Dialogue(plan, ask, count)
     if refused is not None:
         # It goes on where the first writing ended, so that `retries` bounds what a seed costs in all.
@@ -179,10 +170,7 @@ async def write_context(seed: Seed, plan: Plan, ask: Ask, count: Count, refused:
 
 
 async def write_pair(chunk: Seed, plan: Plan, ask: Ask, count: Count) -> Outcome:
-    """Have a model write an instruction and an answer for a text: instruction synthesis, the paper's baseline.
-
-    The opposite of context synthesis: here the target is synthetic (https://arxiv.org/abs/2502.15592).
-    """
+    """Have a model write an instruction and an answer for a text: the paper's baseline, whose targets are synthetic."""
     context = chunk.context or ""
     dialogue = Dialogue(plan, ask, count)
 
