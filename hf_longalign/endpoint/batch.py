@@ -39,11 +39,7 @@ MAX_BYTES = 150 * 2**20
 class OpenBatch:
     """A batch whose replies are not all in the journal yet.
 
-    Attributes:
-        tag: its name here, given before anything is sent.
-        name: its name there; `None` where this process, or one that was killed, never learned it.
-        place: where it was sent; it holds no key and no local path.
-        requests: what it asks.
+    `tag` is its name here, given before anything is sent; `name` that at `place`, `None` where nobody learned it.
     """
 
     tag: str
@@ -92,8 +88,7 @@ class BatchGenerator:
     """Asks in batches, round by round: what one round could not use is asked again in the next.
 
     A batch and what it asks stand in the journal before anything is sent, so a run that is killed at any moment
-    collects it when it is started again, and pays for nothing twice. Replies of a batch stand there before the batch
-    is closed.
+    collects it when it is started again, and pays for nothing twice.
 
     Parameters:
         served_model: the name the other side serves.
@@ -133,7 +128,7 @@ class BatchGenerator:
         self._stopped = False
 
     def bind(self, ledger: Ledger) -> None:
-        """Use this ledger from now on; a run binds its journal."""
+        """Use this ledger from now on."""
         self._ledger, self._stopped = ledger, False
 
     async def check(self) -> None:
@@ -166,7 +161,15 @@ class BatchGenerator:
             except Refusal as refusal:
                 habit = habit_for(refusal, body_of(request, self.served_model, ()))
                 if habit != "max_completion_tokens" or refusal.kind != "option":
-                    raise self._error(request, refusal) from None
+                    who, told = self.batches.place, refusal.told
+                    if refusal.kind not in ("key", "quota", "not_found", "option"):
+                        message = f"{who} refuses request {request.key}: {told}"
+                        raise GenerationError(refusal.kind, message, told) from None
+                    what = f"the option `{refusal.option}`" if refusal.option else "every request"
+                    raise EndpointError(
+                        f"{who} refuses {what}. It says: {told}. Set what it names, or leave the option out (`null` "
+                        "in the YAML, None in Python)."
+                    ) from None
                 self._habits.add(habit)  # it was refused for nothing: not one of its rounds
 
     def drain(self) -> None:
@@ -287,14 +290,3 @@ class BatchGenerator:
         for told, number in faults.most_common(3):
             logger.warning("%d requests of a batch got no reply: %s", number, told)
         return outcomes
-
-    def _error(self, request: Request, refusal: Refusal) -> Exception:
-        if refusal.kind in ("key", "quota", "not_found", "option"):
-            option = f" the option `{refusal.option}`" if refusal.option else ""
-            return EndpointError(
-                f"{self.batches.place} refuses{option or ' every request'}. It says: {refusal.told}. Set what it "
-                "names, or leave the option out (`null` in the YAML, None in Python)."
-            )
-        return GenerationError(
-            refusal.kind, f"{self.batches.place} refuses request {request.key}: {refusal.told}", refusal.told
-        )

@@ -198,9 +198,9 @@ class OpenAIGenerator:
                 raise AttemptError(most(request, kind) if sent else Fault("unreachable"), str(error)) from None
             except Refusal as refusal:
                 habit = habit_for(refusal, body)
+                told = redact(refusal.told, self._secrets)
                 if habit is None and refusal.kind in _MEANING:
                     raise self._run_error(lane, refusal) from None
-                told = redact(refusal.told, self._secrets)
                 if habit is None:
                     remedy = _REQUEST_REMEDIES.get(refusal.kind)
                     if remedy and refusal.kind not in self._told:

@@ -26,21 +26,17 @@ class _NamedError(RuntimeError):
 class GenerationError(_NamedError):
     """This request will never get a usable reply; the run goes on without it.
 
-    `kind` is a short name to count by: "content_filter" (the endpoint refused the prompt or cut the reply; kept in the
-    journal, so it is not asked again), "too_long" (prompt and reply exceed the model's range) or "bad_request"
-    (anything else that the endpoint cannot serve). `told` is what the server said, without its address.
+    `kind` is "content_filter" (the endpoint refused the prompt or cut the reply; it is not asked again), "too_long"
+    (prompt and reply exceed the model's range) or "bad_request". `told` is what the server said, without its address.
     """
 
 
 class NoReplyError(_NamedError):
-    """This request got no reply after every attempt; a later run will ask it again. Jobs do not catch it.
-
-    `kind` is the name of the last fault.
-    """
+    """This request got no reply after every attempt, the last ended by `kind`; a later run will ask it again."""
 
 
 class RunStopped(RuntimeError):  # noqa: N818 - a budget that is spent is no error
-    """The whole run cannot go on: what was paid for is in the journal, and a rerun continues. Jobs do not catch it."""
+    """The whole run cannot go on: what was paid for is in the journal, and a rerun continues."""
 
 
 class EndpointError(RunStopped):
@@ -141,7 +137,7 @@ class Reply:
 
     `model` is the name the server gave; `finish_reason` "length" is a reply cut off. With `confirmed=False` the server
     did not say what was used, and the tokens are the most it can be. `cached_tokens` are those of the prompt that it
-    did not compute anew, as far as it says. The last two are not kept in the journal.
+    did not compute anew, as far as it says.
     """
 
     text: str

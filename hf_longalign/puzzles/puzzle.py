@@ -93,7 +93,6 @@ def lengthen(
     count: Callable[[str], int],
     filler: Sequence[str],
     rng: np.random.Generator,
-    alike_share: float = 0.5,
 ) -> LongPuzzle:
     """Return a puzzle of at most `length` tokens, and as near to it as whole lines allow.
 
@@ -101,9 +100,9 @@ def lengthen(
         puzzle: what to make long.
         length: tokens, the chat template included.
         count: tokens of a text, the chat template included.
-        filler: sentences that say nothing of the puzzle; taken in turn from a random one on.
+        filler: sentences that say nothing of the puzzle, taken in turn from a random one on; as many of the lines that
+            are added look like evidence.
         rng: source of places and of the filler's beginning.
-        alike_share: share of the added lines that look like evidence.
 
     Raises:
         ValueError: the puzzle alone is longer; the message names its tokens.
@@ -118,7 +117,7 @@ def lengthen(
 
     def added(number: int) -> list[str]:
         while len(made) < number:
-            coins.append(not filler or bool(rng.random() < alike_share))
+            coins.append(not filler or bool(rng.random() < 0.5))
             made.append(puzzle.alike() if coins[-1] else filler[(start + len(made)) % len(filler)].strip())
         return made[:number]
 

@@ -28,6 +28,7 @@ from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle, lengthen
 LIST = "Answer with the names alone, separated by commas."
 ONE = "Answer with the name alone."
 NUMBER = "Answer with the number alone."
+GRAPH = "The text below names the edges of a directed graph, one in a line, among other sentences."
 # The words come in two parts that share none: what is trained on is never asked for. Names are invented and spelled in
 # capitals, so that they are found in an answer whatever stands around them, and so that no tokenizer knows them as
 # words. There are hundreds of thousands of them, enough for a million tokens of text.
@@ -170,9 +171,6 @@ def graph_parents(rng: np.random.Generator, part: str) -> Puzzle:
     lines += tuple(Line(_edge(node, name())) for _ in range(2))
     question = f"Which nodes have an arrow that leads to {node}? {LIST}"
     return Puzzle("graph_parents", GRAPH, lines, lambda: _edge(name(), name()), question, parents)
-
-
-GRAPH = "The text below names the edges of a directed graph, one in a line, among other sentences."
 
 
 def _edge(start: str, end: str) -> str:
@@ -328,9 +326,7 @@ def training_rows(
     filler: Sequence[str] = (),
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return rows in TRL's chat format with the `parts` at which positions may be skipped.
-
-    Their names, goods, topics and facts are those of the part "training", which evaluation shares none with.
+    """Return rows in TRL's chat format with the `parts` at which positions may be skipped; of the part "training".
 
     Args:
         tasks: names of `TASKS`, in turn.

@@ -186,9 +186,9 @@ class Pipeline:
         for seed in seeds:
             if config.generator == "documents" and seed.context is None:
                 # The row itself is gone by now; its place is all that the message needs.
-                file, _, number = seed.origin.rpartition(":")
+                file, _, line = seed.origin.rpartition(":")
                 remedy = 'Give a column `context` or `contexts`, or a generator other than "documents" to write it.'
-                raise BadRowError(Row({}, file, int(number)), "missing", remedy, "context")
+                raise BadRowError(Row({}, file, int(line)), "missing", remedy, "context")
         if self.shard == (0, 1):
             check_distractors(seeds, config, len(self.files.documents))
         elif config.difficulty_use != "record":
@@ -207,7 +207,17 @@ class Pipeline:
         # not paid for later.
         outcomes = [self._decontaminated(Outcome(seed)) for seed in self.seeds.seeds]
         outcomes = self._chosen(outcomes)
-        outcomes = self._with_contexts(outcomes)
+        numbers = accepted(outcomes)
+        seeds = [outcomes[number].seed for number in numbers]
+        if self.config.method == "instruction":
+            made = self._ask("write_pair", seeds)
+        elif self.config.generator != "documents":
+            made = self._ask("write", seeds)
+        else:
+            made = [check_given(seed, self.plan) for seed in seeds]
+            if self.plan.judge is not None:
+                made = self._ask("judge", made)
+        outcomes = _replaced(outcomes, numbers, made)
         # Only now, and beside all others: a context that was rewritten may repeat another one.
         outcomes = self._without_duplicates(outcomes)
         # Once more, because a model may have written what stands in the evaluation data.
@@ -281,19 +291,6 @@ class Pipeline:
             if place not in kept:
                 outcomes[number] = replace(outcomes[number], reason=f"difficulty: not chosen by {config.difficulty}")
         return outcomes
-
-    def _with_contexts(self, outcomes: list[Outcome]) -> list[Outcome]:
-        numbers = accepted(outcomes)
-        seeds = [outcomes[number].seed for number in numbers]
-        if self.config.method == "instruction":
-            made = self._ask("write_pair", seeds)
-        elif self.config.generator != "documents":
-            made = self._ask("write", seeds)
-        else:
-            made = [check_given(seed, self.plan) for seed in seeds]
-            if self.plan.judge is not None:
-                made = self._ask("judge", made)
-        return _replaced(outcomes, numbers, made)
 
     def _without_duplicates(self, outcomes: list[Outcome]) -> list[Outcome]:
         """Refuse what nearly repeats an earlier context; a written one is written anew while retries are left."""

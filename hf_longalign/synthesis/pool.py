@@ -128,8 +128,7 @@ class Pool:
         self.size = self.table.num_rows
         self.ids = self.table["seed_id"].to_pylist() + [document.document_id for document in self.documents]
         # Tasks as small numbers: comparing arrays of strings for each row would take longer than composing it.
-        names, self.tasks = np.unique(self.table["task"].to_pylist(), return_inverse=True)
-        self.task_names = [str(name) for name in names]
+        _, self.tasks = np.unique(self.table["task"].to_pylist(), return_inverse=True)
         self.titles = self.table["title"].to_pylist() + [document.title for document in self.documents]
 
     def __len__(self) -> int:
@@ -278,8 +277,15 @@ def nearest(
     scores keep the order of the contexts.
     """
     found = np.full((pool.size, len(sources), neighbours), -1, np.int32)
+    everyone = np.arange(pool.size)
     for place, source in enumerate(sources):
-        for members, rows in _populations(pool, source):
+        # Texts that can be looked through together, and the rows that look for theirs among them.
+        populations = [(np.arange(pool.size, len(pool)) if source == "documents" else everyone, everyone)]
+        if source == "same_task":
+            populations = [
+                (same, same) for task in np.unique(pool.tasks) for same in [np.flatnonzero(pool.tasks == task)]
+            ]
+        for members, rows in populations:
             needed = max(1, -(-len(members) // compared))
             # At random, not every so-manieth: seeds often stand in turns, one of each task.
             dealt = np.array_split(np.random.default_rng(0).permutation(members), needed)[: len(rows)]
@@ -292,19 +298,6 @@ def nearest(
                     best = _closest(close(int(row)), usable, neighbours)
                     found[row, place, : len(best)] = texts[best]
     return found
-
-
-def _populations(pool: Pool, source: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Texts that can be looked through together, and the rows that look for theirs among them."""
-    seeds = np.arange(pool.size)
-    if source == "same_task":
-        for task in range(len(pool.task_names)):
-            same = np.flatnonzero(pool.tasks == task)
-            yield same, same
-    elif source == "other_tasks":
-        yield seeds, seeds
-    else:
-        yield np.arange(pool.size, len(pool)), seeds
 
 
 def _closest(scores: np.ndarray, usable: np.ndarray, neighbours: int) -> np.ndarray:

@@ -66,9 +66,8 @@ class Progress:
         # Off a terminal a bar would fill a log with thousands of lines.
         self._logged = time.monotonic()
         # disable=None: tqdm hides the bar where stderr is no terminal, and the log lines take over.
-        self._bar = tqdm(
-            total=total, desc=name, unit="seed", smoothing=0.05, disable=None if show is None else not show
-        )
+        disable = None if show is None else not show
+        self._bar = tqdm(total=total, desc=name, unit="seed", smoothing=0.05, disable=disable)
         self._log = show is None and self._bar.disable
 
     def count(self, kind: str, number: int = 1) -> None:
@@ -94,18 +93,13 @@ class Progress:
 
     def __str__(self) -> str:
         total = f"/{self._bar.total}" if self._bar.total else ""
-        return f"{self._name}: {self.counts['done']}{total} done, " + ", ".join(
-            f"{value} {key}" for key, value in self._shown().items()
-        )
+        shown = ", ".join(f"{value} {name}" for name, value in self._shown().items())
+        return f"{self._name}: {self.counts['done']}{total} done, {shown}"
 
     def _shown(self) -> dict[str, str]:
-        return {
-            "rejected": str(self.counts["rejected"]),
-            "retried": str(self.counts["retried"]),
-            "faults": str(self.faults.total()),
-            "tokens": f"{self.spend.tokens:,}",
-            "cost": f"${self.spend.usd:.2f}",
-        }
+        numbers = {**{name: self.counts[name] for name in ("rejected", "retried")}, "faults": self.faults.total()}
+        money = {"tokens": f"{self.spend.tokens:,}", "cost": f"${self.spend.usd:.2f}"}
+        return {**{name: str(number) for name, number in numbers.items()}, **money}
 
     def _refresh(self) -> None:
         if not self._bar.disable:

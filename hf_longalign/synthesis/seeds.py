@@ -130,13 +130,18 @@ def read_seeds(
                 if mark and on_control_tokens == "reject":
                     remedy = f"Take {mark!r} out, or set `on_control_tokens` to 'neutralise'."
                     raise BadRowError(row, "a mark of a chat template", remedy, column)
-            repeated = _is_repeated(seed, row, first_seen)
+            # By the row it was read from, not by the file: the same pair may stand in two. Its place alone is kept.
+            place = (row.file, row.number, row.unit)
+            first = first_seen.setdefault(seed.seed_id, place)
+            if first is not place and row.values.get("id") is not None:
+                remedy = f"{seed.seed_id!r} stands at {first[2]} {first[1]} of {first[0]} already. Rename one."
+                raise BadRowError(row, "duplicate id", remedy, "id")
         except BadRowError as error:
             if on_bad_seed == "raise":
                 raise
             found.skipped[error.reason] += 1
             continue
-        if repeated:
+        if first is not place:
             found.skipped["the same row twice"] += 1
         # Counted after bad and repeated rows are gone: the first so many good ones.
         elif per_task is None or kept[seed.task] < per_task:
@@ -218,20 +223,6 @@ def _text(row: Row, column: str, required: bool = False) -> Any:
             raise BadRowError(row, "empty", "Fill it in or delete the row.", column)
         return None
     return value.strip()
-
-
-def _is_repeated(seed: Seed, row: Row, first_seen: dict[str, tuple[str, int, str]]) -> bool:
-    """Whether the very same row was read before; another row under the same id is an error."""
-    # By the row it was read from, not by the file: the same pair may stand in two files. Its place alone is kept.
-    place = (row.file, row.number, row.unit)
-    first = first_seen.setdefault(seed.seed_id, place)
-    if first is place:
-        return False
-    if row.values.get("id") is None:
-        return True
-    file, number, unit = first
-    remedy = f"{seed.seed_id!r} stands at {unit} {number} of {file} already. Rename one."
-    raise BadRowError(row, "duplicate id", remedy, "id")
 
 
 COLUMNS = ("text", "context")

@@ -66,7 +66,7 @@ def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count:
 
 
 def fill_shard(builder: ContextSynthesisBuilder, folder: str | Path) -> bool:
-    """Do what `run_shard` does, for the part in `builder.pipeline.shard`; returns whether this process of a team led."""
+    """Do what `run_shard` does, for `builder.pipeline.shard`; returns whether this process of a team led."""
     index, count = builder.pipeline.shard
     name = f"shard-{index}-of-{count}.sqlite"
     finished, half = Path(folder) / name, Path(folder) / f"{name}.half"
@@ -185,7 +185,7 @@ class Team:
         return True
 
     def hand_out(self, step: Any, items: Sequence[Any]) -> list[int]:
-        """Write to each process the items of `step` that it begins with; returns the leader's own order of all items."""
+        """Write to each process the items of `step` that it begins with; returns the leader's order of all items."""
         # A process that took over goes on counting where the lost leader stopped.
         self._steps = max([self._steps, *(int(path.name[:4]) for path in self.folder.glob("*.work"))]) + 1
         for rank in set(range(self.size)) - {self.rank}:
@@ -252,7 +252,7 @@ class Team:
 
 
 def join_team(parent: Path) -> Team | None:
-    """Return the team that `accelerate` or `torchrun` started, or `None` for one process; all see the folder `parent`."""
+    """Return the team that `accelerate` or `torchrun` started, which all see `parent`; `None` for one process."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 

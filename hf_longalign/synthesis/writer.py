@@ -170,7 +170,7 @@ async def write_context(seed: Seed, plan: Plan, ask: Ask, count: Count, refused:
 
 
 async def write_pair(chunk: Seed, plan: Plan, ask: Ask, count: Count) -> Outcome:
-    """Have a model write an instruction and an answer for a text: the paper's baseline, whose targets are synthetic."""
+    """Have a model write an instruction and an answer for a text: the baseline, whose targets are synthetic."""
     context = chunk.context or ""
     dialogue = Dialogue(plan, ask, count)
 
