@@ -43,13 +43,6 @@ class AdaptiveLimiter:
     from the first second. A refusal, or a time-out, multiplies the limit by 0.7; of the requests sent before a
     decrease only one counts, since all of them met the same crowd. A reply adds one slot while the limit is away from
     the last one that was too high, and one slot for every full round of replies near it.
-
-    >>> limiter = AdaptiveLimiter(10)
-    >>> sent = [limiter.acquire() for _ in range(10)]
-    >>> for ticket in sent[:3]:
-    ...     limiter.release(ticket, congested=True)
-    >>> limiter.limit, limiter.room()
-    (7.0, 0)
     """
 
     def __init__(self, most: int, *, clock: Callable[[], float] = time.monotonic) -> None:

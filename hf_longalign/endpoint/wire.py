@@ -64,9 +64,6 @@ def body_of(request: Request, served_model: str, habits: Collection[str] = ()) -
 
     `habits` are how this endpoint wants to be asked: "max_completion_tokens" in place of `max_tokens`, "stream", and
     "no_stream_options" with it (see `habit_for`).
-
-    >>> body_of(Request((("user", "Hi"),), "tiny"), "tiny")["messages"]
-    [{'role': 'user', 'content': 'Hi'}]
     """
     sampling = request.sampling
     body: dict[str, Any] = {

@@ -89,13 +89,6 @@ class Breaker:
     A run whose replies all fail to be read or checked stops after 20 of them; one that had better ones stops after a
     streak of at least 200 that has a chance of less than one in a million at the share of unusable ones before it.
     What an earlier run paid for counts towards that share and in no streak, so that a rerun goes on past it.
-
-    >>> breaker = Breaker()
-    >>> for number in range(20):
-    ...     breaker.paid(f"key {number}")
-    ...     stop = breaker.unusable("parse: no context", f"key {number}", "As you wish.")
-    >>> str(stop)[:68]
-    'None of the last 20 replies can be used. The first: parse: no contex'
     """
 
     def __init__(self) -> None:

@@ -126,10 +126,6 @@ def verify_context(
     """Run the checks of `rules` on a context; a text that no model has `written` cannot refuse or be cut off.
 
     `finish_reason` says why the model stopped: "length" means in mid-sentence.
-
-    >>> rules = Rules(("length", "support"), min_words=3)
-    >>> [str(c.outcome) for c in verify_context("Ada left.", Seed("a", "general", "Who?", "Ada"), rules, written=True)]
-    ['failed', 'passed']
     """
     text = _Text(context, seed, rules, finish_reason, title)
     tables = (_WRITTEN_CHECKS, _CONTEXT_CHECKS) if written else (_CONTEXT_CHECKS,)
@@ -266,11 +262,7 @@ def _identifier() -> Any:
 
 
 def identify_language(text: str) -> str | None:
-    """Return the two-letter code of the language of `text` by py3langid, or `None` where it is too short to tell.
-
-    >>> identify_language("The dam was built in 1912, and the village below it was moved to the bank of the river.")
-    'en'
-    """
+    """Return the two-letter code of the language of `text` by py3langid, or `None` where it is too short to tell."""
     sample = text[:_LANGUAGE_SAMPLE]
     # Stopped at the limit: the sample is asked for each of some hundred thousand texts.
     letters = sum(1 for _ in islice(_LETTER.finditer(sample), _LEAST_LETTERS))

@@ -252,10 +252,6 @@ def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int
     """Return general rows, each `{"messages": [...], "seed_id": ...}`, that make up `share` of the whole, or all.
 
     Raises a BadRowError for no conversation in the column `messages`, or one that the assistant does not end.
-
-    >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    >>> draw_general([[{"messages": chat}] * 9], 0.5, long_rows=2, seed=0)[0]["messages"] == chat
-    True
     """
     # share = general / (general + long), solved for general.
     wanted = round(share / (1 - share) * long_rows)

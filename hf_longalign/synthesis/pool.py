@@ -77,13 +77,7 @@ class Words:
 
 
 class Rivals:
-    """Tells whether a context holds what an instruction asks for, by the rare words they share.
-
-    >>> rivals = Rivals(Words.of(["the dam of Thornwick", "the dam of Ashby", "a film by Ada"]))
-    >>> asked = rivals.asked("Where is the dam of Ashby?")
-    >>> [rivals.covers(asked, index) for index in range(3)]
-    [False, True, False]
-    """
+    """Tells whether a context holds what an instruction asks for, by the rare words they share."""
 
     def __init__(self, words: Words):
         self._words = words
@@ -240,11 +234,6 @@ def offer(
     `groups` are indices by source, the preferred source first; the row's `own` is not offered. `nearest` holds for
     each group the indices closest to what is asked, closest first, -1 for none; `hard_share` is how likely the next
     context is the nearest one left in its group.
-
-    >>> groups = [np.array([1, 2, 3]), np.array([8, 9])]
-    >>> order = list(offer(groups, np.random.default_rng(0), own=1, nearest=[[2], [9]], hard_share=1.0))
-    >>> order
-    [2, 3, 9, 8]
     """
     for number, group in enumerate(groups):
         near = iter([int(index) for index in nearest[number] if index >= 0] if hard_share else [])
@@ -282,9 +271,8 @@ def nearest(
         # Texts that can be looked through together, and the rows that look for theirs among them.
         populations = [(np.arange(pool.size, len(pool)) if source == "documents" else everyone, everyone)]
         if source == "same_task":
-            populations = [
-                (same, same) for task in np.unique(pool.tasks) for same in [np.flatnonzero(pool.tasks == task)]
-            ]
+            own = [np.flatnonzero(pool.tasks == task) for task in np.unique(pool.tasks)]
+            populations = list(zip(own, own, strict=True))
         for members, rows in populations:
             needed = max(1, -(-len(members) // compared))
             # At random, not every so-manieth: seeds often stand in turns, one of each task.

@@ -138,13 +138,7 @@ def context_prompt(
     template: str | None = None,
     reason: str | None = None,
 ) -> Messages:
-    """Ask for a context in one reply, from the pair alone or from facts listed before.
-
-    >>> from hf_longalign.synthesis.tasks import TASKS
-    >>> messages = context_prompt(Seed("a", "qmsum", "Why?", "Because."), TASKS["qmsum"], 500)
-    >>> "about 500 words" in messages[1][1], messages[1][1].endswith(CONTEXT_FORMAT)
-    (True, True)
-    """
+    """Ask for a context in one reply, from the pair alone or from facts listed before."""
     if template is None:
         # Built before it is filled: braces in the seed must not be taken for fields.
         template = _LOST + ("\n{facts}" if facts else "") + "\n" + _DEMANDS + "\n{format}"
@@ -280,11 +274,7 @@ def read_pair(text: str) -> tuple[str, str]:
 
 
 def read_verdict(text: str) -> tuple[bool, str]:
-    """Return a judge's verdict and its reason.
-
-    >>> read_verdict("Not supported: the text names another year.")
-    (False, 'the text names another year.')
-    """
+    """Return a judge's verdict and its reason."""
     match = _VERDICT.match(spoken(text))
     if match is None:
         raise ReplyError(f"no verdict in {_start(text)!r}")

@@ -52,10 +52,6 @@ class Progress:
 
     `counts` holds what happened to seeds and requests by name ("done", "rejected", "retried", "asked", "journaled"),
     `faults` the attempts that gave no reply.
-
-    >>> progress = Progress(total=2, show=False)
-    >>> progress.count("rejected"); progress.done(); progress.counts["rejected"], progress.counts["done"]
-    (1, 1)
     """
 
     def __init__(self, total: int | None = None, *, name: str = "contexts", show: bool | None = None) -> None:
@@ -114,21 +110,6 @@ class Runner:
 
     A job is `async def job(ask)`, one for each seed: it awaits `ask(request)` as often as it needs and returns its
     outcome. It may catch `GenerationError`, nothing else, and computes in `await asyncio.to_thread(...)`.
-
-    >>> import tempfile
-    >>> from hf_longalign.endpoint.protocol import Reply, Request
-    >>> class Echo:
-    ...     model, concurrency = "echo", 2
-    ...     async def check(self): pass
-    ...     async def reply(self, request, notify=None):
-    ...         return Reply(request.messages[0][1].upper(), "stop", 1, 1, "echo")
-    ...     def drain(self): pass
-    ...     async def close(self): pass
-    >>> async def shout(word, ask):
-    ...     return (await ask(Request((("user", word),), "echo"))).text
-    >>> with tempfile.TemporaryDirectory() as folder, Journal(f"{folder}/journal.sqlite") as journal:
-    ...     Runner(Echo(), journal).run(partial(shout, word) for word in ("one", "two"))
-    ['ONE', 'TWO']
     """
 
     def __init__(

@@ -69,10 +69,6 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
         use: "record" keeps all; "select" keeps the hardest; "stratify" keeps the same number from each quarter of the
             hardness; "weight" draws, the hardest three times as likely as the easiest.
         seed: seed of the draw.
-
-    >>> pairs = [Seed(str(number), "qasper", "Why?", "So.") for number in range(4)]
-    >>> choose_seeds(pairs, [0.1, 0.9, 0.5, 0.7], "select", 0.5)
-    [1, 3]
     """
     if use == "record":
         return list(range(len(seeds)))
@@ -135,9 +131,6 @@ class Duplicates:
         """Return, for each text that nearly repeats an earlier one, its index and the index of that earlier one.
 
         A text is compared with those before it that repeat none themselves.
-
-        >>> Duplicates().find(["the dam was built in 1912 by Ada", "no", "The dam was built in 1912, by Ada!"])
-        {2: 0}
         """
         sketches = self._sketched(texts)
         bands = self._bands(sketches)

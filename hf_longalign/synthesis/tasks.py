@@ -42,11 +42,7 @@ class Task:
         return "{input}" not in self.template
 
     def clean(self, context: str) -> str:
-        """Return a given context with line breaks for the marks that stand for them.
-
-        >>> TASKS["multi_news"].clean("A storm. NEWLINE_CHAR NEWLINE_CHAR It rained.  ||||| A flood.")
-        'A storm.\\n\\nIt rained.\\n\\nA flood.'
-        """
+        """Return a given context with line breaks for the marks that stand for them."""
         for mark, line_break in self.marks:
             context = context.replace(mark, line_break)
         return _BREAKS.sub(lambda found: "\n" * min(2, found[0].count("\n")), context) if self.marks else context
@@ -110,11 +106,7 @@ _ALIASES = {alias: task.name for task in TASKS.values() for alias in task.aliase
 
 
 def find_task(name: str) -> Task:
-    """Return the task of that name or alias; a ValueError lists the names.
-
-    >>> find_task("2wikiqa").name
-    '2wikimqa'
-    """
+    """Return the task of that name or alias; a ValueError lists the names."""
     task = TASKS.get(_ALIASES.get(name, name))
     if task is None:
         names = ", ".join(sorted([*TASKS, *_ALIASES]))

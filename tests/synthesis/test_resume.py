@@ -34,7 +34,10 @@ def _start(folder, *servers, name="rows", seeds=f"0:{SEEDS}:1", budget=0, patien
 def fork():
     """Starts the client in a process that has its imports already: a hundred starts are affordable."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["openai", run.__module__])
+    # What the client imports, and not its own module: this folder is not on the path of the server that forks, which
+    # passes over what it does not find, without a word.
+    client = ["openai.resources.chat.completions", "tqdm.auto", "psutil"]
+    context.set_forkserver_preload(["hf_longalign.synthesis.runner", "hf_longalign.endpoint", *client])
 
     def start(folder, *servers, seeds=f"0:{SEEDS}:1", budget=0, patience=60):
         urls = [server.url for server in servers]
