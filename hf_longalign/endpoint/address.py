@@ -86,6 +86,17 @@ class Endpoint:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         return base64.b64encode(login.encode()).decode()
 
+    def client(self, **options: Any) -> Any:
+        """An `openai.AsyncOpenAI` for it, which sends each request once: retries are counted and paced here."""
+        return require("openai", "endpoint").AsyncOpenAI(
+            base_url=self.name,
+            # Refused without a key; and OPENAI_API_KEY, whosever it is, is read where none is given.
+            api_key=self.api_key or "none",
+            default_headers={"Authorization": f"Basic {self.login}"} if self.login else {},
+            max_retries=0,
+            **options,
+        )
+
     @property
     def secrets(self) -> list[str]:
         """What must not be written down."""
@@ -98,14 +109,3 @@ class Endpoint:
         if isinstance(endpoint, Endpoint):
             return endpoint
         return cls(endpoint, None if urlsplit(endpoint).username else os.environ.get(variable) or None)
-
-    def connect(self, **options: Any) -> Any:
-        """A new `openai.AsyncOpenAI` for it, which repeats nothing: retries are counted and paced by who asks."""
-        return require("openai", "endpoint").AsyncOpenAI(
-            base_url=self.name,
-            # The client refuses to be made without a key, and reads OPENAI_API_KEY, whosever it is, if it gets none.
-            api_key=self.api_key or "none",
-            default_headers={"Authorization": f"Basic {self.login}"} if self.login else {},
-            max_retries=0,
-            **options,
-        )

@@ -125,7 +125,7 @@ class HostedBatches:
     async def _call(self, call: Any) -> Any:
         """Do one thing, again while the other side is away or busy; all of them may be done twice."""
         openai = require("openai", "endpoint")
-        self._opened = self._opened or self._endpoint.connect()
+        self._opened = self._opened or self._endpoint.client()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await call(self._opened)

@@ -268,7 +268,7 @@ class OpenAIGenerator:
             lanes = []
             for endpoint in self.endpoints:
                 limiter, habits = AdaptiveLimiter(self.max_concurrency), self._habits[endpoint.name]
-                lanes.append(Lane(endpoint.name, endpoint.connect(timeout=timeout), limiter, habits))
+                lanes.append(Lane(endpoint.name, endpoint.client(timeout=timeout), limiter, habits))
             self._pool = Pool(lanes, patience=self.patience)
         return self._pool
 
