@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_editors_see_what_python_loads(room):
     assert seen == {name: f"{package.__name__}.{module}" for name, module in package._EXPORTS.items()}
     # A module of the same name would take its place in the package as soon as somebody imports it.
     assert not set(seen) & {path.stem for path in Path(package.__file__).parent.iterdir()}
+
+
+SCRIPTS = [path for folder in ("benchmarks", "recipes") for path in sorted((ROOT.parent / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT.parent).as_posix())
+def test_what_scripts_import_from_the_package_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hf_longalign"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
 
 
 def test_what_is_not_exported_is_an_attribute_error():

@@ -304,16 +304,7 @@ def unanswerable(rng: np.random.Generator, part: str) -> Puzzle:
 
 TASKS: dict[str, Callable[[np.random.Generator, str], Puzzle]] = {
     function.__name__: function
-    for function in (
-        graph_walk,
-        graph_parents,
-        repeated_request,
-        key_chain,
-        count,
-        latest,
-        association,
-        unanswerable,
-    )
+    for function in (graph_walk, graph_parents, repeated_request, key_chain, count, latest, association, unanswerable)
 }
 
 
