@@ -122,26 +122,20 @@ def compose(
     chosen: list[Piece] = []
     # More than once, since counts of pieces do not add up: what `_fit` had to shorten leaves room again.
     while tokens < (1 - FILL_TOLERANCE) * ruler.budget:
-        places = None if limit is None else limit - len(chosen)
-        added = _gather(candidates, ruler.budget - tokens, joint, places, ruler)
+        room, added = ruler.budget - tokens, []
+        for piece in islice(candidates, None if limit is None else limit - len(chosen)):
+            room -= joint + piece.tokens
+            if room < 0:  # the first that does not fit is cut to what is left
+                left = room + piece.tokens
+                shorter = _cut(piece, left, ruler) if left >= _LEAST_CUT_TOKENS else None
+                added += [shorter] if shorter else []
+                break
+            added.append(piece)
         if not added:
             break
         chosen += added
         made, tokens = _fit(gold, chosen, prompt, rng, ruler)
     return made
-
-
-def _gather(candidates: Iterator[Piece], room: int, joint: int, places: int | None, ruler: Ruler) -> list[Piece]:
-    """Take candidates while they fit into `room` tokens; the first that does not is cut to what is left."""
-    taken: list[Piece] = []
-    for piece in islice(candidates, places):
-        room -= joint
-        if piece.tokens > room:
-            shorter = _cut(piece, room, ruler) if room >= _LEAST_CUT_TOKENS else None
-            return [*taken, shorter] if shorter else taken
-        taken.append(piece)
-        room -= piece.tokens
-    return taken
 
 
 def _fit(

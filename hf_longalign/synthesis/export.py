@@ -151,6 +151,7 @@ def dataset_facts(
         lengths, unit = [sum(word_count(message["content"]) for message in row) for row in rows], "words"
     # What was run, rather than what was set: a given text is not checked for what only models do.
     checks = [row for rows in chat for row in rows["checks"]]
+    ran = {check["name"] for row in checks for check in row}
     contexts = [number for rows in chat for number in rows["n_contexts"] if number]
     hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
     contexts_written = (row for rows in data.get("contexts", {}).values() for row in rows)
@@ -179,7 +180,7 @@ def dataset_facts(
             if task not in named
         ],
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
-        checks=[name for name in config.checks if name in {check["name"] for row in checks for check in row}],
+        checks=[name for name in config.checks if name in ran],
         neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
         lengths=lengths,
         unit=unit,

@@ -7,6 +7,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
@@ -78,31 +79,25 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
     kept: list[int] = []
     for members in tasks.values():
         ranked = sorted(members, key=lambda number: (-hardness[number], number))
-        kept += _choose(ranked, seeds, use, round(share * len(ranked)), seed)
+        count = round(share * len(ranked))
+        # Uniform in (0, 1), by the pair's id alone: another pair in the data changes no draw of this one.
+        ids = [seeds[number].seed_id for number in ranked]
+        draws = [(int(digest("difficulty", str(seed), seed_id), 16) + 1) / (2**64 + 1) for seed_id in ids]
+        if use == "select":
+            kept += ranked[:count]
+        elif use == "weight":
+            # Weighted sampling without replacement by sorting u^(1/w) (Efraimidis and Spirakis, 2006).
+            weights = np.linspace(3, 1, len(ranked))
+            keys = [draw ** (1 / weight) for draw, weight in zip(draws, weights, strict=True)]
+            kept += [ranked[place] for place in np.argsort(-np.array(keys), kind="stable")[:count]]
+        else:
+            drawn = list(zip(draws, ranked, strict=True))
+            borders = [part * len(ranked) // _STRATA for part in range(_STRATA + 1)]
+            # Differences of rounded sums, which add up to `count` exactly.
+            quotas = [(part + 1) * count // _STRATA - part * count // _STRATA for part in range(_STRATA)]
+            for (start, end), quota in zip(pairwise(borders), quotas, strict=True):
+                kept += [number for _, number in sorted(drawn[start:end])[:quota]]
     return sorted(kept)
-
-
-def _choose(ranked: list[int], seeds: Sequence[Seed], use: str, count: int, seed: int) -> list[int]:
-    """Choose `count` of one task's seeds, given from the hardest to the easiest."""
-    if use == "select":
-        return ranked[:count]
-    # Uniform in (0, 1), by the pair's id alone: another pair in the data changes no draw of this one.
-    ids = [seeds[number].seed_id for number in ranked]
-    draws = [(int(digest("difficulty", str(seed), seed_id), 16) + 1) / (2**64 + 1) for seed_id in ids]
-    if use == "weight":
-        # Weighted sampling without replacement by sorting u^(1/w) (Efraimidis and Spirakis, 2006).
-        weights = np.linspace(3, 1, len(ranked))
-        keys = [draw ** (1 / weight) for draw, weight in zip(draws, weights, strict=True)]
-        return [ranked[place] for place in np.argsort(-np.array(keys), kind="stable")[:count]]
-    chosen: list[int] = []
-    for part in range(_STRATA):
-        stratum = list(zip(draws, ranked, strict=True))[
-            part * len(ranked) // _STRATA : (part + 1) * len(ranked) // _STRATA
-        ]
-        # Differences of rounded sums, which add up to `count` exactly.
-        quota = (part + 1) * count // _STRATA - part * count // _STRATA
-        chosen += [number for _, number in sorted(stratum)[:quota]]
-    return chosen
 
 
 _PERMUTATIONS = 128
