@@ -20,7 +20,7 @@ JOINS = {"__init__", "__main__", "cli", "commands"}
 PURE = {
     *("positions", "blocks", "records"),
     *("synthesis/prompts", "synthesis/compose"),
-    *("evaluation/prompt", "evaluation/needles", "evaluation/placement", "evaluation/intervals"),
+    *("evaluation/prompt", "evaluation/needles", "evaluation/intervals"),
     *("evaluation/results", "evaluation/longbench_metrics", "evaluation/ruler"),
 }
 PURE_MODULES = set(sys.stdlib_module_names) | {"numpy", "hf_longalign"}

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +16,6 @@ import transformers
 from tqdm.auto import tqdm
 
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
-from hf_longalign.evaluation.examined import PROCESSES, Examined, public_name
 from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
@@ -29,11 +28,10 @@ from hf_longalign.evaluation.longbench import (
     longbench_prompts,
     score_longbench,
 )
-from hf_longalign.evaluation.models import ADAPTER, load_model, record_of
-from hf_longalign.evaluation.needles import score_needle
+from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
+from hf_longalign.evaluation.needles import needle_prompts, score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import DOCUMENTS, PerplexitySuite
-from hf_longalign.evaluation.placement import needle_prompts
 from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, plan_grid, seconds_per_prompt
 from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
 from hf_longalign.evaluation.puzzle_prompts import puzzle_prompts, score_puzzle
@@ -259,8 +257,7 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
     if key not in store:
         expected = record.answers
         if expected is None and options.check_served == "local":
-            model = load_model(options.model, adapter=adapter, revision=options.model_revision,
-                               adapter_revision=options.adapter_revision, dtype=options.dtype)  # fmt: skip
+            model = load_model(replace(options, adapter=adapter))
             expected = known_answers(model, examined.tokenizer, record.rope)
         if not expected or not expected.answers:
             return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}

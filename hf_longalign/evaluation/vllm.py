@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED
+from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED, base_revision
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
 from hf_longalign.evaluation.runner import Examinee
@@ -91,21 +91,17 @@ class VLLMAnswers:
 
 
 def vllm_examinees(
-    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, revision: str | None
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> list[Examinee]:
     """Return the base, and the adapter beside it on the same weights in memory.
 
     Where the adapter was trained with scaled RoPE, the base has that RoPE too, and is called so: vLLM has one RoPE
     for all that it holds. The base as published is a run of its own, without the adapter.
 
-    Args:
-        options: what is evaluated.
-        tokenizer: the model's.
-        config: of the model, with the RoPE of the adapter.
-        revision: of the model.
+    `config` is that of the model with the RoPE of the adapter.
     """
     require("vllm", "vllm")  # missing is told now, and not when all prompts are made
-    given: Mapping[str, Any] = json.loads(options.vllm_options or "{}")
+    given, revision = json.loads(options.vllm_options or "{}"), base_revision(options)
     more: dict[str, Any] = {"dtype": options.dtype, "revision": revision, **given}
     if options.trust_remote_code:
         more["trust_remote_code"] = True

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hf_longalign.evaluation.haystack import noise
-from hf_longalign.evaluation.needles import score_needle
-from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.needles import needle_prompts, score_needle
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.report import render_report, write_report
 from hf_longalign.evaluation.results import suite_result
