@@ -8,10 +8,10 @@ import difflib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
-from itertools import combinations
+from itertools import combinations, count, product
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from hf_longalign.evaluation.intervals import Z, mean_interval
 from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
 from hf_longalign.evaluation.runner import Examinee, ResultStore
+from hf_longalign.records.base import Record
 from hf_longalign.records.report import Difference, Score, SuiteResult, TaskResult
 
 
@@ -33,32 +34,17 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HarnessResult:
-    """What lm-eval found on one task.
-
-    Attributes:
-        task: lm-eval's name of the task or group.
-        metric: the task's first metric, with lm-eval's filter behind a comma, such as "exact_match,strict-match".
-        value: its value, 0 to 1 for all tasks of `SHORT`; `None` where the task was not run.
-        stderr: its standard error, where lm-eval gives one.
-        metrics: all metrics of the task, by the same names.
-        samples: questions asked.
-        n_shot: examples shown before each.
-        cut: prompts longer than `max_length`, which lm-eval cuts at their beginning; above 0 the value means little.
-        version: lm-eval's version.
-        error: why the task was not run, and what to do.
-    """
+class HarnessResult(Record):
+    """What lm-eval found on one task or group, by its name for it."""
 
     task: str
-    metric: str | None = None
-    value: float | None = None
-    stderr: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
-    n_shot: int | None = None
-    cut: int = 0
-    version: str = ""
-    error: str | None = None
+    metric: str | None = None  # the first one, with a filter behind a comma, such as "exact_match,strict-match"
+    value: float | None = None  # 0 to 1 for all tasks of `SHORT`; `None` where the task was not run
+    stderr: float | None = None  # standard error, where lm-eval gives one
+    metrics: dict[str, float] = field(default_factory=dict)  # all of them, by the same names
+    samples: int = 0  # questions asked
+    cut: int = 0  # prompts longer than the range, which lose their beginning; above 0 the value means little
+    error: str | None = None  # why the task was not run, and what to do
 
 
 def run_harness(
@@ -68,22 +54,19 @@ def run_harness(
     *,
     max_length: int,
     limit: int | None = None,
-    batch_size: int = 1,
     chat: bool = True,
     include_path: str | Path | None = None,
 ) -> Iterator[HarnessResult]:
     """Check the arguments, then yield the result of each task as soon as it is there.
 
     Args:
-        model: loaded; an adapter is in force unless the caller has turned it off. It is set to evaluation mode. Or a
-            served one, which lm-eval asks by `local-chat-completions` and `local-completions`.
+        model: loaded, with its adapter in force unless the caller has turned it off; or a served one.
         tokenizer: the model's.
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
         limit: questions of each task (of each member of a group), the first ones; `None`: all.
-        batch_size: prompts at once.
         chat: go through the chat template.
-        include_path: folder with further tasks in lm-eval's YAML format; of equal names, its own count.
+        include_path: folder with further tasks in lm-eval's YAML format, which win over lm-eval's own.
 
     Raises:
         ImportError: lm-eval is missing.
@@ -122,7 +105,7 @@ def run_harness(
     else:
         secrets = []
         with alone():
-            lms = dict.fromkeys(names, loaded_lm(model, tokenizer, batch_size, max_length))
+            lms = dict.fromkeys(names, loaded_lm(model, tokenizer, max_length))
 
     def run(name: str) -> list[HarnessResult]:
         lm = lms[name]
@@ -140,15 +123,15 @@ def run_harness(
             )
             logger.warning("%s was not run: %s", name, told)
             logger.debug("lm-eval's error in %s", name, exc_info=True)
-            return [HarnessResult(name, version=lm_eval.__version__, error=told)]
+            return [HarnessResult(name, error=told)]
         if lm.cut:
             logger.warning("%s: %d prompts are longer than `max_length` and lost their beginning", name, lm.cut)
-        return _read(name, found, lm.cut, lm_eval.__version__)
+        return _read(name, found, lm.cut)
 
     return (result for name in names for result in run(name))
 
 
-def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[HarnessResult]:
+def _read(name: str, found: Mapping[str, Any], cut: int) -> list[HarnessResult]:
     """What lm-eval's tables of results say of a task, or of all that a tag or a group stands for."""
     # Metrics are called "name,filter", and their standard errors stand among them as "name_stderr,filter".
     by_task = {
@@ -174,9 +157,7 @@ def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[H
                 stderr=float(stderr) if isinstance(stderr, Real) else None,
                 metrics=by_task[task],
                 samples=samples.get(task, sum(samples.values())),
-                n_shot=found["n-shot"].get(task, next(iter(found["n-shot"].values()), None)),
                 cut=cut,
-                version=version,
             )
         )
     return results
@@ -185,15 +166,7 @@ def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[H
 class HarnessSuite:
     """Short-context tasks of lm-eval, each once per model; those that failed in an earlier run are tried again.
 
-    Args:
-        tasks: lm-eval's names.
-        model: what all examinees share; `None` where servers answer for them.
-        tokenizer: the model's.
-        store: what earlier runs have found.
-        examinees: the models.
-        max_length: tokens the model reads and writes together.
-        limit: questions of each task; `None`: all.
-        chat: go through the chat template.
+    `model` is what all examinees share, `None` where servers answer for them; `options` are those of [`run_harness`].
     """
 
     name = "short"
@@ -205,17 +178,17 @@ class HarnessSuite:
         tokenizer: PreTrainedTokenizerBase,
         store: ResultStore,
         examinees: Sequence[Examinee],
-        *,
-        max_length: int,
-        limit: int | None = None,
-        chat: bool = True,
+        **options: Any,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.options: dict[str, Any] = {"max_length": max_length, "limit": limit, "chat": chat}
+        self.model, self.tokenizer, self.options = model, tokenizer, options
         self.tasks = list(dict.fromkeys(tasks))
-        self._keys = {
-            (who.label, task): self._first_open(who, task, store) for who in examinees for task in self.tasks
-        }
+        self._keys: dict[tuple[str, str], str] = {}
+        for who, task in product(examinees, self.tasks):
+            # The first attempt that is not there yet or did not fail.
+            keys = (who.key(f"lm-eval/{options}/{task}/{attempt}") for attempt in count())
+            self._keys[who.label, task] = next(
+                key for key in keys if key not in store or not any(one.get("error") for one in store.get(key))
+            )
         # Names, and what servers can do, before anything is asked; a server that has answered all is left alone.
         for who in examinees[:1] if model is not None else examinees:
             if model is not None or store.missing(self.keys([who])):
@@ -231,7 +204,7 @@ class HarnessSuite:
                 bar.set_postfix_str(f"{examinee.label}, {task}")
                 with examinee.active():
                     found = run_harness(self._asked_of(examinee), self.tokenizer, [task], **self.options)
-                    store.add(key, [asdict(result) for result in found])
+                    store.add(key, [result.to_json() for result in found])
 
     def keys(self, examinees: Sequence[Examinee]) -> list[str]:
         """Return the keys of all results."""
@@ -247,22 +220,13 @@ class HarnessSuite:
         for task in self.tasks:
             for examinee in examinees:
                 for value in store.get(self._keys[examinee.label, task]):
-                    result = HarnessResult(**value)
+                    result = HarnessResult.from_json(value)
                     found.setdefault(result.task, {})[examinee.label] = result
         tasks = [_task_result(name, by_label) for name, by_label in found.items()]
         return SuiteResult(self.name, tasks, group_means(tasks, {}))
 
     def _asked_of(self, examinee: Examinee) -> Any:
         return examinee.generator if self.model is None else self.model
-
-    def _first_open(self, examinee: Examinee, task: str, store: ResultStore) -> str:
-        """The key of a task's result: the first attempt that is not there yet or did not fail."""
-        attempt = 0
-        while True:
-            key = examinee.key(f"lm-eval/{self.options}/{task}/{attempt}")
-            if key not in store or not any(result["error"] for result in store.get(key)):
-                return key
-            attempt += 1
 
 
 def _task_result(task: str, by_label: Mapping[str, HarnessResult]) -> TaskResult:

@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 _ATTEMPTS = 8
 
 
-def loaded_lm(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, room: int
-) -> Any:
+def loaded_lm(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, room: int) -> Any:
     """lm-eval's model around a loaded one: reads and writes `room` tokens, counts the longer prompts in `cut`."""
     from lm_eval.models.huggingface import HFLM
 
@@ -54,7 +52,7 @@ def loaded_lm(
             return super()._loglikelihood_tokens(requests, *args, **options)
 
     # The tokenizer is copied because lm-eval gives it a padding token.
-    return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer))
 
 
 def served_lm(
@@ -64,9 +62,6 @@ def served_lm(
 
     Tasks that only generate take the routes of the other suites: chat prompts as messages, plain ones as text. Those
     that compare log-likelihoods go `by_tokens`: they send tokens, and read what the server tells of each.
-
-    Raises:
-        ImportError: a package that lm-eval sends requests with is missing.
     """
     for module in ("tenacity", "aiohttp", "requests"):
         require(module, "harness")

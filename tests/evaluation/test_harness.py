@@ -5,7 +5,6 @@ import logging
 import random
 import threading
 from contextlib import contextmanager
-from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -88,7 +87,7 @@ def _task(folder, rows, output_type="generate_until", more=GENERATED):
 
 
 def _run(model, tasks, **options):
-    return list(run_harness(model, tiny_tokenizer(), tasks, **{"max_length": 2048, "batch_size": 2, **options}))
+    return list(run_harness(model, tiny_tokenizer(), tasks, **{"max_length": 2048, **options}))
 
 
 def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(model, tmp_path):
@@ -112,10 +111,9 @@ def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(model
     with adapted.disable_adapter():
         (off,) = _run(adapted, ["towns"], include_path=tmp_path)
     assert (on.metric, on.value, off.value) == ("exact_match,none", 0.25, 0.75)
-    assert (on.task, on.samples, on.n_shot, on.cut, on.error) == ("towns", 4, 0, 0, None)
+    assert (on.task, on.samples, on.cut, on.error) == ("towns", 4, 0, None)
     assert on.stderr == pytest.approx((0.25 * 0.75 / 3) ** 0.5)
     assert on.metrics == {"exact_match,none": 0.25}
-    assert on.version.startswith("0.4")
     # A shorter limit asks the first questions alone; without the template the model says something else.
     with adapted.disable_adapter():
         (limited,) = _run(adapted, ["towns"], include_path=tmp_path, limit=2)
@@ -190,7 +188,7 @@ def test_where_all_scored_alike_the_interval_has_a_width(tmp_path):
     examinee = Examinee("base", "id", None)
     with ResultStore(tmp_path) as store:
         suite = HarnessSuite(["gsm8k"], tiny_llama(), tiny_tokenizer(), store, [examinee], max_length=512)
-        store.add(suite._keys["base", "gsm8k"], [asdict(found)])
+        store.add(suite._keys["base", "gsm8k"], [found.to_json()])
         (task,) = suite.results([examinee], store).tasks
     assert task.scores["base"].high == 1.0 and 0.3 < task.scores["base"].low < 0.6  # Wilson's, 4 of 4
 
