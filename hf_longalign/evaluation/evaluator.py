@@ -16,7 +16,6 @@ import transformers
 from tqdm.auto import tqdm
 
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
-from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
 from hf_longalign.evaluation.longbench import (
@@ -41,6 +40,7 @@ from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import Report
+from hf_longalign.rope import check_range
 from hf_longalign.version import __version__
 
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.prefix_cache import (
     PrefixCache,
@@ -29,7 +29,7 @@ from hf_longalign.evaluation.prefix_cache import (
     shared_lengths,
 )
 from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
-from hf_longalign.rope import model_range
+from hf_longalign.rope import check_range
 
 
 logger = logging.getLogger(__name__)
@@ -65,28 +65,6 @@ class _Waiting(NamedTuple):
     cached: int
     first: torch.Tensor
     row: Row | None
-
-
-def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> None:
-    """Refuse more tokens than a model is made for, its RoPE scaling included; a model without a limit takes any.
-
-    Args:
-        config: the model's.
-        tokens: of the longest prompt with its answer.
-        name: what the caller calls them.
-
-    Raises:
-        ValueError: names length, range and remedy.
-    """
-    if not getattr(config.get_text_config(), "max_position_embeddings", None):
-        return
-    reach = model_range(config)
-    if tokens > reach:
-        raise ValueError(
-            f"`{name}` must be within the model's range of {reach:,} tokens, got {tokens:,} with the answer. Set "
-            "shorter lengths, or scale its RoPE before loading: "
-            f"`from_pretrained(model_id, config=hf_longalign.rope.scale_rope(config, {tokens}))`."
-        )
 
 
 @contextmanager
@@ -163,12 +141,7 @@ class LocalGenerator:
         model: on its device or devices; an adapter that is turned off stays off.
         tokenizer: the model's.
         batch_tokens: prompts and answers that are kept at once to be answered together, in tokens, beside the prompt
-            being read.
-        prefix_cache: whether a shared beginning is read once.
-
-    Attributes:
-        stats: counts and seconds so far, see [`GenerationStats`].
-        batch_tokens: as given, or what memory has room for.
+            being read; lowered where memory has no room for them.
 
     Example:
 
@@ -184,12 +157,8 @@ class LocalGenerator:
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_tokens: int = 65_536,
-        prefix_cache: bool = True,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
-        self.prefix_cache = prefix_cache
+        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.stats = GenerationStats()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
@@ -213,7 +182,7 @@ class LocalGenerator:
             encoded.append(_Encoded(prompt, ids))
         if not encoded:
             return
-        check_range(self.model.config, max(one.tokens for one in encoded))
+        check_range(self.model.config, max(one.tokens for one in encoded), "length")
         problem = reuse_problem(self.model)
         if problem is not None:
             logger.warning("Prompts are answered one after another, without a shared cache: %s.", problem)
@@ -261,14 +230,12 @@ class LocalGenerator:
     @torch.inference_mode()
     def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
         """Read prompts in the order given and answer them, each as soon as its batch is full."""
-        # Marks are where later prompts go back to; without the cache nothing is shared, and each is read from its
-        # start.
-        shared = shared_lengths([one.ids for _, one in numbered]) if self.prefix_cache else [0] * len(numbered)
+        shared = shared_lengths([one.ids for _, one in numbered])
         memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
         pools: Pools[_Waiting] = Pools(self.batch_tokens)
         for index, (number, one) in enumerate(numbered):
             # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
-            marks = branch_points(shared, index)
+            marks = branch_points(shared, index)  # where later prompts go back to
             logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
             self.on_read(one.prompt)
             first = logits.argmax(-1)
