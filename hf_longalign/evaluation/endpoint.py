@@ -5,7 +5,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,23 +32,14 @@ _READ = 0.9
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server tells, when it is asked, about the model that it serves.
+    """What a server tells, when it is asked, about the model that it serves."""
 
-    Attributes:
-        reach: tokens that it says it takes, prompt and answer; `None` where it does not say.
-        base: the model behind the name it serves, as far as it says.
-        sent: tokens of the longest prompt, as the local tokenizer counts them.
-        read: tokens of it that the server counted; 0 where it does not say.
-        short: whether it finds a pass key at the beginning of a short text.
-        long: whether it finds one as far back as the longest prompt reaches.
-    """
-
-    reach: int | None
-    base: str | None
-    sent: int
-    read: int
-    short: bool
-    long: bool
+    reach: int | None  # tokens that it says it takes, prompt and answer; `None` where it does not say
+    base: str | None  # the model behind the name it serves, as far as it says
+    sent: int  # tokens of the longest prompt, as the local tokenizer counts them
+    read: int  # tokens of it that the server counted; 0 where it does not say
+    short: bool  # whether it finds a pass key at the beginning of a short text
+    long: bool  # whether it finds one as far back as the longest prompt reaches
 
     def settings(self) -> dict[str, str]:
         """Return the facts for a reader of the report, by name.
@@ -88,13 +79,6 @@ class EndpointGenerator:
         max_concurrency: the most requests at once.
         timeout: seconds for one answer.
         max_attempts: attempts at one answer; waiting for a busy server is none.
-
-    Attributes:
-        stats: counts as the server tells them, and seconds, see [`GenerationStats`].
-
-    Raises:
-        ValueError: a URL or number of requests that is none.
-        ImportError: `openai` is missing, at the first prompt.
 
     Example:
 
@@ -163,7 +147,8 @@ class EndpointGenerator:
             while True:
                 room = 0 if failure else self._client.concurrency - len(sent)
                 for prompt in islice(waiting, room):
-                    sent[asyncio.run_coroutine_threadsafe(self._ask(prompt), loop)] = prompt
+                    answer = self._client.reply(self._request(prompt))
+                    sent[asyncio.run_coroutine_threadsafe(answer, loop)] = prompt
                 if not sent:
                     break
                 for future in wait(sent, return_when=FIRST_COMPLETED).done:
@@ -235,12 +220,10 @@ class EndpointGenerator:
             ValueError: names the first prompt that is answered otherwise.
             EndpointError: the server gives no answer.
         """
-        asked = zip(expected.lines, expected.questions, strict=True)
+        columns = zip(expected.lines, expected.questions, expected.tokens, expected.answers, strict=True)
         prompts = {
-            Prompt("probe", "served", n, ledger(*prompt), (), NEW_TOKENS, chat=expected.chat): told
-            for n, (prompt, told) in enumerate(
-                zip(asked, zip(expected.tokens, expected.answers, strict=True), strict=True)
-            )
+            Prompt("probe", "served", n, ledger(lines, question), (), NEW_TOKENS, chat=expected.chat): (tokens, answer)
+            for n, (lines, question, tokens, answer) in enumerate(columns)
         }
         for prompt, completion in self.generate(list(prompts)):
             tokens, answer = prompts[prompt]
@@ -252,14 +235,12 @@ class EndpointGenerator:
                 )
         return f"{len(prompts)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
 
-    async def _ask(self, prompt: Prompt) -> Reply:
-        extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
+    def _request(self, prompt: Prompt) -> Request:
+        extra: dict[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
         sampling = Sampling(0.0, None, prompt.max_new_tokens, seed=None, extra=extra)
         # A chat server writes the whole answer: it cannot be told how to begin it.
         text = prompt.text if prompt.chat else prompt.text + prompt.prefix
-        return await self._client.reply(
-            Request((("user", text),), self._client.model, sampling, prompt.task, prompt.chat)
-        )
+        return Request((("user", text),), self._client.model, sampling, prompt.task, prompt.chat)
 
     def _counted(self, prompt: Prompt, reply: Reply) -> Completion:
         if not reply.text and reply.completion_tokens > 1:
@@ -277,24 +258,24 @@ class EndpointGenerator:
 
         What is still on its way in the end is given up.
         """
+
+        async def leave() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.close()
+
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
         try:
             yield loop
         finally:
-            asyncio.run_coroutine_threadsafe(_leave(self._client), loop).result()
+            asyncio.run_coroutine_threadsafe(leave(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
-
-
-async def _leave(client: OpenAIGenerator) -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await client.close()
 
 
 def _no_room(what: str, needed: int, told: str) -> str:

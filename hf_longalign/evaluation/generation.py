@@ -231,7 +231,7 @@ class LocalGenerator:
     def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
         """Read prompts in the order given and answer them, each as soon as its batch is full."""
         shared = shared_lengths([one.ids for _, one in numbered])
-        memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
+        memory = PrefixCache(self.model.config)
         pools: Pools[_Waiting] = Pools(self.batch_tokens)
         for index, (number, one) in enumerate(numbered):
             # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
@@ -249,9 +249,7 @@ class LocalGenerator:
             yield from self._answer(batch)
 
     def _answer(self, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
-        most = max(one.encoded.ids.size for one in batch)
-        room = most + max(one.encoded.prompt.max_new_tokens for one in batch)
-        cache, mask = join_rows(self.model.config, [one.row for one in batch if one.row is not None], room)
+        cache, mask = join_rows(self.model.config, [one.row for one in batch if one.row is not None])
         yield from self._decode(cache, mask, batch)
 
     def _decode(self, cache: Any, mask: torch.Tensor | None, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import ArrayLike
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.generation import eval_mode
-from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
+from hf_longalign.evaluation.prefix_cache import forget_longer_texts, reuse_problem
 from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import PerplexityResult
 from hf_longalign.rope import check_range
@@ -112,7 +112,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
     losses: list[torch.Tensor] = []
     # In eval mode "dynamic" RoPE would read this window by the angles of a longer one before it.
     forget_longer_texts(model)
-    cache = new_cache(model.config, tokens.numel()) if pieces < tokens.numel() else None
+    cache = DynamicCache(config=model.config) if pieces < tokens.numel() else None
     for start in range(0, tokens.numel(), pieces):
         piece = tokens[start : start + pieces]
         known: dict[str, Any] = {}
