@@ -8,8 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hf_longalign.cards.markdown import code, listed, table
-from hf_longalign.cards.page import CARD, REPOSITORY, check_license, merge_card, render
+from hf_longalign.cards.page import CARD, REPOSITORY, check_license, code, listed, merge_card, render, table
 from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
 from hf_longalign.positions import BOUNDARY_STRATEGIES
 from hf_longalign.records.names import is_hub_id, suite_of

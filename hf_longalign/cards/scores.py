@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_longalign.cards.markdown import code, listed, plain, table
-from hf_longalign.cards.page import REPOSITORY, SOURCE
+from hf_longalign.cards.page import REPOSITORY, SOURCE, code, listed, plain, table
 from hf_longalign.records.names import metric_of, suite_of
 from hf_longalign.records.report import Difference, Reach, ReachResult, Report, Score, SuiteResult, TaskResult
 

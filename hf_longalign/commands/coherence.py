@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hf_longalign.cards.markdown import table
+from hf_longalign.cards.page import table
 from hf_longalign.records import Report
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from hf_longalign.endpoint import Endpoint, EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
 from hf_longalign.endpoint.protocol import TOO_LONG
 from hf_longalign.evaluation.haystack import noise
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at
+from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at
 from hf_longalign.known_answers import NEW_TOKENS, ledger
+from hf_longalign.records.report import Speed
 from hf_longalign.records.training import AnswersRecord
 
 
@@ -100,7 +101,7 @@ class EndpointGenerator:
         max_attempts: int = 8,
     ) -> None:
         self.model, self.max_concurrency, self.timeout = model, max_concurrency, timeout
-        self.stats = GenerationStats()
+        self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._client = OpenAIGenerator(
             model,

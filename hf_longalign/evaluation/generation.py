@@ -28,7 +28,8 @@ from hf_longalign.evaluation.prefix_cache import (
     reuse_problem,
     shared_lengths,
 )
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
+from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
+from hf_longalign.records.report import Speed
 from hf_longalign.rope import check_range
 
 
@@ -159,7 +160,7 @@ class LocalGenerator:
         batch_tokens: int = 65_536,
     ) -> None:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.stats = GenerationStats()
+        self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
         self._end_ids = end_ids(model, tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_longalign.cards.markdown import table
+from hf_longalign.cards.page import table
 from hf_longalign.cards.scores import headline, percent, reach_moved, reaches, scores_note, scores_table
 from hf_longalign.plots import plot_accuracy_by_length, plot_coverage, plot_heatmap, plot_perplexity
 from hf_longalign.records.base import dumps

@@ -12,9 +12,10 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED, base_revision
 from hf_longalign.evaluation.options import ModelOptions
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
+from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.lazy import require
+from hf_longalign.records.report import Speed
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import loaded_commit
 from hf_longalign.serving import load_vllm, vllm_options
@@ -34,15 +35,12 @@ class VLLMAnswers:
         engine: returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`.
         tokenizer: the model's.
         adapted: whether the adapter is in force.
-
-    Attributes:
-        stats: counts and seconds so far, see [`GenerationStats`].
     """
 
     def __init__(
         self, engine: Callable[[], tuple[Any, Any]], tokenizer: PreTrainedTokenizerBase, *, adapted: bool = False
     ) -> None:
-        self.stats = GenerationStats()
+        self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._engine, self._tokenizer, self._adapted = engine, tokenizer, adapted
 
@@ -73,10 +71,7 @@ class VLLMAnswers:
             # All that is not given is off: vLLM reads a generation config's penalties for its own defaults alone.
             outputs = llm.generate(
                 [{"prompt_token_ids": ids} for ids, _ in batch],
-                [
-                    make(temperature=0.0, max_tokens=one.max_new_tokens, stop=list(one.stop) or None)
-                    for _, one in batch
-                ],
+                [make(temperature=0.0, max_tokens=one.max_new_tokens, stop=list(one.stop)) for _, one in batch],
                 use_tqdm=False,
                 lora_request=lora if self._adapted else None,
             )

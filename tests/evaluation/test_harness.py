@@ -18,8 +18,14 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)
 
 from hf_longalign.endpoint import EndpointError
 from hf_longalign.evaluation.endpoint import EndpointGenerator
-from hf_longalign.evaluation.harness import SHORT, HarnessResult, HarnessSuite, _tasks_of_lm_eval, run_harness
-from hf_longalign.evaluation.harness_models import needs_logprobs
+from hf_longalign.evaluation.harness import (
+    SHORT,
+    HarnessResult,
+    HarnessSuite,
+    _tasks_of_lm_eval,
+    needs_logprobs,
+    run_harness,
+)
 from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import Difference, TaskResult
 
@@ -330,7 +336,7 @@ def test_a_server_without_logprobs_is_refused_by_name_before_anything_is_asked(m
 
 
 def test_the_key_is_sent_and_never_shown(model, tmp_path, senders, monkeypatch, caplog):
-    monkeypatch.setattr("hf_longalign.evaluation.harness_models._ATTEMPTS", 2)
+    monkeypatch.setattr("hf_longalign.evaluation.harness._ATTEMPTS", 2)
     _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
     for key, right in (("sk-right", True), ("sk-wrong", False)):
         monkeypatch.setenv("OPENAI_API_KEY", key)
