@@ -5,7 +5,7 @@ Nothing here imports torch: a wrong option is refused before the seconds that to
 
 import dataclasses
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from inspect import get_annotations
 from types import UnionType
@@ -41,8 +41,11 @@ class OptionParser(TrlParser):
         )
         self.foreign = foreign
 
-    def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """Return an instance of every class, checked, and last the namespace of arguments added by hand, if any."""
+    def read(self, arguments: Sequence[str], check: Callable[..., None] | None = None) -> tuple[Any, ...]:
+        """Return an instance of every class, checked, and last the namespace of arguments added by hand, if any.
+
+        `check` takes them all and raises a ValueError for what is wrong with them together.
+        """
         try:
             # TrlParser knows `--config FILE` alone.
             if arguments and arguments[-1] == "--config":
@@ -56,6 +59,8 @@ class OptionParser(TrlParser):
                 _check_values(options)
                 if hasattr(options, "check"):
                     options.check()
+            if check is not None:
+                check(*found)
         except (ValueError, OSError, yaml.YAMLError) as error:
             self.error(str(error))
         return tuple(found)

@@ -211,19 +211,13 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
 def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) -> PromptSuite:
     """Make LongBench's prompts; tasks whose data cannot be had are left out, and told."""
     source = options.longbench_source
+    asked: dict[str, Any] = {"tokenizer": examined.tokenizer, "limit": options.limit}
+    asked["longbench_length"] = options.longbench_length
     prompts: list[Prompt] = []
     missing: dict[str, str] = {}
     for task in expand_tasks(options.longbench_tasks):
         try:
-            prompts += longbench_prompts(
-                [task],
-                tokenizer=examined.tokenizer,
-                max_length=examined.reach,
-                longbench_length=options.longbench_length,
-                source=source,
-                limit=options.limit,
-                chat=chat,
-            )
+            prompts += longbench_prompts([task], max_length=examined.reach, source=source, chat=chat, **asked)
         # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -89,13 +89,9 @@ def plan_grid(
 
 
 def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
-    """Return the largest grid within the minutes of the options; the longest lengths are left out first.
+    """Return the largest grid for so many models within the minutes of the options; the longest lengths go first.
 
-    Args:
-        cost: seconds per token, per pair of tokens, and per token of an answer, see [`seconds_per_token`].
-        models: how many answer.
-        options: what is asked.
-        lengths: in tokens.
+    `cost` is what [`seconds_per_token`] found.
 
     Example: half a millisecond a token, and two tasks of puzzles.
 
@@ -194,8 +190,7 @@ def _timed(model: Any, **inputs: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, getattr(output, "past_key_values", None)
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A task at a length: the samples it shall have in all, and about how many seconds the new ones take."""
 
     task: str
@@ -207,13 +202,9 @@ class Cell:
 def cells_to_refine(
     result: SuiteResult, prompts: Sequence[Prompt], costs: Mapping[int, float], seconds: float
 ) -> list[Cell]:
-    """Return where more samples are worth their time: the shortest lengths first, as many as there is time for.
+    """Return where more samples are worth their time: the shortest lengths first, as far as the seconds left reach.
 
-    Args:
-        result: of a suite, so far.
-        prompts: of that suite.
-        costs: seconds of a prompt by its length, all models together.
-        seconds: that are left.
+    `costs` are seconds of a prompt by its length, all models together.
     """
     cells = []
     for task in result.tasks:

@@ -75,14 +75,6 @@ Make = Callable[[int], RulerSample]
 class RulerBuilder:
     """Makes the samples of a task at one length.
 
-    Args:
-        task: which one.
-        length: tokens of a sample at most, the room for its answer and the chat template included.
-        count: tokens of a text, the chat template included where one is used.
-        seed: see `SEED`.
-        essays: texts for the haystack of "essay" tasks.
-        questions: for "qa" tasks, each with as many documents as the task has hops.
-
     Raises:
         ValueError: essays or questions are missing, or the length is too small for a sample; the message names the
             smallest.
@@ -93,11 +85,11 @@ class RulerBuilder:
     """
 
     task: RulerTask
-    length: int
-    count: Callable[[str], int]
+    length: int  # tokens of a sample at most, the room for its answer and the chat template included
+    count: Callable[[str], int]  # tokens of a text, the chat template included where one is used
     seed: int = SEED
-    essays: Sequence[str] = ()
-    questions: Sequence[Question] = ()
+    essays: Sequence[str] = ()  # for the haystack of "essay" tasks
+    questions: Sequence[Question] = ()  # for "qa" tasks, each with as many documents as the task has hops
 
     def __post_init__(self) -> None:
         kind = self.task.kind

@@ -19,31 +19,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RulerTask:
-    """A task of RULER.
+    """A task of RULER."""
 
-    Attributes:
-        name: as in lm-eval.
-        kind: "niah", "vt", "cwe", "fwe" or "qa".
-        max_new_tokens: room for the answer.
-        haystack: "noise", "essay" or "needle" (niah).
-        keys: "words" or "uuids" (niah).
-        values: "numbers" or "uuids" (niah).
-        n_keys: keys in the text (niah).
-        n_values: values of each key (niah).
-        n_queries: keys asked for (niah).
-        hops: evidence documents of a question (qa).
-    """
-
-    name: str
-    kind: str
-    max_new_tokens: int
-    haystack: str = "noise"
-    keys: str = "words"
-    values: str = "numbers"
-    n_keys: int = 1
-    n_values: int = 1
-    n_queries: int = 1
-    hops: int = 1
+    name: str  # as in lm-eval
+    kind: str  # "niah", "vt", "cwe", "fwe" or "qa"
+    max_new_tokens: int  # room for the answer
+    haystack: str = "noise"  # or "essay" or "needle" (niah)
+    keys: str = "words"  # or "uuids" (niah)
+    values: str = "numbers"  # or "uuids" (niah)
+    n_keys: int = 1  # in the text (niah)
+    n_values: int = 1  # of each key (niah)
+    n_queries: int = 1  # keys asked for (niah)
+    hops: int = 1  # evidence documents of a question (qa)
 
 
 TASKS = {
@@ -111,7 +98,7 @@ _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
     )
 )
 
-_ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XV", "XVI", "XVII")
+_ROMAN = "I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask, spent
+from hf_longalign.records.report import Speed
 
 
 PROMPTS = [
