@@ -41,13 +41,7 @@ _OWN_TAGS = {"long-context", "skipalign", "pose", "randpos", "cream", "context-s
 
 
 def render(template: str, data: CardData, values: Mapping[str, Any]) -> str:
-    """Return a card.
-
-    Args:
-        template: file name of the page's template beside this module.
-        data: the front matter.
-        values: what the template shows.
-    """
+    """Return a card: its front matter, and a template beside this module with the values it shows."""
     # Parts of a template that have nothing to show leave their empty lines.
     page = re.sub(r"\n{3,}", "\n\n", _TEMPLATES.get_template(template).render(values)).strip()
     # A text of the data may hold what looks like a mark.

@@ -12,6 +12,16 @@ from hf_longalign.records.names import metric_of, suite_of
 from hf_longalign.records.report import Difference, Reach, ReachResult, Report, Score, SuiteResult, TaskResult
 
 
+# Pictures of a report or a training by the stems of their files, with what a page says of them.
+PICTURES = {
+    "needle_accuracy": "Accuracy by context length",
+    "needle_heatmap": "Accuracy by depth and length",
+    "perplexity": "Perplexity by position",
+    "coverage": "Relative distances met in training",
+    "distances": "Loss by distance",
+}
+
+
 class _Measured(NamedTuple):
     """One score of the model of interest, at one length where the task has several."""
 

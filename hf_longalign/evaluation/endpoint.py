@@ -172,9 +172,7 @@ class EndpointGenerator:
     def look(self, prompts: Sequence[Prompt], count: Callable[[str], int]) -> ServerFacts:
         """Ask the server what it can be asked about its range, and refuse one in which the prompts have no room.
 
-        Args:
-            prompts: what will be asked, at least one.
-            count: the tokens of a text as the model reads it, chat template included.
+        `count` takes a text to its tokens as the model reads it, chat template included.
 
         Raises:
             ValueError: the server says that its range is smaller than the longest prompt with its answer, or cuts it.
@@ -211,11 +209,7 @@ class EndpointGenerator:
         return facts
 
     def check_answers(self, expected: AnswersRecord, name: str) -> str:
-        """Refuse a server that answers otherwise than the model that was trained, and return what was compared.
-
-        Args:
-            expected: beginnings of that model's greedy answers to fixed prompts, one past the base's own range.
-            name: the adapter or model.
+        """Refuse a server that answers otherwise than the model `name` as trained, and return what was compared.
 
         Raises:
             ValueError: names the first prompt that is answered otherwise.

@@ -15,18 +15,10 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from hf_longalign.evaluation import longbench
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
-from hf_longalign.evaluation.longbench import (
-    GROUPS,
-    HUB_ID,
-    V2,
-    V2_HUB_ID,
-    expand_tasks,
-    longbench_prompts,
-    score_longbench,
-)
 from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
 from hf_longalign.evaluation.needles import needle_prompts, score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
@@ -215,15 +207,17 @@ def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) ->
     asked["longbench_length"] = options.longbench_length
     prompts: list[Prompt] = []
     missing: dict[str, str] = {}
-    for task in expand_tasks(options.longbench_tasks):
+    for task in longbench.expand_tasks(options.longbench_tasks):
         try:
-            prompts += longbench_prompts([task], max_length=examined.reach, source=source, chat=chat, **asked)
+            prompts += longbench.longbench_prompts(
+                [task], max_length=examined.reach, source=source, chat=chat, **asked
+            )
         # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
     for reason in dict.fromkeys(missing.values()):
         logger.warning("Left out: %s: %s", ", ".join(task for task in missing if missing[task] == reason), reason)
-    return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
+    return PromptSuite("longbench", prompts, longbench.score_longbench, longbench.GROUPS, missing)
 
 
 def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultStore) -> dict[str, Any]:
@@ -306,8 +300,8 @@ def settings(
     if "short" in options.suites:
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
-        asked = expand_tasks(options.longbench_tasks)
-        own = sorted({V2_HUB_ID if task == V2 else HUB_ID for task in asked})
+        asked = longbench.expand_tasks(options.longbench_tasks)
+        own = sorted({longbench.V2_HUB_ID if task == longbench.V2 else longbench.HUB_ID for task in asked})
         source = options.longbench_source
         chosen["LongBench data"] = public_name(source) if source else ", ".join(own)
         chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"

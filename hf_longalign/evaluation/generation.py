@@ -91,10 +91,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 class Pools(Generic[T]):
     """Prompts that were read and wait to be answered together with others of about their length.
 
-    Args:
-        batch_tokens: what all that wait may take in tokens, padding included.
-
-    Example:
+    All that wait may take `batch_tokens`, padding included.
 
     >>> pools = Pools(1000)
     >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100), pools.add("d", 400)
@@ -141,8 +138,8 @@ class LocalGenerator:
     Args:
         model: on its device or devices; an adapter that is turned off stays off.
         tokenizer: the model's.
-        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens, beside the prompt
-            being read; lowered where memory has no room for them.
+        batch_tokens: of the prompts and answers that are kept to be answered together, beside the prompt being read;
+            lowered where memory has no room for them.
 
     Example:
 

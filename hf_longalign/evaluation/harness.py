@@ -77,7 +77,6 @@ def run_harness(
         include_path: folder with further tasks in lm-eval's YAML format, which win over lm-eval's own.
 
     Raises:
-        ImportError: lm-eval is missing.
         ValueError: an unknown task, with names close to it; no chat template; a task that needs log-probabilities of
             a server that does not tell them.
     """

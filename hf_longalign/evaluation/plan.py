@@ -55,12 +55,8 @@ def plan_grid(
     Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
     longest lengths are left out, which is said.
 
-    Args:
-        model: that reads; `None` where a server does, whose speed is not known: 10 samples are asked.
-        names: who answers, by what tells one from another.
-        options: what is asked.
-        lengths: that were asked for, or that the model's range has room for.
-        store: keeps what was decided, so that other processes, and the same command after a kill, ask the same.
+    A `model` of `None` is a server, whose speed is not known: 10 samples are asked. The store keeps what was decided,
+    so that other processes, and the same command after a kill, ask the same.
     """
     if options.samples is not None or model is None or not GRIDS & set(options.suites):
         return Grid(list(lengths), options.samples or 10, 0.0)

@@ -89,14 +89,10 @@ class PrefixCache:
     def read(
         self, model: PreTrainedModel | PeftModel, ids: np.ndarray, *, keep: int, marks: Iterable[int], chunk: int
     ) -> torch.Tensor:
-        """Read a prompt of which the first tokens are held already, and return the logits after it, `(vocabulary,)`.
+        """Read a prompt, int `(tokens,)`, in pieces of `chunk` tokens; return the logits after it, `(vocabulary,)`.
 
-        Args:
-            model: the model.
-            ids: int `(tokens,)` the whole prompt.
-            keep: how many tokens of it are those of the prompt before it: 0 or one of that one's `marks`.
-            marks: the lengths to which later prompts go back.
-            chunk: the most tokens of one forward.
+        Its first `keep` tokens are those of the prompt before it, 0 or one of that one's `marks`: the lengths to which
+        later prompts go back.
         """
         self._marks = {mark: state for mark, state in self._marks.items() if mark <= keep}
         layer: Any

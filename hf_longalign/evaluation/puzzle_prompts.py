@@ -21,7 +21,7 @@ def puzzle_prompts(
     max_new_tokens: int = 64,
     diagnose_at: int | None = None,
 ) -> list[Prompt]:
-    """Return the prompts of puzzles at lengths; the arguments are those of [`needle_prompts`].
+    """Return the prompts of puzzles at lengths; the arguments are as for needles.
 
     Raises:
         ValueError: an unknown task, or a length that has no room for a puzzle.

@@ -31,13 +31,8 @@ def suite_result(
 ) -> SuiteResult:
     """Return the results of a suite, all scores from 0 to 1.
 
-    Args:
-        suite: its name.
-        prompts: all prompts.
-        answers: by label of the model, one per prompt; differences are those of later models to earlier ones.
-        scorer: scores an answer, by metric; the first metric is the one to report.
-        groups: tasks by group, for averages over tasks; tasks that were not run are left out of it.
-        haystack: what needles lay in, in words.
+    `answers` are those to all prompts by label of the model; differences are those of later models to earlier ones.
+    The first metric of the scorer is reported; `groups` are tasks by group, for averages over those that were run.
     """
     # Each answer is scored once: ROUGE-L of a long summary takes as long as many tokens.
     scores = {

@@ -343,17 +343,9 @@ def ruler_prompts(
 ) -> tuple[list[Prompt], dict[str, str]]:
     """Return the prompts of tasks at lengths, and which of them have no room there, with the reason.
 
-    Args:
-        tasks: names of `TASKS`.
-        lengths: in tokens, template and room for the answer included.
-        samples: of each task at each length.
-        count: tokens of a text, the chat template included where `chat` is set.
-        essays: texts for the haystacks.
-        questions: for the question-answering tasks; without any, invented ones.
-        seed: see `SEED`.
-        chat: whether the prompts go through the chat template.
-        diagnose_at: the length whose samples are asked over their evidence alone and without any text, too; all but
-            common and frequent words, whose evidence is the whole text.
+    The arguments are those of [`~hf_longalign.evaluation.needles.needle_prompts`]; `questions` are for the
+    question-answering tasks, without any they are invented. Common and frequent words cannot be asked over their
+    evidence alone, as that is the whole text.
     """
     prompts, missing = [], {}
     for task in (TASKS[name] for name in tasks):

@@ -32,14 +32,7 @@ Maker = Callable[[str, Sequence[int], int], tuple[list[Prompt], dict[str, str]]]
 class ResultStore:
     """JSON values by key in a folder, one append-only file per process; every process reads all of them.
 
-    Args:
-        folder: where the files go; it is made.
-        expected: processes that were started to share it; any others may join.
-
-    Raises:
-        OSError: the folder cannot be written to.
-
-    Example:
+    `expected` processes were started to share it; any others may join.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -31,10 +31,7 @@ class VLLMAnswers:
 
     Written against the interface of vLLM 0.33 and tested with a stand-in of it; never run on a GPU.
 
-    Args:
-        engine: returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`.
-        tokenizer: the model's.
-        adapted: whether the adapter is in force.
+    `engine` returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`, in force if `adapted`.
     """
 
     def __init__(
