@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from inspect import get_annotations
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
+
+from hf_longalign.records.base import typed
 
 
 class OptionParser(TrlParser):
@@ -101,17 +103,10 @@ def _check_values(options: Any) -> None:
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"`{field.name}` must be one of {', '.join(choices)}, got {value!r}. Correct it.")
-        if not any(_fits(value, part) for part in parts):
+        try:
+            typed(hint, value, field.name)
+        except ValueError:
             kinds = " or ".join(getattr(part, "__name__", str(part)) for part in parts)
-            raise ValueError(f"`{field.name}` must be {kinds}, got {value!r}. Quote text that looks like a number.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool))
+            raise ValueError(
+                f"`{field.name}` must be {kinds}, got {value!r}. Quote text that looks like a number."
+            ) from None

@@ -83,12 +83,10 @@ def run_harness(
     names = list(dict.fromkeys(tasks))
     if chat and not tokenizer.chat_template:
         raise ValueError("`chat=True` needs a tokenizer with a chat template, got one without. Set `chat` to False.")
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError('This needs lm-eval. Run: pip install "hf_longalign[harness]"') from error
-    own = include_path and TaskManager(include_path=str(include_path), include_defaults=False)
+    lm_eval = require("lm_eval", "harness")
+    own = include_path and require("lm_eval.tasks", "harness").TaskManager(
+        include_path=str(include_path), include_defaults=False
+    )
     managers = {name: own if own and name in own.all_tasks else _tasks_of_lm_eval() for name in names}
     for name, manager in managers.items():
         if name not in manager.all_tasks:

@@ -111,17 +111,13 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: no such task; the message names close ones.
     """
-    if name == V2:
-        return Task(V2, "choice", 128)
-    if name in EVEN_TASKS:
-        return TASKS[name.removesuffix("_e")]
-    if name not in TASKS:
-        known = [*TASKS, *EVEN_TASKS, V2]
+    known = {**TASKS, **{task: TASKS[task.removesuffix("_e")] for task in EVEN_TASKS}, V2: Task(V2, "choice", 128)}
+    if name not in known:
         close = difflib.get_close_matches(name, known, cutoff=0.5) or known
         raise ValueError(
             f"`longbench_tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}."
         )
-    return TASKS[name]
+    return known[name]
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from hf_longalign.lazy import require
+
 
 @dataclass(frozen=True)
 class RulerTask:
@@ -281,8 +283,5 @@ def word_list() -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    try:
-        from wonderwords import random_word
-    except ImportError as error:
-        raise ImportError('RULER takes its words from wonderwords. Run: pip install "hf_longalign[eval]"') from error
+    random_word = require("wonderwords.random_word", "eval")
     return random_word._get_words_from_text_file(name)
