@@ -150,11 +150,7 @@ class LocalGenerator:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_tokens: int = 65_536,
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int = 65_536
     ) -> None:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.stats = Speed()

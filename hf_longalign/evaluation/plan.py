@@ -44,11 +44,7 @@ class Grid:
 
 
 def plan_grid(
-    model: Any,
-    names: Sequence[str],
-    options: SuiteOptions,
-    lengths: Sequence[int],
-    store: ResultStore,
+    model: Any, names: Sequence[str], options: SuiteOptions, lengths: Sequence[int], store: ResultStore
 ) -> Grid:
     """Return the grid of an evaluation, and say what is left out of it.
 

@@ -6,13 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from hf_longalign.evaluation.intervals import (
-    RULER_THRESHOLD,
-    cluster_means,
-    paired_difference,
-    reaches,
-    with_interval,
-)
+from hf_longalign.evaluation.intervals import RULER_THRESHOLD, cluster_means, paired_difference, reaches, with_interval
 from hf_longalign.evaluation.prompt import CLOSED_BOOK, EVIDENCE, Completion, Prompt
 from hf_longalign.records.report import Diagnosis, Difference, Grid, GroupResult, ReachResult, SuiteResult, TaskResult
 
