@@ -56,8 +56,6 @@ def _measured(report: Report) -> Iterator[_Measured]:
 def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
     """Return the scores of the model evaluated last for a `model-index`, in percent, each with its conditions.
 
-    Example:
-
     >>> from hf_longalign.records.report import EvaluatedModel
     >>> task = TaskResult("qasper", "qa_f1", samples=200, scores={"adapter": Score(0.4567)})
     >>> report = Report([EvaluatedModel("adapter", "a")], [SuiteResult("longbench", [task])])
@@ -171,11 +169,7 @@ def reach_moved(moved: Difference) -> str:
     >>> reach_moved(Difference("adapter", "base", 2048, -1024, 4096))
     '+2,048 (−1,024 to +4,096)'
     """
-
-    def signed(tokens: float | None) -> str:
-        return f"{int(tokens or 0):+,}".replace("-", "−").replace("+0", "0")
-
-    return f"{signed(moved.value)} ({signed(moved.low)} to {signed(moved.high)})"
+    return _shown(moved, lambda tokens: f"{int(tokens):+,}".replace("-", "−").replace("+0", "0"), " to ")
 
 
 def scores_table(report: Report, suite: SuiteResult) -> str:

@@ -114,8 +114,6 @@ def compare(with_contexts: Mapping[str, Any], without: Mapping[str, Any]) -> str
     Raises:
         ValueError: the results do not name the same evaluations, or none.
 
-    Example:
-
     >>> print(compare({"qasper": 30.0, "niah": {"single": 90}}, {"qasper": 20.0, "niah": {"single": 70}}))
     | evaluation | with contexts | without | gap |
     | --- | ---: | ---: | ---: |

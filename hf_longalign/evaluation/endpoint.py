@@ -45,8 +45,6 @@ class ServerFacts:
     def settings(self) -> dict[str, str]:
         """Return the facts for a reader of the report, by name.
 
-        Example:
-
         >>> facts = ServerFacts(None, None, sent=16000, read=16010, short=True, long=False).settings()
         >>> facts["pass key, 16,000 tokens back"]
         'not found, though found in 512 tokens: the range may not be served'

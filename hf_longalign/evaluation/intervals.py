@@ -73,8 +73,6 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float
     Raises:
         ValueError: another number of samples for each model.
 
-    Example:
-
     >>> [round(value, 3) for value in paired_difference([0, 0, 0.5, 1, 1, 0], [1, 1, 1, 1, 1, 0])]
     [0.417, -0.099, 0.932]
     """

@@ -189,8 +189,6 @@ def needle_prompts(
     Raises:
         ValueError: an empty haystack, or a length too small for the needles; the message names the smallest.
 
-    Example:
-
     >>> prompts = needle_prompts(
     ...     haystack=["The sky is blue. The grass is green."], count=lambda text: len(text.split()), tasks=["single"],
     ...     lengths=[70], depths=[0.5], samples=1, max_new_tokens=10)

@@ -52,8 +52,6 @@ def write_report(folder: str | Path, report: Report, *, coverage: CoverageRecord
 def render_report(report: Report) -> str:
     """Return `report.md`; what was not measured is left out.
 
-    Example:
-
     >>> from hf_longalign.records.report import EvaluatedModel, Score, TaskResult
     >>> task = TaskResult("single", "exact_match", samples=4, scores={"base": Score(0.5, 0.15, 0.85)})
     >>> report = Report([EvaluatedModel("base", "org/model")], [SuiteResult("needle", [task])])

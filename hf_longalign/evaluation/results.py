@@ -88,8 +88,6 @@ def diagnoses(prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]]) 
 def group_means(tasks: Sequence[TaskResult], groups: Mapping[str, Sequence[str]]) -> list[GroupResult]:
     """Return the mean of the tasks of each group, and of all tasks where there are several.
 
-    Example:
-
     >>> from hf_longalign.records.report import Score
     >>> tasks = [TaskResult(name, scores={"base": Score(value)}) for name, value in (("a", 0.2), ("b", 0.6))]
     >>> group_means(tasks, {"letters": ["a", "c"]})

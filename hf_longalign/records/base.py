@@ -18,8 +18,6 @@ class Record:
     is `None` is left out of the JSON. A key that no field has is ignored, so that a file of a newer release with more
     fields can be read; one with a larger `version` cannot, as its fields may mean something else.
 
-    Example:
-
     >>> @dataclasses.dataclass(frozen=True)
     ... class Point(Record):
     ...     x: int

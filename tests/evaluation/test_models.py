@@ -11,8 +11,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.adapter import weights_sample
+from hf_longalign.evaluation import evaluator
 from hf_longalign.evaluation.models import Examined, examinees, load_config, load_model, load_tokenizer
 from hf_longalign.evaluation.options import ModelOptions
+from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
@@ -181,3 +183,20 @@ def test_an_adapter_without_a_tokenizer_is_asked_with_the_base_s(trained, tmp_pa
     for path in (*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")):
         path.unlink()
     assert load_tokenizer(options(base, adapter=adapter)).chat_template
+
+
+def test_a_server_is_checked_by_the_model_as_the_options_load_it(trained, tmp_path, monkeypatch):
+    base, adapter = trained
+    asked = []
+
+    def load(found):
+        asked.append(found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "load_model", load)
+    given = ModelOptions(
+        str(base), str(adapter), endpoint="http://localhost", check_served="local", trust_remote_code=True
+    )
+    with ResultStore(tmp_path / "answers") as store, pytest.raises(KeyboardInterrupt):
+        evaluator.check_served(Examined(given, None, None, None, []), Examinee("adapter", "id", None), store)
+    assert asked == [given]  # code that comes with the model is run here as for every other use of it
