@@ -115,6 +115,7 @@ def hub_results(report: Report, repo_id: str) -> dict[str, bytes]:
 def headline(report: Report) -> str:
     """Return one line per suite: its average of all models, and how many tasks changed beyond chance."""
     labels, rows = report.labels, []
+    # One model alone is compared with nothing.
     for suite in report.suites if len(report.labels) > 1 else []:
         # The suite's own average, where it has one, else the mean of the tasks that all models have scores for.
         own = [group.scores for group in suite.groups if group.group in ("average", "overall")]

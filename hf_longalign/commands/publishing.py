@@ -65,6 +65,7 @@ class PublishOptions:
 
     def check_push(self, hub: "Hub", folder: str | Path, token: str | None = None) -> None:
         """Refuse before the work what would be refused after it."""
+        # The same rules hold for both types of repositories.
         Destination(**destination(hub, folder), repo_type="model", create_pr=self.create_pr, tag=self.tag).check()
         if self.push_dry_run is not None:
             check_dry_run(self.push_dry_run)

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     distances = args.distances or doubles(args.max_length, model_range(AutoConfig.from_pretrained(args.model)))
     on_gpu = torch.cuda.is_available()
 
+    # How many rows are watched is a class attribute, as no training needs another number.
     class Reaching(LongAlignSFTTrainer):
         watched_rows = args.rows
 

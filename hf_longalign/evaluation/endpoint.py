@@ -136,6 +136,7 @@ class EndpointGenerator:
             EndpointError: a prompt gets no answer. Nothing more is sent, and the answers on their way are yielded
                 first.
         """
+        # A server that keeps what it has read finds it again in the next prompt.
         waiting = iter(sorted(prompts, key=lambda prompt: prompt.text))
         sent: dict[Future[Reply], Prompt] = {}
         failure: Exception | None = None
@@ -184,6 +185,7 @@ class EndpointGenerator:
         reach = next((int(listing[name]) for name in _RANGE_FIELDS if listing.get(name)), None)
         if reach is not None and reach < needed:
             raise ValueError(_no_room(what, needed, f"{self.model!r} is served with a range of {reach:,}"))
+        # The short text tells whether the model can do this at all, else the long one says nothing of the range.
         key = str(random.Random(needed).randrange(10_000, 100_000))
         probes = [_probe(key, tokens, count, chat=longest.chat) for tokens in (min(_SHORT_PROBE, needed), needed)]
         try:

@@ -91,7 +91,8 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
         store.tell_who_is_missing()
         report = make_report(examined, options, suites, store)
         report.settings.update(facts)
-        # Who comes last finds the place of the main process free, and the report of this run written.
+        # Every process returns the report, one alone writes it. Who comes last finds the place of the main process
+        # free, and the report of this run written.
         written = Path(options.output_dir) / "report.json"
         if (written.exists() and written.stat().st_mtime_ns > store.claims.began) or not store.is_main:
             return report, False

@@ -94,7 +94,7 @@ class Examined:
             config = load_config(options)
             return cls(options, tokenizer, config, None, vllm_examinees(options, tokenizer, config))
         model = load_model(options)
-        plain = None
+        plain = None  # the base as published, by which scaling is told from training
         if options.adapter is not None:
             where = {"revision": base_revision(options), "trust_remote_code": options.trust_remote_code}
             plain = AutoConfig.from_pretrained(options.model, **where)

@@ -78,6 +78,7 @@ class ResultStore:
 
     def add(self, key: str, value: Any) -> None:
         """Write a JSON-able value, which is on disk when this returns."""
+        # Of a process that was taken for lost another gives the answer: a second one must not follow.
         self.claims.check()
         self._file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
         self._file.flush()
@@ -144,7 +145,7 @@ class ResultStore:
 
         A dataclass is stored as the dict of its fields.
         """
-        while self.missing([key]):
+        while self.missing([key]):  # whoever makes it may be lost before it is written
             for keys in self.open_keys([[key]]):
                 for missing in keys:
                     made = make()

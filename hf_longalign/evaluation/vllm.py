@@ -48,6 +48,7 @@ class VLLMAnswers:
             ValueError: a prompt beyond the range that vLLM was given, before anything is generated.
             EndpointError: vLLM cannot load the model.
         """
+        # Neighbours share most, so vLLM still holds what it has read of them.
         encoded = sorted(
             ((encode_text(self._tokenizer, one.text, chat=one.chat, prefix=one.prefix), one) for one in prompts),
             key=lambda pair: pair[0],

@@ -194,6 +194,7 @@ def _send(
     base_model: str | None = None,
 ) -> str:
     """Search what is about to go, then push it, or write it where a person looks at it first."""
+    # Before a dry run too: what a person looks at must be what may go.
     check_private(files, Machine.here(to.repo_id, base_model, token=to.token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
