@@ -24,23 +24,22 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from study_arms import ARMS, PILOT, QUESTION_SEEDS, StudyOptions
-from study_data import (
-    Pair,
-    compose_pilot,
-    compose_rows,
-    composed_rows,
-    documents,
-    questions,
-    read_documents,
-    read_pairs,
-    split_pairs,
-)
+from study_arms import ARMS, PILOT, QUESTION_SEEDS, WRITTEN, StudyOptions
+from study_data import Pair, documents, questions, read_documents, read_pairs, split_pairs
 from study_report import write_study
+from study_rows import compose_pilot, compose_rows, compose_written, composed_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import TrlParser
 
-from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter, scale_rope
+from hf_longalign import (
+    LongAlignSFTConfig,
+    LongAlignSFTTrainer,
+    OpenAIGenerator,
+    TransformersGenerator,
+    load_adapter,
+    scale_rope,
+)
+from hf_longalign.endpoint.protocol import Generator
 from hf_longalign.evaluation.claims import Claims
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.needles import score_needle
@@ -157,12 +156,23 @@ class Study:
     def compose(self, name: str) -> dict[str, Any]:
         """Make the rows of a folder."""
         split, tokens = self.sources[name]
-        pairs, folder = self.pairs[split], self.folder / name
+        pairs, folder, options = self.pairs[split], self.folder / name, self.options
         if name in PILOT:
-            compose_pilot(pairs, folder, self.count, kind=name, tokens=tokens, general=self.options.general)
+            compose_pilot(pairs, folder, self.count, kind=name, tokens=tokens, general=options.general)
+        elif name in WRITTEN:
+            kind, contexts = WRITTEN[name]
+            words, general = options.context_words, options.general
+            compose_written(pairs, folder, self.writer(), kind=kind, contexts=contexts, words=words, general=general)
         else:
             compose_rows(pairs, folder, tokenizer=self.options.model, tokens=tokens)
         return {"pairs": len(pairs)}
+
+    def writer(self) -> Generator:
+        """Return who writes the rows of some arms: a server, or a local model."""
+        options = self.options
+        if options.writer_endpoints:
+            return OpenAIGenerator(options.writer, options.writer_endpoints)
+        return TransformersGenerator(options.writer)
 
     def train(self, arm: str, seed: int) -> dict[str, Any]:
         """Train an arm from the model and save its adapter."""

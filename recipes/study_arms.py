@@ -22,7 +22,7 @@ class Arm(NamedTuple):
     @property
     def long(self) -> bool:
         """Whether rows are as long as the target: one in a forward, recomputed in the backward pass."""
-        return self.rows in ("data_long", "needles_long")
+        return self.rows in ("data_long", "needles_long", *WRITTEN)
 
     @property
     def timed(self) -> bool:
@@ -30,6 +30,9 @@ class Arm(NamedTuple):
         return self.rows == "data_long"
 
 
+# Rows that a language model has written, as one context or as the gold one of several.
+WRITTEN_FOR = {"instructions": "pairs written for texts", "contexts": "texts written for pairs"}
+WRITTEN = {f"{kind}_{number}": (kind, number) for kind in WRITTEN_FOR for number in (1, 5, 10)}
 ARMS = {
     "plain": Arm("plain model", scaled=False),
     "scaled": Arm("RoPE scaled, not trained"),
@@ -45,6 +48,11 @@ ARMS = {
     "needles_bare": Arm("and needles without a text", strategy="none", parts=False, rows="needles_bare"),
     "needles_short": Arm("and needles in short texts", strategy="none", parts=False, rows="needles_short"),
     "needles_long": Arm("and needles in long texts", strategy="none", parts=False, rows="needles_long"),
+    # Context Synthesis against its baseline, pairs written for given texts.
+    **{
+        name: Arm(f"and {WRITTEN_FOR[kind]}, {number} in a row", strategy="none", parts=False, rows=name)
+        for name, (kind, number) in WRITTEN.items()
+    },
 }
 PILOT = ("general", "needles_bare", "needles_short", "needles_long")
 
@@ -69,6 +77,13 @@ class StudyOptions:
         default=None,
         metadata={"help": "Hub id of the chats in the pilot's arms; unset: pairs with their passages."},
     )
+    writer: str = field(
+        default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "Model that writes rows, where arms have them written."}
+    )
+    writer_endpoints: list[str] = field(
+        default_factory=list, metadata={"help": "Servers of it; none: it is loaded here."}
+    )
+    context_words: int = field(default=300, metadata={"help": "Words of a written context."})
     rows: int = field(default=128, metadata={"help": "Rows to train on; in the pilot so many of each kind."})
     row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
     gold_tokens: int = field(

@@ -1,4 +1,4 @@
-"""The study's data: pairs with their gold passages, rows to train on, and texts that many questions are asked about.
+"""What a study asks: pairs with their gold passages, and texts that many questions are asked about.
 
 One long text serves all questions about it, so that it is read once:
 
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
-from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.evaluation.needles import ONE, SEVERAL, NeedleTask, Pools, Wording, draw_needles
 from hf_longalign.evaluation.prompt import Prompt
 
@@ -135,79 +134,6 @@ def split_pairs(
     if len(rest) < 4:
         raise ValueError(f"`rows` must leave pairs to ask about, got {rows} of {len(pairs)}. Set less.")
     return {"train": train, "development": rest[: len(rest) // 4], "report": rest[len(rest) // 4 :]}
-
-
-def compose_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens: int) -> None:
-    """Compose pairs to rows of at most so many tokens, gold among distractors, `parts` recorded; no LLM is asked.
-
-    The data set, with its card, goes into `folder / "dataset"`, from which it can be pushed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    documents = folder / "distractors.jsonl"
-    lines = dict.fromkeys(passage for pair in pairs for passage in pair.others)
-    documents.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
-    builder = ContextSynthesisBuilder(
-        cache_dir=folder / "cache",
-        seeds=[
-            {"task": pair.task, "instruction": pair.question, "answer": pair.answer, "context": "\n\n".join(pair.gold)}
-            for pair in pairs
-        ],
-        documents=[str(documents)],
-        distractor_sources=["documents", "same_task"],
-        target_tokens=tokens,
-        tokenizer=tokenizer,
-        checks=["support"],
-        show_progress=False,
-    )
-    builder.export(folder / "dataset")
-
-
-def composed_rows(folder: Path, *, parts: bool = True) -> Dataset:
-    """Return what [`compose_rows`] or [`compose_pilot`] has composed."""
-    files = str(folder / "dataset" / "chat" / "train-*.parquet")
-    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
-    return rows.select_columns(["messages", "parts"] if parts else ["messages"])
-
-
-def compose_pilot(
-    pairs: Sequence[Pair],
-    folder: Path,
-    count: Callable[[str], int],
-    *,
-    kind: str,
-    tokens: int,
-    general: str | None = None,
-) -> None:
-    """Make the rows of an arm of the pilot study: general chats, and as many rows that ask for a needle.
-
-    Args:
-        pairs: to train on.
-        folder: of the rows.
-        count: tokens a model is given for a text.
-        kind: `general` (no needles), `needles_bare` (the question alone), `needles_short` or `needles_long`.
-        tokens: of a text around needles.
-        general: Hub id of chats with a column `messages`; unset, pairs with their gold passages serve.
-    """
-    if general is None:
-        asked = ["\n\n".join(pair.gold) + ASK.format(question=pair.question) for pair in pairs]
-        chats = [_chat(question, pair.answer) for question, pair in zip(asked, pairs, strict=True)]
-    else:
-        chats = list(load_dataset(general, split=f"train[:{len(pairs)}]")["messages"])
-    for text in range(0 if kind == "general" else len(pairs)):
-        length = min(tokens, SHORTEST_TEXT) if kind == "needles_bare" else tokens
-        # Drawn by another seed than what is asked.
-        drawn = questions(pairs, count, length=length, text=text, seed=3, needles=4, keys_at_once=2, most_golds=1)
-        needles = [prompt for prompt in drawn if prompt.task == "multi_key"]
-        one = needles[text % len(needles)]
-        question = one.text.rpartition("\n\n")[2] if kind == "needles_bare" else one.text
-        chats.append(_chat(question, f"{one.prefix} {one.answers[0]}."))
-    place = folder / "dataset" / "chat"
-    place.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list([{"messages": messages} for messages in chats]).to_parquet(place / "train-00000.parquet")
-
-
-def _chat(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def questions(

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from itertools import takewhile
+from itertools import product, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from synthesis.fakes import FakeGenerator
 from tiny import hotpot_rows, tiny_llama, tiny_tokenizer
+from trl import TrlParser
 
 from hf_longalign.evaluation.intervals import student_quantile
 
@@ -28,11 +31,13 @@ CELLS = ["1536:2", "3072:1"]
 def recipes():
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
+        import study_arms
         import study_data
         import study_report
+        import study_rows
     finally:
         sys.path.remove(str(ROOT / "recipes"))
-    return study_data, study_report
+    return SimpleNamespace(arms=study_arms, data=study_data, rows=study_rows, report=study_report)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def seeds(tmp_path_factory):
 
 
 def test_both_kinds_of_seeds_are_read_and_no_gold_passage_is_in_two_splits(recipes, seeds, tmp_path):
-    data, _ = recipes
+    data = recipes.data
     from datasets import Dataset
 
     Dataset.from_list(list(hotpot_rows(60))).to_parquet(tmp_path / "train.parquet")
@@ -78,7 +83,7 @@ def common_beginning(texts):
 
 
 def test_questions_share_one_text_that_holds_all_answers_and_fits(recipes, seeds):
-    data, _ = recipes
+    data = recipes.data
     tokenizer = tiny_tokenizer()
 
     def count(text, prefix=""):
@@ -110,11 +115,11 @@ def test_questions_share_one_text_that_holds_all_answers_and_fits(recipes, seeds
 
 
 def test_rows_to_train_on_tell_their_parts(recipes, seeds, tmp_path):
-    data, _ = recipes
+    data = recipes.data
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     pairs = data.read_pairs(str(seeds))[:12]
-    data.compose_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
-    rows = data.composed_rows(tmp_path / "data")
+    recipes.rows.compose_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
+    rows = recipes.rows.composed_rows(tmp_path / "data")
     assert len(rows) == 12
     for row in rows:
         content = row["messages"][0]["content"]
@@ -124,7 +129,7 @@ def test_rows_to_train_on_tell_their_parts(recipes, seeds, tmp_path):
 
 
 def test_the_pilot_hides_one_needle_in_a_text_or_asks_for_it_alone(recipes, seeds, tmp_path):
-    data, _ = recipes
+    data = recipes.data
 
     def count(text):
         return len(text.split())
@@ -133,8 +138,8 @@ def test_the_pilot_hides_one_needle_in_a_text_or_asks_for_it_alone(recipes, seed
     tokens = {"general": 0, "needles_bare": 700, "needles_short": 700, "needles_long": 1500}
     rows = {}
     for kind, length in tokens.items():
-        data.compose_pilot(pairs, tmp_path / kind, count, kind=kind, tokens=length)
-        rows[kind] = [row["messages"] for row in data.composed_rows(tmp_path / kind, parts=False)]
+        recipes.rows.compose_pilot(pairs, tmp_path / kind, count, kind=kind, tokens=length)
+        rows[kind] = [row["messages"] for row in recipes.rows.composed_rows(tmp_path / kind, parts=False)]
     general = rows["general"]
     assert [answer["content"] for _, answer in general] == [pair.answer for pair in pairs]
     assert all(
@@ -153,6 +158,41 @@ def test_the_pilot_hides_one_needle_in_a_text_or_asks_for_it_alone(recipes, seed
     assert longest > 1.5 * short
 
 
+class Writer(FakeGenerator):
+    """Writes a text with the answer for a pair, and a pair for a text."""
+
+    def write(self, request):
+        ware = re.search(r"ware \d+|mill \d+", request.messages[-1][1])[0].replace("mill", "ware")
+        if request.purpose == "context":
+            return f"Context: Many came to buy {ware}. " + " ".join(f"On day {n} they ate {ware}." for n in range(20))
+        return f"Question: What is told of here?\nAnswer: {ware}"
+
+
+def test_rows_are_written_for_pairs_or_pairs_for_their_passages(recipes, seeds, tmp_path):
+    pairs, writer, paid = recipes.data.read_pairs(str(seeds))[:12], Writer(), {}
+    for number, kind in product((1, 5), ("contexts", "instructions")):
+        folder, before = tmp_path / f"{kind}_{number}", len(writer.asked)
+        recipes.rows.compose_written(pairs, folder, writer, kind=kind, contexts=number, words=60, general=None)
+        paid[kind, number] = len(writer.asked) - before
+        rows = recipes.rows.composed_rows(folder, parts=False)["messages"]
+        assert rows[:12] == recipes.rows.general_chats(pairs, None) and len(rows) == 24
+        for question, answer in rows[12:]:
+            asked, own = question["content"], f"{answer['content']}."
+            if kind == "contexts":
+                assert asked.count("Many came to buy ware") == number and f"Many came to buy {own}" in asked
+            else:
+                assert asked.count(" sold ware") == number and f" sold {own}" in asked
+    assert paid == {("contexts", 1): 12, ("instructions", 1): 12, ("contexts", 5): 0, ("instructions", 5): 0}
+
+
+def test_every_config_of_a_study_is_one(recipes):
+    configs = [path for path in (ROOT / "recipes" / "smollm2-135m").glob("*.yaml") if "arms:" in path.read_text()]
+    assert len(configs) == 5
+    for path in configs:
+        (options,) = TrlParser([recipes.arms.StudyOptions]).parse_args_and_config(["--config", str(path)])
+        assert set(options.arms) <= set(recipes.arms.ARMS) and options.grid
+
+
 def naive_difference(scores, reference, arm, tasks, length):
     """Mean over samples of the mean difference over their questions, seeds averaged, and its half width."""
     by_sample = defaultdict(list)
@@ -165,7 +205,7 @@ def naive_difference(scores, reference, arm, tasks, length):
 
 
 def test_the_report_equals_a_naive_reference(recipes, tmp_path):
-    _, report = recipes
+    report = recipes.report
     rng = np.random.default_rng(0)
     scores = {arm: defaultdict(list) for arm in ("scaled", "ordinary", "skip_parts")}
     losses = defaultdict(list)
@@ -291,7 +331,7 @@ def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
 
 
 def test_distances_that_rank_as_needles_do(recipes, tmp_path):
-    _, report = recipes
+    report = recipes.report
     for seed in range(5):
         folder = tmp_path / "arms" / f"ordinary-{seed}"
         (folder / "adapter").mkdir(parents=True)
@@ -305,7 +345,7 @@ def test_distances_that_rank_as_needles_do(recipes, tmp_path):
 
 
 def test_an_arm_that_was_not_asked_at_one_length_is_drawn_at_the_others(recipes, tmp_path, monkeypatch):
-    _, report = recipes
+    report = recipes.report
     for arm, lengths in {"ordinary": (1024, 2048, 4096), "pose": (2048, 4096), "plain": (1024,)}.items():
         folder = tmp_path / "arms" / f"{arm}-0" / "report"
         folder.mkdir(parents=True)

@@ -28,6 +28,7 @@ from hf_longalign.synthesis.tables import DROP, MERGE, VERSION, prepare
 
 logger = logging.getLogger(__name__)
 
+_PUT = f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 12)})"
 _REPLY = "text, finish_reason, prompt_tokens, completion_tokens, reply_model"
 # A full disk must stop the run before the next request is paid for, with room left for the replies under way.
 _DISK_RESERVE = 64 * 2**20
@@ -75,6 +76,7 @@ class Journal:
     """Replies by key, shared by any number of threads and processes on one machine.
 
     A journal is opened in the process that uses it, after a fork and not before. `owner` is its name on claims.
+    A reply that it lacks is taken over from `others`, finished journals that nobody writes to, wherever they lie.
 
     Raises:
         JournalError: the file is no journal, a copy without its log, or on a network's disk in use by another machine.
@@ -87,7 +89,7 @@ class Journal:
     ('Hello', 4)
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, others: Iterable[Path] = ()) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # sqlite's locks do not survive a fork: a child that wrote through the parent's connection would break the
@@ -108,6 +110,9 @@ class Journal:
                 self.path.name,
             )
         self._connection = self._connect()
+        # "immutable" leaves out sqlite's locks and log, which a network's disk may lack and a finished file needs not.
+        sources = (f"{other.absolute().as_uri()}?immutable=1" for other in others)
+        self._others = [sqlite3.connect(source, uri=True, check_same_thread=False) for source in sources]
         self._closing = threading.Event()
         # A daemon: a process that ends in an error must not be kept alive by it.
         self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
@@ -116,7 +121,14 @@ class Journal:
     def get(self, key: str) -> Reply | None:
         """The reply to `key`, or None."""
         with self._locked() as connection:
-            return _reply(connection, key)
+            found = _reply(connection, key)
+            for other in self._others if found is None else ():
+                row = other.execute("SELECT * FROM replies WHERE key = ?", (key,)).fetchone()
+                if row is not None:  # with its time, by which `merge` knows a copy from a second payment
+                    with self._in_one(connection):
+                        connection.execute(_PUT, row)
+                    return _reply(connection, key)
+            return found
 
     def put(self, request: Request, reply: Reply, spend: Spend | None = None) -> Reply:
         """Store a reply and end its claim. The first reply to a key stays: returns the stored one."""
@@ -133,7 +145,7 @@ class Journal:
         with self.transaction() as connection:
             # The first stays: a second reply to one key, from a shard or a race, must not change rows that were made
             # already.
-            new = connection.execute(f"INSERT OR IGNORE INTO replies VALUES ({', '.join('?' * 12)})", values).rowcount
+            new = connection.execute(_PUT, values).rowcount
             # Whoever holds it: the reply is there, so nobody needs to ask.
             connection.execute("DELETE FROM claims WHERE key = ?", (request.key,))
             stored = reply if new else _reply(connection, request.key)
@@ -267,7 +279,8 @@ class Journal:
             # none beside it was copied without. Others who still use the journal are not waited for.
             self._connection.execute("PRAGMA busy_timeout = 0")
             self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()
-        self._connection.close()
+        for connection in (self._connection, *self._others):
+            connection.close()
 
     def __enter__(self) -> "Journal":
         return self

@@ -58,6 +58,7 @@ class Pipeline:
         show_progress: a bar (`True`), nothing (`False`), or a bar on a terminal and log lines elsewhere (`None`).
         team: the processes that ask together; `None` for this one alone.
         shard: index and number of the parts the seeds are split into, to fill several journals that are merged later.
+        others: finished journals, from which a reply is taken over before it is asked for.
     """
 
     config: "ContextSynthesisConfig"
@@ -68,6 +69,7 @@ class Pipeline:
     show_progress: bool | None = None
     team: Team | None = None
     shard: tuple[int, int] = (0, 1)
+    others: tuple[Path, ...] = ()
     _checked: bool = field(default=False, init=False)
     _done: bool = field(default=False, init=False)
 
@@ -238,7 +240,7 @@ class Pipeline:
         progress = Progress(len(items), name=name, show=self.show_progress)
         try:
             # Opened for a step and closed after it, so that nothing that computes in between holds the file open.
-            with Journal(self.journal) as journal:
+            with Journal(self.journal, self.others) as journal:
                 runner = Runner(self.generator, journal, budget=self.budget, progress=progress)
 
                 def job(item: Any, ask: Ask) -> Awaitable[Any]:

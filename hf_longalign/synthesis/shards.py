@@ -27,7 +27,8 @@ def run_shard(options: Mapping[str, Any], folder: str | Path, index: int, count:
 
     The journal is filled on a disk of this machine, then copied whole and renamed, for sqlite does not work on
     every network's disk. A shard that is there already is skipped. One that was interrupted goes on where it stopped:
-    from the journal that this machine has of it, else from the one that a machine put down as half done.
+    from the journal that this machine has of it, else from the one that a machine put down as half done. What the
+    finished shards of another count hold is taken over from them.
 
     Args:
         options: the arguments of [`ContextSynthesisBuilder`]; `cache_dir` is a folder of this machine.
@@ -75,6 +76,8 @@ def fill_shard(builder: ContextSynthesisBuilder, folder: str | Path) -> bool:
     if finished.exists():
         logger.info("%s is finished.", name)
         return True
+    there = Path(folder).glob("shard-*.sqlite") if Path(folder).exists() else ()
+    builder.pipeline.others = tuple(path for path in sorted(there) if _NAME.fullmatch(path.name))
     local = builder.pipeline.journal = builder.files.folder / "shards" / name
     local.parent.mkdir(parents=True, exist_ok=True)
     # The processes of a team come here together, and one that copied late would replace what others have open.
