@@ -69,11 +69,9 @@ def run_harness(
 
     Args:
         model: loaded, with its adapter in force unless the caller has turned it off; or a served one.
-        tokenizer: the model's.
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
         limit: questions of each task (of each member of a group), the first ones; `None`: all.
-        chat: go through the chat template.
         include_path: folder with further tasks in lm-eval's YAML format, which win over lm-eval's own.
 
     Raises:

@@ -130,8 +130,6 @@ def reaches(
         scores: by label of the model and length, float `(samples,)`: the score of each sample, 0 to 1.
         rule: in words.
         threshold: score to keep; `None`: `SHARE` of the model's own score at the shortest length.
-        draws: of the bootstrap.
-        seed: of the draws.
 
     Raises:
         ValueError: models that were not asked the same number of samples at the same lengths.

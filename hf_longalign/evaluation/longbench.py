@@ -281,7 +281,6 @@ def longbench_prompts(
 
     Args:
         tasks: see [`expand_tasks`].
-        tokenizer: the model's.
         max_length: tokens a model reads and writes together.
         longbench_length: tokens that a longer prompt is cut to, as LongBench's scripts cut it: counted without the
             chat template, with the tokenizer's own special tokens. `None`: as many as `max_length` has room for

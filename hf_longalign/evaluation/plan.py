@@ -35,7 +35,7 @@ WIDTH = 0.03
 
 
 @dataclass(frozen=True)
-class Grid:
+class Plan:
     """What is asked: lengths in tokens, samples of each task at each, and about how many minutes that takes."""
 
     lengths: list[int]
@@ -45,7 +45,7 @@ class Grid:
 
 def plan_grid(
     model: Any, names: Sequence[str], options: SuiteOptions, lengths: Sequence[int], store: ResultStore
-) -> Grid:
+) -> Plan:
     """Return the grid of an evaluation, and say what is left out of it.
 
     Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
@@ -55,11 +55,11 @@ def plan_grid(
     so that other processes, and the same command after a kill, ask the same.
     """
     if options.samples is not None or model is None or not GRIDS & set(options.suites):
-        return Grid(list(lengths), options.samples or 10, 0.0)
+        return Plan(list(lengths), options.samples or 10, 0.0)
     # A moved folder is the same evaluation; any other option makes another plan.
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
     key = f"plan/{json.dumps([asked, list(lengths), list(names)], sort_keys=True)}"
-    grid = Grid(**store.once(key, lambda: fit(speed_of(model, names[0], store), len(names), options, lengths)))
+    grid = Plan(**store.once(key, lambda: fit(speed_of(model, names[0], store), len(names), options, lengths)))
     if store.is_main:
         shown = ", ".join(f"{length:,}" for length in grid.lengths)
         logger.info("%d samples of each task at %s tokens.", grid.samples, shown)
@@ -80,7 +80,7 @@ def plan_grid(
     return grid
 
 
-def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
+def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Plan:
     """Return the largest grid for so many models within the minutes of the options; the longest lengths go first.
 
     `cost` is what [`seconds_per_token`] found.
@@ -89,7 +89,7 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
 
     >>> options = SuiteOptions(suites=["puzzles"], puzzles=["count", "latest"], minutes=1.0)
     >>> fit((0.0005, 0.0, 0.0), 1, options, [1024, 4096, 65536])
-    Grid(lengths=[1024, 4096], samples=11, minutes=0.9)
+    Plan(lengths=[1024, 4096], samples=11, minutes=0.9)
     """
     kept = sorted(lengths)
     needles = len(options.needle_tasks) * len(options.depths) if "needle" in options.suites else 0
@@ -100,7 +100,7 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
         each = models * sum(times) / 60
         samples = int(min(MOST, max(FEWEST, options.minutes / each)))
         if samples * each <= options.minutes or len(kept) == 1:
-            return Grid(kept, samples, round(samples * each, 1))
+            return Plan(kept, samples, round(samples * each, 1))
         kept = kept[:-1]
 
 
