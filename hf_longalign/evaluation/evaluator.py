@@ -85,7 +85,7 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
         facts = look_at_server(examined, suites, store)
         # What `refine` adds is part of the time that is told.
         minutes = options.minutes if options.samples is None else None
-        announce(examined.model, examined.tokenizer, suites, examined.who, store, minutes)
+        announce(examined, suites, store, minutes)
         work(suites, examined, store)
         refine(examined, suites, options, store)
         store.tell_who_is_missing()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt, encode_text
 from hf_longalign.evaluation.runner import Examinee, ResultStore, spent
@@ -115,30 +116,22 @@ def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, f
     return tuple(store.once(f"speed/{name}/{platform.node()}", lambda: seconds_per_token(model)))
 
 
-def announce(
-    model: Any,
-    tokenizer: Any,
-    suites: Sequence[Any],
-    examinees: Sequence[Examinee],
-    store: ResultStore,
-    minutes: float | None = None,
-) -> None:
+def announce(examined: Examined, suites: Sequence[Any], store: ResultStore, minutes: float | None = None) -> None:
     """Say, in the main process, what is still to be asked and about how long one process takes for it.
 
-    The model is `None` where a server answers, whose speed is not known. `minutes` are those until which more samples
-    are asked where intervals are wide; `None`: no more are.
+    `minutes` are those until which more samples are asked where intervals are wide; `None`: no more are.
     """
     in_all = 0.0
     for suite in suites if store.is_main else ():
-        left = set(store.missing(suite.keys(examinees)))
+        left = set(store.missing(suite.keys(examined.who)))
         prompts = getattr(suite, "prompts", ())  # lm-eval alone knows its texts
-        asked = [prompt for prompt in prompts for one in examinees if one.key(prompt.key) in left]
+        asked = [prompt for prompt in prompts for one in examined.who if one.key(prompt.key) in left]
         tokens, seconds = 0, 0.0
         for prompt in asked:
-            length = prompt.length or len(encode_text(tokenizer, prompt.text, chat=prompt.chat))
+            length = prompt.length or len(encode_text(examined.tokenizer, prompt.text, chat=prompt.chat))
             tokens += length
-            if model is not None:
-                cost = speed_of(model, examinees[0].identity, store)
+            if examined.model is not None:  # the speed of a server is not known
+                cost = speed_of(examined.model, examined.who[0].identity, store)
                 seconds += seconds_of(cost, length, prompt.depth is not None)
         in_all += seconds / 60
         if asked:
