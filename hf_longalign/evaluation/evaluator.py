@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import Report
-from hf_longalign.rope import check_range
+from hf_longalign.rope import check_range, doubles
 from hf_longalign.version import __version__
 
 
@@ -119,7 +118,7 @@ def work(suites: Sequence[Suite], examined: Examined, store: ResultStore) -> Non
 def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -> list[Suite]:
     """Make what was asked for, in the order it was asked for."""
     chat = uses_chat(examined, options)
-    lengths = options.lengths or default_lengths(examined.reach)
+    lengths = options.lengths or doubles(1024, examined.reach)
     check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
     grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, store)
     texts = as_many_as_needed(load_texts(options.haystack, options.seed))
@@ -253,16 +252,6 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
         server: Any = examinee.generator
         store.once(key, lambda: {"told": server.check_answers(expected, name)})
     return {"answers as trained": store.get(key)["told"]}
-
-
-def default_lengths(reach: int) -> list[int]:
-    """Return 1,024 and its doubles up to a range; the range itself where that is shorter.
-
-    >>> default_lengths(5000), default_lengths(500)
-    ([1024, 2048, 4096], [500])
-    """
-    doubles = (1024 * 2**power for power in range(32))
-    return list(takewhile(lambda length: length <= reach, doubles)) or [reach]
 
 
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:
