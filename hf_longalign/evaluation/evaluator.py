@@ -149,9 +149,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
             asked: dict[str, Any] = {"max_length": examined.reach, "limit": options.limit, "chat": chat}
-            suites.append(
-                HarnessSuite(options.short_tasks, examined.model, examined.tokenizer, store, examined.who, **asked)
-            )
+            suites.append(HarnessSuite(options.short_tasks, examined, store, **asked))
     return suites
 
 

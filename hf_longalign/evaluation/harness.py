@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_longalign.endpoint.address import redact
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.intervals import Z, mean_interval
+from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
 from hf_longalign.evaluation.runner import Examinee, ResultStore
@@ -169,33 +170,25 @@ def _read(name: str, found: Mapping[str, Any], cut: int) -> list[HarnessResult]:
 class HarnessSuite:
     """Short-context tasks of lm-eval, each once per model; those that failed in an earlier run are tried again.
 
-    `model` is what all examinees share, `None` where servers answer for them; `options` are those of [`run_harness`].
+    `options` are those of [`run_harness`].
     """
 
     name = "short"
 
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        store: ResultStore,
-        examinees: Sequence[Examinee],
-        **options: Any,
-    ) -> None:
-        self.model, self.tokenizer, self.options = model, tokenizer, options
+    def __init__(self, tasks: Sequence[str], examined: Examined, store: ResultStore, **options: Any) -> None:
+        self.examined, self.options = examined, options
         self.tasks = list(dict.fromkeys(tasks))
         self._keys: dict[tuple[str, str], str] = {}
-        for who, task in product(examinees, self.tasks):
+        for who, task in product(examined.who, self.tasks):
             # The first attempt that is not there yet or did not fail.
             keys = (who.key(f"lm-eval/{options}/{task}/{attempt}") for attempt in count())
             self._keys[who.label, task] = next(
                 key for key in keys if key not in store or not any(one.get("error") for one in store.get(key))
             )
         # Names, and what servers can do, before anything is asked; a server that has answered all is left alone.
-        for who in examinees[:1] if model is not None else examinees:
-            if model is not None or store.missing(self.keys([who])):
-                run_harness(self._asked_of(who), tokenizer, self.tasks, **self.options)
+        for who in examined.who[:1] if examined.model is not None else examined.who:
+            if examined.model is not None or store.missing(self.keys([who])):
+                self._run(who, self.tasks)
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
         """Run the tasks that no other process is at."""
@@ -206,8 +199,7 @@ class HarnessSuite:
                 examinee, task = jobs[key]
                 bar.set_postfix_str(f"{examinee.label}, {task}")
                 with examinee.active():
-                    found = run_harness(self._asked_of(examinee), self.tokenizer, [task], **self.options)
-                    store.add(key, [result.to_json() for result in found])
+                    store.add(key, [result.to_json() for result in self._run(examinee, [task])])
 
     def keys(self, examinees: Sequence[Examinee]) -> list[str]:
         """Return the keys of all results."""
@@ -228,8 +220,9 @@ class HarnessSuite:
         tasks = [_task_result(name, by_label) for name, by_label in found.items()]
         return SuiteResult(self.name, tasks, group_means(tasks, {}))
 
-    def _asked_of(self, examinee: Examinee) -> Any:
-        return examinee.generator if self.model is None else self.model
+    def _run(self, examinee: Examinee, tasks: Sequence[str]) -> Iterator[HarnessResult]:
+        model: Any = examinee.generator if self.examined.model is None else self.examined.model
+        return run_harness(model, self.examined.tokenizer, tasks, **self.options)
 
 
 def _task_result(task: str, by_label: Mapping[str, HarnessResult]) -> TaskResult:

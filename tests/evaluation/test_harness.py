@@ -26,6 +26,7 @@ from hf_longalign.evaluation.harness import (
     needs_logprobs,
     run_harness,
 )
+from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import Difference, TaskResult
 
@@ -94,6 +95,10 @@ def _task(folder, rows, output_type="generate_until", more=GENERATED):
 
 def _run(model, tasks, **options):
     return list(run_harness(model, tiny_tokenizer(), tasks, **{"max_length": 2048, **options}))
+
+
+def examined(model, who):
+    return Examined(None, tiny_tokenizer(), None, model, who)
 
 
 def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(model, tmp_path):
@@ -175,7 +180,7 @@ def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, mo
 
     def evaluated():
         with ResultStore(tmp_path) as store:
-            suite = HarnessSuite(["towns", "gsm8k"], model, tiny_tokenizer(), store, who, max_length=64)
+            suite = HarnessSuite(["towns", "gsm8k"], examined(model, who), store, max_length=64)
             suite.work(who, store)
             return suite.results(who, store)
 
@@ -193,7 +198,7 @@ def test_where_all_scored_alike_the_interval_has_a_width(tmp_path):
     found = HarnessResult("gsm8k", metric="exact_match,strict-match", value=1.0, stderr=0.0, samples=4)
     examinee = Examinee("base", "id", None)
     with ResultStore(tmp_path) as store:
-        suite = HarnessSuite(["gsm8k"], tiny_llama(), tiny_tokenizer(), store, [examinee], max_length=512)
+        suite = HarnessSuite(["gsm8k"], examined(tiny_llama(), [examinee]), store, max_length=512)
         store.add(suite._keys["base", "gsm8k"], [found.to_json()])
         (task,) = suite.results([examinee], store).tasks
     assert task.scores["base"].high == 1.0 and 0.3 < task.scores["base"].low < 0.6  # Wilson's, 4 of 4
@@ -356,7 +361,7 @@ def test_a_suite_of_a_server_that_has_answered_asks_nothing_more(model, tmp_path
     with served(model, tiny_tokenizer()) as (generator, asked), ResultStore(tmp_path / "answers") as store:
         who = [Examinee("base", "id", generator)]
         for _ in range(2):
-            suite = HarnessSuite(["towns"], None, tiny_tokenizer(), store, who, max_length=512)
+            suite = HarnessSuite(["towns"], examined(None, who), store, max_length=512)
             suite.work(who, store)
             (task,) = suite.results(who, store).tasks
             assert task.samples == 1 and len(asked) == 1
