@@ -71,8 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module = import_module(f"hf_longalign.commands.{command.module}")
     options = getattr(module, command.read)(rest)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for client in ("httpx", "httpx2"):  # which log every request
-        logging.getLogger(client).setLevel(logging.WARNING)
+    for talker in ("httpx", "httpx2", "matplotlib"):  # every request, every font
+        logging.getLogger(talker).setLevel(logging.WARNING)
+    for library in ("datasets", "huggingface_hub"):  # which write to stderr themselves
+        logging.getLogger(library).propagate = False
     try:
         return int(module.run(*options))
     except (ValueError, RuntimeError, ImportError, ConnectionError) as error:

@@ -33,6 +33,19 @@ def test_help_names_every_command_and_how_to_start_several_processes(capsys):
     assert "unknown command 'train', known are sft, synthesize," in capsys.readouterr().err
 
 
+def test_what_the_hub_client_says_is_said_once(tmp_path):
+    code = """if True:
+        import logging, sys
+        from hf_longalign.cli import main
+        main(sys.argv[1:])
+        import huggingface_hub
+        logging.getLogger("huggingface_hub").warning("The Hub is slow.")
+    """
+    command = [sys.executable, "-c", code, "journal", "merge", tmp_path / "all.sqlite", tmp_path / "none.sqlite"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.count("The Hub is slow.") == 1
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePath
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from hf_longalign.lazy import require
 from hf_longalign.records.names import is_local_path
 
 
@@ -83,6 +85,17 @@ class Endpoint:
             return None
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         return base64.b64encode(login.encode()).decode()
+
+    def client(self, **options: Any) -> Any:
+        """An `openai.AsyncOpenAI` for it, which sends each request once: retries are counted and paced here."""
+        return require("openai", "endpoint").AsyncOpenAI(
+            base_url=self.name,
+            # Refused without a key; and OPENAI_API_KEY, whosever it is, is read where none is given.
+            api_key=self.api_key or "none",
+            default_headers={"Authorization": f"Basic {self.login}"} if self.login else {},
+            max_retries=0,
+            **options,
+        )
 
     @property
     def secrets(self) -> list[str]:

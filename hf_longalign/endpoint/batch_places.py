@@ -65,9 +65,7 @@ class HostedBatches:
     async def send(self, tag: str, lines: bytes) -> str:
         """Upload the file and create the batch; see `Batches.send`."""
         file = await self._call(lambda client: client.files.create(file=(f"{tag}.jsonl", lines), purpose="batch"))
-        first = json.loads(lines.split(b"\n", 1)[0])
-
-        tried = False
+        first, tried = json.loads(lines.split(b"\n", 1)[0]), False
 
         async def create(client: Any) -> Any:
             nonlocal tried
@@ -128,12 +126,7 @@ class HostedBatches:
         """Do one thing, again while the other side is away or busy; all of them may be done twice."""
         openai = require("openai", "endpoint")
         if self._opened is None:
-            self._opened = openai.AsyncOpenAI(
-                base_url=self._endpoint.name,
-                api_key=self._endpoint.api_key or "none",
-                default_headers={"Authorization": f"Basic {self._endpoint.login}"} if self._endpoint.login else {},
-                max_retries=0,  # repeated here, whole
-            )
+            self._opened = self._endpoint.client()
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await call(self._opened)

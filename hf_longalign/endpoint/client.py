@@ -274,20 +274,16 @@ class OpenAIGenerator:
     def _open(self) -> Pool:
         """The pool of this event loop, opened at the first use."""
         if self._pool is None:
-            openai = require("openai", "endpoint")
-            lanes = []
-            for endpoint in self.endpoints:
-                client = openai.AsyncOpenAI(
-                    base_url=endpoint.name,
-                    # The client refuses to be made without a key, and reads OPENAI_API_KEY, whosever it is, where none
-                    # is given.
-                    api_key=endpoint.api_key or "none",
-                    default_headers={"Authorization": f"Basic {endpoint.login}"} if endpoint.login else {},
-                    timeout=openai.Timeout(self.timeout, connect=_CONNECT_SECONDS),
-                    max_retries=0,  # retries are counted and paced here
+            timeout = require("openai", "endpoint").Timeout(self.timeout, connect=_CONNECT_SECONDS)
+            lanes = [
+                Lane(
+                    one.name,
+                    one.client(timeout=timeout),
+                    AdaptiveLimiter(self.max_concurrency),
+                    self._habits[one.name],
                 )
-                limiter = AdaptiveLimiter(self.max_concurrency)
-                lanes.append(Lane(endpoint.name, client, limiter, self._habits[endpoint.name]))
+                for one in self.endpoints
+            ]
             self._pool = Pool(lanes, patience=self.patience)
         return self._pool
 

@@ -283,10 +283,8 @@ def _error_of(body: bytes | Mapping[str, Any]) -> tuple[str, str, str]:
         found = [((one.get("loc") or [""])[-1], one.get("msg")) for one in told if isinstance(one, dict)]
         option = found[0][0] if found else ""
         told = "; ".join(f"{place}: {message}" for place, message in found)
-    metadata = error.get("metadata")
-    raw = (
-        metadata.get("raw") if isinstance(metadata, dict) else None
-    )  # OpenRouter's: the words of the server behind it
+    metadata = error.get("metadata")  # OpenRouter's, with the words of the server behind it
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None
     told = f"{told} {raw}" if raw else str(told)
     code = " ".join(str(error[name]) for name in ("code", "type") if error.get(name))
     return told[:_LONGEST_TOLD], code, str(option)
