@@ -136,7 +136,7 @@ def test_the_folder_holds_numbers_text_and_pictures(tmp_path):
         "# Evaluation of user/adapter",
         "| base | `org/model` | abc | the base |",
         "| multi_key, by length | 128 | 256 |",
-        "![Accuracy by depth and length, mean of all tasks](needle_heatmap.png)",
+        "![Accuracy by depth and length](needle_heatmap.png)",
         "1 document, windows of 256 tokens.",
         "| base | 9.00 |  |",
         "| base | 1,000 | 400 | 80 | 2.0 | 500 |",
