@@ -1,9 +1,10 @@
-"""Does the loss at a distance tell which checkpoint finds needles there? Both of every checkpoint of a few trainings.
+"""Do losses at a distance tell which checkpoint finds needles there? All of every checkpoint of a few trainings.
 
     python benchmarks/distances.py --output benchmarks/results/smollm2/distances.json
 
 The rows and needles are those of `recipes/study.py` (`--model` and `--seeds` as there). Checkpoints are asked about
-the same texts; what is in `--folder` is kept. Spearman -1 would be a loss that ranks checkpoints as needles do.
+the same texts; what is in `--folder` is kept. Spearman -1 would be a loss that ranks checkpoints as needles do: that
+of text at a distance (`loss`), or that of copying from there (`copy_loss`).
 """
 
 import argparse
@@ -19,6 +20,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer, load_adapter
+from hf_longalign.distances import copy_rows, stretched_positions
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.needles import score_needle
 from hf_longalign.run_record import versions
@@ -72,7 +74,7 @@ def losses(state, step):
     found = {}
     for entry in json.loads(state.read_text())["log_history"]:
         if entry["step"] == step:
-            found |= {name.rpartition("_")[2]: loss for name, loss in entry.items() if "_loss_at_" in name}
+            found |= {name.rpartition("_")[2]: loss for name, loss in entry.items() if "eval_loss_at_" in name}
     return {int(length): loss for length, loss in found.items()}
 
 
@@ -85,15 +87,26 @@ def found_needles(model, tokenizer, prompts):
     return float(np.mean([np.mean(own) for own in scores.values()]))
 
 
+@torch.no_grad()
+def copy_loss(model, rows, distance):
+    """Return the mean loss of copies, each by itself at its positions."""
+    lost = []
+    for row in rows:
+        sizes = np.unique(row["blocks"], return_counts=True)[1]
+        places = stretched_positions(sizes, distance, np.random.default_rng())  # of two blocks nothing is drawn
+        ids, labels, places = (torch.tensor(part)[None] for part in (row["input_ids"], row["labels"], places))
+        logits = model(input_ids=ids, position_ids=places, attention_mask=torch.ones_like(ids)).logits.float()
+        lost.append(torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:]).item())
+    return float(np.mean(lost))
+
+
 def agreement(frame):
-    """Return Spearman's rank correlation of loss and needles by training, and over all, for each length."""
+    """Return Spearman's rank correlation of losses and needles by training, and over all, for each length."""
     found = []
     for name, rows in [("all", frame), *frame.groupby("strategy")]:
         for length, own in rows.groupby("length"):
-            spearman = own[["loss", "needles"]].corr("spearman").iloc[0, 1]
-            found.append(
-                {"strategy": name, "length": int(length), "models": len(own), "spearman": round(float(spearman), 2)}
-            )
+            ranks = own[["loss", "copy_loss", "needles"]].corr("spearman")["needles"].round(2)
+            found.append({"strategy": name, "length": int(length), "models": len(own), **ranks[:2].to_dict()})
     return found
 
 
@@ -134,6 +147,9 @@ def main():
         ]
         for length, number in args.texts
     }
+    development = composed_rows(args.folder / "development")["messages"]
+    ids = tokenizer.apply_chat_template(list(development), return_dict=True)["input_ids"]
+    copies = copy_rows([{"input_ids": np.array(row)} for row in ids])
     rows = []
     for strategy in args.strategies:
         folder = args.folder / strategy
@@ -143,21 +159,25 @@ def main():
         for step in range(stride, args.steps + 1, stride):
             result = folder / f"needles-{step}.json"
             if not result.exists():
-                model = load_adapter(folder / f"checkpoint-{step}", base_model=args.model, dtype=args.dtype)
-                needles = {length: found_needles(model.eval(), tokenizer, own) for length, own in texts.items()}
-                result.write_text(json.dumps(needles))
-            needles = {int(length): share for length, share in json.loads(result.read_text()).items()}
+                model = load_adapter(folder / f"checkpoint-{step}", base_model=args.model, dtype=args.dtype).eval()
+                asked = {
+                    "needles": {length: found_needles(model, tokenizer, own) for length, own in texts.items()},
+                    "copy_loss": {length: copy_loss(model, copies, length) for length in texts},
+                }
+                result.write_text(json.dumps(asked))
+            asked = json.loads(result.read_text())
             own = losses(folder / "trainer_state.json", step)
             rows += [
-                {"strategy": strategy, "step": step, "length": length, "loss": own[length], "needles": needles[length]}
-                for length in needles
+                {"strategy": strategy, "step": step, "length": length, "loss": own[length]}
+                | {name: found[str(length)] for name, found in asked.items()}
+                for length in texts
             ]
-            print(strategy, step, own, needles, flush=True)
+            print(*rows[-len(texts) :], sep="\n", flush=True)
     frame = pd.DataFrame(rows)
     found = {"texts": args.texts, "rows": rows, "spearman": agreement(frame), "versions": versions()}
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     for strategy, own in groupby(found["spearman"], key=lambda one: one["strategy"]):
-        print(strategy, {one["length"]: one["spearman"] for one in own})
+        print(strategy, *own)
 
 
 if __name__ == "__main__":

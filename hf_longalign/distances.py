@@ -29,6 +29,7 @@ from hf_longalign.blocks import (
 )
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.loss import fused_log_probs
+from hf_longalign.positions import document_rng
 from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import DistancesRecord
 from hf_longalign.rope import check_range
@@ -36,6 +37,8 @@ from hf_longalign.rope import check_range
 
 logger = logging.getLogger(__name__)
 
+# Tokens that are to be copied: few, so that the distance is that between the copies.
+COPIED = 48
 # Share of the training time above which the user is told.
 LARGEST_SHARE = 0.05
 
@@ -111,6 +114,30 @@ def _joined(labels: np.ndarray, column: np.ndarray | None) -> np.ndarray:
     return np.cumsum(changes) % 2
 
 
+def copy_rows(rows: Sequence[dict[str, np.ndarray]], tokens: int = COPIED) -> list[dict[str, np.ndarray]]:
+    """Return rows that can only be copied: some tokens of each row in random order, and then the same once more.
+
+    Nothing but the first copy tells the second one, so its loss says whether a model finds what stands at a distance.
+    The loss of text falls too where a model learns how answers look, or what they mostly say.
+
+    Args:
+        rows: as [`first_documents`] returns them.
+        tokens: of a copy, at most.
+
+    Example:
+
+    >>> copy_rows([{"input_ids": np.array([5, 6, 7, 8])}], 3)[0]["input_ids"]
+    array([5, 6, 8, 5, 6, 8])
+    """
+    found = []
+    for row in rows:
+        once = document_rng(row["input_ids"], seed=0, epoch=0).permutation(row["input_ids"])[:tokens]
+        # The first token of the second copy is predicted from the last one of the first: from nothing near it.
+        labels = np.concatenate([np.full(once.size + 1, IGNORE), once[1:]])
+        found.append({"input_ids": np.tile(once, 2), "labels": labels, "blocks": np.repeat([0, 1], once.size)})
+    return found
+
+
 def check_distances(distances: Sequence[int], rows: Sequence[dict[str, np.ndarray]], config: PretrainedConfig) -> None:
     """Refuse distances that the rows or the model cannot be asked at.
 
@@ -134,8 +161,8 @@ def check_distances(distances: Sequence[int], rows: Sequence[dict[str, np.ndarra
 class DistanceCallback(TrainerCallback):
     """Measures the loss at each distance before the first step, at every evaluation and after the last step.
 
-    What it finds is logged as `eval_loss_at_4096` and so on, the mean over the targets of all rows, with the seconds
-    it took as `eval_distances_runtime`.
+    What it finds is logged as `eval_loss_at_4096` and so on, the mean over the targets of all rows, that of
+    [`copy_rows`] as `eval_copy_loss_at_4096`, and the seconds it took as `eval_distances_runtime`.
 
     Args:
         distances: in positions.
@@ -169,7 +196,12 @@ class DistanceCallback(TrainerCallback):
         """
         start = time.perf_counter()
         rows = self.rows[prefix.removeprefix("eval_")] if rows is None else rows
-        found = {f"{prefix}_loss_at_{distance}": self.loss(rows, distance) for distance in self.distances}
+        copies = copy_rows(rows, min(COPIED, self.distances[0] // 2))
+        found = {
+            f"{prefix}_{name}_at_{distance}": self.loss(asked, distance)
+            for name, asked in (("loss", rows), ("copy_loss", copies))
+            for distance in self.distances
+        }
         seconds = time.perf_counter() - start
         self._seconds += seconds
         return {**found, f"{prefix}_distances_runtime": round(seconds, 4)}

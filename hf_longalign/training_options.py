@@ -44,7 +44,8 @@ class TrainingOptions:
     eval_distances: list[int] | None = option(
         None,
         "Distances such as 4096 16384: each evaluation also gives the loss of short rows whose blocks are "
-        "moved apart until relative distances reach them, as eval_loss_at_4096, before the first step too.",
+        "moved apart until relative distances reach them, as eval_loss_at_4096, and that of tokens to be copied "
+        "from there, as eval_copy_loss_at_4096; before the first step too.",
     )
 
     # Parameters that control the card and the push

@@ -13,7 +13,7 @@ from trl import TrlParser
 
 from hf_longalign import LongAlignSFTConfig
 from hf_longalign.cli import main
-from hf_longalign.distances import first_documents, stretched_positions
+from hf_longalign.distances import copy_rows, first_documents, stretched_positions
 from hf_longalign.positions import document_rng
 from hf_longalign.rope import doubles
 from hf_longalign.run_record import load_record
@@ -36,13 +36,13 @@ def naive_positions(blocks, length, ids):
     return np.array(positions)
 
 
-def naive_loss(trainer, distance):
+def naive_loss(trainer, distance, rows=None):
     """Each row by itself, with its positions and a mask of ones, eager attention, all targets weighed alike."""
     model = tiny_llama()
     model.load_state_dict(trainer.model.state_dict())
     model.set_attn_implementation("eager")
     total = targets = 0
-    for row in trainer.distances.rows["eval"]:
+    for row in trainer.distances.rows["eval"] if rows is None else rows:
         ids, labels = (torch.tensor(row[name])[None] for name in ("input_ids", "labels"))
         runs = np.split(row["blocks"], np.flatnonzero(np.diff(row["blocks"])) + 1)
         places = torch.from_numpy(naive_positions([run.size for run in runs], distance, row["input_ids"]))[None]
@@ -95,6 +95,19 @@ def test_the_loss_is_that_of_each_row_alone(tmp_path, packing):
     assert abs(expected[0] - expected[1]) > 1e-3
     for distance, loss in zip(DISTANCES, expected, strict=True):
         assert metrics[f"eval_loss_at_{distance}"] == pytest.approx(loss, abs=1e-4)
+        copied = naive_loss(trainer, distance, copy_rows(trainer.distances.rows["eval"]))
+        assert metrics[f"eval_copy_loss_at_{distance}"] == pytest.approx(copied, abs=1e-4)
+
+
+def test_what_is_copied_is_told_by_nothing_else():
+    rows = [{"input_ids": np.arange(first, first + 90)} for first in (0, 500)]
+    for row, given in zip(copy_rows(rows), rows, strict=True):
+        once, again = np.split(row["input_ids"], 2)
+        assert np.array_equal(once, again) and once.size == 48
+        assert len({*once} & {*given["input_ids"]}) == 48 and (np.diff(once) != 1).sum() > 40
+        assert np.array_equal(np.flatnonzero(row["labels"] != -100), np.arange(49, 96))
+        assert np.array_equal(row["labels"][49:], again[1:])
+        assert np.array_equal(row["blocks"], [0] * 48 + [1] * 48)
 
 
 def test_every_run_is_asked_the_same(tmp_path):
