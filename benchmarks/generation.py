@@ -36,7 +36,7 @@ from transformers import (
 
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.haystack import noise
-from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.needles import needle_prompts
 from hf_longalign.evaluation.prompt import Prompt, encode_text, token_counter
 
 

@@ -207,6 +207,15 @@ def _scaled(
     return new
 
 
+def doubles(shortest: int, reach: int) -> list[int]:
+    """Return the powers of two from a length up to the range of a model; the range itself where none fits.
+
+    >>> doubles(1000, 8192), doubles(1024, 1000)
+    ([1024, 2048, 4096, 8192], [1000])
+    """
+    return [2**power for power in range(4, 31) if shortest <= 2**power <= reach] or [reach]
+
+
 def check_range(config: PretrainedConfig, target_length: int, name: str = "target_length") -> None:
     """Refuse a target length, given by the option `name`, past the range of a model; see [`model_range`].
 

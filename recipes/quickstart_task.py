@@ -19,8 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_longalign.evaluation.needles import NeedleTask, Pools, Wording
-from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.needles import NeedleTask, Pools, Wording, needle_prompts
 from hf_longalign.evaluation.prompt import Prompt, token_counter
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from hf_longalign.cards.markdown import table
+from hf_longalign.cards.page import table
 from hf_longalign.evaluation.intervals import cluster_means, mean_interval, paired_difference
 from hf_longalign.plots import plot_accuracy_by_length, plot_heatmap
 

@@ -13,9 +13,9 @@ from trl import TrlParser
 
 from hf_longalign import LongAlignSFTConfig
 from hf_longalign.cli import main
-from hf_longalign.commands.reach import doubles
 from hf_longalign.distances import copy_rows, first_documents, stretched_positions
 from hf_longalign.positions import document_rng
+from hf_longalign.rope import doubles
 from hf_longalign.run_record import load_record
 
 

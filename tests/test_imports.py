@@ -17,16 +17,14 @@ ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 BELOW = {"records", "text", "plots", "endpoint", "puzzles", "version", "lazy", "options"}
 # What joins the wings.
 JOINS = {"__init__", "__main__", "cli", "commands"}
-# Standard library and NumPy alone; cards also make their front matter and page with what the Hub's own client uses.
+# Standard library and NumPy alone, and through `require` an extra; cards also use what the Hub's own client uses.
 PURE = {
     *("positions", "blocks", "records"),
     "synthesis/prompts",
-    *("evaluation/prompt", "evaluation/needles", "evaluation/placement", "evaluation/intervals"),
+    *("evaluation/prompt", "evaluation/needles", "evaluation/intervals"),
     *("evaluation/results", "evaluation/longbench_metrics", "evaluation/ruler"),
 }
 PURE_MODULES = set(sys.stdlib_module_names) | {"numpy", "hf_longalign"}
-# Of an extra, imported where Chinese is cut into words.
-WORD_CUTTERS = {"jieba"}
 CARDS_MAY_USE = PURE_MODULES | {"huggingface_hub", "jinja2", "yaml"}
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft", "accelerate"}
 # What writes to the Hub.
@@ -91,7 +89,7 @@ def test_import_rules(path):
         assert not eager, f"{name} imports {eager} before it needs them: do so in the function"
     foreign = {module.split(".")[0] for module in imports(path)}
     if room in PURE or name in PURE:
-        assert foreign <= PURE_MODULES | WORD_CUTTERS, f"{name} is pure, got {foreign}"
+        assert foreign <= PURE_MODULES, f"{name} is pure, got {foreign}"
     if room == "cards":
         assert foreign <= CARDS_MAY_USE, f"{name} makes text of records, got {foreign - CARDS_MAY_USE}"
 

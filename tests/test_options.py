@@ -13,7 +13,7 @@ from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
 from hf_longalign.commands import sft
 from hf_longalign.commands.sft import DataOptions
-from hf_longalign.evaluation import evaluate, evaluator, examined
+from hf_longalign.evaluation import evaluate, evaluator, models
 from hf_longalign.evaluation.options import ModelOptions
 
 
@@ -165,16 +165,15 @@ def test_suites_take_their_options(tmp_path, model, monkeypatch):
     assert made == {"tasks": ["gsm8k"], "limit": 3}
 
 
-def test_code_that_comes_with_a_model_runs_only_where_it_may(monkeypatch):
+def test_code_that_comes_with_a_model_runs_only_where_it_may(model, monkeypatch):
     asked = []
 
-    def load(model, **options):
+    def load(name, **options):
         asked.append(options["trust_remote_code"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(examined, "load_tokenizer", load)
-    monkeypatch.setattr(examined, "check_there", lambda **names: None)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", load)
     for trusted in (False, True):
         with pytest.raises(KeyboardInterrupt):
-            examined.Examined.load(ModelOptions("org/model", trust_remote_code=trusted))
+            models.Examined.load(ModelOptions(str(model), trust_remote_code=trusted))
     assert asked == [False, True]

@@ -178,7 +178,7 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
     ("options", "message"),
     [
         (["--suites", "needles"], "`suites` must be among needle"),
-        (["--lengths", "2048"], "within the model's range of 1,024 tokens, got 2,048"),
+        (["--lengths", "2048"], "`lengths` must be at most 1024, the range of this 'llama' model, got 2048"),
         (
             ["--suites", "perplexity", "--endpoint", "http://localhost:1/v1"],
             "got 'perplexity', for which the model itself is needed",

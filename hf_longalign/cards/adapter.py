@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from hf_longalign.cards.markdown import code, listed, table
-from hf_longalign.cards.page import CARD, REPOSITORY, check_license, merge_card, render
-from hf_longalign.cards.scores import eval_results, headline, reaches, scores_note, scores_table
+from hf_longalign.cards.page import CARD, REPOSITORY, check_license, code, listed, merge_card, render, table
+from hf_longalign.cards.scores import PICTURES, eval_results, headline, reaches, scores_note, scores_table
 from hf_longalign.positions import BOUNDARY_STRATEGIES
 from hf_longalign.records.names import is_hub_id, suite_of
 from hf_longalign.records.report import Report
@@ -22,13 +21,6 @@ from hf_longalign.serving import command_of
 REPORT = "report.json"
 # Methods by their tag, with what is cited for them: what was not used must not be, for a citation is a claim.
 METHODS = {"skipalign": "wu2024long", "pose": "zhu2023pose", "randpos": None, "cream": None}
-PICTURES = {
-    "needle_accuracy": "Accuracy by context length",
-    "needle_heatmap": "Accuracy by depth and length",
-    "perplexity": "Perplexity by position",
-    "coverage": "Relative distances met in training",
-    "distances": "Loss by distance",
-}
 
 
 def adapter_card(

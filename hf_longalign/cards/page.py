@@ -1,4 +1,4 @@
-"""What every card has in common: templates, front matter, the two marks, and keeping what people wrote.
+"""What every card has in common: templates, front matter, the two marks, keeping what people wrote, and Markdown.
 
 A card is a front matter, and a page between two marks:
 
@@ -11,8 +11,7 @@ So do the keys of the front matter that this package does not set.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ import jinja2
 import yaml
 from huggingface_hub import CardData, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-
-from hf_longalign.cards import markdown
 
 
 CARD = "README.md"
@@ -44,32 +41,12 @@ _OWN_TAGS = {"long-context", "skipalign", "pose", "randpos", "cream", "context-s
 
 
 def render(template: str, data: CardData, values: Mapping[str, Any]) -> str:
-    """Return a card.
-
-    Args:
-        template: file name of the page's template beside this module.
-        data: the front matter.
-        values: what the template shows.
-    """
+    """Return a card: its front matter, and a template beside this module with the values it shows."""
     # Parts of a template that have nothing to show leave their empty lines.
-    page = re.sub(r"\n{3,}", "\n\n", _environment().get_template(template).render(values)).strip()
+    page = re.sub(r"\n{3,}", "\n\n", _TEMPLATES.get_template(template).render(values)).strip()
     # A text of the data may hold what looks like a mark.
     page = page.replace("<!-- hf_longalign", "<!- - hf_longalign")
     return f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n{page}\n\n{END}\n"
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,  # else a misspelt name would show nothing, silently
-    )
-    helpers = {name: getattr(markdown, name) for name in ("code", "plain", "listed", "cell")}
-    environment.filters.update(helpers, commas="{:,}".format)
-    environment.globals.update(table=markdown.table, fenced=markdown.fenced, cite=cite)
-    return environment
 
 
 def merge_card(new: str, old: str | None) -> str:
@@ -153,7 +130,7 @@ def cite(keys: Iterable[str]) -> str:
     """
     entries = (_FOLDER / "citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
     by_key = {entry.split("{", 1)[1].split(",", 1)[0]: entry for entry in entries}
-    return markdown.fenced("bibtex", "\n\n".join(by_key[key] for key in keys))
+    return fenced("bibtex", "\n\n".join(by_key[key] for key in keys))
 
 
 def check_license(**licenses: str | None) -> None:
@@ -218,3 +195,73 @@ def _merge_data(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         if (result.get("source") or {}).get("name") != SOURCE and result not in results:
             results = [*results, result]
     return {**merged, "model-index": [{**index, "results": results}]} if results else merged
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], *, right: Sequence[int] = ()) -> str:
+    r"""Return a table; `right` are the columns aligned to the right. Empty text without rows.
+
+    >>> print(table(("a", "b"), [(1, "x|y")], right=[0]))
+    | a | b |
+    | ---: | --- |
+    | 1 | x\|y |
+    """
+    body = [tuple(row) for row in rows]
+    rule = ["---:" if column in right else "---" for column in range(len(head))]
+    lines = [head, rule, *body] if body else []
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """Return a value as a cell of a table shows it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def plain(text: Any) -> str:
+    """Return text on one line that Markdown and HTML show as it is.
+
+    >>> plain("a_b <!-- x -->")
+    'a\\\\_b &lt;!-- x --&gt;'
+    """
+    line = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", line)
+
+
+def code(text: Any) -> str:
+    """Return text as inline code.
+
+    >>> code("a`b")
+    '``a`b``'
+    """
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
+
+
+def fenced(language: str, text: str) -> str:
+    """Return a block of code, in a fence longer than any inside it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.strip()}\n{fence}"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as a sentence lists them.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_FOLDER),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,  # else a misspelt name would show nothing, silently
+)
+_TEMPLATES.filters.update(code=code, plain=plain, listed=listed, cell=cell, commas="{:,}".format)
+_TEMPLATES.globals.update(table=table, fenced=fenced, cite=cite)

@@ -7,10 +7,19 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
-from hf_longalign.cards.markdown import code, listed, plain, table
-from hf_longalign.cards.page import REPOSITORY, SOURCE
+from hf_longalign.cards.page import REPOSITORY, SOURCE, code, listed, plain, table
 from hf_longalign.records.names import metric_of, suite_of
 from hf_longalign.records.report import Difference, Reach, ReachResult, Report, Score, SuiteResult, TaskResult
+
+
+# Pictures of a report or a training by the stems of their files, with what a page says of them.
+PICTURES = {
+    "needle_accuracy": "Accuracy by context length",
+    "needle_heatmap": "Accuracy by depth and length",
+    "perplexity": "Perplexity by position",
+    "coverage": "Relative distances met in training",
+    "distances": "Loss by distance",
+}
 
 
 class _Measured(NamedTuple):
@@ -46,8 +55,6 @@ def _measured(report: Report) -> Iterator[_Measured]:
 
 def eval_results(report: Report, repo_id: str = REPOSITORY) -> list[EvalResult]:
     """Return the scores of the model evaluated last for a `model-index`, in percent, each with its conditions.
-
-    Example:
 
     >>> from hf_longalign.records.report import EvaluatedModel
     >>> task = TaskResult("qasper", "qa_f1", samples=200, scores={"adapter": Score(0.4567)})
@@ -108,6 +115,7 @@ def hub_results(report: Report, repo_id: str) -> dict[str, bytes]:
 def headline(report: Report) -> str:
     """Return one line per suite: its average of all models, and how many tasks changed beyond chance."""
     labels, rows = report.labels, []
+    # One model alone is compared with nothing.
     for suite in report.suites if len(report.labels) > 1 else []:
         # The suite's own average, where it has one, else the mean of the tasks that all models have scores for.
         own = [group.scores for group in suite.groups if group.group in ("average", "overall")]
@@ -162,11 +170,7 @@ def reach_moved(moved: Difference) -> str:
     >>> reach_moved(Difference("adapter", "base", 2048, -1024, 4096))
     '+2,048 (−1,024 to +4,096)'
     """
-
-    def signed(tokens: float | None) -> str:
-        return f"{int(tokens or 0):+,}".replace("-", "−").replace("+0", "0")
-
-    return f"{signed(moved.value)} ({signed(moved.low)} to {signed(moved.high)})"
+    return _shown(moved, lambda tokens: f"{int(tokens):+,}".replace("-", "−").replace("+0", "0"), " to ")
 
 
 def scores_table(report: Report, suite: SuiteResult) -> str:

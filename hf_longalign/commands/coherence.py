@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hf_longalign.cards.markdown import table
+from hf_longalign.cards.page import table
 from hf_longalign.records import Report
 
 
@@ -113,8 +113,6 @@ def compare(with_contexts: Mapping[str, Any], without: Mapping[str, Any]) -> str
 
     Raises:
         ValueError: the results do not name the same evaluations, or none.
-
-    Example:
 
     >>> print(compare({"qasper": 30.0, "niah": {"single": 90}}, {"qasper": 20.0, "niah": {"single": 70}}))
     | evaluation | with contexts | without | gap |

@@ -31,25 +31,26 @@ with one output_dir share the questions: accelerate launch -m hf_longalign evalu
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the options of the models, the suites, the Hub, publishing and the card."""
     classes = (ModelOptions, SuiteOptions, HubOptions, PublishOptions, AdapterCardOptions)
-    parser = OptionParser("evaluate", classes, DESCRIPTION)
     # A model may stand first without its option.
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
-    model, suites, hub, publish, card = parser.read(arguments)
-    try:
-        suites.check(model.endpoint, model.generator)
-        publish.check_idle(push_to_hub=hub.push_to_hub)
-        if hub.push_to_hub:
-            if model.adapter is None:
-                raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
-            if Path(model.adapter).is_dir():
-                check_base_name(card.base_name, model.model)
-            else:
-                hub.hub_model_id = hub.hub_model_id or model.adapter  # where it came from
-            publish.check_push(hub, model.adapter)
-    except ValueError as error:
-        parser.error(str(error))
-    return model, suites, hub, publish, card
+    return OptionParser("evaluate", classes, DESCRIPTION).read(arguments, check)
+
+
+def check(
+    model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions
+) -> None:
+    """Refuse what is wrong with several of the options together."""
+    suites.check(model.endpoint, model.generator)
+    publish.check_idle(push_to_hub=hub.push_to_hub)
+    if hub.push_to_hub:
+        if model.adapter is None:
+            raise ValueError("`push_to_hub` adds the report to the card of an adapter, got none. Set `adapter`.")
+        if Path(model.adapter).is_dir():
+            check_base_name(card.base_name, model.model)
+        else:
+            hub.hub_model_id = hub.hub_model_id or model.adapter  # where it came from
+        publish.check_push(hub, model.adapter)
 
 
 def run(

@@ -5,14 +5,16 @@ Nothing here imports torch: a wrong option is refused before the seconds that to
 
 import dataclasses
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from inspect import get_annotations
 from types import UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
+
+from hf_longalign.records.base import typed
 
 
 class OptionParser(TrlParser):
@@ -41,8 +43,11 @@ class OptionParser(TrlParser):
         )
         self.foreign = foreign
 
-    def read(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """Return an instance of every class, checked, and last the namespace of arguments added by hand, if any."""
+    def read(self, arguments: Sequence[str], check: Callable[..., None] | None = None) -> tuple[Any, ...]:
+        """Return an instance of every class, checked, and last the namespace of arguments added by hand, if any.
+
+        `check` takes them all and raises a ValueError for what is wrong with them together.
+        """
         try:
             # TrlParser knows `--config FILE` alone.
             if arguments and arguments[-1] == "--config":
@@ -56,6 +61,8 @@ class OptionParser(TrlParser):
                 _check_values(options)
                 if hasattr(options, "check"):
                     options.check()
+            if check is not None:
+                check(*found)
         except (ValueError, OSError, yaml.YAMLError) as error:
             self.error(str(error))
         return tuple(found)
@@ -96,17 +103,10 @@ def _check_values(options: Any) -> None:
         choices = field.metadata.get("choices")
         if choices is not None and value is not None and value not in choices:
             raise ValueError(f"`{field.name}` must be one of {', '.join(choices)}, got {value!r}. Correct it.")
-        if not any(_fits(value, part) for part in parts):
+        try:
+            typed(hint, value, field.name)
+        except ValueError:
             kinds = " or ".join(getattr(part, "__name__", str(part)) for part in parts)
-            raise ValueError(f"`{field.name}` must be {kinds}, got {value!r}. Quote text that looks like a number.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if hint is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
-    return isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool))
+            raise ValueError(
+                f"`{field.name}` must be {kinds}, got {value!r}. Quote text that looks like a number."
+            ) from None

@@ -1,5 +1,6 @@
 """Publishing on the Hub: the options that every command has for it, the push itself, and the command `push`."""
 
+import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ class PublishOptions:
 
     def check_push(self, hub: "Hub", folder: str | Path, token: str | None = None) -> None:
         """Refuse before the work what would be refused after it."""
+        # The same rules hold for both types of repositories.
         Destination(**destination(hub, folder), repo_type="model", create_pr=self.create_pr, tag=self.tag).check()
         if self.push_dry_run is not None:
             check_dry_run(self.push_dry_run)
@@ -141,20 +143,21 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the folder, where it goes and how."""
     parser = OptionParser("push", (RepositoryOptions, PublishOptions, AdapterCardOptions), DESCRIPTION)
     parser.add_argument("folder", help="what to publish")
-    hub, publish, card, more = parser.read(arguments)
+    hub, publish, card, more = parser.read(arguments, check)
+    return Path(more.folder), hub, publish, card
+
+
+def check(hub: RepositoryOptions, publish: PublishOptions, card: AdapterCardOptions, more: argparse.Namespace) -> None:
+    """Refuse what is wrong with several of the options together."""
     folder = Path(more.folder)
-    try:
-        if not folder.is_dir():
-            raise ValueError(f"`folder` must be there, got {more.folder!r}. Correct the path.")
-        publish.check_push(hub, folder)
-        if not _is_model(folder) and (card.license or card.languages):
-            raise ValueError(
-                f"`license` and `languages` are for adapters and models, got a data set in {folder}. "
-                "Give `license` to `synthesize`, whose card tells it."
-            )
-    except ValueError as error:
-        parser.error(str(error))
-    return folder, hub, publish, card
+    if not folder.is_dir():
+        raise ValueError(f"`folder` must be there, got {more.folder!r}. Correct the path.")
+    publish.check_push(hub, folder)
+    if not _is_model(folder) and (card.license or card.languages):
+        raise ValueError(
+            f"`license` and `languages` are for adapters and models, got a data set in {folder}. "
+            "Give `license` to `synthesize`, whose card tells it."
+        )
 
 
 def run(folder: Path, hub: RepositoryOptions, publish: PublishOptions, card: AdapterCardOptions) -> int:

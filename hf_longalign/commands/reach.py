@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_longalign.commands.sft import DataOptions, check_columns, read_dataset
     from hf_longalign.config import LongAlignSFTConfig
-    from hf_longalign.rope import model_range
+    from hf_longalign.rope import doubles, model_range
     from hf_longalign.trainer import LongAlignSFTTrainer
 
     found = read_dataset(DataOptions(args.dataset, args.dataset_config, dataset_train_split=args.split or "train"))
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     distances = args.distances or doubles(args.max_length, model_range(AutoConfig.from_pretrained(args.model)))
     on_gpu = torch.cuda.is_available()
 
+    # How many rows are watched is a class attribute, as no training needs another number.
     class Reaching(LongAlignSFTTrainer):
         watched_rows = args.rows
 
@@ -78,16 +79,6 @@ def run(args: argparse.Namespace) -> int:
     losses = [watch.loss(rows, distance) for distance in watch.distances]
     write(Path(args.output_dir), args.model, len(rows), ordinary, dict(zip(watch.distances, losses, strict=True)))
     return 0
-
-
-def doubles(shortest: int, reach: int) -> list[int]:
-    """Return the powers of two from a length up to the range of a model; the range itself where none fits.
-
-    >>> doubles(1000, 8192), doubles(1024, 1000)
-    ([1024, 2048, 4096, 8192], [1000])
-    """
-    powers = [2**power for power in range(4, 31)]
-    return [power for power in powers if shortest <= power <= reach] or [reach]
 
 
 def write(folder: Path, model: str, rows: int, ordinary: float, losses: dict[int, float]) -> None:

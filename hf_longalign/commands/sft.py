@@ -70,18 +70,16 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
         "sft", (DataOptions, ModelConfig, TrainingOptions, HubOptions, PublishOptions), foreign=_trainer_fields()
     )
     if not {"-h", "--help"} & set(arguments):
-        _, model, training, hub, publish = early.read(arguments)
-        try:
-            check(model, training, hub, publish)
-        except ValueError as error:
-            early.error(str(error))
+        early.read(arguments, check)
     from hf_longalign.config import LongAlignSFTConfig
 
     classes = (DataOptions, LongAlignSFTConfig, ModelConfig, PublishOptions)
     return OptionParser("sft", classes, DESCRIPTION).read(arguments)
 
 
-def check(model: ModelConfig, training: TrainingOptions, hub: HubOptions, publish: PublishOptions) -> None:
+def check(
+    data: DataOptions, model: ModelConfig, training: TrainingOptions, hub: HubOptions, publish: PublishOptions
+) -> None:
     """Refuse what is wrong with several of the options together."""
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` must be a Hub id or a folder, got None. Set it to one.")

@@ -108,18 +108,17 @@ class SynthesizeArguments:
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the options of the run, of the data, of the Hub, of publishing and of the card."""
-    parser = OptionParser(
-        "synthesize", (SynthesizeArguments, SynthesisOptions, HubOptions, PublishOptions, CardOptions), DESCRIPTION
-    )
-    args, options, hub, publish, card = parser.read(arguments)
-    try:
+
+    def check(
+        args: SynthesizeArguments, options: SynthesisOptions, hub: HubOptions, publish: PublishOptions, _: Any
+    ) -> None:
         options.validate()
         publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub and not args.dry_run and args.output_dir is not None:
             publish.check_push(hub, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
-    return args, options, hub, publish, card
+
+    classes = (SynthesizeArguments, SynthesisOptions, HubOptions, PublishOptions, CardOptions)
+    return OptionParser("synthesize", classes, DESCRIPTION).read(arguments, check)
 
 
 def make_generators(args: SynthesizeArguments) -> tuple[Generator | str, Generator | None]:

@@ -13,6 +13,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -33,25 +34,8 @@ def _machine() -> str:
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
-def _runs(pid: int) -> bool:
-    try:
-        # What was killed keeps its number until its parent asks how it ended.
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 class Claims:
-    """The names that this process holds.
-
-    Args:
-        folder: of all claims, on a disk that all processes share; it is made.
-
-    Attributes:
-        met: the processes that were seen alive so far, this one among them.
-        began: when this process came, in nanoseconds of the disk's own clock.
-
-    Example:
+    """The names that this process holds, in a folder on a disk that all processes share.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -66,19 +50,17 @@ class Claims:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.process = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self.met = {self.process}
+        self.met = {self.process}  # all that were seen alive so far
         self._sign = self.folder / f"{self.process}.alive"
         self._sign.touch()
-        self.began = self._sign.stat().st_mtime_ns
+        self.began = self._sign.stat().st_mtime_ns  # by the disk's own clock, as the times of files are
         self._closed = threading.Event()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
-        while not self._closed.wait(LIMIT / 12):
-            try:
+        with suppress(FileNotFoundError):  # see `check`
+            while not self._closed.wait(LIMIT / 12):
                 os.utime(self._sign)
-            except FileNotFoundError:  # see `check`
-                return
 
     def check(self) -> None:
         """Refuse to go on where the others took this process for lost: what it holds is theirs now.
@@ -147,14 +129,15 @@ class Claims:
 
     def _lost(self, process: str) -> bool:
         machine, pid, _ = process.split("-")
-        if machine == _machine() and not _runs(int(pid)):
-            return True
         try:
+            # What was killed keeps its number until its parent asks how it ended.
+            if machine == _machine() and psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
+                return True
             # Both times are the disk's, so clocks that differ do not matter.
             self.check()
             sign = (self.folder / f"{process}.alive").stat().st_mtime
             return self._sign.stat().st_mtime - sign > LIMIT
-        except FileNotFoundError:
+        except (psutil.NoSuchProcess, FileNotFoundError):
             return True
 
     def _remove(self, process: str) -> None:

@@ -5,7 +5,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ from typing import Any
 from hf_longalign.endpoint import Endpoint, EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
 from hf_longalign.endpoint.protocol import TOO_LONG
 from hf_longalign.evaluation.haystack import noise
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at
+from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at
 from hf_longalign.known_answers import NEW_TOKENS, ledger
+from hf_longalign.records.report import Speed
 from hf_longalign.records.training import AnswersRecord
 
 
@@ -32,28 +33,17 @@ _READ = 0.9
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server tells, when it is asked, about the model that it serves.
+    """What a server tells, when it is asked, about the model that it serves."""
 
-    Attributes:
-        reach: tokens that it says it takes, prompt and answer; `None` where it does not say.
-        base: the model behind the name it serves, as far as it says.
-        sent: tokens of the longest prompt, as the local tokenizer counts them.
-        read: tokens of it that the server counted; 0 where it does not say.
-        short: whether it finds a pass key at the beginning of a short text.
-        long: whether it finds one as far back as the longest prompt reaches.
-    """
-
-    reach: int | None
-    base: str | None
-    sent: int
-    read: int
-    short: bool
-    long: bool
+    reach: int | None  # tokens that it says it takes, prompt and answer; `None` where it does not say
+    base: str | None  # the model behind the name it serves, as far as it says
+    sent: int  # tokens of the longest prompt, as the local tokenizer counts them
+    read: int  # tokens of it that the server counted; 0 where it does not say
+    short: bool  # whether it finds a pass key at the beginning of a short text
+    long: bool  # whether it finds one as far back as the longest prompt reaches
 
     def settings(self) -> dict[str, str]:
         """Return the facts for a reader of the report, by name.
-
-        Example:
 
         >>> facts = ServerFacts(None, None, sent=16000, read=16010, short=True, long=False).settings()
         >>> facts["pass key, 16,000 tokens back"]
@@ -89,13 +79,6 @@ class EndpointGenerator:
         timeout: seconds for one answer.
         max_attempts: attempts at one answer; waiting for a busy server is none.
 
-    Attributes:
-        stats: counts as the server tells them, and seconds, see [`GenerationStats`].
-
-    Raises:
-        ValueError: a URL or number of requests that is none.
-        ImportError: `openai` is missing, at the first prompt.
-
     Example:
 
     ```python
@@ -116,7 +99,7 @@ class EndpointGenerator:
         max_attempts: int = 8,
     ) -> None:
         self.model, self.max_concurrency, self.timeout = model, max_concurrency, timeout
-        self.stats = GenerationStats()
+        self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._client = OpenAIGenerator(
             model,
@@ -153,6 +136,7 @@ class EndpointGenerator:
             EndpointError: a prompt gets no answer. Nothing more is sent, and the answers on their way are yielded
                 first.
         """
+        # A server that keeps what it has read finds it again in the next prompt.
         waiting = iter(sorted(prompts, key=lambda prompt: prompt.text))
         sent: dict[Future[Reply], Prompt] = {}
         failure: Exception | None = None
@@ -163,7 +147,8 @@ class EndpointGenerator:
             while True:
                 room = 0 if failure else self._client.concurrency - len(sent)
                 for prompt in islice(waiting, room):
-                    sent[asyncio.run_coroutine_threadsafe(self._ask(prompt), loop)] = prompt
+                    answer = self._client.reply(self._request(prompt))
+                    sent[asyncio.run_coroutine_threadsafe(answer, loop)] = prompt
                 if not sent:
                     break
                 for future in wait(sent, return_when=FIRST_COMPLETED).done:
@@ -186,9 +171,7 @@ class EndpointGenerator:
     def look(self, prompts: Sequence[Prompt], count: Callable[[str], int]) -> ServerFacts:
         """Ask the server what it can be asked about its range, and refuse one in which the prompts have no room.
 
-        Args:
-            prompts: what will be asked, at least one.
-            count: the tokens of a text as the model reads it, chat template included.
+        `count` takes a text to its tokens as the model reads it, chat template included.
 
         Raises:
             ValueError: the server says that its range is smaller than the longest prompt with its answer, or cuts it.
@@ -202,6 +185,7 @@ class EndpointGenerator:
         reach = next((int(listing[name]) for name in _RANGE_FIELDS if listing.get(name)), None)
         if reach is not None and reach < needed:
             raise ValueError(_no_room(what, needed, f"{self.model!r} is served with a range of {reach:,}"))
+        # The short text tells whether the model can do this at all, else the long one says nothing of the range.
         key = str(random.Random(needed).randrange(10_000, 100_000))
         probes = [_probe(key, tokens, count, chat=longest.chat) for tokens in (min(_SHORT_PROBE, needed), needed)]
         try:
@@ -225,22 +209,16 @@ class EndpointGenerator:
         return facts
 
     def check_answers(self, expected: AnswersRecord, name: str) -> str:
-        """Refuse a server that answers otherwise than the model that was trained, and return what was compared.
-
-        Args:
-            expected: beginnings of that model's greedy answers to fixed prompts, one past the base's own range.
-            name: the adapter or model.
+        """Refuse a server that answers otherwise than the model `name` as trained, and return what was compared.
 
         Raises:
             ValueError: names the first prompt that is answered otherwise.
             EndpointError: the server gives no answer.
         """
-        asked = zip(expected.lines, expected.questions, strict=True)
+        columns = zip(expected.lines, expected.questions, expected.tokens, expected.answers, strict=True)
         prompts = {
-            Prompt("probe", "served", n, ledger(*prompt), (), NEW_TOKENS, chat=expected.chat): told
-            for n, (prompt, told) in enumerate(
-                zip(asked, zip(expected.tokens, expected.answers, strict=True), strict=True)
-            )
+            Prompt("probe", "served", n, ledger(lines, question), (), NEW_TOKENS, chat=expected.chat): (tokens, answer)
+            for n, (lines, question, tokens, answer) in enumerate(columns)
         }
         for prompt, completion in self.generate(list(prompts)):
             tokens, answer = prompts[prompt]
@@ -252,14 +230,12 @@ class EndpointGenerator:
                 )
         return f"{len(prompts)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
 
-    async def _ask(self, prompt: Prompt) -> Reply:
-        extra: Mapping[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
+    def _request(self, prompt: Prompt) -> Request:
+        extra: dict[str, Any] = {"stop": list(prompt.stop)} if prompt.stop else {}
         sampling = Sampling(0.0, None, prompt.max_new_tokens, seed=None, extra=extra)
         # A chat server writes the whole answer: it cannot be told how to begin it.
         text = prompt.text if prompt.chat else prompt.text + prompt.prefix
-        return await self._client.reply(
-            Request((("user", text),), self._client.model, sampling, prompt.task, prompt.chat)
-        )
+        return Request((("user", text),), self._client.model, sampling, prompt.task, prompt.chat)
 
     def _counted(self, prompt: Prompt, reply: Reply) -> Completion:
         if not reply.text and reply.completion_tokens > 1:
@@ -277,24 +253,24 @@ class EndpointGenerator:
 
         What is still on its way in the end is given up.
         """
+
+        async def leave() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.close()
+
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
         try:
             yield loop
         finally:
-            asyncio.run_coroutine_threadsafe(_leave(self._client), loop).result()
+            asyncio.run_coroutine_threadsafe(leave(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
-
-
-async def _leave(client: OpenAIGenerator) -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-    await client.close()
 
 
 def _no_room(what: str, needed: int, told: str) -> str:

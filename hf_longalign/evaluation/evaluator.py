@@ -3,11 +3,10 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,14 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+from hf_longalign.evaluation import longbench
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
-from hf_longalign.evaluation.examined import PROCESSES, Examined, public_name
-from hf_longalign.evaluation.generation import check_range
 from hf_longalign.evaluation.harness import HarnessSuite
 from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
-from hf_longalign.evaluation.longbench import (
-    GROUPS,
-    HUB_ID,
-    V2,
-    V2_HUB_ID,
-    expand_tasks,
-    longbench_prompts,
-    score_longbench,
-)
-from hf_longalign.evaluation.models import ADAPTER, load_model, record_of
-from hf_longalign.evaluation.needles import score_needle
+from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
+from hf_longalign.evaluation.needles import needle_prompts, score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import DOCUMENTS, PerplexitySuite
-from hf_longalign.evaluation.placement import needle_prompts
 from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, plan_grid, seconds_per_prompt
 from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
 from hf_longalign.evaluation.puzzle_prompts import puzzle_prompts, score_puzzle
@@ -43,6 +31,7 @@ from hf_longalign.evaluation.ruler_data import load_questions
 from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import Report
+from hf_longalign.rope import check_range, doubles
 from hf_longalign.version import __version__
 
 
@@ -95,13 +84,14 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
         facts = look_at_server(examined, suites, store)
         # What `refine` adds is part of the time that is told.
         minutes = options.minutes if options.samples is None else None
-        announce(examined.model, examined.tokenizer, suites, examined.who, store, minutes)
+        announce(examined, suites, store, minutes)
         work(suites, examined, store)
         refine(examined, suites, options, store)
         store.tell_who_is_missing()
         report = make_report(examined, options, suites, store)
         report.settings.update(facts)
-        # Who comes last finds the place of the main process free, and the report of this run written.
+        # Every process returns the report, one alone writes it. Who comes last finds the place of the main process
+        # free, and the report of this run written.
         written = Path(options.output_dir) / "report.json"
         if (written.exists() and written.stat().st_mtime_ns > store.claims.began) or not store.is_main:
             return report, False
@@ -128,7 +118,7 @@ def work(suites: Sequence[Suite], examined: Examined, store: ResultStore) -> Non
 def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -> list[Suite]:
     """Make what was asked for, in the order it was asked for."""
     chat = uses_chat(examined, options)
-    lengths = options.lengths or default_lengths(examined.reach)
+    lengths = options.lengths or doubles(1024, examined.reach)
     check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
     grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, store)
     texts = as_many_as_needed(load_texts(options.haystack, options.seed))
@@ -159,9 +149,7 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:
             asked: dict[str, Any] = {"max_length": examined.reach, "limit": options.limit, "chat": chat}
-            suites.append(
-                HarnessSuite(options.short_tasks, examined.model, examined.tokenizer, store, examined.who, **asked)
-            )
+            suites.append(HarnessSuite(options.short_tasks, examined, store, **asked))
     return suites
 
 
@@ -213,25 +201,21 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
 def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) -> PromptSuite:
     """Make LongBench's prompts; tasks whose data cannot be had are left out, and told."""
     source = options.longbench_source
+    asked: dict[str, Any] = {"tokenizer": examined.tokenizer, "limit": options.limit}
+    asked["longbench_length"] = options.longbench_length
     prompts: list[Prompt] = []
     missing: dict[str, str] = {}
-    for task in expand_tasks(options.longbench_tasks):
+    for task in longbench.expand_tasks(options.longbench_tasks):
         try:
-            prompts += longbench_prompts(
-                [task],
-                tokenizer=examined.tokenizer,
-                max_length=examined.reach,
-                longbench_length=options.longbench_length,
-                source=source,
-                limit=options.limit,
-                chat=chat,
+            prompts += longbench.longbench_prompts(
+                [task], max_length=examined.reach, source=source, chat=chat, **asked
             )
         # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
         except (ConnectionError, FileNotFoundError) as error:
             missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
     for reason in dict.fromkeys(missing.values()):
         logger.warning("Left out: %s: %s", ", ".join(task for task in missing if missing[task] == reason), reason)
-    return PromptSuite("longbench", prompts, score_longbench, groups=GROUPS, missing=missing)
+    return PromptSuite("longbench", prompts, longbench.score_longbench, longbench.GROUPS, missing)
 
 
 def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultStore) -> dict[str, Any]:
@@ -259,24 +243,13 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
     if key not in store:
         expected = record.answers
         if expected is None and options.check_served == "local":
-            model = load_model(options.model, adapter=adapter, revision=options.model_revision,
-                               adapter_revision=options.adapter_revision, dtype=options.dtype)  # fmt: skip
+            model = load_model(replace(options, adapter=adapter))
             expected = known_answers(model, examined.tokenizer, record.rope)
         if not expected or not expected.answers:
             return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
         server: Any = examinee.generator
         store.once(key, lambda: {"told": server.check_answers(expected, name)})
     return {"answers as trained": store.get(key)["told"]}
-
-
-def default_lengths(reach: int) -> list[int]:
-    """Return 1,024 and its doubles up to a range; the range itself where that is shorter.
-
-    >>> default_lengths(5000), default_lengths(500)
-    ([1024, 2048, 4096], [500])
-    """
-    doubles = (1024 * 2**power for power in range(32))
-    return list(takewhile(lambda length: length <= reach, doubles)) or [reach]
 
 
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:
@@ -315,8 +288,8 @@ def settings(
     if "short" in options.suites:
         chosen["lm-eval"] = version("lm-eval")
     if "longbench" in options.suites:
-        asked = expand_tasks(options.longbench_tasks)
-        own = sorted({V2_HUB_ID if task == V2 else HUB_ID for task in asked})
+        asked = longbench.expand_tasks(options.longbench_tasks)
+        own = sorted({longbench.V2_HUB_ID if task == longbench.V2 else longbench.HUB_ID for task in asked})
         source = options.longbench_source
         chosen["LongBench data"] = public_name(source) if source else ", ".join(own)
         chosen["LongBench prompts"] = f"at most {options.longbench_length or examined.reach:,} tokens"

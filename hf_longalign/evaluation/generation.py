@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.prefix_cache import (
     PrefixCache,
@@ -28,8 +28,9 @@ from hf_longalign.evaluation.prefix_cache import (
     reuse_problem,
     shared_lengths,
 )
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
-from hf_longalign.rope import model_range
+from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
+from hf_longalign.records.report import Speed
+from hf_longalign.rope import check_range
 
 
 logger = logging.getLogger(__name__)
@@ -67,28 +68,6 @@ class _Waiting(NamedTuple):
     row: Row | None
 
 
-def check_range(config: PretrainedConfig, tokens: int, name: str = "length") -> None:
-    """Refuse more tokens than a model is made for, its RoPE scaling included; a model without a limit takes any.
-
-    Args:
-        config: the model's.
-        tokens: of the longest prompt with its answer.
-        name: what the caller calls them.
-
-    Raises:
-        ValueError: names length, range and remedy.
-    """
-    if not getattr(config.get_text_config(), "max_position_embeddings", None):
-        return
-    reach = model_range(config)
-    if tokens > reach:
-        raise ValueError(
-            f"`{name}` must be within the model's range of {reach:,} tokens, got {tokens:,} with the answer. Set "
-            "shorter lengths, or scale its RoPE before loading: "
-            f"`from_pretrained(model_id, config=hf_longalign.rope.scale_rope(config, {tokens}))`."
-        )
-
-
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
@@ -112,10 +91,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 class Pools(Generic[T]):
     """Prompts that were read and wait to be answered together with others of about their length.
 
-    Args:
-        batch_tokens: what all that wait may take in tokens, padding included.
-
-    Example:
+    All that wait may take `batch_tokens`, padding included.
 
     >>> pools = Pools(1000)
     >>> pools.add("a", 400), pools.add("b", 410), pools.add("c", 100), pools.add("d", 400)
@@ -162,13 +138,8 @@ class LocalGenerator:
     Args:
         model: on its device or devices; an adapter that is turned off stays off.
         tokenizer: the model's.
-        batch_tokens: prompts and answers that are kept at once to be answered together, in tokens, beside the prompt
-            being read.
-        prefix_cache: whether a shared beginning is read once.
-
-    Attributes:
-        stats: counts and seconds so far, see [`GenerationStats`].
-        batch_tokens: as given, or what memory has room for.
+        batch_tokens: of the prompts and answers that are kept to be answered together, beside the prompt being read;
+            lowered where memory has no room for them.
 
     Example:
 
@@ -179,18 +150,10 @@ class LocalGenerator:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_tokens: int = 65_536,
-        prefix_cache: bool = True,
+        self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int = 65_536
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
-        self.prefix_cache = prefix_cache
-        self.stats = GenerationStats()
+        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
+        self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
         self._end_ids = end_ids(model, tokenizer)
@@ -213,7 +176,7 @@ class LocalGenerator:
             encoded.append(_Encoded(prompt, ids))
         if not encoded:
             return
-        check_range(self.model.config, max(one.tokens for one in encoded))
+        check_range(self.model.config, max(one.tokens for one in encoded), "length")
         problem = reuse_problem(self.model)
         if problem is not None:
             logger.warning("Prompts are answered one after another, without a shared cache: %s.", problem)
@@ -261,14 +224,12 @@ class LocalGenerator:
     @torch.inference_mode()
     def _round(self, numbered: list[tuple[int, _Encoded]]) -> Iterator[tuple[int, list[int]]]:
         """Read prompts in the order given and answer them, each as soon as its batch is full."""
-        # Marks are where later prompts go back to; without the cache nothing is shared, and each is read from its
-        # start.
-        shared = shared_lengths([one.ids for _, one in numbered]) if self.prefix_cache else [0] * len(numbered)
-        memory = PrefixCache(self.model.config, max(one.tokens for _, one in numbered))
+        shared = shared_lengths([one.ids for _, one in numbered])
+        memory = PrefixCache(self.model.config)
         pools: Pools[_Waiting] = Pools(self.batch_tokens)
         for index, (number, one) in enumerate(numbered):
             # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
-            marks = branch_points(shared, index)
+            marks = branch_points(shared, index)  # where later prompts go back to
             logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
             self.on_read(one.prompt)
             first = logits.argmax(-1)
@@ -282,9 +243,7 @@ class LocalGenerator:
             yield from self._answer(batch)
 
     def _answer(self, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:
-        most = max(one.encoded.ids.size for one in batch)
-        room = most + max(one.encoded.prompt.max_new_tokens for one in batch)
-        cache, mask = join_rows(self.model.config, [one.row for one in batch if one.row is not None], room)
+        cache, mask = join_rows(self.model.config, [one.row for one in batch if one.row is not None])
         yield from self._decode(cache, mask, batch)
 
     def _decode(self, cache: Any, mask: torch.Tensor | None, batch: list[_Waiting]) -> Iterator[tuple[int, list[int]]]:

@@ -4,14 +4,18 @@ Each task stands by itself: one whose data cannot be fetched gives a result that
 Source: https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
+import copy
 import difflib
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
-from itertools import combinations
+from itertools import combinations, count, product
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,45 +24,36 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_longalign.endpoint.address import redact
 from hf_longalign.evaluation.endpoint import EndpointGenerator
-from hf_longalign.evaluation.harness_models import alone, check_logprobs, loaded_lm, needs_logprobs, served_lm
 from hf_longalign.evaluation.intervals import Z, mean_interval
+from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SHORT
 from hf_longalign.evaluation.results import group_means
 from hf_longalign.evaluation.runner import Examinee, ResultStore
+from hf_longalign.lazy import require
+from hf_longalign.records.base import Record
 from hf_longalign.records.report import Difference, Score, SuiteResult, TaskResult
 
 
 logger = logging.getLogger(__name__)
 
+# Requests that are sent again, with pauses of up to ten seconds.
+_ATTEMPTS = 8
+
 
 @dataclass(frozen=True)
-class HarnessResult:
-    """What lm-eval found on one task.
-
-    Attributes:
-        task: lm-eval's name of the task or group.
-        metric: the task's first metric, with lm-eval's filter behind a comma, such as "exact_match,strict-match".
-        value: its value, 0 to 1 for all tasks of `SHORT`; `None` where the task was not run.
-        stderr: its standard error, where lm-eval gives one.
-        metrics: all metrics of the task, by the same names.
-        samples: questions asked.
-        n_shot: examples shown before each.
-        cut: prompts longer than `max_length`, which lm-eval cuts at their beginning; above 0 the value means little.
-        version: lm-eval's version.
-        error: why the task was not run, and what to do.
-    """
+class HarnessResult(Record):
+    """What lm-eval found on one task or group, by its name for it."""
 
     task: str
-    metric: str | None = None
-    value: float | None = None
-    stderr: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
-    n_shot: int | None = None
-    cut: int = 0
-    version: str = ""
-    error: str | None = None
+    metric: str | None = None  # the first one, with a filter behind a comma, such as "exact_match,strict-match"
+    value: float | None = None  # 0 to 1 for all tasks of `SHORT`; `None` where the task was not run
+    stderr: float | None = None  # standard error, where lm-eval gives one
+    metrics: dict[str, float] = field(default_factory=dict)  # all of them, by the same names
+    samples: int = 0  # questions asked
+    cut: int = 0  # prompts longer than the range, which lose their beginning; above 0 the value means little
+    error: str | None = None  # why the task was not run, and what to do
 
 
 def run_harness(
@@ -68,37 +63,29 @@ def run_harness(
     *,
     max_length: int,
     limit: int | None = None,
-    batch_size: int = 1,
     chat: bool = True,
     include_path: str | Path | None = None,
 ) -> Iterator[HarnessResult]:
     """Check the arguments, then yield the result of each task as soon as it is there.
 
     Args:
-        model: loaded; an adapter is in force unless the caller has turned it off. It is set to evaluation mode. Or a
-            served one, which lm-eval asks by `local-chat-completions` and `local-completions`.
-        tokenizer: the model's.
+        model: loaded, with its adapter in force unless the caller has turned it off; or a served one.
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
         limit: questions of each task (of each member of a group), the first ones; `None`: all.
-        batch_size: prompts at once.
-        chat: go through the chat template.
-        include_path: folder with further tasks in lm-eval's YAML format; of equal names, its own count.
+        include_path: folder with further tasks in lm-eval's YAML format, which win over lm-eval's own.
 
     Raises:
-        ImportError: lm-eval is missing.
         ValueError: an unknown task, with names close to it; no chat template; a task that needs log-probabilities of
             a server that does not tell them.
     """
     names = list(dict.fromkeys(tasks))
     if chat and not tokenizer.chat_template:
         raise ValueError("`chat=True` needs a tokenizer with a chat template, got one without. Set `chat` to False.")
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError('This needs lm-eval. Run: pip install "hf_longalign[harness]"') from error
-    own = include_path and TaskManager(include_path=str(include_path), include_defaults=False)
+    lm_eval = require("lm_eval", "harness")
+    own = include_path and require("lm_eval.tasks", "harness").TaskManager(
+        include_path=str(include_path), include_defaults=False
+    )
     managers = {name: own if own and name in own.all_tasks else _tasks_of_lm_eval() for name in names}
     for name, manager in managers.items():
         if name not in manager.all_tasks:
@@ -122,7 +109,7 @@ def run_harness(
     else:
         secrets = []
         with alone():
-            lms = dict.fromkeys(names, loaded_lm(model, tokenizer, batch_size, max_length))
+            lms = dict.fromkeys(names, loaded_lm(model, tokenizer, max_length))
 
     def run(name: str) -> list[HarnessResult]:
         lm = lms[name]
@@ -140,15 +127,15 @@ def run_harness(
             )
             logger.warning("%s was not run: %s", name, told)
             logger.debug("lm-eval's error in %s", name, exc_info=True)
-            return [HarnessResult(name, version=lm_eval.__version__, error=told)]
+            return [HarnessResult(name, error=told)]
         if lm.cut:
             logger.warning("%s: %d prompts are longer than `max_length` and lost their beginning", name, lm.cut)
-        return _read(name, found, lm.cut, lm_eval.__version__)
+        return _read(name, found, lm.cut)
 
     return (result for name in names for result in run(name))
 
 
-def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[HarnessResult]:
+def _read(name: str, found: Mapping[str, Any], cut: int) -> list[HarnessResult]:
     """What lm-eval's tables of results say of a task, or of all that a tag or a group stands for."""
     # Metrics are called "name,filter", and their standard errors stand among them as "name_stderr,filter".
     by_task = {
@@ -174,9 +161,7 @@ def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[H
                 stderr=float(stderr) if isinstance(stderr, Real) else None,
                 metrics=by_task[task],
                 samples=samples.get(task, sum(samples.values())),
-                n_shot=found["n-shot"].get(task, next(iter(found["n-shot"].values()), None)),
                 cut=cut,
-                version=version,
             )
         )
     return results
@@ -185,41 +170,25 @@ def _read(name: str, found: Mapping[str, Any], cut: int, version: str) -> list[H
 class HarnessSuite:
     """Short-context tasks of lm-eval, each once per model; those that failed in an earlier run are tried again.
 
-    Args:
-        tasks: lm-eval's names.
-        model: what all examinees share; `None` where servers answer for them.
-        tokenizer: the model's.
-        store: what earlier runs have found.
-        examinees: the models.
-        max_length: tokens the model reads and writes together.
-        limit: questions of each task; `None`: all.
-        chat: go through the chat template.
+    `options` are those of [`run_harness`].
     """
 
     name = "short"
 
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        store: ResultStore,
-        examinees: Sequence[Examinee],
-        *,
-        max_length: int,
-        limit: int | None = None,
-        chat: bool = True,
-    ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.options: dict[str, Any] = {"max_length": max_length, "limit": limit, "chat": chat}
+    def __init__(self, tasks: Sequence[str], examined: Examined, store: ResultStore, **options: Any) -> None:
+        self.examined, self.options = examined, options
         self.tasks = list(dict.fromkeys(tasks))
-        self._keys = {
-            (who.label, task): self._first_open(who, task, store) for who in examinees for task in self.tasks
-        }
+        self._keys: dict[tuple[str, str], str] = {}
+        for who, task in product(examined.who, self.tasks):
+            # The first attempt that is not there yet or did not fail.
+            keys = (who.key(f"lm-eval/{options}/{task}/{attempt}") for attempt in count())
+            self._keys[who.label, task] = next(
+                key for key in keys if key not in store or not any(one.get("error") for one in store.get(key))
+            )
         # Names, and what servers can do, before anything is asked; a server that has answered all is left alone.
-        for who in examinees[:1] if model is not None else examinees:
-            if model is not None or store.missing(self.keys([who])):
-                run_harness(self._asked_of(who), tokenizer, self.tasks, **self.options)
+        for who in examined.who[:1] if examined.model is not None else examined.who:
+            if examined.model is not None or store.missing(self.keys([who])):
+                self._run(who, self.tasks)
 
     def work(self, examinees: Sequence[Examinee], store: ResultStore) -> None:
         """Run the tasks that no other process is at."""
@@ -230,8 +199,7 @@ class HarnessSuite:
                 examinee, task = jobs[key]
                 bar.set_postfix_str(f"{examinee.label}, {task}")
                 with examinee.active():
-                    found = run_harness(self._asked_of(examinee), self.tokenizer, [task], **self.options)
-                    store.add(key, [asdict(result) for result in found])
+                    store.add(key, [result.to_json() for result in self._run(examinee, [task])])
 
     def keys(self, examinees: Sequence[Examinee]) -> list[str]:
         """Return the keys of all results."""
@@ -247,22 +215,14 @@ class HarnessSuite:
         for task in self.tasks:
             for examinee in examinees:
                 for value in store.get(self._keys[examinee.label, task]):
-                    result = HarnessResult(**value)
+                    result = HarnessResult.from_json(value)
                     found.setdefault(result.task, {})[examinee.label] = result
         tasks = [_task_result(name, by_label) for name, by_label in found.items()]
         return SuiteResult(self.name, tasks, group_means(tasks, {}))
 
-    def _asked_of(self, examinee: Examinee) -> Any:
-        return examinee.generator if self.model is None else self.model
-
-    def _first_open(self, examinee: Examinee, task: str, store: ResultStore) -> str:
-        """The key of a task's result: the first attempt that is not there yet or did not fail."""
-        attempt = 0
-        while True:
-            key = examinee.key(f"lm-eval/{self.options}/{task}/{attempt}")
-            if key not in store or not any(result["error"] for result in store.get(key)):
-                return key
-            attempt += 1
+    def _run(self, examinee: Examinee, tasks: Sequence[str]) -> Iterator[HarnessResult]:
+        model: Any = examinee.generator if self.examined.model is None else self.examined.model
+        return run_harness(model, self.examined.tokenizer, tasks, **self.options)
 
 
 def _task_result(task: str, by_label: Mapping[str, HarnessResult]) -> TaskResult:
@@ -300,3 +260,179 @@ def _tasks_of_lm_eval() -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def loaded_lm(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, room: int) -> Any:
+    """lm-eval's model around a loaded one: reads and writes `room` tokens, counts the longer prompts in `cut`."""
+    from lm_eval.models.huggingface import HFLM
+
+    class CountingLM(HFLM):
+        cut = 0
+
+        @property
+        def max_length(self) -> int:
+            return room
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> Any:
+            # lm-eval would cut here without a word; so it is asked not to, and the same is done after counting.
+            token_ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+            if not left_truncate_len:
+                return token_ids, mask
+            self.cut += int((mask.sum(dim=1) > left_truncate_len).sum())
+            return token_ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+
+        def _loglikelihood_tokens(self, requests: list, *args: Any, **options: Any) -> Any:
+            self.cut += sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
+    # The tokenizer is copied because lm-eval gives it a padding token.
+    return CountingLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer))
+
+
+def served_lm(
+    generator: EndpointGenerator, tokenizer: PreTrainedTokenizerBase, room: int, *, chat: bool, by_tokens: bool
+) -> Any:
+    """lm-eval's model at an endpoint.
+
+    Tasks that only generate take the routes of the other suites: chat prompts as messages, plain ones as text. Those
+    that compare log-likelihoods go `by_tokens`: they send tokens, and read what the server tells of each.
+    """
+    for module in ("tenacity", "aiohttp", "requests"):
+        require(module, "harness")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+    class Text(LocalCompletionsAPI):
+        cut = 0
+
+    class Messages(LocalChatCompletion):
+        cut = 0
+
+    class Tokens(LocalCompletionsAPI):
+        cut = 0
+
+        def __init__(self, **asked: Any) -> None:
+            super().__init__(**asked)
+            # Given after the fact, for lm-eval would load a tokenizer by its name. It adds what the model expects at
+            # the beginning of a text, as for a model that is loaded; lm-eval itself would leave it out here.
+            self.tokenizer, self.tokenizer_backend, self.tokenized_requests = tokenizer, "huggingface", True
+            self.add_bos_token = None
+
+        def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **options: Any) -> Any:
+            if isinstance(string, str):
+                return HFLM.tok_encode(self, string, add_special_tokens)
+            return [self.tok_encode(one, add_special_tokens) for one in string]
+
+        def _loglikelihood_tokens(self, requests: list, **options: Any) -> Any:
+            self.cut += sum(len(context or ()) + len(rest) > self.max_length for _, context, rest in requests)
+            return super()._loglikelihood_tokens(requests, **options)
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> Any:
+            for text, options in (request.args for request in requests):
+                room = self.max_length - options.get("max_gen_toks", self._max_gen_toks)
+                self.cut += len(self.tok_encode(text)) > room
+            return super().generate_until(requests, disable_tqdm)
+
+    endpoint = generator.endpoint
+    scheme, key = ("Basic", endpoint.login) if endpoint.login else ("Bearer", endpoint.api_key)
+    asked = {
+        "model": generator.model,
+        "tokenizer_backend": None,
+        "max_length": room,
+        "num_concurrent": generator.max_concurrency,
+        "max_retries": _ATTEMPTS,
+        "timeout": generator.timeout,
+        # Never empty: lm-eval would send the key in OPENAI_API_KEY, whosever it is.
+        "header": {"Authorization": f"{scheme} {key}"} if key else {"Accept": "application/json"},
+    }
+    if chat and not by_tokens:
+        return Messages(base_url=f"{endpoint.name}/chat/completions", **asked)
+    return (Tokens if by_tokens else Text)(base_url=f"{endpoint.name}/completions", **asked)
+
+
+def needs_logprobs(manager: Any, spec: str | Mapping[str, Any]) -> bool:
+    """Whether a task of lm-eval, or one of a group's or tag's, does more than generate; unknown counts as yes.
+
+    It is read from the tasks' files: to make a task itself its data would have to be fetched.
+    """
+    entry: Any = manager.task_index.get(spec) if isinstance(spec, str) else None
+    if entry is not None and entry.kind.name == "TAG":
+        members: Any = sorted(entry.tags)
+    else:
+        config = (entry.cfg or {}) if entry is not None else {} if isinstance(spec, str) else spec
+        members = config.get("task")
+        if not isinstance(members, list):
+            # A member of a group may be another task with some settings changed.
+            other = config.get("group") or members
+            if "output_type" in config or entry is not None or other is None:
+                return bool(config.get("output_type") != "generate_until")
+            members = [other]
+    return any(needs_logprobs(manager, member) for member in members)
+
+
+def check_logprobs(generator: EndpointGenerator, tokenizer: PreTrainedTokenizerBase, task: str) -> None:
+    """Refuse a task that compares log-likelihoods where a server does not tell those of a prompt's tokens.
+
+    Raises:
+        ValueError: names task and server, and what the server said.
+    """
+    lm = served_lm(generator, tokenizer, 16, chat=False, by_tokens=True)
+    ids = tokenizer("one two three four", add_special_tokens=False)["input_ids"][:4]
+    import requests
+
+    body = lm._create_payload([ids])
+    try:
+        answer = requests.post(lm.base_url, json=body, headers=lm.header, timeout=lm.timeout)
+        told = f"HTTP {answer.status_code}: {answer.text[:300]}"
+        # Those of the prompt and of the one token that was asked for: lm-eval cuts by these places.
+        if answer.ok and len(answer.json()["choices"][0]["logprobs"]["token_logprobs"]) == len(ids) + 1:
+            lm.parse_logprobs(answer.json(), ctxlens=[1])
+            return
+    except (requests.ConnectionError, requests.Timeout) as error:
+        told = f"{type(error).__name__}, is it running?"
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        told = "an answer without them"
+    raise ValueError(
+        f"`short_tasks` must be what the server can answer, got {task!r}, for which it must tell log-probabilities of "
+        f"a prompt's tokens (/completions with `echo` and `logprobs`, as vLLM has). {generator.endpoint.name} said: "
+        f"{redact(told, generator.endpoint.secrets)}. Set tasks that generate, such as gsm8k and ifeval, or evaluate "
+        "the model itself, without `endpoint`."
+    )
+
+
+@contextmanager
+def alone(secrets: Sequence[str] = ()) -> Iterator[None]:
+    """lm-eval as in the only process, without its remarks on what is meant so; its `print` goes to stderr.
+
+    `secrets` are kept out of what it says of requests that failed.
+    """
+
+    def tell(record: logging.LogRecord) -> bool:
+        # Its errors hold the headers of the request, with the key; the warning before each holds the server's words.
+        record.msg, record.args = redact(record.getMessage(), secrets), ()
+        return record.levelno < logging.ERROR
+
+    levels = {"lm_eval": logging.WARNING, "lm_eval.models.huggingface": logging.ERROR, "lm_eval.api": logging.ERROR}
+    requests = logging.getLogger("lm_eval.models.api_models")
+    requests.addFilter(tell)
+    loggers = [] if logger.isEnabledFor(logging.DEBUG) else [logging.getLogger(name) for name in levels]
+    before, rank = [one.level for one in loggers], os.environ.get("LOCAL_RANK")
+    for one in loggers:
+        one.setLevel(levels[one.name])
+    # lm-eval gives results to the process with LOCAL_RANK 0 alone; here each process asks for its own tasks.
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        requests.removeFilter(tell)
+        for one, level in zip(loggers, before, strict=True):
+            one.setLevel(level)
+        os.environ.pop("LOCAL_RANK")
+        os.environ.update({} if rank is None else {"LOCAL_RANK": rank})

@@ -27,12 +27,7 @@ DRAWS = 2000
 def cluster_means(scores: ArrayLike, clusters: Sequence[Hashable]) -> np.ndarray:
     """Return the mean score of each sample, float `(samples,)`, in the order in which samples first occur.
 
-    Args:
-        scores: float `(answers,)`, 0 to 1.
-        clusters: the sample that each answer belongs to.
-
-    Raises:
-        ValueError: no scores, or one that is not from 0 to 1.
+    `scores`, float `(answers,)`, are 0 to 1; `clusters` tell the sample that each belongs to.
 
     >>> cluster_means([1, 0, 1, 1], ["a", "a", "b", "b"])
     array([0.5, 1. ])
@@ -77,8 +72,6 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> tuple[float, float
 
     Raises:
         ValueError: another number of samples for each model.
-
-    Example:
 
     >>> [round(value, 3) for value in paired_difference([0, 0, 0.5, 1, 1, 0], [1, 1, 1, 1, 1, 0])]
     [0.417, -0.099, 0.932]
@@ -126,7 +119,6 @@ def reaches(
     *,
     rule: str = "",
     threshold: float | None = None,
-    share: float = SHARE,
     draws: int = DRAWS,
     seed: int = 0,
 ) -> ReachResult:
@@ -137,10 +129,7 @@ def reaches(
     Args:
         scores: by label of the model and length, float `(samples,)`: the score of each sample, 0 to 1.
         rule: in words.
-        threshold: score to keep; `None`: `share` of the model's own score at the shortest length.
-        share: see `threshold`.
-        draws: of the bootstrap.
-        seed: of the draws.
+        threshold: score to keep; `None`: `SHARE` of the model's own score at the shortest length.
 
     Raises:
         ValueError: models that were not asked the same number of samples at the same lengths.
@@ -167,7 +156,7 @@ def reaches(
         if threshold is not None:
             return effective_length(lengths, means, threshold)
         # Who answers nothing on short text keeps all of it at any length, and reaches nowhere.
-        return effective_length(lengths, means, share * float(means[0]) if means[0] > 0 else np.inf)
+        return effective_length(lengths, means, SHARE * float(means[0]) if means[0] > 0 else np.inf)
 
     def ends(reached: np.ndarray) -> list[int]:
         return [int(end) for end in np.quantile(reached, (0.025, 0.975), method="nearest")]

@@ -34,21 +34,14 @@ V2_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its name in the data, the same for LongBench-E, its metric, and how it is asked.
-
-    Attributes:
-        max_new_tokens: room for the answer, in tokens.
-        chat: whether chat models are asked through their chat template.
-        stop: texts at which generation ends.
-        first_line_only: whether only the answer's first line counts.
-    """
+    """One task: its name in the data, the same for LongBench-E, its metric, and how it is asked."""
 
     name: str
     metric: str
-    max_new_tokens: int
-    chat: bool = True
-    stop: tuple[str, ...] = ()
-    first_line_only: bool = False
+    max_new_tokens: int  # room for the answer
+    chat: bool = True  # whether chat models are asked through their chat template
+    stop: tuple[str, ...] = ()  # texts at which generation ends
+    first_line_only: bool = False  # whether only the answer's first line counts
 
     @property
     def template(self) -> str:
@@ -118,17 +111,13 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: no such task; the message names close ones.
     """
-    if name == V2:
-        return Task(V2, "choice", 128)
-    if name in EVEN_TASKS:
-        return TASKS[name.removesuffix("_e")]
-    if name not in TASKS:
-        known = [*TASKS, *EVEN_TASKS, V2]
+    known = {**TASKS, **{task: TASKS[task.removesuffix("_e")] for task in EVEN_TASKS}, V2: Task(V2, "choice", 128)}
+    if name not in known:
         close = difflib.get_close_matches(name, known, cutoff=0.5) or known
         raise ValueError(
             f"`longbench_tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}."
         )
-    return TASKS[name]
+    return known[name]
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
@@ -152,21 +141,13 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a task.
+    """One row of a task."""
 
-    Attributes:
-        context: the long text.
-        input: the question or the last example; empty where a task has none. In v2 the question and its choices.
-        answers: the references, at least one.
-        classes: all labels of a classification task, in the data's order.
-        parts: parts of the task that it counts to: LongBench-E's range of lengths, v2's difficulty and length.
-    """
-
-    context: str
-    input: str
-    answers: tuple[str, ...]
-    classes: tuple[str, ...] = ()
-    parts: tuple[str, ...] = ()
+    context: str  # the long text
+    input: str  # the question or the last example; empty where a task has none. In v2 the question and its choices
+    answers: tuple[str, ...]  # the references, at least one
+    classes: tuple[str, ...] = ()  # all labels of a classification task, in the data's order
+    parts: tuple[str, ...] = ()  # that it counts to: LongBench-E's range of lengths, v2's difficulty and length
 
 
 def read_rows(task: str, source: str | Path | None = None) -> Iterator[Row]:
@@ -300,7 +281,6 @@ def longbench_prompts(
 
     Args:
         tasks: see [`expand_tasks`].
-        tokenizer: the model's.
         max_length: tokens a model reads and writes together.
         longbench_length: tokens that a longer prompt is cut to, as LongBench's scripts cut it: counted without the
             chat template, with the tokenizer's own special tokens. `None`: as many as `max_length` has room for
@@ -313,7 +293,6 @@ def longbench_prompts(
         ValueError: an unknown task, a bad row, or a length without room.
         FileNotFoundError: the source does not have a task.
         ConnectionError: the Hub could not be asked.
-        ImportError: a task whose answers are scored word by word in Chinese, without jieba.
     """
     # Scores compare with published ones where prompts were cut to the same length: the tables of v1 have 3,500 tokens
     # for models of 4k, 7,500 for 8k, 15,500 for 16k and 31,500 for 32k, those of v2 120,000 for 128k. v2's script
@@ -343,12 +322,7 @@ def longbench_prompts(
                         f"{index} of {name} takes {length:,}. Set {longbench_length - (length - room)} or less."
                     )
             yield Prompt(
-                suite="longbench",
-                task=name,
-                index=index,
-                text=text,
-                answers=row.answers,
-                max_new_tokens=task.max_new_tokens,
+                *("longbench", name, index, text, row.answers, task.max_new_tokens),
                 chat=with_template,
                 stop=task.stop,
                 classes=row.classes,
@@ -360,13 +334,8 @@ def longbench_prompts(
 def cut_middle(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, *, joined: bool = False) -> str:
     """Return the text, its middle left out where it takes more than so many tokens, as LongBench's scripts do it.
 
-    The result can take some tokens more or less than asked for, and a character that was cut in two becomes U+FFFD.
-
-    Args:
-        text: the prompt without chat template.
-        tokenizer: the model's.
-        tokens: how many to keep, at least 2, special ones counted.
-        joined: put both ends together, then decode (v2); decode each apart, then put together (v1, `pred.py`).
+    The result can take some tokens more or less than asked for (at least 2, special ones counted), and a character
+    that was cut in two becomes U+FFFD. `joined`: put both ends together, then decode (v2), not the other way (v1).
     """
     return _ends(text, _tokens(text, tokenizer), tokenizer, tokens, joined)
 
@@ -412,10 +381,6 @@ def _ends(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, tokens:
 
 def score_longbench(prompt: Prompt, text: str) -> dict[str, float]:
     """Return the score of an answer from 0 to 1 under the name of its task's metric.
-
-    Raises:
-        ValueError: no such task, or a reference its metric cannot read.
-        ImportError: a Chinese task without jieba.
 
     >>> prompt = Prompt("longbench", "trec", 0, "Question: Who?\\nType:", ("Person",), 64, classes=("Person", "Date"))
     >>> score_longbench(prompt, "\\nPerson\\nQuestion: When?\\nType: Date")

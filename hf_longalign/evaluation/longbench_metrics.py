@@ -10,6 +10,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
+from hf_longalign.lazy import require
 from hf_longalign.text import token_f1
 
 
@@ -40,12 +41,7 @@ def chinese_words(text: str) -> list[str]:
     Raises:
         ImportError: jieba is missing.
     """
-    try:
-        import jieba
-    except ImportError as error:
-        raise ImportError(
-            'LongBench\'s Chinese tasks need jieba. Run: pip install "hf_longalign[eval]", or leave them out.'
-        ) from error
+    jieba = require("jieba", "eval")
     jieba.setLogLevel(logging.WARNING)
     return list(jieba.cut(text, cut_all=False))
 

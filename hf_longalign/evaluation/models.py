@@ -1,137 +1,191 @@
-"""Loading what is evaluated: a model, or an adapter with its base, so that the two may be compared."""
+"""Who is examined: the models that the options name, loaded or served, and the tokenizer and config they share."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from hf_longalign.adapter import load_adapter, peft_config
+from hf_longalign.evaluation.endpoint import EndpointGenerator
+from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.runner import Examinee, Generator
 from hf_longalign.records.names import is_hub_id
+from hf_longalign.records.report import EvaluatedModel
 from hf_longalign.records.training import TrainingRecord
-from hf_longalign.rope import apply_rope, rope_record
-from hf_longalign.run_record import load_record
+from hf_longalign.rope import apply_rope, model_range, rope_record
+from hf_longalign.run_record import RECORD_NAME, load_record, loaded_commit, model_file
 
 
 logger = logging.getLogger(__name__)
 
 BASE, SCALED, ADAPTER = "base", "base, scaled RoPE", "adapter"
+# Processes that a launcher such as torchrun has started; others may join.
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def load_model(
-    model: str,
-    *,
-    adapter: str | None = None,
-    revision: str | None = None,
-    adapter_revision: str | None = None,
-    **kwargs: Any,
-) -> PreTrainedModel | PeftModel:
-    """Load a model, or an adapter on its base model with the RoPE it was trained with.
+@dataclass
+class Examined:
+    """The models under evaluation, the tokenizer and the config that all suites share."""
 
-    Args:
-        model: directory or Hub id of the model, of an adapter the base.
-        adapter: directory or Hub id of an adapter.
-        revision: revision of the model.
-        adapter_revision: revision of the adapter.
-        **kwargs: passed to `from_pretrained` (`dtype`, `device_map`, `quantization_config` …).
+    options: ModelOptions
+    tokenizer: Any
+    config: Any
+    model: Any  # `None` where a server or vLLM answers
+    who: list[Examinee]
+
+    @classmethod
+    def load(cls, options: ModelOptions) -> "Examined":
+        """Load what the options name; of a served model only its tokenizer and config.
+
+        Raises:
+            ValueError: a path to nothing, or an adapter of another base, revision, RoPE or tokenizer.
+        """
+        for option in ("model", "adapter", "tokenizer"):
+            name = getattr(options, option)
+            # The libraries would call a path to nothing a bad Hub id.
+            if name is not None and not Path(name).exists() and not is_hub_id(name):
+                raise ValueError(
+                    f"`{option}` must be a folder or a Hub id, got {name!r}, which is not there. Correct the path."
+                )
+        tokenizer = load_tokenizer(options)
+        # That of the base, by which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
+        if options.endpoint is not None:
+            url = options.endpoint.split("@")[-1]  # without a login
+            request: dict[str, Any] = {"api_key_env": options.api_key_env, "max_concurrency": options.max_concurrency}
+            served = [(BASE, options.model), *([(ADAPTER, options.adapter)] if options.adapter else [])]
+            who = [
+                Examinee(
+                    label,
+                    f"{url}/{name}",
+                    EndpointGenerator(name, options.endpoint, **request),
+                    what=f"as served by {url}",
+                )
+                for label, name in served
+            ]
+            return cls(options, tokenizer, load_config(options), None, who)
+        if options.generator == "vllm":
+            from hf_longalign.evaluation.vllm import vllm_examinees
+
+            if PROCESSES > 1:
+                raise ValueError(
+                    f"`generator` vllm must run in one process, got {PROCESSES}, which would share a GPU. Start it "
+                    "without `accelerate launch`, with `--vllm_options '{\"tensor_parallel_size\": 8}'`."
+                )
+            config = load_config(options)
+            return cls(options, tokenizer, config, None, vllm_examinees(options, tokenizer, config))
+        model = load_model(options)
+        plain = None  # the base as published, by which scaling is told from training
+        if options.adapter is not None:
+            where = {"revision": base_revision(options), "trust_remote_code": options.trust_remote_code}
+            plain = AutoConfig.from_pretrained(options.model, **where)
+
+        def answering() -> Generator:
+            return LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
+
+        who = examinees(model, answering, {"quantised": options.load_in_4bit}, plain)
+        return cls(options, tokenizer, model.config, model, who)
+
+    @property
+    def reach(self) -> int:
+        """The range in tokens that all prompts stay within."""
+        return model_range(self.config)
+
+    def models(self) -> list[EvaluatedModel]:
+        """Return what was asked, for the report; of a folder only its last part."""
+        options, models = self.options, []
+        for examinee in self.who:
+            name, commit = options.model, getattr(self.config, "_commit_hash", None)
+            if examinee.label == ADAPTER and options.adapter is not None:
+                name = options.adapter
+                commit = loaded_commit(name, "adapter_config.json", options.adapter_revision)
+            models.append(EvaluatedModel(examinee.label, public_name(name), commit, examinee.what))
+        return models
+
+
+def public_name(name: str) -> str:
+    """Return a Hub id as it is, of a path of this machine its last part: reports are published."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def load_model(options: ModelOptions) -> PreTrainedModel | PeftModel:
+    """Load a model, or an adapter on its base with the RoPE it was trained with.
 
     Raises:
         ValueError: the adapter was trained on another base, revision or RoPE.
     """
-    if adapter is None:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, **kwargs).eval()
-    record = record_of(adapter, adapter_revision)
-    revision = base_revision(model, adapter, revision, adapter_revision)
-    if record:
+    bits: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    how: dict[str, Any] = {
+        "trust_remote_code": options.trust_remote_code,
+        "dtype": options.dtype,
+        "attn_implementation": options.attn_implementation,
+        "quantization_config": BitsAndBytesConfig(**bits) if options.load_in_4bit else None,
+        "device_map": _place(),
+    }
+    revision, adapter, of_adapter = base_revision(options), options.adapter, options.adapter_revision
+    if adapter is not None and record_of(adapter, of_adapter):
         return load_adapter(
-            adapter, base_model=model, revision=adapter_revision, base_revision=revision, **kwargs
+            adapter, base_model=options.model, revision=of_adapter, base_revision=revision, **how
         ).eval()
-    # Trained elsewhere: it goes on, for most such adapters never had their RoPE changed.
-    logger.warning("%s has no record of its training: whether it had this RoPE cannot be told.", adapter)
-    base = AutoModelForCausalLM.from_pretrained(model, revision=revision, **kwargs)
-    return PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, revision=revision, **how)
+    if adapter is not None:
+        # Trained elsewhere: it goes on, for most such adapters never had their RoPE changed.
+        logger.warning("%s has no record of its training: whether it had this RoPE cannot be told.", adapter)
+        model = PeftModel.from_pretrained(model, adapter, revision=of_adapter)
+    return model.eval()
 
 
-def load_config(
-    model: str,
-    *,
-    adapter: str | None = None,
-    revision: str | None = None,
-    adapter_revision: str | None = None,
-    **kwargs: Any,
-) -> PretrainedConfig:
+def _place() -> Any:
+    """Where a model goes: one process spreads it over all GPUs; of several, each holds a whole one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if PROCESSES == 1:
+        return "auto" if torch.cuda.is_available() else {"": accelerator or "cpu"}
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    if accelerator:
+        torch.accelerator.set_device_index(number)  # kernels run on the current device
+    return {"": torch.device(accelerator.type, number) if accelerator else "cpu"}
+
+
+def load_config(options: ModelOptions) -> PretrainedConfig:
     """Return the config of a model that is served, with the RoPE its adapter was trained with; see [`load_model`]."""
-    revision = base_revision(model, adapter, revision, adapter_revision)
-    config = AutoConfig.from_pretrained(model, revision=revision, **kwargs)
-    record = record_of(adapter, adapter_revision)
+    where = {"revision": base_revision(options), "trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(options.model, **where)
+    record = record_of(options.adapter, options.adapter_revision)
     return apply_rope(record.rope, config) if record else config
 
 
-def base_revision(model: str, adapter: str | None, revision: str | None, adapter_revision: str | None) -> str | None:
+def base_revision(options: ModelOptions) -> str | None:
     """Return the revision of a base: the one given, else the one its adapter names.
 
     Raises:
-        ValueError: the adapter was trained on another base or revision, see [`check_base`].
+        ValueError: the adapter was trained on another base or revision.
     """
-    if adapter is None:
+    model, revision = options.model, options.model_revision
+    if options.adapter is None:
         return revision
-    config = peft_config(adapter, adapter_revision)
-    record = record_of(adapter, adapter_revision)
-    check_base(config, model, revision, known_by_weights=record is not None and bool(record.base_weights))
-    return revision or (config.revision if model == config.base_model_name_or_path else None)
-
-
-def check_there(**names: str | None) -> None:
-    """Refuse names that are paths to nothing; the libraries would call them bad Hub ids.
-
-    Raises:
-        ValueError: names the option and its value.
-
-    >>> check_there(adapter="./gone")
-    Traceback (most recent call last):
-    ValueError: `adapter` must be a folder or a Hub id, got './gone', which is not there. Correct the path.
-    """
-    for option, name in names.items():
-        if name is not None and not Path(name).exists() and not is_hub_id(name):
-            raise ValueError(
-                f"`{option}` must be a folder or a Hub id, got {name!r}, which is not there. Correct the path."
-            )
-
-
-def record_of(adapter: str | None, revision: str | None = None) -> TrainingRecord | None:
-    """Return the training record of an adapter; `None` where it has none."""
-    try:
-        return load_record(adapter, revision) if adapter is not None else None
-    except ValueError as error:
-        if "has no" in str(error):
-            return None
-        raise
-
-
-def check_base(config: PeftConfig, model: str, revision: str | None, *, known_by_weights: bool) -> None:
-    """Refuse to compare an adapter with a base it was not trained on.
-
-    `known_by_weights`: whether the adapter's record tells its base by the weights, so that the name may differ.
-
-    Raises:
-        ValueError: another name or revision.
-    """
-    named = config.base_model_name_or_path
-    if named and named != model and not known_by_weights:
+    config = peft_config(options.adapter, options.adapter_revision)
+    record, named = record_of(options.adapter, options.adapter_revision), config.base_model_name_or_path
+    # Where the record tells the base by its weights, the name may differ.
+    if named and named != model and not (record and record.base_weights):
         raise ValueError(
             f"`model` must be the base of the adapter, {named!r}, got {model!r}. Set `--model {named}`, or train the "
             "adapter with `LongAlignSFTTrainer`, whose record tells its base by the weights."
@@ -140,37 +194,30 @@ def check_base(config: PeftConfig, model: str, revision: str | None, *, known_by
         raise ValueError(
             f"`model_revision` must be the adapter's, {config.revision!r}, got {revision!r}. Leave it out."
         )
+    return revision or (config.revision if model == named else None)
 
 
-def load_tokenizer(
-    model: str,
-    *,
-    adapter: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-    adapter_revision: str | None = None,
-    **kwargs: Any,
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that base and adapter are both asked with; the arguments are those of [`load_model`].
+def record_of(adapter: str | None, revision: str | None = None) -> TrainingRecord | None:
+    """Return the training record of an adapter; `None` where it has none."""
+    if adapter is None or model_file(adapter, RECORD_NAME, revision) is None:
+        return None
+    return load_record(adapter, revision)
 
-    Args:
-        model: directory or Hub id of the model.
-        adapter: of an adapter, which may have a tokenizer of its own.
-        tokenizer: directory or Hub id of the tokenizer to take for both.
-        revision: revision of the model.
-        adapter_revision: revision of the adapter.
-        **kwargs: passed to `from_pretrained`.
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that base and adapter are both asked with.
 
     Raises:
         ValueError: the adapter's tokenizer or chat template is another than the base's, and none was chosen.
     """
-    if tokenizer is not None:
-        return AutoTokenizer.from_pretrained(tokenizer, **kwargs)
-    of_base = AutoTokenizer.from_pretrained(model, revision=revision, **kwargs)
+    model, adapter, remote = options.model, options.adapter, {"trust_remote_code": options.trust_remote_code}
+    if options.tokenizer is not None:
+        return AutoTokenizer.from_pretrained(options.tokenizer, **remote)
+    of_base = AutoTokenizer.from_pretrained(model, revision=base_revision(options), **remote)
     if adapter is None:
         return of_base
     try:
-        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=adapter_revision, **kwargs)
+        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
     except (OSError, ValueError):  # it was saved without one
         return of_base
     # Compared by content, not by file: saving writes the same tokenizer in other words.
@@ -188,7 +235,7 @@ def load_tokenizer(
 
 def examinees(
     model: PreTrainedModel | PeftModel,
-    generator: Generator,
+    answering: Callable[[], Generator],
     settings: dict[str, Any],
     plain: PretrainedConfig | None = None,
 ) -> list[Examinee]:
@@ -196,7 +243,7 @@ def examinees(
 
     Args:
         model: as loaded.
-        generator: answers for it.
+        answering: makes a generator that answers for it; each examinee has its own, which counts what it reads.
         settings: whatever else shapes the answers, JSON-able.
         plain: the base's config as published; `None`: the model's own.
     """
@@ -215,15 +262,15 @@ def examinees(
     }
     base_identity = _digest({"weights": weights, **settings})
     if not isinstance(model, PeftModel):
-        return [Examinee(BASE, base_identity, generator, what="the model")]
+        return [Examinee(BASE, base_identity, answering(), what="the model")]
     # An adapter is small, and often trained again into the same folder: its weights themselves are hashed.
     state = hashlib.sha256(_json(model.active_peft_config.to_dict()).encode())
     for name, weight in sorted(get_peft_model_state_dict(model).items()):
         state.update(name.encode())
         state.update(weight.detach().float().cpu().numpy().tobytes())
     adapter_identity = _digest({"base": base_identity, "adapter": state.hexdigest()})
-    adapter = Examinee(ADAPTER, adapter_identity, generator, what="the base with the adapter, as trained")
-    base = Examinee(BASE, base_identity, generator, model.disable_adapter, what="the base without the adapter")
+    adapter = Examinee(ADAPTER, adapter_identity, answering(), what="the base with the adapter, as trained")
+    base = Examinee(BASE, base_identity, answering(), model.disable_adapter, what="the base without the adapter")
     if plain is None or rope_record(plain) == rope_record(model.config):
         return [base, adapter]
 
@@ -237,7 +284,7 @@ def examinees(
     plain_identity = _digest({"base": base_identity, "rope": rope_record(plain).to_json()})
     base.label, base.what = SCALED, "the base without the adapter, with the RoPE scaling it was trained with"
     return [
-        Examinee(BASE, plain_identity, generator, as_published, what="the base as published, RoPE not scaled"),
+        Examinee(BASE, plain_identity, answering(), as_published, what="the base as published, RoPE not scaled"),
         base,
         adapter,
     ]

@@ -1,4 +1,4 @@
-"""Needles: the four tasks, the needles of a sample drawn from a seed, and the score of an answer.
+"""Needles: tasks, prompts of exact length with the needles at their depth of a haystack, and the score of an answer.
 
 After RULER (https://arxiv.org/abs/2404.06654): each needle says that a key has a value; the question asks for the
 values of some keys.
@@ -8,13 +8,16 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from string import Formatter
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
-from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.evaluation.haystack import PARAGRAPH, sentences_of, split_units
+from hf_longalign.evaluation.prompt import Prompt, other_ways
 from hf_longalign.text import UNSPACED
 
 
@@ -37,29 +40,18 @@ velvet violin walnut willow window
 _GROUPED = re.compile(r"(?<!\d)\d{1,3}(?:[,.'’_ \u00a0\u2009\u202f]\d{3})+(?!\d)")
 _DIGITS = re.compile(r"\d+")
 _UNSPACED = re.compile(f"[{UNSPACED}]")
+# A long prompt may be this much shorter than asked for: it saves counting it again for one more word.
+_SLACK = 0.0025
 
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """How many needles there are, and how many of them are asked for.
+    """How many needles there are, and how many of them are asked for."""
 
-    Attributes:
-        name: what reports call it.
-        queries: keys asked for.
-        values: values of each key, a needle each.
-        distractors: needles of other keys, not asked for.
-    """
-
-    name: str
-    queries: int = 1
-    values: int = 1
-    distractors: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("queries", 1), ("values", 1), ("distractors", 0)):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {number!r}. Set more.")
+    name: str  # what reports call it
+    queries: int = 1  # keys asked for
+    values: int = 1  # values of each key, a needle each
+    distractors: int = 0  # needles of other keys
 
     @property
     def expected(self) -> int:
@@ -80,39 +72,13 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Wording:
-    """The words around keys and values, in any language.
+    """The words around keys and values."""
 
-    Attributes:
-        header: stands before the haystack.
-        needle: a sentence with `{key}` and `{value}`.
-        question: stands after the haystack, with `{keys}`.
-        answer: with `{keys}`; without a chat template the model goes on from here.
-        conjunction: stands before the last of several keys.
-
-    Example:
-
-    >>> Wording("", "Der Code für {key} lautet {value}.", "Welcher Code?", "Der Code für {keys} lautet")
-    Traceback (most recent call last):
-    ValueError: `question` must hold {keys} and nothing else in braces, got 'Welcher Code?'. Correct it.
-    """
-
-    header: str
-    needle: str
-    question: str
-    answer: str
-    conjunction: str = ", and "
-
-    def __post_init__(self) -> None:
-        for name, fields in (("needle", ("key", "value")), ("question", ("keys",)), ("answer", ("keys",))):
-            text = getattr(self, name)
-            # A brace too many would fail in the middle of a grid, or silently print a key's name.
-            try:
-                found = {part for _, part, _, _ in Formatter().parse(text) if part is not None}
-            except ValueError:
-                found = set()
-            if found != set(fields):
-                wanted = " and ".join(f"{{{part}}}" for part in fields)
-                raise ValueError(f"`{name}` must hold {wanted} and nothing else in braces, got {text!r}. Correct it.")
+    header: str  # before the haystack
+    needle: str  # a sentence with `{key}` and `{value}`
+    question: str  # after the haystack, with `{keys}`
+    answer: str  # with `{keys}`; without a chat template the model goes on from here
+    conjunction: str = ", and "  # before the last of several keys
 
     def join(self, keys: Sequence[str]) -> str:
         """Return the keys as the question lists them: "a, b, and c"."""
@@ -136,54 +102,21 @@ SEVERAL = Wording(
 )
 
 
-@dataclass(frozen=True)
-class Pools:
-    """What keys and values are drawn from, without replacement; empty: adjective-noun pairs, seven-digit numbers.
-
-    Attributes:
-        keys: at least as many as a task has keys.
-        values: at least as many as a task has needles, none part of another one.
-
-    Example:
-
-    >>> Pools(values=("red", "dark red"))
-    Traceback (most recent call last):
-    ValueError: `values` must not be part of one another, got 'red' in 'dark red'. Take one of them away.
-    """
+class Pools(NamedTuple):
+    """What keys and values are drawn from, without replacement; empty: adjective-noun pairs, seven-digit numbers."""
 
     keys: Sequence[str] = ()
-    values: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("keys", "values"):
-            for text in getattr(self, name):
-                if not isinstance(text, str) or not text.strip():
-                    raise ValueError(f"`{name}` must be texts, got {text!r}. Take it away.")
-        if len(set(self.keys)) < len(self.keys):
-            double = next(key for key in self.keys if list(self.keys).count(key) > 1)
-            raise ValueError(f"`keys` must differ, got {double!r} twice. Take one away.")
-        pair = overlap(self.values)
-        if pair is not None:
-            raise ValueError(
-                f"`values` must not be part of one another, got {pair[0]!r} in {pair[1]!r}. Take one of them away."
-            )
+    values: Sequence[str] = ()  # none part of another one
 
 
 @dataclass(frozen=True)
 class Needles:
-    """The needles of a sample as text.
+    """The needles of a sample as text."""
 
-    Attributes:
-        asked: needles of the keys asked for; the first one's place is the depth of the prompt.
-        others: needles of other keys.
-        answers: the values of `asked`.
-        keys: the keys asked for, as the question lists them.
-    """
-
-    asked: tuple[str, ...]
-    others: tuple[str, ...]
-    answers: tuple[str, ...]
-    keys: str
+    asked: tuple[str, ...]  # of the keys asked for; the first one's place is the depth of the prompt
+    others: tuple[str, ...]  # of other keys
+    answers: tuple[str, ...]  # the values of `asked`
+    keys: str  # the keys asked for, as the question lists them
 
 
 def seeded_rng(*parts: str | int) -> np.random.Generator:
@@ -192,30 +125,25 @@ def seeded_rng(*parts: str | int) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def wording_of(task: NeedleTask) -> Wording:
-    """Return RULER's wording of a task: in the singular where one value is asked for."""
-    return ONE if task.expected == 1 else SEVERAL
-
-
 def draw_needles(task: NeedleTask, wording: Wording, pools: Pools, rng: np.random.Generator) -> Needles:
     """Draw the keys and values of a sample.
-
-    Raises:
-        ValueError: too few keys or values to draw from.
 
     >>> draw_needles(TASKS["single"], ONE, Pools(keys=["tiny-oboe"]), seeded_rng(0)).asked
     ('One of the special magic numbers for tiny-oboe is: 8601218.',)
     """
-    n_keys, n_values = task.queries + task.distractors, task.expected + task.distractors
-    if pools.keys:
-        keys = _draw("keys", pools.keys, n_keys, rng)
-    else:
-        chosen = rng.choice(len(_ADJECTIVES) * len(_NOUNS), n_keys, replace=False)
-        keys = [f"{_ADJECTIVES[index // len(_NOUNS)]}-{_NOUNS[index % len(_NOUNS)]}" for index in chosen]
-    if pools.values:
-        values = _draw("values", pools.values, n_values, rng)
-    else:  # all of seven digits, none of which can stand in another
-        values = [str(1_000_000 + value) for value in rng.choice(9_000_000, n_values, replace=False)]
+
+    def draw(pool: Sequence[str], most: int, number: int) -> list[int]:
+        return rng.choice(len(pool) or most, number, replace=False).tolist()
+
+    pairs, numbers = len(_ADJECTIVES) * len(_NOUNS), 9_000_000
+    chosen = draw(pools.keys, pairs, task.queries + task.distractors)
+    keys = [
+        pools.keys[index] if pools.keys else f"{_ADJECTIVES[index // len(_NOUNS)]}-{_NOUNS[index % len(_NOUNS)]}"
+        for index in chosen
+    ]
+    chosen = draw(pools.values, numbers, task.expected + task.distractors)
+    # All of seven digits, none of which can stand in another.
+    values = [pools.values[index] if pools.values else str(1_000_000 + index) for index in chosen]
     owners = [key for key in keys[: task.queries] for _ in range(task.values)] + keys[task.queries :]
     sentences = tuple(wording.needle.format(key=key, value=value) for key, value in zip(owners, values, strict=True))
     return Needles(
@@ -226,10 +154,215 @@ def draw_needles(task: NeedleTask, wording: Wording, pools: Pools, rng: np.rando
     )
 
 
-def _draw(name: str, pool: Sequence[str], number: int, rng: np.random.Generator) -> list[str]:
-    if len(pool) < number:
-        raise ValueError(f"`{name}` must be at least {number} for this task, got {len(pool)}. Add some.")
-    return [pool[index] for index in rng.choice(len(pool), number, replace=False)]
+def needle_prompts(
+    *,
+    haystack: Iterable[str],
+    count: Callable[[str], int],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    tasks: Sequence[str | NeedleTask] = tuple(TASKS),
+    samples: int = 10,
+    seed: int = 0,
+    chat: bool = True,
+    max_new_tokens: int = 128,
+    wording: Wording | None = None,
+    pools: Pools = Pools(),  # noqa: B008
+    diagnose_at: int | None = None,
+) -> Iterator[Prompt]:
+    """Return the prompts of a grid of lengths and depths, task by task, those that share a haystack together.
+
+    A prompt and its answer fill their length: `count(text) + max_new_tokens` is at most `length`, and less by at most
+    1 % or one word. The first needle asked for stands at the end of a sentence, the one nearest to its depth in tokens
+    of the haystack; all others at ends drawn uniformly. A prompt depends on the seed and its own task, length, depth
+    and sample, not on the rest of the grid.
+
+    Args:
+        haystack: texts; they begin again where they are too short.
+        count: tokens the model is given for a text, template included, see [`token_counter`].
+        lengths: in tokens, the template and the room for the answer included.
+        depths: 0 at the beginning of the haystack, 1 at its end.
+        chat: whether `count` applies the chat template. Without it the text ends with the beginning of the answer, and
+            the answer ends with its line.
+        wording: the words around keys and values; by default RULER's.
+        diagnose_at: the length whose samples are asked over their needles alone and without any text, too.
+
+    Raises:
+        ValueError: an empty haystack, or a length too small for the needles; the message names the smallest.
+
+    >>> prompts = needle_prompts(
+    ...     haystack=["The sky is blue. The grass is green."], count=lambda text: len(text.split()), tasks=["single"],
+    ...     lengths=[70], depths=[0.5], samples=1, max_new_tokens=10)
+    >>> next(prompts).text[:44]
+    'A special magic number is hidden within the '
+    """
+    chosen = [TASKS[task] if isinstance(task, str) else task for task in tasks]
+    sentences = sentences_of(haystack)
+    # One haystack for all samples, tasks and lengths, as in RULER: what stands before the first needle is then read
+    # once for the whole grid, half of all tokens and not a third.
+    start = int(seeded_rng("haystack", seed).integers(len(sentences)))
+    plan = _Plan(Haystack(sentences, count, start), count, seed, chat, max_new_tokens, wording, pools)
+    for task in chosen:  # too small a length is told now, not after an hour of building prompts
+        plan.check_room(task, min(lengths), range(samples))
+    return (
+        prompt
+        for task in chosen
+        for length in lengths
+        for sample in range(samples)
+        for prompt in plan.prompts(task, length, sample, depths, diagnose=length == diagnose_at)
+    )
+
+
+class Haystack:
+    """The `sentences` from number `start` on, again and again, with the tokens and units before each."""
+
+    def __init__(self, sentences: Sequence[str], count: Callable[[str], int], start: int) -> None:
+        self._sentences = [*sentences[start:], *sentences[:start]]
+        stop = count(".")
+        # Counted after a full stop, as a sentence stands in a text: many tokenizers count its first blank otherwise.
+        self._size = cache(lambda sentence: (max(1, count("." + sentence) - stop), max(1, len(split_units(sentence)))))
+        # Their sums are an estimate, as tokens may join across sentences: what fits is counted in the end.
+        self._tokens, self._units = [0], [0]
+
+    def tokens(self, units: int) -> float:
+        """Return the estimated tokens of so many units, see [`split_units`]."""
+        while self._units[-1] < units:
+            self._grow()
+        index = bisect_left(self._units, units, lo=1)
+        share = (units - self._units[index - 1]) / (self._units[index] - self._units[index - 1])
+        return self._tokens[index - 1] + share * (self._tokens[index] - self._tokens[index - 1])
+
+    def units(self, tokens: float) -> int:
+        """Return how many units have at most so many estimated tokens."""
+        while self._tokens[-1] <= tokens:
+            self._grow()
+        index = max(1, bisect_right(self._tokens, tokens))
+        share = (tokens - self._tokens[index - 1]) / (self._tokens[index] - self._tokens[index - 1])
+        return self._units[index - 1] + int(share * (self._units[index] - self._units[index - 1]))
+
+    def parts(self, units: int) -> tuple[list[str], list[int]]:
+        """Return the sentences of so many units, the last one cut and marked, and the tokens before each end."""
+        self.tokens(units)
+        whole = bisect_right(self._units, units) - 1
+        parts, ends = [self._sentence(index) for index in range(whole)], self._tokens[: whole + 1]
+        rest = units - self._units[whole]
+        if rest:
+            parts.append("".join(split_units(self._sentence(whole))[:rest]) + "...")
+            ends = [*ends, round(self.tokens(units))]
+        return parts, ends
+
+    def _sentence(self, index: int) -> str:
+        return self._sentences[index % len(self._sentences)]
+
+    def _grow(self) -> None:
+        tokens, units = self._size(self._sentence(len(self._tokens) - 1))
+        self._tokens.append(self._tokens[-1] + tokens)
+        self._units.append(self._units[-1] + units)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What the prompts of all depths have in common."""
+
+    hay: Haystack
+    needles: Needles
+    places: tuple[float, ...]
+    wording: Wording
+    chat: bool
+
+    def text(self, units: int, depth: float) -> str:
+        """The prompt with so many units of haystack."""
+        parts, ends = self.hay.parts(units)
+        asked = int(np.abs(np.array(ends) - depth * ends[-1]).argmin())
+        drawn = [int(place * len(ends)) for place in self.places]
+        needles = [*self.needles.asked, *self.needles.others]
+        # Where two stand together the one at the depth asked for comes first: the sort is stable.
+        order = sorted(zip([asked, *drawn], needles, strict=True), key=lambda needle: needle[0])
+        pieces, done = [], 0
+        for end, needle in order:
+            pieces += [*parts[done:end], " " + needle]
+            done = end
+        return self.around("".join([*pieces, *parts[done:]]).strip())
+
+    def around(self, text: str) -> str:
+        """The prompt over any text."""
+        keys, wording = self.needles.keys, self.wording
+        question = wording.question.format(keys=keys)
+        if not self.chat:
+            question = f"{question} {wording.answer.format(keys=keys)}"
+        return PARAGRAPH.join(part for part in (wording.header, text, question) if part)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all prompts of a grid have in common."""
+
+    hay: Haystack
+    count: Callable[[str], int]
+    seed: int
+    chat: bool
+    max_new_tokens: int
+    wording: Wording | None
+    pools: Pools
+
+    def prompts(
+        self, task: NeedleTask, length: int, index: int, depths: Sequence[float], *, diagnose: bool
+    ) -> Iterator[Prompt]:
+        """Yield the prompts of a sample, by depth, and the other ways to ask it."""
+        sample = self._sample(task, length, index)
+        least = self.check_room(task, length, [index])
+        budget, slack = length - self.max_new_tokens, int(_SLACK * length)
+        guess = self.hay.units(budget - least + self.hay.tokens(1) - slack / 2)
+        # All depths start from the units that fit at depth 0, so that long ones share them.
+        units = self._fit(sample, 0.0, guess, budget, slack)
+        for depth in depths:
+            text = sample.text(self._fit(sample, depth, units, budget, slack), depth)
+            prompt = Prompt(
+                *("needle", task.name, index, text, sample.needles.answers, self.max_new_tokens),
+                chat=self.chat,
+                stop=() if self.chat else ("\n",),
+                length=length,
+                depth=float(depth),
+            )
+            yield prompt
+        if diagnose:
+            yield from other_ways(prompt, sample.around(" ".join(sample.needles.asked)), sample.around(""))
+
+    def check_room(self, task: NeedleTask, length: int, indices: Iterable[int]) -> int:
+        """Return the tokens of a prompt with one word of haystack, the most of some samples, which must all fit."""
+        least = max(self.count(self._sample(task, length, index).text(1, 0.0)) for index in indices)
+        if least + self.max_new_tokens > length:
+            raise ValueError(
+                f"`lengths` must be at least {least + self.max_new_tokens} for the task {task.name!r} (tokens of "
+                f"template, question and needles {least}, of the answer {self.max_new_tokens}), got {length}. Set a "
+                "larger length, shorter needles or a smaller `max_new_tokens`."
+            )
+        return least
+
+    def _sample(self, task: NeedleTask, length: int, index: int) -> _Sample:
+        wording = self.wording or (ONE if task.expected == 1 else SEVERAL)
+        # By its own task, length and number alone, so that another grid, or more samples, keep the prompts there are.
+        rng = seeded_rng("needles", self.seed, task.name, length, index)
+        needles = draw_needles(task, wording, self.pools, rng)
+        places = tuple(rng.random(len(needles.asked) + len(needles.others) - 1).tolist())
+        return _Sample(self.hay, needles, places, wording, self.chat)
+
+    def _fit(self, sample: _Sample, depth: float, units: int, budget: int, slack: int) -> int:
+        """Units of haystack with which a prompt has at most `budget` tokens, less by `slack` or one unit at most."""
+        # Each count tokenises the whole prompt, so the next guess is the estimate corrected by what is missing: two or
+        # three counts, where bisection alone takes fifteen.
+        low, high = 1, None
+        units = max(units, low)
+        while True:
+            gap = budget - self.count(sample.text(units, depth))
+            if 0 <= gap <= slack:
+                return units
+            low, high = (units, high) if gap > 0 else (low, units)
+            if high is not None and high - low <= 1:
+                return low
+            step = self.hay.units(max(0.0, self.hay.tokens(units) + gap - slack / 2))
+            if high is not None and not low < step < high:  # the estimate is of no more use
+                step = (low + high) // 2
+            units = max(step, low + 1)
 
 
 def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
@@ -255,46 +388,20 @@ def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
         return digits if len(digits) in lengths else match[0]
 
     text = _GROUPED.sub(ungrouped, _fold(answer))
-    found = {value for value in expected if _names(text, value)}
+    found = {value for value in expected if re.search(_whole(value), text)}
     # Listing every number of the text is no answer. Of values that are no numbers a wrong one cannot be told.
     wrong = {number for number in _DIGITS.findall(text) if len(number) in lengths} - numbers
     return {"exact_match": float(found == expected and not wrong), "recall": len(found) / len(expected)}
 
 
-def overlap(values: Sequence[str]) -> tuple[str, str] | None:
-    """Return a value that another one, also returned, names; `None` where each can be told from the others.
-
-    >>> overlap(["red", "dark blue", "Dark Red"])
-    ('red', 'Dark Red')
-    """
-    folded = [_fold(value) for value in values]
-    for index, value in enumerate(folded):
-        for other_index, other in enumerate(folded):
-            if index != other_index and _names(other, value):
-                return values[index], values[other_index]
-    return None
-
-
-def _names(text: str, value: str) -> bool:
-    """Whether a folded text holds a folded value as a whole word or number."""
-    start = text.find(value)
-    while start >= 0:
-        end = start + len(value)
-        if not _continues(text[start - 1 : start], value[0]) and not _continues(text[end : end + 1], value[-1]):
-            return True
-        start = text.find(value, start + 1)
-    return False
-
-
-def _continues(neighbour: str, edge: str) -> bool:
-    """Whether the character beside a value makes a longer word or number of it."""
-    # Where words stand side by side without a blank, every character may be the edge of one.
-    if not neighbour or _UNSPACED.match(edge) or _UNSPACED.match(neighbour):
-        return False
-    if edge.isdecimal():
-        return neighbour.isdecimal()
-    kinds = unicodedata.category(edge)[0] + unicodedata.category(neighbour)[0]
-    return kinds[0] in "LMN" and kinds[1] in "LMN"
+def _whole(value: str) -> str:
+    """A pattern of a folded value as a whole word or number."""
+    # Where words stand side by side without a blank, and beside signs, every place is an edge: `(?!)` matches nothing.
+    before, after = (
+        r"\d" if edge.isdecimal() else rf"[^\W_{UNSPACED}]" if edge.isalnum() and not _UNSPACED.match(edge) else "(?!)"
+        for edge in (value[0], value[-1])
+    )
+    return f"(?<!{before}){re.escape(value)}(?!{after})"
 
 
 def _fold(text: str) -> str:

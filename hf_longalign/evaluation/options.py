@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from hf_longalign.evaluation.needles import TASKS as NEEDLES
@@ -53,10 +53,11 @@ class ModelOptions:
 
     def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later."""
-        if self.check_served not in ("stored", "local", "off"):
-            raise ValueError(f"`check_served` must be stored, local or off, got {self.check_served!r}. Set stored.")
-        if self.generator not in ("transformers", "vllm"):
-            raise ValueError(f"`generator` must be transformers or vllm, got {self.generator!r}. Set transformers.")
+        for one in fields(self):
+            choices = one.metadata.get("choices")  # which a command line has looked at already
+            if choices and getattr(self, one.name) not in choices:
+                told = " or ".join([", ".join(choices[:-1]), choices[-1]])
+                raise ValueError(f"`{one.name}` must be {told}, got {getattr(self, one.name)!r}. Set {choices[0]}.")
         for name in ("endpoint", "load_in_4bit", "attn_implementation") if self.generator == "vllm" else ():
             if getattr(self, name):  # it would be ignored
                 raise ValueError(

@@ -9,21 +9,21 @@ texts.
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.generation import check_range, eval_mode
-from hf_longalign.evaluation.prefix_cache import forget_longer_texts, new_cache, reuse_problem
+from hf_longalign.evaluation.generation import eval_mode
+from hf_longalign.evaluation.prefix_cache import forget_longer_texts, reuse_problem
 from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.report import PerplexityResult
+from hf_longalign.rope import check_range
 
 
 logger = logging.getLogger(__name__)
@@ -35,29 +35,17 @@ DOCUMENTS = 20
 _CHUNK, _ROWS = 2048, 256
 
 
-@dataclass(frozen=True)
-class PositionLoss:
-    """Losses by position.
+class PositionLoss(NamedTuple):
+    """Losses by position, float64 and int64 `(bins,)`: of [`position_edges`], bin i holds edge i up to the next."""
 
-    Attributes:
-        edges: int64 `(bins + 1,)`, ascending; bin i holds positions from `edges[i]` to `edges[i + 1] - 1`.
-        sums: float64 `(bins,)` sum of the negative log-likelihoods, in nats.
-        counts: int64 `(bins,)` tokens predicted.
-    """
-
-    edges: np.ndarray
-    sums: np.ndarray
-    counts: np.ndarray
-
-    @property
-    def nll(self) -> np.ndarray:
-        """Mean negative log-likelihood by bin in nats, float64 `(bins,)`; NaN where nothing was predicted."""
-        return np.divide(self.sums, self.counts, out=np.full(self.sums.shape, np.nan), where=self.counts > 0)
+    sums: np.ndarray  # of the negative log-likelihoods, in nats
+    counts: np.ndarray  # tokens predicted
 
     @property
     def perplexity(self) -> np.ndarray:
-        """Exponential of [`nll`], float64 `(bins,)`; NaN where nothing was predicted."""
-        return np.exp(self.nll)
+        """Exponential of the mean, float64 `(bins,)`; NaN where nothing was predicted."""
+        mean = np.full(self.sums.shape, np.nan)
+        return np.exp(np.divide(self.sums, self.counts, out=mean, where=self.counts > 0))
 
 
 def position_edges(window: int) -> list[int]:
@@ -77,7 +65,6 @@ def perplexity_by_position(
     *,
     window: int,
     stride: int,
-    edges: Sequence[int] | None = None,
     bos_token_id: int | None = None,
 ) -> PositionLoss:
     """Return the losses of documents by position, computed in float32.
@@ -87,25 +74,22 @@ def perplexity_by_position(
 
     Args:
         model: a causal language model; an adapter that is turned off stays off.
-        documents: token ids, int `(tokens,)` each, of any lengths; without special tokens where `bos_token_id` is
-            given.
+        documents: token ids, int `(tokens,)` each, of any lengths, without special tokens.
         window: tokens of a window, the one `bos_token_id` adds included.
         stride: tokens from one window to the next, at most the window.
-        edges: ascending, from 0 or 1 to the window; `None`: those of [`position_edges`].
         bos_token_id: token that begins every window, for models that were trained so.
 
     Raises:
         ValueError: no documents, a window beyond the model's range, a bad stride.
     """
-    bounds = np.asarray(position_edges(window) if edges is None else edges, dtype=np.int64)
     if not len(documents):
         raise ValueError("`documents` must hold at least one, got none. Give token ids of texts.")
     if window < 2:
         raise ValueError(f"`window` must be at least 2 tokens, got {window!r}. Set the longest length you evaluate.")
     if not 1 <= stride <= window:
         raise ValueError(f"`stride` must be from 1 to the window, {window}, got {stride!r}. Set half of the window.")
-    check_range(model.config, window)
-    text = window - (bos_token_id is not None)
+    check_range(model.config, window, "window")
+    text, bounds = window - (bos_token_id is not None), np.array(position_edges(window))
     sums, counts = np.zeros(bounds.size - 1), np.zeros(bounds.size - 1, dtype=np.int64)
     # Models whose state cannot be kept exactly read a window at once, whose logits then exist all together.
     pieces = _CHUNK if reuse_problem(model) is None else window
@@ -118,7 +102,7 @@ def perplexity_by_position(
                     bins = np.searchsorted(bounds, np.arange(1, tokens.size), side="right") - 1
                     sums += np.bincount(bins, _losses(model, tokens, pieces), minlength=sums.size)
                     counts += np.bincount(bins, minlength=sums.size)
-    return PositionLoss(bounds, sums, counts)
+    return PositionLoss(sums, counts)
 
 
 @torch.inference_mode()
@@ -128,7 +112,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
     losses: list[torch.Tensor] = []
     # In eval mode "dynamic" RoPE would read this window by the angles of a longer one before it.
     forget_longer_texts(model)
-    cache = new_cache(model.config, tokens.numel()) if pieces < tokens.numel() else None
+    cache = DynamicCache(config=model.config) if pieces < tokens.numel() else None
     for start in range(0, tokens.numel(), pieces):
         piece = tokens[start : start + pieces]
         known: dict[str, Any] = {}
@@ -146,12 +130,7 @@ def _losses(model: PreTrainedModel | PeftModel, ids: np.ndarray, pieces: int) ->
 class PerplexitySuite:
     """Documents, read in windows that overlap by half: each once per model, shared among processes.
 
-    Args:
-        model: what all examinees share.
-        tokenizer: the model's.
-        texts: of any lengths; short ones are joined, see [`join_texts`].
-        window: tokens of a window.
-        limit: documents to read, the first ones; `None`: all, which ends for finite texts alone.
+    Texts may have any length, as short ones are joined; the first `limit` documents are read.
 
     Raises:
         ValueError: no text, or a window beyond the model's range.
@@ -208,7 +187,7 @@ class PerplexitySuite:
         for examinee in examinees:
             found = [store.get(key) for key in self.keys([examinee])]
             sums, counts = (np.sum([one[name] for one in found], axis=0) for name in ("sums", "counts"))
-            values = PositionLoss(np.array(self.edges), sums, counts).perplexity
+            values = PositionLoss(sums, counts).perplexity
             curves[examinee.label] = [None if np.isnan(value) else float(value) for value in values]
         return PerplexityResult(list(self.edges), self.window, len(self.documents), curves)
 

@@ -7,10 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt, encode_text
 from hf_longalign.evaluation.runner import Examinee, ResultStore, spent
@@ -35,7 +36,7 @@ WIDTH = 0.03
 
 
 @dataclass(frozen=True)
-class Grid:
+class Plan:
     """What is asked: lengths in tokens, samples of each task at each, and about how many minutes that takes."""
 
     lengths: list[int]
@@ -44,30 +45,22 @@ class Grid:
 
 
 def plan_grid(
-    model: Any,
-    names: Sequence[str],
-    options: SuiteOptions,
-    lengths: Sequence[int],
-    store: ResultStore,
-) -> Grid:
+    model: Any, names: Sequence[str], options: SuiteOptions, lengths: Sequence[int], store: ResultStore
+) -> Plan:
     """Return the grid of an evaluation, and say what is left out of it.
 
     Samples that the options do not set are as many as `options.minutes` allow, 3 to 20; where not even 3 fit, the
     longest lengths are left out, which is said.
 
-    Args:
-        model: that reads; `None` where a server does, whose speed is not known: 10 samples are asked.
-        names: who answers, by what tells one from another.
-        options: what is asked.
-        lengths: that were asked for, or that the model's range has room for.
-        store: keeps what was decided, so that other processes, and the same command after a kill, ask the same.
+    A `model` of `None` is a server, whose speed is not known: 10 samples are asked. The store keeps what was decided,
+    so that other processes, and the same command after a kill, ask the same.
     """
     if options.samples is not None or model is None or not GRIDS & set(options.suites):
-        return Grid(list(lengths), options.samples or 10, 0.0)
+        return Plan(list(lengths), options.samples or 10, 0.0)
     # A moved folder is the same evaluation; any other option makes another plan.
     asked = {name: value for name, value in asdict(options).items() if name != "output_dir"}
     key = f"plan/{json.dumps([asked, list(lengths), list(names)], sort_keys=True)}"
-    grid = Grid(**store.once(key, lambda: fit(speed_of(model, names[0], store), len(names), options, lengths)))
+    grid = Plan(**store.once(key, lambda: fit(speed_of(model, names[0], store), len(names), options, lengths)))
     if store.is_main:
         shown = ", ".join(f"{length:,}" for length in grid.lengths)
         logger.info("%d samples of each task at %s tokens.", grid.samples, shown)
@@ -88,20 +81,16 @@ def plan_grid(
     return grid
 
 
-def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Grid:
-    """Return the largest grid within the minutes of the options; the longest lengths are left out first.
+def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Plan:
+    """Return the largest grid for so many models within the minutes of the options; the longest lengths go first.
 
-    Args:
-        cost: seconds per token, per pair of tokens, and per token of an answer, see [`seconds_per_token`].
-        models: how many answer.
-        options: what is asked.
-        lengths: in tokens.
+    `cost` is what [`seconds_per_token`] found.
 
     Example: half a millisecond a token, and two tasks of puzzles.
 
     >>> options = SuiteOptions(suites=["puzzles"], puzzles=["count", "latest"], minutes=1.0)
     >>> fit((0.0005, 0.0, 0.0), 1, options, [1024, 4096, 65536])
-    Grid(lengths=[1024, 4096], samples=11, minutes=0.9)
+    Plan(lengths=[1024, 4096], samples=11, minutes=0.9)
     """
     kept = sorted(lengths)
     needles = len(options.needle_tasks) * len(options.depths) if "needle" in options.suites else 0
@@ -112,7 +101,7 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
         each = models * sum(times) / 60
         samples = int(min(MOST, max(FEWEST, options.minutes / each)))
         if samples * each <= options.minutes or len(kept) == 1:
-            return Grid(kept, samples, round(samples * each, 1))
+            return Plan(kept, samples, round(samples * each, 1))
         kept = kept[:-1]
 
 
@@ -127,30 +116,22 @@ def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, f
     return tuple(store.once(f"speed/{name}/{platform.node()}", lambda: seconds_per_token(model)))
 
 
-def announce(
-    model: Any,
-    tokenizer: Any,
-    suites: Sequence[Any],
-    examinees: Sequence[Examinee],
-    store: ResultStore,
-    minutes: float | None = None,
-) -> None:
+def announce(examined: Examined, suites: Sequence[Any], store: ResultStore, minutes: float | None = None) -> None:
     """Say, in the main process, what is still to be asked and about how long one process takes for it.
 
-    The model is `None` where a server answers, whose speed is not known. `minutes` are those until which more samples
-    are asked where intervals are wide; `None`: no more are.
+    `minutes` are those until which more samples are asked where intervals are wide; `None`: no more are.
     """
     in_all = 0.0
     for suite in suites if store.is_main else ():
-        left = set(store.missing(suite.keys(examinees)))
+        left = set(store.missing(suite.keys(examined.who)))
         prompts = getattr(suite, "prompts", ())  # lm-eval alone knows its texts
-        asked = [prompt for prompt in prompts for one in examinees if one.key(prompt.key) in left]
+        asked = [prompt for prompt in prompts for one in examined.who if one.key(prompt.key) in left]
         tokens, seconds = 0, 0.0
         for prompt in asked:
-            length = prompt.length or len(encode_text(tokenizer, prompt.text, chat=prompt.chat))
+            length = prompt.length or len(encode_text(examined.tokenizer, prompt.text, chat=prompt.chat))
             tokens += length
-            if model is not None:
-                cost = speed_of(model, examinees[0].identity, store)
+            if examined.model is not None:  # the speed of a server is not known
+                cost = speed_of(examined.model, examined.who[0].identity, store)
                 seconds += seconds_of(cost, length, prompt.depth is not None)
         in_all += seconds / 60
         if asked:
@@ -194,8 +175,7 @@ def _timed(model: Any, **inputs: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, getattr(output, "past_key_values", None)
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A task at a length: the samples it shall have in all, and about how many seconds the new ones take."""
 
     task: str
@@ -207,13 +187,9 @@ class Cell:
 def cells_to_refine(
     result: SuiteResult, prompts: Sequence[Prompt], costs: Mapping[int, float], seconds: float
 ) -> list[Cell]:
-    """Return where more samples are worth their time: the shortest lengths first, as many as there is time for.
+    """Return where more samples are worth their time: the shortest lengths first, as far as the seconds left reach.
 
-    Args:
-        result: of a suite, so far.
-        prompts: of that suite.
-        costs: seconds of a prompt by its length, all models together.
-        seconds: that are left.
+    `costs` are seconds of a prompt by its length, all models together.
     """
     cells = []
     for task in result.tasks:

@@ -5,9 +5,8 @@ batches, padded on the left. Both are what `generate` computes for a prompt alon
 """
 
 import inspect
-import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_longalign.attention.support import ATTENTION_NAME, layer_kinds
+from hf_longalign.rope import rope_record
 
 
 ATTENTIONS = frozenset({"eager", "sdpa", "flash_attention_2", "flash_attention_3", ATTENTION_NAME})
@@ -61,60 +61,7 @@ def branch_points(shared: Sequence[int], index: int) -> set[int]:
     >>> sorted(branch_points([0, 6, 8, 3, 5, 0, 9], 0))
     [3, 6]
     """
-    points: set[int] = set()
-    least = math.inf
-    for length in shared[index + 1 :]:
-        least = min(least, length)
-        if not least:
-            break
-        points.add(int(least))
-    return points
-
-
-class RoomLayer(DynamicLayer):
-    """Keys and values of a layer of full attention in a buffer with room for `room` tokens."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self.length = 0
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Make the buffers."""
-        # Zeros for the reason given in `join_rows`.
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.buffers = tuple(
-            states.new_zeros(*states.shape[:2], self.room, states.shape[-1]) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new tokens `(batch, heads, tokens, width)` and return all."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        # `DynamicLayer` copies all of them for every new token; here the new one alone is written, and going back to
-        # an earlier length costs nothing.
-        end = self.length + key_states.shape[-2]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = states
-        self.show(end)
-        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
-
-    def show(self, length: int) -> None:
-        """Hold the first `length` tokens of the buffers."""
-        self.length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
-
-    def get_seq_length(self) -> int:
-        """Return the tokens held."""
-        return self.length
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep some rows of the batch."""
-        self.buffers = tuple(buffer[indices] for buffer in self.buffers)
-        self.show(self.length)
+    return {int(length) for length in takewhile(bool, accumulate(shared[index + 1 :], min))}
 
 
 class Row(NamedTuple):
@@ -125,15 +72,11 @@ class Row(NamedTuple):
 
 
 class PrefixCache:
-    """What was read last, of which the next prompt keeps the beginning they share.
+    """What was read last, of which the next prompt keeps the beginning they share."""
 
-    Args:
-        config: the model's.
-        room: tokens of the longest prompt with its answer.
-    """
-
-    def __init__(self, config: PretrainedConfig, room: int) -> None:
-        self.cache = new_cache(config, room)
+    def __init__(self, config: PretrainedConfig) -> None:
+        # Of the config, so that layers with a sliding window come as such.
+        self.cache = DynamicCache(config=config)
         # These layers forget what has left the window, so their state is put aside at the lengths to go back to.
         self._windows = {
             index: layer.sliding_window
@@ -146,19 +89,16 @@ class PrefixCache:
     def read(
         self, model: PreTrainedModel | PeftModel, ids: np.ndarray, *, keep: int, marks: Iterable[int], chunk: int
     ) -> torch.Tensor:
-        """Read a prompt of which the first tokens are held already, and return the logits after it, `(vocabulary,)`.
+        """Read a prompt, int `(tokens,)`, in pieces of `chunk` tokens; return the logits after it, `(vocabulary,)`.
 
-        Args:
-            model: the model.
-            ids: int `(tokens,)` the whole prompt.
-            keep: how many tokens of it are those of the prompt before it: 0 or one of that one's `marks`.
-            marks: the lengths to which later prompts go back.
-            chunk: the most tokens of one forward.
+        Its first `keep` tokens are those of the prompt before it, 0 or one of that one's `marks`: the lengths to which
+        later prompts go back.
         """
         self._marks = {mark: state for mark, state in self._marks.items() if mark <= keep}
+        layer: Any
         for layer in self.cache.layers:
-            if isinstance(layer, RoomLayer) and layer.is_initialized:
-                layer.show(keep)
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[:, :, :keep], layer.values[:, :, :keep]
         for number, (index, window) in enumerate(self._windows.items()):
             self.cache.layers[index] = DynamicSlidingWindowLayer(window)  # it cannot be made shorter, only filled anew
             if keep:
@@ -186,21 +126,13 @@ class PrefixCache:
         return Row([_copy(layer) for layer in self.cache.layers], self._length)
 
 
-def new_cache(config: PretrainedConfig, room: int) -> DynamicCache:
-    """Make an empty cache for a model: layers of full attention with room, those with a sliding window as they are."""
-    # Of the config, so that layers with a sliding window come as such; only those of full attention are replaced.
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def join_rows(config: PretrainedConfig, rows: Sequence[Row], room: int) -> tuple[DynamicCache, torch.Tensor | None]:
-    """Join prompts that were read into one batch, padded on the left to `room` tokens; the rows' states are used up.
+def join_rows(config: PretrainedConfig, rows: Sequence[Row]) -> tuple[DynamicCache, torch.Tensor | None]:
+    """Join prompts that were read into one batch, padded on the left; the rows' states are used up.
 
     Returns:
         The cache, and the mask, int64 `(rows, tokens)` with 0 on padding, `None` where nothing is padded.
     """
-    cache = new_cache(config, room)
+    cache = DynamicCache(config=config)
     lengths = [row.length for row in rows]
     most = max(lengths)
     for layer in cache.layers:
@@ -219,6 +151,7 @@ def join_rows(config: PretrainedConfig, rows: Sequence[Row], room: int) -> tuple
 
 
 def _copy(layer: Any) -> Pair:
+    # A window is a view, which would keep all that was read with it.
     return layer.keys.clone(), layer.values.clone()
 
 
@@ -233,7 +166,7 @@ def _fill(layer: Any, pair: Pair, length: int) -> None:
 def forget_longer_texts(model: PreTrainedModel | PeftModel) -> None:
     """Make "dynamic" RoPE forget the longest text so far."""
     # It keeps the angles of the longest text so far; a short one sets them back.
-    if any(rope.get("rope_type") == "dynamic" for rope in _ropes(model.config)):
+    if any(rope.get("rope_type") == "dynamic" for rope in rope_record(model.config).parts):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
 
 
@@ -259,10 +192,7 @@ def reuse_problem(model: PreTrainedModel | PeftModel) -> str | None:
     missing = sorted(_ARGUMENTS - set(inspect.signature(base.forward).parameters))
     if missing:
         return f"{type(base).__name__} takes no {', '.join(missing)}"
-    return _config_problem(base.config)
-
-
-def _config_problem(config: PretrainedConfig) -> str | None:
+    config = base.config
     text = config.get_text_config(decoder=True)
     if text is not config:
         return "it is a multimodal model"
@@ -275,14 +205,7 @@ def _config_problem(config: PretrainedConfig) -> str | None:
         return "some of its layers keep another kind of state than keys and values"
     if not getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
         return "its positions are not rotary"
-    for rope in _ropes(config):
+    for rope in rope_record(config).parts:
         if rope.get("rope_type") in ("dynamic", "longrope"):
             return f'the angles of its RoPE ("{rope["rope_type"]}") depend on the length of the text'
     return None
-
-
-def _ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """RoPE parameters, of each layer type where these differ."""
-    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    inner = [value for value in parameters.values() if isinstance(value, dict)]
-    return inner or [parameters]

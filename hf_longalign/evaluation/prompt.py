@@ -12,43 +12,25 @@ from typing import Any
 class Prompt:
     """A question, its length in the model's tokens, and the answers it is scored against.
 
-    Attributes:
-        suite: a key of `hf_longalign.records.names.SUITES`.
-        task: task within the suite, such as "multi_key" or "hotpotqa".
-        index: number of the sample within its task, length and depth.
-        text: what the user says; without a chat template, what the model continues.
-        answers: expected values (needle) or reference answers (LongBench).
-        max_new_tokens: room for the answer, in tokens.
-        chat: whether the text goes through the model's chat template as one user message.
-        stop: texts at which generation ends; they are not part of the answer. The end-of-sequence token always does.
-        length: tokens asked for, the template and the room for the answer included; `None`: as long as it is.
-        depth: place of the needle, 0 at the beginning of the haystack, 1 at its end; `None`: has none.
-        classes: all labels of a classification task, in the data's order.
-        prefix: how the answer is made to begin, after the chat template's own beginning; no part of the answer.
-        shortened: whether something was cut out of it to fit.
-        parts: parts of its task that it counts to, such as "0-4k" or "hard".
-
-    Example:
-
     >>> prompt = Prompt("needle", "single", 0, "Call me Ishmael. Who?", ("Ishmael",), 8)
     >>> prompt.key == Prompt("needle", "single", 0, "Call me Ishmael. Who?", ("Ishmael",), 8).key
     True
     """
 
-    suite: str
-    task: str
-    index: int
-    text: str
-    answers: tuple[str, ...]
-    max_new_tokens: int
-    chat: bool = True
-    stop: tuple[str, ...] = ()
-    length: int | None = None
-    depth: float | None = None
-    classes: tuple[str, ...] = ()
-    prefix: str = ""
-    shortened: bool = False
-    parts: tuple[str, ...] = ()
+    suite: str  # a key of `hf_longalign.records.names.SUITES`
+    task: str  # within the suite, such as "multi_key" or "hotpotqa"
+    index: int  # number of the sample within its task, length and depth
+    text: str  # what the user says; without a chat template, what the model continues
+    answers: tuple[str, ...]  # expected values or reference answers
+    max_new_tokens: int  # room for the answer
+    chat: bool = True  # whether the text goes through the model's chat template as one user message
+    stop: tuple[str, ...] = ()  # texts at which generation ends, no part of the answer
+    length: int | None = None  # tokens asked for, template and room included; `None`: as long as it is
+    depth: float | None = None  # place of the needle, 0 at the beginning of the haystack, 1 at its end
+    classes: tuple[str, ...] = ()  # all labels of a classification task, in the data's order
+    prefix: str = ""  # how the answer is made to begin, after the template's own beginning; no part of the answer
+    shortened: bool = False  # whether something was cut out of it to fit
+    parts: tuple[str, ...] = ()  # parts of its task that it counts to, such as "0-4k" or "hard"
 
     @property
     def sample(self) -> tuple[str, int | None, int]:
@@ -76,34 +58,11 @@ def other_ways(prompt: Prompt, evidence: str, closed_book: str) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model answered.
+    """What a model answered."""
 
-    Attributes:
-        text: the answer, without stop texts and special tokens.
-        tokens: tokens generated, the one that ended it included; 0 where a server does not say.
-        cut: whether it ended because there was no more room, and not by itself.
-    """
-
-    text: str
-    tokens: int
-    cut: bool = False
-
-
-@dataclass
-class GenerationStats:
-    """Counts and seconds, added up over all calls of a generator; of several processes the sum.
-
-    Attributes:
-        prompt_tokens: tokens of the prompts answered.
-        cached_tokens: those of them that were not computed, because an earlier prompt had them too.
-        generated_tokens: tokens of the answers.
-        seconds: time spent reading and answering.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
+    text: str  # without stop texts and special tokens
+    tokens: int  # generated, the one that ended it included; 0 where a server does not say
+    cut: bool = False  # whether it ended because there was no more room, and not by itself
 
 
 def fingerprint(keys: Iterable[str]) -> str:
@@ -114,11 +73,7 @@ def fingerprint(keys: Iterable[str]) -> str:
 def encode_text(tokenizer: Any, text: str, *, chat: bool, prefix: str = "") -> list[int]:
     """Return the token ids a model is given: `(tokens,)`, with the special tokens of template or tokenizer.
 
-    Args:
-        tokenizer: the model's, of transformers.
-        text: what the user says.
-        chat: wrap it into the chat template as one user message, with the generation prompt after it.
-        prefix: how the answer begins.
+    With `chat` the text is one user message, with the generation prompt after it; `prefix` begins the answer.
 
     Raises:
         ValueError: `chat` without a chat template.

@@ -21,18 +21,7 @@ def puzzle_prompts(
     max_new_tokens: int = 64,
     diagnose_at: int | None = None,
 ) -> list[Prompt]:
-    """Return the prompts of puzzles at lengths.
-
-    Args:
-        tasks: names of `hf_longalign.puzzles.TASKS`.
-        lengths: in tokens, template and room for the answer included.
-        samples: of each task at each length.
-        count: tokens of a text, the chat template included where `chat` is set.
-        haystack: texts whose sentences fill the prompts.
-        seed: of all that is drawn.
-        chat: whether the prompts go through the chat template.
-        max_new_tokens: room for the answer.
-        diagnose_at: the length whose puzzles are asked over their evidence alone and without any text, too.
+    """Return the prompts of puzzles at lengths; the arguments are as for needles.
 
     Raises:
         ValueError: an unknown task, or a length that has no room for a puzzle.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_longalign.cards.markdown import table
-from hf_longalign.cards.scores import headline, percent, reach_moved, reaches, scores_note, scores_table
+from hf_longalign.cards.page import table
+from hf_longalign.cards.scores import PICTURES, headline, percent, reach_moved, reaches, scores_note, scores_table
 from hf_longalign.plots import plot_accuracy_by_length, plot_coverage, plot_heatmap, plot_perplexity
 from hf_longalign.records.base import dumps
 from hf_longalign.records.names import metric_of, suite_of
@@ -20,13 +20,6 @@ from hf_longalign.records.training import CoverageRecord
 
 
 logger = logging.getLogger(__name__)
-
-IMAGES = {
-    "needle_accuracy": "Accuracy by context length, with 95 % intervals",
-    "needle_heatmap": "Accuracy by depth and length, mean of all tasks",
-    "perplexity": "Perplexity by position",
-    "coverage": "Relative distances covered in training, against the lengths evaluated",
-}
 
 # Fields of a diagnosis as a reader is told them.
 WHY = {
@@ -40,10 +33,7 @@ WHY = {
 def write_report(folder: str | Path, report: Report, *, coverage: CoverageRecord | None = None) -> Report:
     """Write a report and return it with the names of its `images`; without matplotlib, without them.
 
-    Args:
-        folder: where it goes; files of an earlier report are replaced.
-        report: what was measured.
-        coverage: what the adapter's training covered, from its record: drawn against the lengths evaluated.
+    `coverage` is what the adapter's training covered, drawn against the lengths evaluated.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +51,6 @@ def write_report(folder: str | Path, report: Report, *, coverage: CoverageRecord
 
 def render_report(report: Report) -> str:
     """Return `report.md`; what was not measured is left out.
-
-    Example:
 
     >>> from hf_longalign.records.report import EvaluatedModel, Score, TaskResult
     >>> task = TaskResult("single", "exact_match", samples=4, scores={"base": Score(0.5, 0.15, 0.85)})
@@ -153,7 +141,7 @@ def _suite(report: Report, suite: SuiteResult) -> list[str]:
 
 
 def _pictures(report: Report, *stems: str) -> list[str]:
-    return [f"![{IMAGES.get(stem, stem)}]({stem}.png)" for stem in stems if f"{stem}.png" in report.images]
+    return [f"![{PICTURES.get(stem, stem)}]({stem}.png)" for stem in stems if f"{stem}.png" in report.images]
 
 
 def draw_pictures(report: Report, folder: str | Path, *, coverage: CoverageRecord | None = None) -> list[str]:

@@ -6,13 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from hf_longalign.evaluation.intervals import (
-    RULER_THRESHOLD,
-    cluster_means,
-    paired_difference,
-    reaches,
-    with_interval,
-)
+from hf_longalign.evaluation.intervals import RULER_THRESHOLD, cluster_means, paired_difference, reaches, with_interval
 from hf_longalign.evaluation.prompt import CLOSED_BOOK, EVIDENCE, Completion, Prompt
 from hf_longalign.records.report import Diagnosis, Difference, Grid, GroupResult, ReachResult, SuiteResult, TaskResult
 
@@ -31,13 +25,8 @@ def suite_result(
 ) -> SuiteResult:
     """Return the results of a suite, all scores from 0 to 1.
 
-    Args:
-        suite: its name.
-        prompts: all prompts.
-        answers: by label of the model, one per prompt; differences are those of later models to earlier ones.
-        scorer: scores an answer, by metric; the first metric is the one to report.
-        groups: tasks by group, for averages over tasks; tasks that were not run are left out of it.
-        haystack: what needles lay in, in words.
+    `answers` are those to all prompts by label of the model; differences are those of later models to earlier ones.
+    The first metric of the scorer is reported; `groups` are tasks by group, for averages over those that were run.
     """
     # Each answer is scored once: ROUGE-L of a long summary takes as long as many tokens.
     scores = {
@@ -98,8 +87,6 @@ def diagnoses(prompts: Sequence[Prompt], scores: Sequence[Mapping[str, float]]) 
 
 def group_means(tasks: Sequence[TaskResult], groups: Mapping[str, Sequence[str]]) -> list[GroupResult]:
     """Return the mean of the tasks of each group, and of all tasks where there are several.
-
-    Example:
 
     >>> from hf_longalign.records.report import Score
     >>> tasks = [TaskResult(name, scores={"base": Score(value)}) for name, value in (("a", 0.2), ("b", 0.6))]

@@ -75,14 +75,6 @@ Make = Callable[[int], RulerSample]
 class RulerBuilder:
     """Makes the samples of a task at one length.
 
-    Args:
-        task: which one.
-        length: tokens of a sample at most, the room for its answer and the chat template included.
-        count: tokens of a text, the chat template included where one is used.
-        seed: see `SEED`.
-        essays: texts for the haystack of "essay" tasks.
-        questions: for "qa" tasks, each with as many documents as the task has hops.
-
     Raises:
         ValueError: essays or questions are missing, or the length is too small for a sample; the message names the
             smallest.
@@ -93,11 +85,11 @@ class RulerBuilder:
     """
 
     task: RulerTask
-    length: int
-    count: Callable[[str], int]
+    length: int  # tokens of a sample at most, the room for its answer and the chat template included
+    count: Callable[[str], int]  # tokens of a text, the chat template included where one is used
     seed: int = SEED
-    essays: Sequence[str] = ()
-    questions: Sequence[Question] = ()
+    essays: Sequence[str] = ()  # for the haystack of "essay" tasks
+    questions: Sequence[Question] = ()  # for "qa" tasks, each with as many documents as the task has hops
 
     def __post_init__(self) -> None:
         kind = self.task.kind
@@ -351,17 +343,9 @@ def ruler_prompts(
 ) -> tuple[list[Prompt], dict[str, str]]:
     """Return the prompts of tasks at lengths, and which of them have no room there, with the reason.
 
-    Args:
-        tasks: names of `TASKS`.
-        lengths: in tokens, template and room for the answer included.
-        samples: of each task at each length.
-        count: tokens of a text, the chat template included where `chat` is set.
-        essays: texts for the haystacks.
-        questions: for the question-answering tasks; without any, invented ones.
-        seed: see `SEED`.
-        chat: whether the prompts go through the chat template.
-        diagnose_at: the length whose samples are asked over their evidence alone and without any text, too; all but
-            common and frequent words, whose evidence is the whole text.
+    The arguments are those of [`~hf_longalign.evaluation.needles.needle_prompts`]; `questions` are for the
+    question-answering tasks, without any they are invented. Common and frequent words cannot be asked over their
+    evidence alone, as that is the whole text.
     """
     prompts, missing = [], {}
     for task in (TASKS[name] for name in tasks):

@@ -16,34 +16,23 @@ from typing import Any
 
 import numpy as np
 
+from hf_longalign.lazy import require
+
 
 @dataclass(frozen=True)
 class RulerTask:
-    """A task of RULER.
+    """A task of RULER."""
 
-    Attributes:
-        name: as in lm-eval.
-        kind: "niah", "vt", "cwe", "fwe" or "qa".
-        max_new_tokens: room for the answer.
-        haystack: "noise", "essay" or "needle" (niah).
-        keys: "words" or "uuids" (niah).
-        values: "numbers" or "uuids" (niah).
-        n_keys: keys in the text (niah).
-        n_values: values of each key (niah).
-        n_queries: keys asked for (niah).
-        hops: evidence documents of a question (qa).
-    """
-
-    name: str
-    kind: str
-    max_new_tokens: int
-    haystack: str = "noise"
-    keys: str = "words"
-    values: str = "numbers"
-    n_keys: int = 1
-    n_values: int = 1
-    n_queries: int = 1
-    hops: int = 1
+    name: str  # as in lm-eval
+    kind: str  # "niah", "vt", "cwe", "fwe" or "qa"
+    max_new_tokens: int  # room for the answer
+    haystack: str = "noise"  # or "essay" or "needle" (niah)
+    keys: str = "words"  # or "uuids" (niah)
+    values: str = "numbers"  # or "uuids" (niah)
+    n_keys: int = 1  # in the text (niah)
+    n_values: int = 1  # of each key (niah)
+    n_queries: int = 1  # keys asked for (niah)
+    hops: int = 1  # evidence documents of a question (qa)
 
 
 TASKS = {
@@ -111,7 +100,7 @@ _FIRST, _LAST, _PLACES, _ENDS, _TRADES, _RIVERS, _FOUNDERS = (
     )
 )
 
-_ROMAN = ("I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X", "XI", "XII", "XIII", "XIV", "XV", "XVI", "XVII")
+_ROMAN = "I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -294,8 +283,5 @@ def word_list() -> list[str]:
 
 
 def _words(name: str) -> list[str]:
-    try:
-        from wonderwords import random_word
-    except ImportError as error:
-        raise ImportError('RULER takes its words from wonderwords. Run: pip install "hf_longalign[eval]"') from error
+    random_word = require("wonderwords.random_word", "eval")
     return random_word._get_words_from_text_file(name)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from hf_longalign.evaluation.claims import LIMIT, Claims
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
+from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.results import Scorer, suite_result
 from hf_longalign.records.report import Speed, SuiteResult, TaskResult
 
@@ -32,14 +32,7 @@ Maker = Callable[[str, Sequence[int], int], tuple[list[Prompt], dict[str, str]]]
 class ResultStore:
     """JSON values by key in a folder, one append-only file per process; every process reads all of them.
 
-    Args:
-        folder: where the files go; it is made.
-        expected: processes that were started to share it; any others may join.
-
-    Raises:
-        OSError: the folder cannot be written to.
-
-    Example:
+    `expected` processes were started to share it; any others may join.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +46,9 @@ class ResultStore:
     def __init__(self, folder: str | Path, expected: int = 1) -> None:
         self.folder, self.expected = Path(folder), expected
         self.claims = Claims(self.folder / "claims")
-        path = next(path for path in map(self._file_of, itertools.count()) if self.claims.take(path.name))
+        # The first that no living process writes to: a run that goes on adds to the files of the one before.
+        files = (self.folder / f"results-{number}.jsonl" for number in itertools.count())
+        path = next(path for path in files if self.claims.take(path.name))
         self._file = path.open("ab+")
         # A kill may have left half a line, which the next one would be glued to.
         self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
@@ -61,9 +56,6 @@ class ResultStore:
         self._read: dict[Path, int] = {}
         self._late = time.monotonic() + LIMIT
         self.refresh()
-
-    def _file_of(self, number: int) -> Path:
-        return self.folder / f"results-{number}.jsonl"
 
     def __enter__(self) -> "ResultStore":
         return self
@@ -86,6 +78,7 @@ class ResultStore:
 
     def add(self, key: str, value: Any) -> None:
         """Write a JSON-able value, which is on disk when this returns."""
+        # Of a process that was taken for lost another gives the answer: a second one must not follow.
         self.claims.check()
         self._file.write(json.dumps({"key": key, "value": value}).encode() + b"\n")
         self._file.flush()
@@ -152,7 +145,7 @@ class ResultStore:
 
         A dataclass is stored as the dict of its fields.
         """
-        while self.missing([key]):
+        while self.missing([key]):  # whoever makes it may be lost before it is written
             for keys in self.open_keys([[key]]):
                 for missing in keys:
                     made = make()
@@ -163,13 +156,10 @@ class ResultStore:
 
 
 class Generator(Protocol):
-    """Answers prompts greedily, each as soon as it is answered, and counts in `stats` what that takes.
+    """Answers prompts greedily."""
 
-    Where many are read before the first is answered, `on_read` is called with each of them.
-    """
-
-    stats: GenerationStats
-    on_read: Callable[[Prompt], None]
+    stats: Speed  # what that has taken so far
+    on_read: Callable[[Prompt], None]  # called with each prompt where many are read before the first is answered
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
         """Yield each prompt with its completion, in any order."""
@@ -178,21 +168,14 @@ class Generator(Protocol):
 
 @dataclass
 class Examinee:
-    """A model under evaluation.
+    """A model under evaluation."""
 
-    Attributes:
-        label: what tables and plots call it, such as "base" or "adapter".
-        identity: what makes its answers its own (weights, revision, RoPE, precision); equal for equal models alone.
-        generator: answers prompts.
-        active: returns a context in which the generator speaks for this model, such as one that turns an adapter off.
-        what: what it is, in words.
-    """
-
-    label: str
-    identity: str
+    label: str  # what tables and plots call it, such as "base" or "adapter"
+    identity: str  # what makes its answers its own (weights, revision, RoPE, precision); equal for equal models alone
     generator: Generator
+    # A context in which the generator speaks for this model, such as one that turns an adapter off.
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
-    what: str = ""
+    what: str = ""  # in words
 
     def key(self, unit: str) -> str:
         """Return the key under which the result of a unit of work (a prompt, a task, a document) is stored."""
@@ -202,8 +185,7 @@ class Examinee:
 def ask(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore, *, progress: bool = True) -> None:
     """Have a model answer the prompts that the store does not hold and no other process is at, task by task.
 
-    The store gets `{"text": …, "tokens": …, "cut": …, "spent": …}` under `examinee.key(prompt.key)`; `spent` is what
-    it took, see [`GenerationStats`]. `progress` shows a bar per task.
+    The store gets the fields of [`Completion`], and in `spent` what it took, under `examinee.key(prompt.key)`.
     """
     # The other ways to ask a task ("latest, closed book") are answered together with it: full batches are faster.
     by_task: dict[str, dict[str, Prompt]] = {}
@@ -249,39 +231,25 @@ def answers(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -
 def spent(examinee: Examinee, prompts: Sequence[Prompt], store: ResultStore) -> Speed:
     """Return what all answers took together, those of earlier runs and of other processes too."""
     found = [store.get(examinee.key(prompt.key))["spent"] for prompt in prompts]
-    return Speed(**{field.name: sum(one[field.name] for one in found) for field in fields(Speed)})
+    return Speed(**{part.name: sum(one[part.name] for one in found) for part in fields(Speed)})
 
 
+@dataclass
 class PromptSuite:
     """Prompts that are answered and scored.
 
     Every suite does what is open and free (`work`), tells what it asks (`asked`), under which keys the store gets the
     answers (`keys`) and, once all are there, what came out (`results`); so do
     [`~hf_longalign.evaluation.harness.HarnessSuite`] and [`~hf_longalign.evaluation.perplexity.PerplexitySuite`].
-
-    Args:
-        name: a key of `hf_longalign.records.names.SUITES`.
-        prompts: all of them, the same in every process.
-        scorer: scores an answer; its first metric is the one to report.
-        groups: tasks by group.
-        missing: tasks that could not be asked, and why.
-        haystack: what needles lie in, in words.
-        make: makes the prompts of tasks at lengths, for more samples; `None`: there are no more.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prompts: Sequence[Prompt],
-        scorer: Scorer,
-        *,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        missing: Mapping[str, str] | None = None,
-        haystack: str | None = None,
-        make: Maker | None = None,
-    ) -> None:
-        self.name, self.prompts, self.scorer, self.make = name, list(prompts), scorer, make
-        self.groups, self.missing, self.haystack = groups, missing or {}, haystack
+    name: str  # a key of `hf_longalign.records.names.SUITES`
+    prompts: list[Prompt]  # all of them, the same in every process
+    scorer: Scorer
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tasks by group, for averages
+    missing: Mapping[str, str] = field(default_factory=dict)  # tasks that could not be asked, and why
+    haystack: str | None = None  # what needles lie in, in words
+    make: Maker | None = None  # makes the prompts of tasks at lengths, for more samples
 
     def extend(self, task: str, length: int, samples: int) -> None:
         """Have so many samples of a task at a length, those that are there included."""

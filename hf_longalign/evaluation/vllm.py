@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -10,11 +10,12 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED
+from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED, base_revision
 from hf_longalign.evaluation.options import ModelOptions
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt, cut_at, encode_text
+from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
 from hf_longalign.evaluation.runner import Examinee
 from hf_longalign.lazy import require
+from hf_longalign.records.report import Speed
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import loaded_commit
 from hf_longalign.serving import load_vllm, vllm_options
@@ -30,19 +31,13 @@ class VLLMAnswers:
 
     Written against the interface of vLLM 0.33 and tested with a stand-in of it; never run on a GPU.
 
-    Args:
-        engine: returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`.
-        tokenizer: the model's.
-        adapted: whether the adapter is in force.
-
-    Attributes:
-        stats: counts and seconds so far, see [`GenerationStats`].
+    `engine` returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`, in force if `adapted`.
     """
 
     def __init__(
         self, engine: Callable[[], tuple[Any, Any]], tokenizer: PreTrainedTokenizerBase, *, adapted: bool = False
     ) -> None:
-        self.stats = GenerationStats()
+        self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
         self._engine, self._tokenizer, self._adapted = engine, tokenizer, adapted
 
@@ -53,6 +48,7 @@ class VLLMAnswers:
             ValueError: a prompt beyond the range that vLLM was given, before anything is generated.
             EndpointError: vLLM cannot load the model.
         """
+        # Neighbours share most, so vLLM still holds what it has read of them.
         encoded = sorted(
             ((encode_text(self._tokenizer, one.text, chat=one.chat, prefix=one.prefix), one) for one in prompts),
             key=lambda pair: pair[0],
@@ -73,10 +69,7 @@ class VLLMAnswers:
             # All that is not given is off: vLLM reads a generation config's penalties for its own defaults alone.
             outputs = llm.generate(
                 [{"prompt_token_ids": ids} for ids, _ in batch],
-                [
-                    make(temperature=0.0, max_tokens=one.max_new_tokens, stop=list(one.stop) or None)
-                    for _, one in batch
-                ],
+                [make(temperature=0.0, max_tokens=one.max_new_tokens, stop=list(one.stop)) for _, one in batch],
                 use_tqdm=False,
                 lora_request=lora if self._adapted else None,
             )
@@ -91,21 +84,17 @@ class VLLMAnswers:
 
 
 def vllm_examinees(
-    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, revision: str | None
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> list[Examinee]:
     """Return the base, and the adapter beside it on the same weights in memory.
 
     Where the adapter was trained with scaled RoPE, the base has that RoPE too, and is called so: vLLM has one RoPE
     for all that it holds. The base as published is a run of its own, without the adapter.
 
-    Args:
-        options: what is evaluated.
-        tokenizer: the model's.
-        config: of the model, with the RoPE of the adapter.
-        revision: of the model.
+    `config` is that of the model with the RoPE of the adapter.
     """
     require("vllm", "vllm")  # missing is told now, and not when all prompts are made
-    given: Mapping[str, Any] = json.loads(options.vllm_options or "{}")
+    given, revision = json.loads(options.vllm_options or "{}"), base_revision(options)
     more: dict[str, Any] = {"dtype": options.dtype, "revision": revision, **given}
     if options.trust_remote_code:
         more["trust_remote_code"] = True

@@ -40,6 +40,14 @@ PUBLISHED = (
 # person's.
 _DRAWN = ("needle_*.png", "perplexity.png", "coverage.png")
 _RESULTS = tuple(f".eval_results/{suite}.yaml" for suite in ("needle", "longbench", "ruler", "short"))
+# Arguments of a push as the command line calls them.
+_OPTIONS = {
+    "base_model": "--base_name",
+    "private": "--hub_private_repo",
+    "branch": "--hub_revision",
+    "tag": "--tag",
+    "dry_run": "--push_dry_run",
+}
 # Where a base model's name stands.
 _NAMES = {
     "adapter_config.json": "base_model_name_or_path",
@@ -186,6 +194,7 @@ def _send(
     base_model: str | None = None,
 ) -> str:
     """Search what is about to go, then push it, or write it where a person looks at it first."""
+    # Before a dry run too: what a person looks at must be what may go.
     check_private(files, Machine.here(to.repo_id, base_model, token=to.token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
@@ -195,35 +204,21 @@ def _send(
     return push(files, to, owned=owned, resume_command=resume_command)
 
 
-def publish_command(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    private: bool | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-    tag: str | None = None,
-    dry_run: str | Path | None = None,
-    allow: Collection[str] = (),
-) -> str:
+def publish_command(folder: str | Path, repo_id: str, **given: Any) -> str:
     """Return a push as one command of a shell, which keeps what is typed: so without a token.
+
+    `given` are the other arguments of [`publish_dataset`] and [`publish_adapter`] that the command has.
 
     >>> publish_command("out", "user/rows", tag="v1", allow=["/data/my rows"])
     "hf-longalign push out --hub_model_id user/rows --tag v1 --allow '/data/my rows'"
     """
-    given = {
-        "hub_model_id": repo_id,
-        "base_name": base_model,
-        "hub_private_repo": private,
-        "hub_revision": branch,
-        "tag": tag,
-        "push_dry_run": dry_run,
-    }
-    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
-    words += ["--create_pr"] if create_pr else []
-    words += ["--allow", *allow] if allow else []
-    return shlex.join(["hf-longalign", "push", str(folder), *words])
+    words = ["hf-longalign", "push", str(folder), "--hub_model_id", repo_id]
+    for name, option in _OPTIONS.items():
+        if given.get(name) is not None:
+            words += [option, str(given[name])]
+    words += ["--create_pr"] if given.get("create_pr") else []
+    words += ["--allow", *given["allow"]] if given.get("allow") else []
+    return shlex.join(words)
 
 
 def _is_published(name: str) -> bool:

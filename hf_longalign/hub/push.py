@@ -233,11 +233,11 @@ class _Attempt:
         # Before the commit: a tag that is taken must stop the push while nothing has changed.
         tag, tags = self.to.tag, self.api.list_repo_refs(**self.repo).tags if self.to.tag else []
         tagged = next((ref.target_commit for ref in tags if ref.name == tag), None)
-        if tagged is not None and not _same(self._held(tagged), additions):
+        if tagged is not None and _differing(self._held(tagged), additions):
             raise ValueError(
                 f"`tag` must be new, got {tag!r}, with which {self.to.repo_id} has other files. Choose another tag."
             )
-        if stale or not _same(held, additions):
+        if stale or _differing(held, additions):
             if self.to.create_pr:
                 return self._pull_request(additions, stale, head)
             head = self._commit(additions, stale, head).oid
@@ -289,7 +289,7 @@ class _Attempt:
         for pull in pulls:
             if pull.title == self.to.message:
                 held = self._held(f"refs/pr/{pull.num}")
-                if _same(held, additions) and not held.keys() & set(stale):
+                if not _differing(held, additions) and not held.keys() & set(stale):
                     return str(pull.url)
         commit = self._commit(additions, stale, head)
         self._compare(commit.pr_revision, additions, stale)
@@ -298,27 +298,24 @@ class _Attempt:
     def _compare(self, revision: str, additions: list[CommitOperationAdd], stale: list[str]) -> None:
         """Raise unless the revision holds the files that were meant, with their sizes and hashes."""
         held = self._held(revision)
-        wrong = [item.path_in_repo for item in additions if not _same(held, [item])]
-        wrong += [name for name in stale if name in held]
+        wrong = [*_differing(held, additions), *(name for name in stale if name in held)]
         if wrong:
             raise PublishError(f"the remote differs from what was meant in {', '.join(sorted(wrong)[:5])}")
 
 
-def _same(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> bool:
-    """Whether the files that would be added are there already, by size and hash."""
-    for item in additions:
-        file = held.get(item.path_in_repo)
+def _differing(held: Mapping[str, RepoFile], additions: list[CommitOperationAdd]) -> list[str]:
+    """The files among those to add that are not there already, by size and hash."""
+
+    def is_there(item: CommitOperationAdd, file: RepoFile | None) -> bool:
         if file is None or file.size != item.upload_info.size:
             return False
         # Git's own hash of small files, SHA-256 of those in LFS or Xet: the Hub tells no other.
         if file.lfs is not None:
-            same = file.lfs.sha256 == item.upload_info.sha256.hex()
-        else:
-            with item.as_file() as content:
-                same = file.blob_id == git_hash(content.read())
-        if not same:
-            return False
-    return True
+            return bool(file.lfs.sha256 == item.upload_info.sha256.hex())
+        with item.as_file() as content:
+            return bool(file.blob_id == git_hash(content.read()))
+
+    return [item.path_in_repo for item in additions if not is_there(item, held.get(item.path_in_repo))]
 
 
 def _final(files: Files, repo_id: str, published: str | None) -> dict[str, Any]:

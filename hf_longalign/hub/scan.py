@@ -197,21 +197,11 @@ def _is_meant(kind: str, found: str) -> bool:
     return True
 
 
-class Finding(NamedTuple):
-    """A find and where it is: the file, and a line, key, column or row in it."""
-
-    file: str
-    where: str
-    find: Find
-
-
 def check_private(files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[str] = ()) -> None:
     """Raise unless nothing private is in the files.
 
     Raises:
         ValueError: names the first finds with file, place and kind; secrets are masked.
-
-    Example:
 
     >>> check_private({"README.md": b"# Rows"}, Machine())
     >>> check_private({"README.md": b"# Rows" + b"\\n" + b"from /home/me/rows"}, Machine())
@@ -230,11 +220,13 @@ def check_private(files: Mapping[str, Path | bytes], machine: Machine, allow: Co
         )
 
 
-def scan(files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[str] = ()) -> Iterator[Finding]:
-    """Yield what is private: in file names, texts, JSON, the headers of safetensors, Parquet footers and columns."""
+def scan(
+    files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[str] = ()
+) -> Iterator[tuple[str, str, Find]]:
+    """Yield file, place and find: in names, texts, JSON, headers of safetensors, Parquet footers and columns."""
     for name, content in sorted(files.items()):
         for find in find_in_text(name, machine, allow):
-            yield Finding(name, "its name", find)
+            yield name, "its name", find
         if name.endswith(".parquet"):
             places = _in_parquet(content, machine, allow)
         elif name.endswith(".safetensors"):
@@ -245,8 +237,7 @@ def scan(files: Mapping[str, Path | bytes], machine: Machine, allow: Collection[
         else:
             with _opened(content) as file:
                 places = _in_file(name, file.read(), machine, allow)
-        for where, find in places:
-            yield Finding(name, where, find)
+        yield from ((name, where, find) for where, find in places)
 
 
 def _opened(content: Path | bytes) -> BinaryIO:

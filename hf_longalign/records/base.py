@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from types import NoneType, UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 Self = TypeVar("Self", bound="Record")
@@ -16,8 +17,6 @@ class Record:
     Fields may be strings, numbers, booleans, `None`, records, and lists, tuples and string-keyed dicts of these. What
     is `None` is left out of the JSON. A key that no field has is ignored, so that a file of a newer release with more
     fields can be read; one with a larger `version` cannot, as its fields may mean something else.
-
-    Example:
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Point(Record):
@@ -57,7 +56,7 @@ class Record:
         hints, given = get_type_hints(cls), {}
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             if field.name in value:
-                given[field.name] = _typed(hints[field.name], value[field.name], f"{cls.__name__}.{field.name}")
+                given[field.name] = typed(hints[field.name], value[field.name], f"{cls.__name__}.{field.name}")
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"A {cls.__name__} must hold `{field.name}`, got {sorted(value)}. Write it again.")
         return cls(**given)
@@ -68,27 +67,36 @@ def dumps(record: Record) -> str:
     return json.dumps(record.to_json(), indent=2, ensure_ascii=False) + "\n"
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as `hint` says it: records made of objects, tuples of lists."""
+def typed(hint: Any, value: Any, where: str) -> Any:
+    """Return a value as a hint says it: records made of objects, tuples of lists, floats of whole numbers.
+
+    Raises:
+        ValueError: it cannot be; the message calls it as `where` says.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, UnionType):
         if value is None and NoneType in inner:
             return None
-        return _typed(next(part for part in inner if part is not NoneType), value, where)
+        *others, last = [part for part in inner if part is not NoneType]
+        for part in others:
+            with suppress(ValueError):
+                return typed(part, value, where)
+        return typed(last, value, where)
     if isinstance(hint, type) and issubclass(hint, Record):
         return hint.from_json(value)
     kind = origin or hint
     if isinstance(value, dict) and kind is dict:
-        return {key: _typed(inner[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {key: typed(inner[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple) and kind in (list, tuple):
         # tuple[int, int] names each place, list[int] and tuple[int, ...] one kind for all.
         hints = inner if kind is tuple and Ellipsis not in inner else [inner[0]] * len(value)
-        return kind(_typed(part, item, where) for part, item in zip(hints, value, strict=True))
+        return kind(typed(part, item, where) for part, item in zip(hints, value, strict=True))
     # JSON knows one kind of number, so 1.0 may come back as 1; `True` is an int to Python and to no reader.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    fits = value in inner if origin is Literal else isinstance(value, kind)
+    if not fits or (kind is int and isinstance(value, bool)):
         raise ValueError(f"`{where}` must be {getattr(kind, '__name__', kind)}, got {value!r}. Write the file again.")
     return value

@@ -148,14 +148,14 @@ class PerplexityResult(Record):
     values: dict[str, list[float | None]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Speed(Record):
-    """What answering took: tokens read, of them taken from the cache, tokens written, seconds over all processes."""
+    """What answering took, added up over all calls of a generator; of several processes the sum."""
 
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    seconds: float
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of them not computed, because an earlier prompt had them too
+    generated_tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

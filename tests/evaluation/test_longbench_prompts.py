@@ -232,7 +232,7 @@ def test_a_missing_word_cutter_is_told_before_anything_is_asked(monkeypatch, tmp
     row = _row(answers=["段落1"])
     for task in ("dureader", "passage_retrieval_zh"):
         _write(tmp_path / f"{task}.jsonl", row)
-    with pytest.raises(ImportError, match="need jieba"):
+    with pytest.raises(ImportError, match="`jieba` is not installed"):
         _prompts(["dureader"], tmp_path)
     assert _prompts(["passage_retrieval_zh"], tmp_path)
 

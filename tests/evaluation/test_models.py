@@ -11,9 +11,10 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.adapter import weights_sample
-from hf_longalign.evaluation.examined import Examined
-from hf_longalign.evaluation.models import examinees, load_config, load_model, load_tokenizer
+from hf_longalign.evaluation import evaluator
+from hf_longalign.evaluation.models import Examined, examinees, load_config, load_model, load_tokenizer
 from hf_longalign.evaluation.options import ModelOptions
+from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
@@ -39,18 +40,18 @@ def trained(tmp_path):
     return base, adapter
 
 
-def names(trained):
-    return {"base": str(trained[0]), "adapter": str(trained[1])}
+def options(base, **given):
+    return ModelOptions(str(base), **{name: value and str(value) for name, value in given.items()})
 
 
 def test_base_and_adapter_differ_in_the_adapter_alone(trained):
     base, adapter = trained
-    model = load_model(str(base), adapter=str(adapter))
+    model = load_model(options(base, adapter=adapter))
     assert isinstance(model, PeftModel) and model.config.max_position_embeddings == 256
-    one, other = examinees(model, None, {})
+    one, other = examinees(model, lambda: None, {})
     assert (one.label, other.label) == ("base", "adapter") and one.identity != other.identity
     ids = torch.arange(3, 40)[None]
-    scaled = load_model(str(base), config=scale_rope(model.config, 256))
+    scaled = AutoModelForCausalLM.from_pretrained(base, config=scale_rope(model.config, 256)).eval()
     with torch.no_grad():
         with other.active():
             adapted = model(input_ids=ids).logits
@@ -62,9 +63,9 @@ def test_base_and_adapter_differ_in_the_adapter_alone(trained):
 
 def test_where_rope_is_scaled_the_base_as_published_is_asked_too(trained):
     base, adapter = trained
-    model = load_model(str(base), adapter=str(adapter))
+    model = load_model(options(base, adapter=adapter))
     published = AutoConfig.from_pretrained(base)
-    plain, scaled, trained_one = examinees(model, None, {}, published)
+    plain, scaled, trained_one = examinees(model, lambda: None, {}, published)
     assert [who.label for who in (plain, scaled, trained_one)] == ["base", "base, scaled RoPE", "adapter"]
     assert len({who.identity for who in (plain, scaled, trained_one)}) == 3 and "not scaled" in plain.what
     ids = torch.arange(3, 40)[None]
@@ -76,7 +77,7 @@ def test_where_rope_is_scaled_the_base_as_published_is_asked_too(trained):
         with scaled.active():
             assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
         torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
-    assert len(examinees(model, None, {}, model.config)) == 2  # nothing is scaled: two say all
+    assert len(examinees(model, lambda: None, {}, model.config)) == 2  # nothing is scaled: two say all
 
 
 def test_prompts_within_a_scaled_range_are_no_news(trained, caplog):
@@ -84,7 +85,7 @@ def test_prompts_within_a_scaled_range_are_no_news(trained, caplog):
         tokenizer = tiny_tokenizer()
         tokenizer.model_max_length = 64
         tokenizer.save_pretrained(folder)
-    examined = Examined.load(ModelOptions(model=str(trained[0]), adapter=str(trained[1])))
+    examined = Examined.load(options(trained[0], adapter=trained[1]))
     assert examined.reach == 256 and len(examined.tokenizer("Ardel sold salt. " * 40).input_ids) > 64
     assert "longer than the specified maximum" not in caplog.text
 
@@ -93,13 +94,13 @@ def test_identities_follow_weights_and_settings(trained):
     base, adapter = trained
 
     def identities(settings):
-        model = load_model(str(base), adapter=str(adapter))
-        return [who.identity for who in examinees(model, None, settings)]
+        model = load_model(options(base, adapter=adapter))
+        return [who.identity for who in examinees(model, lambda: None, settings)]
 
     first = identities({"chat": True})
     assert identities({"chat": True}) == first
     assert not set(identities({"chat": False})) & set(first)
-    model = load_model(str(base), adapter=str(adapter))
+    model = load_model(options(base, adapter=adapter))
     model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight").data += 1
     model.save_pretrained(adapter)
     again = identities({"chat": True})
@@ -110,20 +111,20 @@ def test_identities_follow_weights_and_settings(trained):
 
 def test_another_base_is_refused_by_its_weights_and_the_same_taken_under_any_name(trained, tmp_path):
     base, adapter = trained
-    load_model(str(base.rename(tmp_path / "moved")), adapter=str(adapter))
+    load_model(options(base.rename(tmp_path / "moved"), adapter=adapter))
     tiny_llama(seed=1, max_position_embeddings=64).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="must have the weights its adapter was trained on"):
-        load_model(str(tmp_path / "other"), adapter=str(adapter))
+        load_model(options(tmp_path / "other", adapter=adapter))
 
 
 def test_without_its_weights_another_name_is_refused(trained, tmp_path, caplog):
     base, adapter = trained
     save_record(adapter, replace(load_record(adapter), base_weights={}))
     with pytest.raises(ValueError, match="`model` must be the base of the adapter"):
-        load_model(str(tmp_path / "moved"), adapter=str(adapter))
+        load_model(options(tmp_path / "moved", adapter=adapter))
     (adapter / "longalign_config.json").unlink()
     with caplog.at_level(logging.WARNING, "hf_longalign"):
-        load_model(str(base), adapter=str(adapter))
+        load_model(options(base, adapter=adapter))
     assert "has no record of its training" in caplog.text
 
 
@@ -132,7 +133,7 @@ def test_another_revision_is_refused(trained):
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace('"revision": null', '"revision": "v1"'))
     with pytest.raises(ValueError, match="`model_revision` must be the adapter's, 'v1', got 'v2'"):
-        load_model(str(base), adapter=str(adapter), revision="v2")
+        load_model(options(base, adapter=adapter, model_revision="v2"))
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -151,29 +152,29 @@ def test_the_revision_that_was_asked_for_is_the_one_loaded(trained, monkeypatch,
         return original(cls, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
-    load_model(str(base), adapter=str(adapter), revision=given)
+    load_model(options(base, adapter=adapter, model_revision=given))
     assert asked == [expected]
 
 
 def test_a_served_adapter_has_the_range_it_was_trained_for(trained):
     base, adapter = trained
-    assert load_config(str(base)).max_position_embeddings == 64
-    assert load_config(str(base), adapter=str(adapter)).max_position_embeddings == 256
+    assert load_config(options(base)).max_position_embeddings == 64
+    assert load_config(options(base, adapter=adapter)).max_position_embeddings == 256
     with pytest.raises(ValueError, match="`model_revision` must be the adapter's, 'v1'"):
         config = adapter / "adapter_config.json"
         config.write_text(config.read_text().replace('"revision": null', '"revision": "v1"'))
-        load_config(str(base), adapter=str(adapter), revision="v2")
+        load_config(options(base, adapter=adapter, model_revision="v2"))
 
 
 def test_another_chat_template_is_refused_until_one_is_chosen(trained):
     base, adapter = trained
-    assert load_tokenizer(str(base), adapter=str(adapter)).chat_template == tiny_tokenizer().chat_template
+    assert load_tokenizer(options(base, adapter=adapter)).chat_template == tiny_tokenizer().chat_template
     other = tiny_tokenizer()
     other.chat_template = "{{ messages[0]['content'] }}"
     other.save_pretrained(adapter)
     with pytest.raises(ValueError, match="identical prompts, got another chat template"):
-        load_tokenizer(str(base), adapter=str(adapter))
-    chosen = load_tokenizer(str(base), adapter=str(adapter), tokenizer=str(adapter))
+        load_tokenizer(options(base, adapter=adapter))
+    chosen = load_tokenizer(options(base, adapter=adapter, tokenizer=adapter))
     assert chosen.chat_template == other.chat_template
 
 
@@ -181,4 +182,21 @@ def test_an_adapter_without_a_tokenizer_is_asked_with_the_base_s(trained, tmp_pa
     base, adapter = trained
     for path in (*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")):
         path.unlink()
-    assert load_tokenizer(str(base), adapter=str(adapter)).chat_template
+    assert load_tokenizer(options(base, adapter=adapter)).chat_template
+
+
+def test_a_server_is_checked_by_the_model_as_the_options_load_it(trained, tmp_path, monkeypatch):
+    base, adapter = trained
+    asked = []
+
+    def load(found):
+        asked.append(found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "load_model", load)
+    given = ModelOptions(
+        str(base), str(adapter), endpoint="http://localhost", check_served="local", trust_remote_code=True
+    )
+    with ResultStore(tmp_path / "answers") as store, pytest.raises(KeyboardInterrupt):
+        evaluator.check_served(Examined(given, None, None, None, []), Examinee("adapter", "id", None), store)
+    assert asked == [given]  # code that comes with the model is run here as for every other use of it

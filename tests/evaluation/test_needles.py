@@ -4,7 +4,6 @@ import pytest
 
 from hf_longalign.evaluation.needles import (
     ONE,
-    SEVERAL,
     TASKS,
     NeedleTask,
     Pools,
@@ -12,7 +11,6 @@ from hf_longalign.evaluation.needles import (
     draw_needles,
     score_needle,
     seeded_rng,
-    wording_of,
 )
 from hf_longalign.evaluation.prompt import Prompt
 
@@ -39,11 +37,6 @@ def test_needles_depend_on_the_seed_alone():
     assert one == again != other
 
 
-def test_wording_follows_the_number_of_values():
-    assert [wording_of(task) for task in TASKS.values()] == [ONE, ONE, SEVERAL, SEVERAL]
-    assert wording_of(NeedleTask("many", distractors=9)) == ONE
-
-
 def test_own_words_in_any_language():
     wording = Wording(
         "Merke dir!", "Der Code für {key} lautet {value}.", "Code für {keys}?", "Er lautet {keys}", " und "
@@ -53,33 +46,6 @@ def test_own_words_in_any_language():
     assert sorted(needles.answers) == sorted(pools.values)
     assert needles.keys.count(" und ") == 1 and all(key in needles.keys for key in pools.keys)
     assert needles.asked[0].startswith("Der Code für ") and needles.answers[0] in needles.asked[0]
-
-
-def drawn(name: str, pools: Pools):
-    return draw_needles(TASKS[name], ONE, pools, seeded_rng(0))
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: Wording("", "No value for {key}.", "{keys}?", "{keys}"), r"`needle` must hold \{key\} and \{value\}"),
-        (lambda: Wording("", "{key} {value}", "Which?", "{keys}"), r"`question` must hold \{keys\}"),
-        (lambda: Wording("", "{key} {value} {", "{keys}", "{keys}"), r"`needle` must hold"),
-        (lambda: Wording("", "{key} {value}", "{keys}", "{keys} {}"), r"`answer` must hold"),
-        (lambda: Pools(keys=["a", "b", "a"]), r"`keys` must differ, got 'a' twice"),
-        (lambda: Pools(values=["1234567", "1234567"]), r"got '1234567' in '1234567'"),
-        (lambda: Pools(values=["Red", "dark red"]), r"got 'Red' in 'dark red'"),
-        (lambda: Pools(values=[" "]), r"`values` must be texts, got ' '"),
-        (lambda: Pools(values=[1234567]), r"`values` must be texts, got 1234567"),
-        (lambda: NeedleTask("none", queries=0), r"`queries` must be a whole number of at least 1, got 0"),
-        (lambda: NeedleTask("less", distractors=-1), r"`distractors` must be a whole number of at least 0"),
-        (lambda: drawn("multi_key", Pools(keys=["a"])), r"`keys` must be at least 4"),
-        (lambda: drawn("multi_value", Pools(values=["a"])), r"`values` must be at least 4"),
-    ],
-)
-def test_what_cannot_be_asked(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 ONE_VALUE, TWO_VALUES, FOUR_VALUES = ("1234567",), ("1234567", "7654321"), ("1111111", "2222222", "3333333", "4444444")
@@ -128,7 +94,6 @@ ONE_VALUE, TWO_VALUES, FOUR_VALUES = ("1234567",), ("1234567", "7654321"), ("111
         (("art",), "party, artist; state of the art", 1, 1),
         (("art",), "artist", 0, 0),
         (("कि",), "की", 0, 0),
-        (("क",), "कि", 0, 0),
         (("a-b", "c d"), "A-B; c d", 1, 1),
         (("🍎",), "🍎🍎", 1, 1),
         (("1234567", "blue"), "1234567 blue", 1, 1),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
+from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.plan import FEWEST, MOST, announce, cells_to_refine, fit, plan_grid, seconds_per_token
 from hf_longalign.evaluation.prompt import Completion, Prompt
@@ -103,17 +104,16 @@ def test_what_is_still_to_be_asked_is_said_first(tmp_path, caplog):
     caplog.set_level("INFO", "hf_longalign")
     prompts = [Prompt("puzzles", "latest", n, "who " * n, ("x",), 8, chat=False, length=512) for n in range(4)]
     prompts.append(replace(prompts[0], task="latest, closed book", text="who who", length=None))
-    suite, who = (
-        PromptSuite("puzzles", prompts, score_puzzle),
-        [Examinee("base", "a", None), Examinee("adapter", "b", None)],
-    )
+    suite = PromptSuite("puzzles", prompts, score_puzzle)
+    who = [Examinee("base", "a", None), Examinee("adapter", "b", None)]
+    served, local = (Examined(None, tiny_tokenizer(), None, model, who) for model in (None, tiny_llama()))
     with ResultStore(tmp_path) as store, ResultStore(tmp_path) as other:
         store.add(who[0].key(prompts[0].key), {"text": "x"})
-        announce(None, tiny_tokenizer(), [suite], who, store)
-        announce(None, tiny_tokenizer(), [suite], who, other)
+        announce(served, [suite], store)
+        announce(served, [suite], other)
         store.add(f"speed/a/{platform.node()}", [0.01, 0.0, 0.0])
-        announce(tiny_llama(), tiny_tokenizer(), [suite], who, store)
-        announce(tiny_llama(), tiny_tokenizer(), [suite], who, store, 15.0)
+        announce(local, [suite], store)
+        announce(local, [suite], store, 15.0)
     tokens = 7 * 512 + 2 * len(tiny_tokenizer()("who who")["input_ids"])
     told = f"puzzles: 9 prompts of {tokens:,} tokens in all"
     minutes = 0.01 * tokens / 60

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hf_longalign.evaluation.haystack import noise
-from hf_longalign.evaluation.needles import score_needle
-from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.needles import needle_prompts, score_needle
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.report import render_report, write_report
 from hf_longalign.evaluation.results import suite_result
@@ -137,7 +136,7 @@ def test_the_folder_holds_numbers_text_and_pictures(tmp_path):
         "# Evaluation of user/adapter",
         "| base | `org/model` | abc | the base |",
         "| multi_key, by length | 128 | 256 |",
-        "![Accuracy by depth and length, mean of all tasks](needle_heatmap.png)",
+        "![Accuracy by depth and length](needle_heatmap.png)",
         "1 document, windows of 256 tokens.",
         "| base | 9.00 |  |",
         "| base | 1,000 | 400 | 80 | 2.0 | 500 |",

@@ -10,8 +10,9 @@ import time
 import pytest
 from tqdm import tqdm
 
-from hf_longalign.evaluation.prompt import Completion, GenerationStats, Prompt
+from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask, spent
+from hf_longalign.records.report import Speed
 
 
 PROMPTS = [
@@ -27,7 +28,7 @@ class Echo:
     """Answers with the prompt's own text and notes what it was asked; dies after so many answers."""
 
     def __init__(self, dies_after=None):
-        self.asked, self.dies_after, self.stats = [], dies_after, GenerationStats()
+        self.asked, self.dies_after, self.stats = [], dies_after, Speed()
 
     def generate(self, prompts):
         for prompt in reversed(prompts):

@@ -12,7 +12,7 @@ from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longalign.cli import main
-from hf_longalign.evaluation import evaluate, examined
+from hf_longalign.evaluation import evaluate, models
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt
@@ -116,7 +116,7 @@ def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypa
     for suite in ("short", "perplexity"):
         with pytest.raises(ValueError, match=f"`suites` must be what vLLM answers.*got '{suite}'"):
             SuiteOptions(suites=[suite], output_dir=str(tmp_path)).check(None, "vllm")
-    monkeypatch.setattr(examined, "PROCESSES", 2)
+    monkeypatch.setattr(models, "PROCESSES", 2)
     with pytest.raises(ValueError, match="`generator` vllm must run in one process, got 2"):
         evaluate(folder, generator="vllm", output_dir=str(tmp_path))
     monkeypatch.undo()

@@ -96,7 +96,7 @@ def test_re2_misses_nothing_that_re_finds():
 
 
 def places(files, machine=MACHINE):
-    return [(found.file, found.where, found.find.kind) for found in scan(files, machine)]
+    return [(file, where, find.kind) for file, where, find in scan(files, machine)]
 
 
 def test_every_kind_of_file_names_the_place(tmp_path):

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from hf_longalign.evaluation.haystack import noise, read_texts, sentences_of
-from hf_longalign.evaluation.needles import ONE, SEVERAL, TASKS, NeedleTask, Pools, Wording
-from hf_longalign.evaluation.placement import needle_prompts
+from hf_longalign.evaluation.needles import ONE, SEVERAL, TASKS, NeedleTask, Pools, Wording, needle_prompts
 from hf_longalign.evaluation.prompt import Prompt, token_counter
 
 
@@ -244,7 +243,6 @@ def test_a_cut_sentence_is_marked():
         ({"max_new_tokens": 690}, r"of the answer 690\), got 700"),
         ({"haystack": []}, "`haystack` must hold at least one sentence"),
         ({"haystack": ["\n", ""]}, "`haystack` must hold at least one sentence"),
-        ({"tasks": ["multi_key"], "pools": Pools(values=["a", "b"])}, "`values` must be at least 4"),
     ],
 )
 def test_what_cannot_be_built_is_told_at_once(changes, message):
