@@ -22,6 +22,8 @@ UNSPACED = _NO_BLANKS + "\u1100-\u11ff\uac00-\ud7af"
 _NO_BLANKS_CHARACTER = re.compile(f"[{_NO_BLANKS}]")
 # Vowel signs and tones of Indic and Southeast Asian scripts. Python's \w leaves them out, and words would fall apart.
 _SIGNS = "".join(chr(code) for code in range(0x0900, 0x1900) if unicodedata.category(chr(code))[0] == "M")
+# A character that makes a longer word of one beside it.
+_IN_WORD = rf"(?:[^\W_{UNSPACED}]|[{_SIGNS}])"
 _CHARACTER = re.compile(f"[{UNSPACED}][{_SIGNS}]*")
 # Accents that a comparison ignores: Latin, Greek and Cyrillic ones, Hebrew points, Arabic vowels.
 _ACCENTS = re.compile(
@@ -112,6 +114,26 @@ def holds(text: str, phrase: str) -> bool:
     """
     # With a blank at each end, so that words at the ends of the text are found, and parts of words nowhere.
     return f" {phrase} " in f" {text} "
+
+
+def fold(text: str) -> str:
+    """One form for case, composed characters, and the digits of any script."""
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).strip()
+    return folded if folded.isascii() else re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), folded)
+
+
+def whole_word(value: str) -> str:
+    """Return a pattern that finds a folded value as a whole word or number in a folded text.
+
+    >>> [bool(re.search(whole_word("art"), text)) for text in ("state of the art", "party")]
+    [True, False]
+    """
+    # Where words stand side by side without a blank, and beside signs, every place is an edge: `(?!)` matches nothing.
+    before, after = (
+        r"\d" if edge.isdecimal() else _IN_WORD if re.match(_IN_WORD, edge) else "(?!)"
+        for edge in (value[0], value[-1])
+    )
+    return f"(?<!{before}){re.escape(value)}(?!{after})"
 
 
 def content_words(text: str) -> set[str]:

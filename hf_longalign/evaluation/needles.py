@@ -7,18 +7,19 @@ values of some keys.
 import hashlib
 import json
 import re
-import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from itertools import permutations
+from string import Formatter
 
 import numpy as np
 
 from hf_longalign.evaluation.haystack import PARAGRAPH, sentences_of, split_units
 from hf_longalign.evaluation.prompt import Prompt, other_ways
-from hf_longalign.text import UNSPACED
+from hf_longalign.text import fold, whole_word
 
 
 _ADJECTIVES = """
@@ -39,7 +40,6 @@ velvet violin walnut willow window
 """.split()  # noqa: SIM905
 _GROUPED = re.compile(r"(?<!\d)\d{1,3}(?:[,.'’_ \u00a0\u2009\u202f]\d{3})+(?!\d)")
 _DIGITS = re.compile(r"\d+")
-_UNSPACED = re.compile(f"[{UNSPACED}]")
 # A long prompt may be this much shorter than asked for: it saves counting it again for one more word.
 _SLACK = 0.0025
 
@@ -52,6 +52,12 @@ class NeedleTask:
     queries: int = 1  # keys asked for
     values: int = 1  # values of each key, a needle each
     distractors: int = 0  # needles of other keys
+
+    def __post_init__(self) -> None:
+        for name, least in (("queries", 1), ("values", 1), ("distractors", 0)):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {number!r}. Set more.")
 
     @property
     def expected(self) -> int:
@@ -80,6 +86,16 @@ class Wording:
     answer: str  # with `{keys}`; without a chat template the model goes on from here
     conjunction: str = ", and "  # before the last of several keys
 
+    def __post_init__(self) -> None:
+        for name, fields in (("needle", {"key", "value"}), ("question", {"keys"}), ("answer", {"keys"})):
+            text = getattr(self, name)
+            # A brace too many would fail in the middle of a grid, or silently print a key's name.
+            with suppress(ValueError):
+                if {part for _, part, _, _ in Formatter().parse(text) if part is not None} == fields:
+                    continue
+            wanted = " and ".join(f"{{{part}}}" for part in sorted(fields))
+            raise ValueError(f"`{name}` must hold {wanted} and nothing else in braces, got {text!r}. Correct it.")
+
     def join(self, keys: Sequence[str]) -> str:
         """Return the keys as the question lists them: "a, b, and c"."""
         return ", ".join(keys[:-1]) + self.conjunction + keys[-1] if len(keys) > 1 else keys[0]
@@ -102,11 +118,43 @@ SEVERAL = Wording(
 )
 
 
-class Pools(NamedTuple):
-    """What keys and values are drawn from, without replacement; empty: adjective-noun pairs, seven-digit numbers."""
+def overlap(values: Sequence[str]) -> tuple[str, str] | None:
+    """Return a value that another one, also returned, names; `None` where each can be told from the others.
+
+    >>> overlap(["red", "dark blue", "Dark Red"])
+    ('red', 'Dark Red')
+    """
+    folded = list(map(fold, values))
+    pairs = ((one, other) for one, other in permutations(range(len(values)), 2) if folded[one] in folded[other])
+    found = next((pair for pair in pairs if re.search(whole_word(folded[pair[0]]), folded[pair[1]])), None)
+    return None if found is None else (values[found[0]], values[found[1]])
+
+
+@dataclass(frozen=True)
+class Pools:
+    """What keys and values are drawn from, without replacement; empty: adjective-noun pairs, seven-digit numbers.
+
+    >>> Pools(values=("red", "dark red"))
+    Traceback (most recent call last):
+    ValueError: `values` must not be part of one another, got 'red' in 'dark red'. Take one of them away.
+    """
 
     keys: Sequence[str] = ()
-    values: Sequence[str] = ()  # none part of another one
+    values: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("keys", "values"):
+            for text in getattr(self, name):
+                if not isinstance(text, str) or not text.strip():
+                    raise ValueError(f"`{name}` must be texts, got {text!r}. Take it away.")
+        if len(set(self.keys)) < len(self.keys):
+            double = next(key for key in self.keys if list(self.keys).count(key) > 1)
+            raise ValueError(f"`keys` must differ, got {double!r} twice. Take one away.")
+        pair = overlap(self.values)
+        if pair is not None:
+            raise ValueError(
+                f"`values` must not be part of one another, got {pair[0]!r} in {pair[1]!r}. Take one of them away."
+            )
 
 
 @dataclass(frozen=True)
@@ -132,16 +180,19 @@ def draw_needles(task: NeedleTask, wording: Wording, pools: Pools, rng: np.rando
     ('One of the special magic numbers for tiny-oboe is: 8601218.',)
     """
 
-    def draw(pool: Sequence[str], most: int, number: int) -> list[int]:
-        return rng.choice(len(pool) or most, number, replace=False).tolist()
+    def draw(name: str, most: int, number: int) -> list[int]:
+        most = len(getattr(pools, name)) or most
+        if number > most:
+            raise ValueError(f"`{name}` must be at least {number} for {task.name!r}, got {most}. Give more.")
+        return rng.choice(most, number, replace=False).tolist()
 
     pairs, numbers = len(_ADJECTIVES) * len(_NOUNS), 9_000_000
-    chosen = draw(pools.keys, pairs, task.queries + task.distractors)
+    chosen = draw("keys", pairs, task.queries + task.distractors)
     keys = [
         pools.keys[index] if pools.keys else f"{_ADJECTIVES[index // len(_NOUNS)]}-{_NOUNS[index % len(_NOUNS)]}"
         for index in chosen
     ]
-    chosen = draw(pools.values, numbers, task.expected + task.distractors)
+    chosen = draw("values", numbers, task.expected + task.distractors)
     # All of seven digits, none of which can stand in another.
     values = [pools.values[index] if pools.values else str(1_000_000 + index) for index in chosen]
     owners = [key for key in keys[: task.queries] for _ in range(task.values)] + keys[task.queries :]
@@ -166,7 +217,7 @@ def needle_prompts(
     chat: bool = True,
     max_new_tokens: int = 128,
     wording: Wording | None = None,
-    pools: Pools = Pools(),  # noqa: B008
+    pools: Pools = Pools(),
     diagnose_at: int | None = None,
 ) -> Iterator[Prompt]:
     """Return the prompts of a grid of lengths and depths, task by task, those that share a haystack together.
@@ -378,7 +429,7 @@ def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
     {'exact_match': 0.0, 'recall': 0.5}
     """
     # Case does not count, nor how a character is composed or in which script digits are.
-    expected = {_fold(value) for value in prompt.answers}
+    expected = {fold(value) for value in prompt.answers}
     numbers = {value for value in expected if value.isascii() and value.isdigit()}
     lengths = {len(value) for value in numbers}
 
@@ -387,24 +438,8 @@ def score_needle(prompt: Prompt, answer: str) -> dict[str, float]:
         digits = "".join(_DIGITS.findall(match[0]))
         return digits if len(digits) in lengths else match[0]
 
-    text = _GROUPED.sub(ungrouped, _fold(answer))
-    found = {value for value in expected if re.search(_whole(value), text)}
+    text = _GROUPED.sub(ungrouped, fold(answer))
+    found = {value for value in expected if re.search(whole_word(value), text)}
     # Listing every number of the text is no answer. Of values that are no numbers a wrong one cannot be told.
     wrong = {number for number in _DIGITS.findall(text) if len(number) in lengths} - numbers
     return {"exact_match": float(found == expected and not wrong), "recall": len(found) / len(expected)}
-
-
-def _whole(value: str) -> str:
-    """A pattern of a folded value as a whole word or number."""
-    # Where words stand side by side without a blank, and beside signs, every place is an edge: `(?!)` matches nothing.
-    before, after = (
-        r"\d" if edge.isdecimal() else rf"[^\W_{UNSPACED}]" if edge.isalnum() and not _UNSPACED.match(edge) else "(?!)"
-        for edge in (value[0], value[-1])
-    )
-    return f"(?<!{before}){re.escape(value)}(?!{after})"
-
-
-def _fold(text: str) -> str:
-    """One form for case, composed characters, and the digits of any script."""
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).strip()
-    return folded if folded.isascii() else re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), folded)

@@ -48,6 +48,33 @@ def test_own_words_in_any_language():
     assert needles.asked[0].startswith("Der Code für ") and needles.answers[0] in needles.asked[0]
 
 
+def drawn(name: str, pools: Pools):
+    return draw_needles(TASKS[name], ONE, pools, seeded_rng(0))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Wording("", "No value for {key}.", "{keys}?", "{keys}"), r"`needle` must hold \{key\} and \{value\}"),
+        (lambda: Wording("", "{key} {value}", "Which?", "{keys}"), r"`question` must hold \{keys\}"),
+        (lambda: Wording("", "{key} {value} {", "{keys}", "{keys}"), r"`needle` must hold"),
+        (lambda: Wording("", "{key} {value}", "{keys}", "{keys} {}"), r"`answer` must hold"),
+        (lambda: Pools(keys=["a", "b", "a"]), r"`keys` must differ, got 'a' twice"),
+        (lambda: Pools(values=["1234567", "1234567"]), r"got '1234567' in '1234567'"),
+        (lambda: Pools(values=["Red", "dark red"]), r"got 'Red' in 'dark red'"),
+        (lambda: Pools(values=[" "]), r"`values` must be texts, got ' '"),
+        (lambda: Pools(values=[1234567]), r"`values` must be texts, got 1234567"),
+        (lambda: NeedleTask("none", queries=0), r"`queries` must be a whole number of at least 1, got 0"),
+        (lambda: NeedleTask("less", distractors=-1), r"`distractors` must be a whole number of at least 0"),
+        (lambda: drawn("multi_key", Pools(keys=["a"])), r"`keys` must be at least 4"),
+        (lambda: drawn("multi_value", Pools(values=["a"])), r"`values` must be at least 4"),
+    ],
+)
+def test_what_cannot_be_asked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 ONE_VALUE, TWO_VALUES, FOUR_VALUES = ("1234567",), ("1234567", "7654321"), ("1111111", "2222222", "3333333", "4444444")
 
 
@@ -94,6 +121,7 @@ ONE_VALUE, TWO_VALUES, FOUR_VALUES = ("1234567",), ("1234567", "7654321"), ("111
         (("art",), "party, artist; state of the art", 1, 1),
         (("art",), "artist", 0, 0),
         (("कि",), "की", 0, 0),
+        (("क",), "कि", 0, 0),
         (("a-b", "c d"), "A-B; c d", 1, 1),
         (("🍎",), "🍎🍎", 1, 1),
         (("1234567", "blue"), "1234567 blue", 1, 1),
