@@ -20,7 +20,7 @@ JOINS = {"__init__", "__main__", "cli", "commands"}
 # Standard library and NumPy alone, and through `require` an extra; cards also use what the Hub's own client uses.
 PURE = {
     *("positions", "blocks", "records"),
-    "synthesis/prompts",
+    *("synthesis/prompts", "synthesis/compose"),
     *("evaluation/prompt", "evaluation/needles", "evaluation/intervals"),
     *("evaluation/results", "evaluation/longbench_metrics", "evaluation/ruler"),
 }
