@@ -174,7 +174,13 @@ def main():
             ]
             print(*rows[-len(texts) :], sep="\n", flush=True)
     frame = pd.DataFrame(rows)
-    found = {"texts": args.texts, "rows": rows, "spearman": agreement(frame), "versions": versions()}
+    told = ("strategies", "steps", "checkpoints", "rope_type", "target_length", "dtype", "texts")
+    found = {
+        "settings": {name: getattr(args, name) for name in told},
+        "rows": rows,
+        "spearman": agreement(frame),
+        "versions": versions(),
+    }
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     for strategy, own in groupby(found["spearman"], key=lambda one: one["strategy"]):
         print(strategy, *own)
