@@ -243,6 +243,7 @@ def test_a_cut_sentence_is_marked():
         ({"max_new_tokens": 690}, r"of the answer 690\), got 700"),
         ({"haystack": []}, "`haystack` must hold at least one sentence"),
         ({"haystack": ["\n", ""]}, "`haystack` must hold at least one sentence"),
+        ({"tasks": ["multi_key"], "pools": Pools(values=["a", "b"])}, "`values` must be at least 4"),
     ],
 )
 def test_what_cannot_be_built_is_told_at_once(changes, message):
