@@ -20,11 +20,11 @@ from hf_longalign.options import option
 from hf_longalign.synthesis.budget import Budget, Spend
 from hf_longalign.synthesis.config import SynthesisOptions, json_object
 from hf_longalign.synthesis.seeds import Seed
-from hf_longalign.synthesis.writer import Plan, score_closed_book, score_open_book, write_context, write_pair
 
 
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder
+    from hf_longalign.synthesis.writer import Plan
 
 
 DESCRIPTION = """Turn short instruction-answer pairs into long-context chat data.
@@ -271,7 +271,7 @@ def _words(number: float) -> str:
 class Rehearsal:
     """Notes what is asked for a seed, and answers in the words that were asked for, as if all were good at once."""
 
-    def __init__(self, plan: Plan, options: SynthesisOptions, *, writes: bool) -> None:
+    def __init__(self, plan: "Plan", options: SynthesisOptions, *, writes: bool) -> None:
         # No checks, and no judge: what one is asked is not known before there are replies.
         self.plan = replace(plan, rules=replace(plan.rules, checks=()), judge=None)
         self.options = options
@@ -304,6 +304,9 @@ class Rehearsal:
         return self.asked
 
     async def _rehearse(self, seed: Seed) -> None:
+        # Not above: it imports `datasets`, and a wrong option is refused without.
+        from hf_longalign.synthesis.writer import score_closed_book, score_open_book, write_context, write_pair
+
         options, plan, context = self.options, self.plan, seed.context or ""
         blind = options.difficulty == "closed_book"
         if blind:
