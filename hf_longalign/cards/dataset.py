@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData
 
 from hf_longalign.cards.page import REPOSITORY, check_license, render
-from hf_longalign.records.training import DataRecord
+from hf_longalign.records.data import DataRecord
 
 
 TITLE = "Long-context instruction data"

@@ -223,7 +223,8 @@ def run(
 
     from hf_longalign.synthesis.builder import ContextSynthesisBuilder
     from hf_longalign.synthesis.export import check_output
-    from hf_longalign.synthesis.shards import fill_shard, join_team
+    from hf_longalign.synthesis.shards import fill_shard
+    from hf_longalign.synthesis.team import join_team
 
     # On a machine without an accelerator, several processes know of each other only if told that they are on CPUs.
     state = PartialState(cpu=not torch.accelerator.is_available())

@@ -14,7 +14,7 @@ from datasets import Dataset
 from hf_longalign.cards import dataset_card
 from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.plots import plot_lengths
-from hf_longalign.records.training import Cost, DataRecord, DataSource
+from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.disk import whole

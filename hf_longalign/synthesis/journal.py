@@ -108,10 +108,8 @@ class Journal:
                 "another program has opened it after a kill. Every other reply is there.",
                 self.path.name,
             )
+        self._others = {other: _finished(other) for other in others}
         self._connection = self._connect()
-        # "immutable" leaves out sqlite's locks and log, which a network's disk may lack and a finished file needs not.
-        sources = (f"{other.absolute().as_uri()}?immutable=1" for other in others)
-        self._others = [sqlite3.connect(source, uri=True, check_same_thread=False) for source in sources]
         self._closing = threading.Event()
         # A daemon: a process that ends in an error must not be kept alive by it.
         self._keeper = threading.Thread(target=self._keep_up, name="journal", daemon=True)
@@ -121,8 +119,11 @@ class Journal:
         """The reply to `key`, or None."""
         with self._locked() as connection:
             found = _reply(connection, key)
-            for other in self._others if found is None else ():
-                row = other.execute("SELECT * FROM replies WHERE key = ?", (key,)).fetchone()
+            for path, other in self._others.items() if found is None else ():
+                try:
+                    row = other.execute("SELECT * FROM replies WHERE key = ?", (key,)).fetchone()
+                except sqlite3.Error as error:
+                    raise _unreadable(path, error) from None
                 if row is not None:  # with its time, by which `merge` knows a copy from a second payment
                     with self._in_one(connection):
                         connection.execute(_PUT, row)
@@ -269,7 +270,7 @@ class Journal:
             # none beside it was copied without. Others who still use the journal are not waited for.
             self._connection.execute("PRAGMA busy_timeout = 0")
             self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()
-        for connection in (self._connection, *self._others):
+        for connection in (self._connection, *self._others.values()):
             connection.close()
 
     def __enter__(self) -> "Journal":
@@ -357,6 +358,23 @@ class Journal:
 
     def _failure(self, error: Exception) -> JournalError:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")
+
+
+def _finished(path: Path) -> sqlite3.Connection:
+    # "immutable" leaves out sqlite's locks and log, which a network's disk may lack and a finished file needs not.
+    # Read only, or one that has gone meanwhile would be made anew, empty, and taken for finished.
+    source = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        return sqlite3.connect(source, uri=True, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> JournalError:
+    return JournalError(
+        f"The finished journal `{path.name}` cannot be read: {error}. Delete it, and its replies are asked for again, "
+        "or bring back the whole file."
+    )
 
 
 def _reply(connection: sqlite3.Connection, key: str) -> Reply | None:

@@ -25,6 +25,7 @@ from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, draw_chunks, read_seeds
 from hf_longalign.synthesis.selection import Contamination, Duplicates, answer_losses, choose_seeds
 from hf_longalign.synthesis.tasks import find_task, prompt_parts
+from hf_longalign.synthesis.team import Team
 from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
 from hf_longalign.synthesis.writer import (
     Ask,
@@ -41,7 +42,6 @@ from hf_longalign.synthesis.writer import (
 
 if TYPE_CHECKING:
     from hf_longalign.synthesis.builder import ContextSynthesisConfig
-    from hf_longalign.synthesis.shards import Team
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Pipeline:
     journal: Path
     budget: Budget | None = None
     show_progress: bool | None = None
-    team: "Team | None" = None
+    team: Team | None = None
     shard: tuple[int, int] = (0, 1)
     others: tuple[Path, ...] = ()
     _checked: bool = field(default=False, init=False)

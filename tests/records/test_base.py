@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hf_longalign.records import DataRecord, Report, TrainingRecord
 from hf_longalign.records.base import dumps
+from hf_longalign.records.data import Cost
 from hf_longalign.records.report import Difference, Grid, Score
-from hf_longalign.records.training import Cost, HubSource, PositionsRecord, RopeRecord
+from hf_longalign.records.training import HubSource, PositionsRecord, RopeRecord
 
 
 # Lone surrogates are no text that a file could hold, see `hf_longalign.text`.

@@ -9,7 +9,8 @@ import pytest
 from hf_longalign.endpoint.protocol import RunStopped, ignore
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.shards import Team, fill_shard, merge_shards, run_shard
+from hf_longalign.synthesis.shards import fill_shard, merge_shards, run_shard
+from hf_longalign.synthesis.team import Team
 
 from .fakes import FakeGenerator, make_pairs
 
@@ -55,6 +56,20 @@ def test_shards_of_any_count_give_the_rows_of_one_run(tmp_path, one_run, counts)
     silent = FakeGenerator(stop_after=0)
     assert rows_of(options_of(tmp_path / "last", silent), journal) == rows
     assert silent.asked == []
+
+
+def test_a_finished_shard_that_cannot_be_read_is_named_and_one_that_has_gone_is_not_made(tmp_path):
+    generator, shared = FakeGenerator(), tmp_path / "shared"
+    run_shard(options_of(tmp_path / "one", generator), shared, 0, 2)
+    (shared / "shard-0-of-2.sqlite").write_bytes(b"torn" * 1000)
+    with pytest.raises(RunStopped, match=r"`shard-0-of-2\.sqlite` cannot be read: .* Delete it, and its replies are"):
+        run_shard(options_of(tmp_path / "two", generator), shared, 0, 3)
+    (shared / "shard-0-of-2.sqlite").unlink()
+    run_shard(options_of(tmp_path / "two", generator), shared, 0, 3)
+    gone = shared / "shard-1-of-2.sqlite"
+    with pytest.raises(RunStopped, match=r"`shard-1-of-2\.sqlite` cannot be read: unable to open"):
+        Journal(tmp_path / "own.sqlite", [gone])
+    assert not gone.exists()
 
 
 def test_a_finished_shard_is_skipped_and_a_half_one_goes_on_here_and_elsewhere(tmp_path):

@@ -12,7 +12,7 @@ from fake_endpoint import FakeEndpoint
 from hf_longalign.endpoint.client import OpenAIGenerator
 from hf_longalign.synthesis.builder import ContextSynthesisBuilder
 from hf_longalign.synthesis.disk import read_table
-from hf_longalign.synthesis.shards import Team
+from hf_longalign.synthesis.team import Team
 
 from .fakes import FakeGenerator, make_pairs
 
@@ -117,7 +117,7 @@ def test_the_folder_of_a_killed_team_is_removed_by_the_next(tmp_path, folder):
 
 
 def test_processes_without_a_common_disk_are_refused_before_anything_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_longalign.synthesis.shards.MEET_SECONDS", 0.5)
+    monkeypatch.setattr("hf_longalign.synthesis.team.MEET_SECONDS", 0.5)
     generators = [FakeGenerator(), FakeGenerator()]
 
     def run(rank):
