@@ -316,9 +316,11 @@ def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
 def settings(options: StudyOptions) -> dict[str, Any]:
     """Return what a reader must know to do the same again; of folders only the last part of their path."""
     told = {name: value for name, value in asdict(options).items() if value is not None}
-    for name in ("output_dir", "minutes", "base_name", "models_kept", "batch_tokens"):
+    hidden = ["output_dir", "minutes", "base_name", "models_kept", "batch_tokens", "writer_endpoints"]
+    hidden += [] if set(options.arms) & set(WRITTEN) else ["writer", "context_words"]
+    for name in hidden:
         told.pop(name, None)
-    for name in ("model", "seeds", "perplexity_texts"):
+    for name in ("model", "seeds", "perplexity_texts", "writer"):
         if Path(told.get(name, "")).is_dir() and name in told:
             told[name] = Path(told[name]).resolve().name
     told["model"] = options.base_name or told["model"]

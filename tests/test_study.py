@@ -31,13 +31,14 @@ CELLS = ["1536:2", "3072:1"]
 def recipes():
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
+        import study
         import study_arms
         import study_data
         import study_report
         import study_rows
     finally:
         sys.path.remove(str(ROOT / "recipes"))
-    return SimpleNamespace(arms=study_arms, data=study_data, rows=study_rows, report=study_report)
+    return SimpleNamespace(study=study, arms=study_arms, data=study_data, rows=study_rows, report=study_report)
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,14 @@ def test_every_config_of_a_study_is_one(recipes):
     for path in configs:
         (options,) = TrlParser([recipes.arms.StudyOptions]).parse_args_and_config(["--config", str(path)])
         assert set(options.arms) <= set(recipes.arms.ARMS) and options.grid
+
+
+def test_a_report_tells_who_wrote_rows_where_rows_were_written_and_no_address(recipes, tmp_path):
+    given = {"writer": str(tmp_path), "writer_endpoints": ["http://10.0.0.7:8000/v1"]}
+    for arms, told in ((["general", "contexts_5"], {"writer": tmp_path.name, "context_words": 300}), (["pose"], {})):
+        found = recipes.study.settings(recipes.arms.StudyOptions(arms=arms, **given))
+        assert {name: found.get(name) for name in ("writer", "context_words") if name in found} == told
+        assert "10.0.0.7" not in json.dumps(found)
 
 
 def naive_difference(scores, reference, arm, tasks, length):

@@ -89,6 +89,13 @@ def test_half_precision_is_summed_in_float32():
     assert found.sums.sum() / found.counts.sum() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_positions_without_tokens_have_no_perplexity():
+    found = perplexity_by_position(tiny_model("llama"), [document(10)], window=40, stride=40)
+    empty = found.counts == 0
+    assert found.counts.sum() == 9 and empty.any()
+    assert np.isnan(found.perplexity[empty]).all() and (found.perplexity[~empty] > 1).all()
+
+
 def test_any_documents_in_any_number_are_read():
     model = tiny_model("llama")
     empty = perplexity_by_position(model, [[], [5]], window=16, stride=8)
