@@ -68,9 +68,9 @@ def build_model(device: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device, config.dtype).eval()
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: int = WORDS) -> PreTrainedTokenizerFast:
     """Words are numbers, one token each."""
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(WORDS)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(vocabulary)}, unk_token="0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words)
 

@@ -10,16 +10,20 @@ import memory_formula
 import numpy as np
 import torch
 import transformers
+from generation import NEW_TOKENS, answer_naively, build_tokenizer, measured
 from gpu_models import SEED, Step, build, collate, documents, free, run, synchronize, timed
 from memory_formula import Shape
 
 from hf_longalign import SkipPositionDataCollator
 from hf_longalign.attention import ATTENTION_NAME, mark_boundaries, register_attention
+from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.prompt import Prompt
 
 
 TINY = Shape("tiny", 2, 128, 4, 2, 32, 256, 512)
-LLAMA, QWEN = (
-    next(shape for shape in memory_formula.SHAPES if shape.name == name) for name in ("Llama-3-8B", "Qwen2.5-7B")
+LLAMA, QWEN, SMALLER = (
+    next(shape for shape in memory_formula.SHAPES if shape.name == name)
+    for name in ("Llama-3-8B", "Qwen2.5-7B", "Qwen3-4B")
 )
 # Dense bf16 FLOP/s by the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -186,6 +190,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
 
+def card_gib() -> float:
+    """Return the memory of the GPU."""
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
+
+
 def compiling(place: Place, could_not: list[str]) -> list[dict]:
     """Measure what `torch.compile` gains, and how often it compiled after the third step."""
     device = place.device
@@ -226,15 +235,18 @@ def compiling(place: Place, could_not: list[str]) -> list[dict]:
 def span(place: Place, could_not: list[str]) -> list[dict]:
     """Time a sample that spans 128k positions: by 4k real tokens with skips, and by 128k real tokens."""
     device = place.device
-    results, shape = [], LLAMA if place.large else TINY
+    results, shape = [], TINY
     short, long = (4096, 131_072) if place.large else (256, 8192)
+    if place.large:
+        fits = [shape for shape in (LLAMA, SMALLER) if memory_formula.longest_row(shape, card_gib()) >= long]
+        shape = fits[0] if fits else SMALLER
     for tokens in (short, long):
 
         def measure(tokens: int = tokens) -> dict:
             step = Step(shape, device, tokens, ours=True, skipped=True, count=1)
             positions = 131_072 if tokens == short else tokens
             return {"model": shape.name, "real_tokens": step.tokens, "positions": positions,
-                    "seconds_per_sample": round(timed(step, *(3, 2) if tokens == short else (1, 1)), 4)}  # fmt: skip
+                    "seconds_per_sample": round(timed(step, *(3, 2) if tokens == short else (1, 0)), 4)}  # fmt: skip
 
         results += attempt(f"{tokens} real tokens", could_not, measure)
         free(device)
@@ -281,8 +293,7 @@ def memory(place: Place, could_not: list[str]) -> list[dict]:
     if not place.large:
         could_not.append("memory: the whole of a step and the longest row need a GPU and its sizes")
         return results
-    card = torch.cuda.get_device_properties(0).total_memory / 2**30
-    for tokens in (8192, 32_768, int(memory_formula.longest_row(LLAMA, card) * 0.95) // 1024 * 1024):
+    for tokens in (8192, 32_768, int(memory_formula.longest_row(LLAMA, card_gib()) * 0.95) // 1024 * 1024):
 
         def measure(tokens: int = tokens) -> dict:
             step = Step(LLAMA, device, tokens, ours=True, skipped=True, count=max(1, tokens // 4096))
@@ -298,23 +309,28 @@ def memory(place: Place, could_not: list[str]) -> list[dict]:
 
 
 def evaluation(place: Place, could_not: list[str]) -> list[dict]:
-    """Measure answering one question over longer and longer prompts: seconds and memory."""
-    device = place.device
+    """Measure two questions about one text, longer and longer, as the suites ask them and by plain `generate`."""
     results, shape = [], LLAMA if place.large else TINY
-    model = build(shape, device, "sdpa", torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    dtype = torch.bfloat16 if place.device == "cuda" else torch.float32
+    model, tokenizer = build(shape, place.device, "sdpa", dtype).eval(), build_tokenizer(shape.vocabulary)
+    rng = np.random.default_rng(SEED)
     for length in (8192, 32_768, 131_072) if place.large else (256, 1024):
 
         def measure(length: int = length) -> dict:
-            free(device)
-            prompt = torch.randint(3, shape.vocabulary, (1, length), device=device)
-            synchronize(device)
-            start = time.perf_counter()
-            with torch.no_grad():
-                model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False)
-            synchronize(device)
-            peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-            return {"model": shape.name, "prompt": length, "seconds": round(time.perf_counter() - start, 2),
-                    "peak_gib": None if peak is None else round(peak, 2)}  # fmt: skip
+            words = [str(word) for word in rng.integers(3, shape.vocabulary, length - NEW_TOKENS)]
+            prompts = [
+                Prompt("needle", "single", number, " ".join([*words, str(3 + number)]), ("",), NEW_TOKENS, chat=False)
+                for number in range(2)
+            ]
+            answer_naively(model, tokenizer, prompts[:1])  # warm-up
+            _, naive, naive_peak = measured(lambda: answer_naively(model, tokenizer, prompts))
+            generator = LocalGenerator(model, tokenizer)
+            _, own, own_peak = measured(lambda: list(generator.generate(prompts)))
+            return {"model": shape.name, "prompt": length, "questions": len(prompts), "seconds": round(own, 2),
+                    "generate_seconds": round(naive, 2), "times_faster": round(naive / own, 2),
+                    "peak_gib": round(own_peak / 2**30, 2),
+                    "generate_peak_gib": round(naive_peak / 2**30, 2)}  # fmt: skip
 
         results += attempt(f"a prompt of {length}", could_not, measure)
+        free(place.device)
     return results

@@ -346,6 +346,8 @@ def work(units: list[Unit], folder: Path, minutes: float | None = None) -> bool:
                 part = unit.result.with_suffix(".part")
                 part.write_text(json.dumps(unit.run()), encoding="utf-8")
                 os.replace(part, unit.result)
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()  # what training held, other processes on this GPU ask for
                 logger.info("%s", "/".join(unit.result.parts[-3:]))
             claims.release([name])
             break

@@ -42,6 +42,7 @@ def test_weights_are_as_many_as_the_models_have(name, millions):
 
 
 def test_layers_keep_what_the_formula_says():
+    load("generation")
     load("gpu_models")
     parts = load("gpu_parts")
     for sizes in [(64, 4, 2, 16, 128), (192, 6, 3, 32, 64), (96, 3, 1, 64, 320)]:
