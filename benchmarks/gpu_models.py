@@ -79,9 +79,14 @@ def run(model: Any, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 class Step:
-    """A trainer with one packed batch, ready to be stepped."""
+    """A trainer with one packed batch, ready to be stepped.
 
-    def __init__(self, shape: Shape, device: str, length: int, *, ours: bool, skipped: bool, **options: Any) -> None:
+    With `recomputed`, layers keep only their input for the backward pass, as `gradient_checkpointing` has it.
+    """
+
+    def __init__(
+        self, shape: Shape, device: str, length: int, *, ours: bool, skipped: bool, recomputed: bool, **options: Any
+    ) -> None:
         from datasets import Dataset
         from tokenizers import Tokenizer, models
         from trl import SFTConfig, SFTTrainer
@@ -94,8 +99,8 @@ class Step:
         count = options.pop("count", 8)
         given = {
             "output_dir": tempfile.mkdtemp(), "packing": True, "max_length": length, "per_device_train_batch_size": 1,
-            "bf16": device == "cuda", "use_cpu": device == "cpu", "gradient_checkpointing": True, "report_to": "none",
-            "disable_tqdm": True, "max_steps": 1, **options,
+            "bf16": device == "cuda", "use_cpu": device == "cpu", "gradient_checkpointing": recomputed,
+            "report_to": "none", "disable_tqdm": True, "max_steps": 1, **options,
         }  # fmt: skip
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
@@ -111,7 +116,10 @@ class Step:
             train_dataset=Dataset.from_list(documents(count, length // count, shape.vocabulary, uneven=False)),
             processing_class=tokenizer,
         )
-        self.trainer.current_gradient_accumulation_steps = 1  # `train()` sets it
+        # What `train()` would do.
+        self.trainer.current_gradient_accumulation_steps = 1
+        if recomputed:
+            self.trainer.model.activation_checkpointing_enable()
         self.device, self.model = device, self.trainer.model.to(device).train()
         self.optimizer = torch.optim.AdamW((w for w in self.model.parameters() if w.requires_grad), lr=1e-4)
         self.batch = next(iter(self.trainer.get_train_dataloader()))

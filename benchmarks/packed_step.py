@@ -88,7 +88,7 @@ class Step:
             "per_device_train_batch_size": 1,
             "bf16": device == "cuda",
             "use_cpu": device == "cpu",
-            "gradient_checkpointing": device == "cuda",
+            "gradient_checkpointing": False,
             "report_to": "none",
             "disable_tqdm": True,
             "max_steps": 1,

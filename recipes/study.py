@@ -97,6 +97,10 @@ class Study:
         self.pairs = split_pairs(pairs, self.count, rows=options.rows, gold_tokens=options.gold_tokens)
         sizes = ", ".join(f"{len(own)} {name}" for name, own in self.pairs.items())
         logger.info("%d usable pairs: %s.", len(pairs), sizes)
+        shortest = min(options.grid)[0]
+        for length, text in options.grid:
+            if length == shortest:
+                self.prompts(length, text)  # one without room is refused before anything is trained
 
     def count(self, text: str) -> int:
         """Return the tokens a model is given for a text, chat template included."""
@@ -269,9 +273,19 @@ class Study:
         start = time.perf_counter()
         if cell is None:
             return {"losses": self.losses(model), "seconds": round(time.perf_counter() - start, 1)}
-        length, text = cell
+        options, prompts = self.options, self.prompts(*cell)
+        generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(options.batch_tokens, 4 * cell[0]))
+        examinee = Examinee(arm, f"{arm}-{seed}", generator)
+        with ResultStore(self.arm_folder(arm, seed) / options.split / "answers") as store:
+            ask(examinee, prompts, store, progress=False)
+            found = answers(examinee, prompts, store)
+        scored = [as_json(prompt, answer.text) for prompt, answer in zip(prompts, found, strict=True)]
+        return {"scores": scored, "seconds": round(time.perf_counter() - start, 1), **asdict(generator.stats)}
+
+    def prompts(self, length: int, text: int) -> list[Prompt]:
+        """Return what is asked about a text."""
         options = self.options
-        prompts = questions(
+        return questions(
             self.asked,
             self.count,
             length=length,
@@ -281,13 +295,6 @@ class Study:
             keys_at_once=options.keys_at_once,
             most_golds=options.most_golds,
         )
-        generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(options.batch_tokens, 4 * length))
-        examinee = Examinee(arm, f"{arm}-{seed}", generator)
-        with ResultStore(self.arm_folder(arm, seed) / options.split / "answers") as store:
-            ask(examinee, prompts, store, progress=False)
-            found = answers(examinee, prompts, store)
-        scored = [as_json(prompt, answer.text) for prompt, answer in zip(prompts, found, strict=True)]
-        return {"scores": scored, "seconds": round(time.perf_counter() - start, 1), **asdict(generator.stats)}
 
     def losses(self, model: Any) -> list[list[float]]:
         """Return the sum of the losses and the number of tokens of each document, read in windows below 2,048."""

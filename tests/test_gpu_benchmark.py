@@ -50,6 +50,17 @@ def test_layers_keep_what_the_formula_says():
         assert parts.saved_bytes(shape) == formula.layer_bytes(shape)
 
 
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_a_step_recomputes_where_it_says_so(recomputed):
+    models, parts = load("gpu_models"), load("gpu_parts")
+    step = models.Step(parts.TINY, "cpu", 256, ours=True, skipped=True, recomputed=recomputed, count=1)
+    layers = step.model.get_base_model().model.layers
+    entered = []
+    layers[0].self_attn.register_forward_pre_hook(lambda *_: entered.append(1))
+    step()
+    assert len(entered) == 1 + recomputed
+
+
 def test_the_longest_row_is_the_last_that_fits():
     for shape in formula.SHAPES:
         for bits in (4, 16):

@@ -374,3 +374,10 @@ def test_what_is_no_arm_is_refused_by_name(model, seeds, tmp_path):
     process = start([*command(model, seeds, tmp_path), "--arms", "skipp_parts"])
     _, errors = process.communicate(timeout=100)
     assert process.returncode != 0 and "`arms` must be among plain, scaled" in errors
+
+
+def test_a_text_without_room_is_refused_before_anything_is_trained(model, seeds, tmp_path):
+    process = start([*command(model, seeds, tmp_path), "--cells", "3072:1", "256:1"])
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and "`cells` must have room for needles and the passages of a pair, got 256" in errors
+    assert not list(tmp_path.rglob("*.json"))

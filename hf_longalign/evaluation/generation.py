@@ -37,10 +37,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Tokens of one forward while reading. After a beginning that is held, attention needs a mask, and under a mask a
-# kernel computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12
-# against 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096
-# tokens over 128k (512 MiB) must stay small.
+# Tokens of one forward after a beginning that is held. There attention needs a mask, and under a mask a kernel computes
+# what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12 against 1.01
+# times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096 tokens over 128k
+# (512 MiB) must stay small. Where nothing is held no mask is needed, and a prompt is read as a whole, as `generate`
+# does, while there is memory for that.
 _CHUNK = {"cpu": 512}
 _CHUNK_ELSEWHERE = 4096
 _LEAST_CHUNK = 256
@@ -155,7 +156,7 @@ class LocalGenerator:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
-        self._chunk = _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
+        self._whole, self._chunk = True, _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
         self._end_ids = end_ids(model, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
@@ -212,8 +213,8 @@ class LocalGenerator:
             if self.batch_tokens >= 2 * min(sizes):
                 self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
                 logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
-            elif self._chunk > _LEAST_CHUNK:
-                self._chunk //= 2
+            elif self._whole or self._chunk > _LEAST_CHUNK:
+                self._whole, self._chunk = False, self._chunk if self._whole else self._chunk // 2
                 logger.warning("Out of memory: going on with prompts read in pieces of %d tokens.", self._chunk)
             else:
                 raise torch.OutOfMemoryError(
@@ -230,7 +231,9 @@ class LocalGenerator:
         for index, (number, one) in enumerate(numbered):
             # One prompt at a time, for padded rows would be computed too, and reading is where the time goes.
             marks = branch_points(shared, index)  # where later prompts go back to
-            logits = memory.read(self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk)
+            logits = memory.read(
+                self.model, one.ids, keep=shared[index], marks=marks, chunk=self._chunk, whole=self._whole
+            )
             self.on_read(one.prompt)
             first = logits.argmax(-1)
             if 2 * one.tokens > self.batch_tokens:  # no other would fit beside it: no need for a copy

@@ -87,12 +87,20 @@ class PrefixCache:
         self._length = 0
 
     def read(
-        self, model: PreTrainedModel | PeftModel, ids: np.ndarray, *, keep: int, marks: Iterable[int], chunk: int
+        self,
+        model: PreTrainedModel | PeftModel,
+        ids: np.ndarray,
+        *,
+        keep: int,
+        marks: Iterable[int],
+        chunk: int,
+        whole: bool = True,
     ) -> torch.Tensor:
-        """Read a prompt, int `(tokens,)`, in pieces of `chunk` tokens; return the logits after it, `(vocabulary,)`.
+        """Read a prompt, int `(tokens,)`, and return the logits after it, `(vocabulary,)`.
 
         Its first `keep` tokens are those of the prompt before it, 0 or one of that one's `marks`: the lengths to which
-        later prompts go back.
+        later prompts go back. What follows a beginning that is held is read in pieces of `chunk` tokens, and a prompt
+        of which nothing is held as a `whole` or in such pieces too.
         """
         self._marks = {mark: state for mark, state in self._marks.items() if mark <= keep}
         layer: Any
@@ -106,7 +114,12 @@ class PrefixCache:
         marks = set(marks) if self._windows else set()
         # Pieces end at every mark: the state there must be seen before the next token pushes a part of it out.
         cuts = sorted({keep, ids.size, *(mark for mark in marks if keep < mark < ids.size)})
-        pieces = [(at, min(at + chunk, stop)) for cut, stop in pairwise(cuts) for at in range(cut, stop, chunk)]
+        pieces = [
+            (at, min(at + size, stop))
+            for cut, stop in pairwise(cuts)
+            for size in [stop if whole and not cut else chunk]
+            for at in range(cut, stop, size)
+        ]
         for start, end in pieces:
             positions = torch.arange(start, end, device=model.device)[None]
             logits = model(

@@ -82,10 +82,10 @@ def naive(model, prompt):
     return output[0, ids.shape[1] :].tolist()
 
 
-def answers(model, prompts, **options):
+def answers(model, prompts, whole=True, **options):
     """The text and number of tokens of each prompt's answer, in the order of the prompts, and the generator."""
     generator = LocalGenerator(model, number_tokenizer(), **options)
-    generator._chunk = 16  # several pieces a prompt
+    generator._whole, generator._chunk = whole, 16  # several pieces a prompt
     found = {prompt.key: completion for prompt, completion in generator.generate(prompts)}
     assert len(found) == len({prompt.key for prompt in prompts})
     return [(found[prompt.key].text, found[prompt.key].tokens) for prompt in prompts], generator
@@ -108,10 +108,11 @@ def test_answers_are_those_of_generate(family):
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt_neox"])
 @pytest.mark.parametrize("attention", ["sdpa", "longalign_varlen"])
-def test_attentions(family, attention):
+@pytest.mark.parametrize("whole", [True, False])
+def test_attentions(family, attention, whole):
     register_attention()
     prompts = needle_grid(seed=1)
-    found, generator = answers(talking_model(family, attention), prompts, batch_tokens=300)
+    found, generator = answers(talking_model(family, attention), prompts, whole, batch_tokens=300)
     assert found == naive_answers(talking_model(family, attention), prompts)
     assert generator.stats.cached_tokens > 50
 
