@@ -81,7 +81,7 @@ class SkipPositionDataCollator:
             Tokenizer whose pad token is used, or the id of that token.
         target_length (`int`):
             Positions stay below it; the length the model shall learn to reach. Only `"none"` does without.
-        strategy (`str` or `Callable`, *optional*, defaults to `"skip_all"`):
+        strategy (`str` or `Callable`, *optional*, defaults to `"skip_context"`):
             Name or function, see [`~hf_longalign.positions.sample_positions`].
         skip_probability (`float`, *optional*, defaults to `0.5`):
             Share of the samples that are skipped; the others keep ordinary positions.
@@ -108,26 +108,26 @@ class SkipPositionDataCollator:
     >>> collator = SkipPositionDataCollator(0, target_length=32, skip_probability=1.0)
     >>> rows = [
     ...     {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
-    ...     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+    ...     {"input_ids": [5, 6, 7], "labels": [-100, -100, 7]},
     ... ]
     >>> batch = collator(rows)
     >>> batch["input_ids"]
     tensor([[1, 2, 3, 4],
             [5, 6, 7, 0]])
     >>> batch["position_ids"]
-    tensor([[ 0,  1, 11, 12],
+    tensor([[ 0, 10, 11, 12],
             [ 0, 21, 22,  0]])
 
     >>> # Packed rows
     >>> collator = SkipPositionDataCollator(0, target_length=32, skip_probability=1.0, padding_free=True)
     >>> row = {
     ...     "input_ids": [1, 2, 3, 4, 5, 6, 7],
-    ...     "labels": [-100, -100, 3, 4, -100, 6, 7],
+    ...     "labels": [-100, -100, 3, 4, -100, -100, 7],
     ...     "seq_lengths": [4, 3],
     ... }
     >>> batch = collator([row])
     >>> batch["position_ids"]
-    tensor([[ 0,  1, 11, 12,  0, 21, 22]])
+    tensor([[ 0, 10, 11, 12,  0, 21, 22]])
     >>> batch["cu_seq_lens_q"], batch["max_length_q"]
     (tensor([0, 4, 7], dtype=torch.int32), 4)
     >>> batch["seq_idx"]
@@ -136,7 +136,7 @@ class SkipPositionDataCollator:
 
     tokenizer: PreTrainedTokenizerBase | int | None = None
     target_length: int = None  # type: ignore[assignment] # only "none" does without
-    strategy: Strategy = "skip_all"
+    strategy: Strategy = "skip_context"
     skip_probability: float = 0.5
     padding_free: bool = False
     pad_to_multiple_of: int | None = None

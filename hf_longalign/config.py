@@ -26,7 +26,7 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     >>> from hf_longalign import LongAlignSFTConfig
     >>> config = LongAlignSFTConfig(output_dir="out", packing=True, skip_target_length=65536, bf16=False)
     >>> config.skip_strategy
-    'skip_all'
+    'skip_context'
     """
 
     hub_strategy: HubStrategy | str = field(

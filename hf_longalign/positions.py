@@ -158,9 +158,9 @@ def skip_all(lengths: np.ndarray, response: np.ndarray, target_length: int, rng:
 def skip_context(lengths: np.ndarray, response: np.ndarray, target_length: int, rng: np.random.Generator) -> Skips:
     """Skip before every block but a response: between contexts, before the question, between turns.
 
-    Ours. SkipAlign's skip between an instruction and its response makes a model go on with nothing near, which no long
-    text does; here a response stays right behind what it answers. A sample without another boundary is cut at a random
-    token of its first block. For the sizes see [`skips_at`].
+    Ours, and the default. SkipAlign's skip between an instruction and its response makes a model go on with nothing
+    near, which no long text does; here a response stays right behind what it answers. A sample without another
+    boundary is cut at a random token of its first block. For the sizes see [`skips_at`].
     """
     allowed = ~response[1:]
     if not allowed.any():
@@ -269,7 +269,7 @@ STRATEGIES: dict[str, Sampler] = {
     "randpos": randpos,
     "cream": cream,
 }
-# Those that skip only between the blocks of a sample, never inside one.
+# SkipAlign's: between the blocks of a sample; `skip_context` inside the first one where there is no other place.
 BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 

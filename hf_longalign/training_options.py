@@ -17,7 +17,7 @@ class TrainingOptions:
 
     # Parameters that control the positions
     skip_strategy: str = option(
-        "skip_all",
+        "skip_context",
         "How positions are skipped: none, SkipAlign's skip_inner, skip_outer and skip_all "
         "(https://arxiv.org/abs/2405.03939), skip_context (not before a response), pose, randpos or cream.",
         choices=list(STRATEGIES),

@@ -38,11 +38,12 @@ from quickstart_model import examine, make_model, make_trainer
 from quickstart_task import EXAM_DEPTHS, EXAM_LENGTHS, TRAIN_TOKENS, make_chats, make_prompts, make_tokenizer
 from tqdm.auto import tqdm
 
+from hf_longalign import SkipPositionDataCollator
 from hf_longalign.plots import plot_accuracy_by_length, plot_heatmap
 from hf_longalign.positions import STRATEGIES
 
 
-DEFAULT_STRATEGY = "skip_all"
+DEFAULT_STRATEGY = SkipPositionDataCollator.strategy
 ORDINARY = "none"
 BASE = "base"
 # The base first meets short samples: a curriculum that makes every seed learn to look a code up.

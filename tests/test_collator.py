@@ -251,7 +251,7 @@ def test_block_lengths_say_the_blocks():
 def test_a_row_without_block_lengths_among_others_takes_its_labels():
     first = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], "block_lengths": None}
     second = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "block_lengths": [1, 3]}
-    collator = make_collator()
+    collator = make_collator(strategy="skip_all")
     batch = collator([first, second])
     assert batch["position_ids"][0].diff()[[0, 2]].tolist() == [1, 1]
     assert batch["position_ids"][1].diff()[[1, 2]].tolist() == [1, 1]
@@ -511,7 +511,7 @@ def test_rows_that_train_nothing_are_counted_and_logged_once(padding_free, caplo
 
 def test_a_document_of_a_packed_row_may_train_nothing():
     row = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, -100, 3, 4, 5], "seq_lengths": [1, 1, 3]}
-    batch = make_collator(padding_free=True)([row])
+    batch = make_collator(strategy="skip_all", padding_free=True)([row])
     assert batch["labels"].tolist() == [[-100, -100, -100, 4, 5]]
     assert batch["position_ids"].tolist() == [[0, 0, 0, 1, 2]]
 
@@ -525,7 +525,7 @@ def test_ordinary_positions_need_no_target_length():
 def test_warns_once_where_nothing_can_be_skipped(caplog):
     plain = [{"input_ids": [1, 2, 3, index]} for index in range(90)]
     with caplog.at_level(logging.WARNING):
-        collator = make_collator()
+        collator = make_collator(strategy="skip_all")
         collator(plain[: PATIENCE - 1])
         assert not caplog.records
         collator(plain[PATIENCE:])
@@ -534,7 +534,8 @@ def test_warns_once_where_nothing_can_be_skipped(caplog):
     assert "'skip_all' found no place" in caplog.text and 'strategy="pose"' in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        make_collator()([*make_rows(1), *plain])
+        make_collator(strategy="skip_all")([*make_rows(1), *plain])
+        make_collator(strategy="skip_context")(plain)
         make_collator(strategy="pose")(plain)
         make_collator(strategy="none")(plain)
     assert not caplog.records
@@ -600,7 +601,7 @@ def test_inside_trls_trainer(tmp_path):
     positions = by_content(seen)
     assert len(positions) == 4
     # Two turns: instruction, response, the template's text and the next instruction, response and a line end.
-    assert {int((np.diff(row) > 1).sum()) for row in positions.values()} == {3}
+    assert {int((np.diff(row) > 1).sum()) for row in positions.values()} == {1}
 
 
 def test_few_shapes_pad_the_boundaries_and_nothing_else():

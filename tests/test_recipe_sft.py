@@ -212,7 +212,7 @@ def test_adapter_loads_back(uninterrupted):
     model = AutoPeftModelForCausalLM.from_pretrained(uninterrupted)
     assert any("lora_B" in name and bool(p.abs().sum() > 0) for name, p in model.named_parameters())
     record = json.loads((uninterrupted / "longalign_config.json").read_text())
-    assert record["positions"]["strategy"] == "skip_all"
+    assert record["positions"]["strategy"] == "skip_context"
     assert (uninterrupted / "tokenizer.json").exists()
     with torch.no_grad():
         assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()

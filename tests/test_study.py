@@ -379,5 +379,6 @@ def test_what_is_no_arm_is_refused_by_name(model, seeds, tmp_path):
 def test_a_text_without_room_is_refused_before_anything_is_trained(model, seeds, tmp_path):
     process = start([*command(model, seeds, tmp_path), "--cells", "3072:1", "256:1"])
     _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0 and "`cells` must have room for needles and the passages of a pair, got 256" in errors
+    assert process.returncode != 0
+    assert "`cells` must have room for needles and the passages of a pair, got 256" in errors
     assert not list(tmp_path.rglob("*.json"))

@@ -604,7 +604,7 @@ def test_reasoning_chats_are_skipped_at_their_turns(tmp_path):
     data = Dataset.from_list([{"messages": messages} for messages in rows])
     tokenizer = chat_tokenizer(THINKING)  # drops the first thought
     model = tiny_llama(vocab_size=len(tokenizer))
-    trainer = make_trainer(tmp_path, model=model, dataset=data, processing_class=tokenizer)
+    trainer = make_trainer(tmp_path, model=model, dataset=data, processing_class=tokenizer, skip_strategy="skip_all")
     seen = set()
     for batch in trainer.get_train_dataloader():
         for input_ids, _, positions in documents_of(batch):

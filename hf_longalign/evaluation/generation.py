@@ -37,11 +37,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Tokens of one forward after a beginning that is held. There attention needs a mask, and under a mask a kernel computes
-# what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12 against 1.01
-# times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096 tokens over 128k
-# (512 MiB) must stay small. Where nothing is held no mask is needed, and a prompt is read as a whole, as `generate`
-# does, while there is memory for that.
+# Tokens of one forward after a beginning that is held. There attention needs a mask, and under a mask a kernel
+# computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12 against
+# 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096 tokens over
+# 128k (512 MiB) must stay small. Where nothing is held no mask is needed, and a prompt is read as a whole, as
+# `generate` does, while there is memory for that.
 _CHUNK = {"cpu": 512}
 _CHUNK_ELSEWHERE = 4096
 _LEAST_CHUNK = 256
