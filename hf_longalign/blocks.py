@@ -121,6 +121,24 @@ def blocks_from_column(column: np.ndarray, seq_lengths: np.ndarray | None = None
     return Blocks(np.diff(starts, append=column.size), column[starts] >= 2)
 
 
+def blocks_as_prepared(values: ArrayLike, tokens: int) -> Blocks:
+    """Read the `blocks` of a row of so many tokens that was prepared before.
+
+    Raises:
+        ValueError: they are not one number from 0 to 3 for each token.
+
+    >>> blocks_as_prepared([0, 0, 2], 3)
+    Blocks(lengths=array([2, 1]), response=array([False,  True]))
+    """
+    column = np.asarray(values)
+    if column.dtype.kind not in "iu" or column.shape != (tokens,):
+        raise ValueError(
+            f"`blocks` must be one whole number for each of the {tokens} tokens of a row, as its preparation makes "
+            f"them, got {column.dtype} of shape {column.shape}. Take the column out, and blocks are found anew."
+        )
+    return blocks_from_column(column)
+
+
 def _changes(values: np.ndarray, seq_lengths: np.ndarray | None) -> np.ndarray:
     """Bool `(n,)`: where a document begins or the value differs from the one before."""
     begins = np.ones(values.size, dtype=bool)

@@ -26,7 +26,15 @@ from trl.data_utils import (
     maybe_convert_to_chatml,
 )
 
-from hf_longalign.blocks import IGNORE, Blocks, block_response, blocks_at, blocks_from_labels, blocks_to_column
+from hf_longalign.blocks import (
+    IGNORE,
+    Blocks,
+    block_response,
+    blocks_as_prepared,
+    blocks_at,
+    blocks_from_labels,
+    blocks_to_column,
+)
 from hf_longalign.turns import (
     PROMPT_COMPLETION_FRAME,
     TEXT_FRAME,
@@ -45,7 +53,7 @@ logger = logging.get_logger(__name__)
 # What is read of a row, beside the column of plain text.
 COLUMNS = (
     *("messages", "prompt", "completion", "tools", "chat_template_kwargs"),
-    *("parts", "block_lengths", "input_ids", "labels", "completion_mask"),
+    *("parts", "block_lengths", "input_ids", "labels", "completion_mask", "blocks"),
 )
 # Columns that are read and removed again, and what is said of the rows whose flag is not set.
 FLAGS = {
@@ -83,9 +91,10 @@ class RowPreparer:
 
     Conversations are tokenised here, with the result of TRL's own preparation; other rows must have been tokenised.
     `blocks` holds one number per token ([`~hf_longalign.blocks.blocks_to_column`]), taken from the row's
-    `block_lengths`, else from its turns and `parts`, else from the runs of ignored labels. `parts` are the contexts,
-    documents and the question inside a message, each a dict of `message` (index into the messages; 0 for plain text, 0
-    and 1 for prompt and completion) and the character offsets `start` and `end` in its content.
+    `block_lengths`, else from the `blocks` of a row that was prepared before, else from its turns and `parts`, else
+    from the runs of ignored labels. `parts` are the contexts, documents and the question inside a message, each a dict
+    of `message` (index into the messages; 0 for plain text, 0 and 1 for prompt and completion) and the character
+    offsets `start` and `end` in its content.
 
     Args:
         tokenizer: the tokenizer of the rows.
@@ -97,8 +106,8 @@ class RowPreparer:
         kept: the tokens that truncation leaves.
 
     Raises:
-        ValueError: `block_lengths` that do not add up, `parts` that cannot be found in the text, or `"turns"` that
-            cannot.
+        ValueError: `block_lengths` that do not add up, `blocks` that are not one number per token, `parts` that
+            cannot be found in the text, or `"turns"` that cannot.
     """
 
     def __init__(
@@ -150,6 +159,8 @@ class RowPreparer:
             if row.get("block_lengths") is not None:
                 lengths = np.asarray(row["block_lengths"])
                 blocks = Blocks(lengths, block_response(labels, lengths))
+            elif text is None and row.get("blocks") is not None:
+                blocks = blocks_as_prepared(row["blocks"], ids.size)
             prepared["blocks_found"].append(blocks is not None or text is None)
             # Nothing comes before the first token that could predict it.
             prepared["trains"].append(bool((labels[self.kept][1:] != IGNORE).any()))
@@ -164,7 +175,7 @@ class RowPreparer:
         """The row's text; `None` where the blocks do not depend on it."""
         prompt: Any = row.get("prompt")
         completion: Any = row.get("completion")
-        if row.get("input_ids") is not None and row.get("block_lengths") is not None:
+        if row.get("input_ids") is not None and any(row.get(name) is not None for name in ("block_lengths", "blocks")):
             return None
         if is_conversational(row):
             messages = [*prompt, *completion] if prompt else row["messages"]

@@ -298,6 +298,9 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             with PartialState().local_main_process_first():
                 rows = as_conversations(dataset, **progress)
         if rows is None:
+            columns = get_dataset_column_names(dataset)
+            if "blocks" in columns and "input_ids" not in columns:
+                dataset = dataset.remove_columns("blocks")  # somebody's own; in rows with tokens it is a preparation's
             # Text, and what only a processor or a slow tokenizer can read, is TRL's to tokenise.
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False

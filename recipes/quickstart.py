@@ -158,7 +158,7 @@ def train_base(plan: Plan, seed: int) -> tuple[int, str, np.ndarray]:
     )
     trainer.train()
     prepared = trainer.train_dataset.select(range(EASY["count"], len(rows)))
-    prepared = prepared.select_columns(["input_ids", "labels"]).to_dict()
+    prepared = prepared.select_columns(["input_ids", "labels", "blocks"]).to_dict()
     torch.save({"model": model.state_dict(), "rows": prepared}, plan.folder / f"base-{seed}.pt")
     return seed, BASE, examine(model, tokenizer, make_prompts(seed, plan.samples))
 

@@ -238,6 +238,25 @@ def test_block_lengths_column_wins(tokenizer):
         prepared(tokenizer, {**row, "block_lengths": [3]})
 
 
+@pytest.mark.parametrize(
+    "columns", [("input_ids", "labels", "blocks"), ("input_ids", "labels", "blocks", "messages", "parts")]
+)
+def test_rows_that_were_prepared_keep_their_blocks(tokenizer, columns):
+    _, row = with_parts()
+    for kept in (slice(None), slice(40)):
+        once = {**row, **prepared(tokenizer, row, kept=kept)}
+        again = prepared(tokenizer, {name: once[name] for name in columns}, kept=kept)
+        assert again["blocks"].tolist() == once["blocks"].tolist() and len(set(once["blocks"].tolist())) > 1
+    size = len(once["input_ids"])
+    for blocks, said in (
+        ([0] * 3, r"int64 of shape \(3,\)"),
+        (["a"] * size, "<U1"),
+        ([7] * size, "from 0 to 3, got 7 to 7"),
+    ):
+        with pytest.raises(ValueError, match=f"`blocks` must be .*{said}"):
+            prepared(tokenizer, {**once, "blocks": blocks})
+
+
 def test_truncation_cuts_blocks_and_tokens_alike(tokenizer):
     _, row = with_parts()
     whole = prepared(tokenizer, row)

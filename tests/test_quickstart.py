@@ -7,19 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def task():
+def recipe():
     sys.path.insert(0, str(RECIPES))
     try:
-        import quickstart_task
+        import quickstart
     finally:
         sys.path.remove(str(RECIPES))
-    return quickstart_task
+    return quickstart
+
+
+@pytest.fixture(scope="module")
+def task(recipe):
+    return sys.modules["quickstart_task"]
 
 
 def meanings(text):
@@ -58,6 +64,19 @@ def test_prompts_are_long_and_hold_the_fact_at_its_depth(task):
         assert tokenizer.unk_token_id not in ids
         sentence = 4 / prompt.length + task.MAX_FACTS * 2 / prompt.length  # of filler, and the other facts
         assert notes.index(f"{code}:") / len(notes) == pytest.approx(prompt.depth, abs=sentence + 0.02)
+
+
+def test_rows_that_are_aligned_keep_the_blocks_of_their_parts(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "ROWS", 8)
+    monkeypatch.setattr(recipe, "EASY", {**recipe.EASY, "count": 8})
+    monkeypatch.setattr(recipe, "one_step", lambda: None)
+    monkeypatch.setattr(recipe, "examine", lambda *_: None)
+    recipe.train_base(recipe.Plan(tmp_path, base_steps=1, steps=1, samples=1), 0)
+    rows = torch.load(tmp_path / "base-0.pt", weights_only=True)["rows"]
+    assert len(rows["blocks"]) == 8
+    for labels, blocks in zip(rows["labels"], rows["blocks"], strict=True):
+        first = labels.index(next(label for label in labels if label != -100))  # of the first answer
+        assert len(set(blocks[:first])) > 1
 
 
 def test_a_short_run_writes_table_pictures_and_json(tmp_path):

@@ -2,8 +2,9 @@
 
 import copy
 import inspect
+from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -389,6 +390,24 @@ def test_own_collator_packs_as_it_is_told(tmp_path):
     assert trainer.data_collator is collator
     with pytest.raises(ValueError, match="`padding_free` of the collator must be True with packed rows, got False"):
         make_trainer(tmp_path, packing=True, data_collator=SkipPositionDataCollator(0, target_length=512))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_keep_the_blocks_of_their_parts_when_they_are_given_again(tmp_path, packing):
+    part = {"message": 0, "start": 3, "end": 6}
+    data = Dataset.from_list([{"messages": messages, "parts": [part]} for messages in chats(4)])
+    first = make_trainer(tmp_path, dataset=data)
+    rows = first.train_dataset.select_columns(["input_ids", "labels", "blocks"])
+    again = make_trainer(tmp_path, dataset=rows, packing=packing)
+    without = make_trainer(tmp_path, dataset=rows.remove_columns("blocks"), packing=packing)
+    told, kept, lost = (Counter(chain(*trainer.train_dataset["blocks"][:])) for trainer in (first, again, without))
+    assert kept == told != lost
+
+
+def test_a_column_of_text_that_is_called_blocks_is_not_taken_for_a_preparation(tmp_path):
+    data = Dataset.from_list([{"text": "salt and wool", "blocks": "mine"}] * 4)
+    rows = make_trainer(tmp_path, dataset=data).train_dataset
+    assert all(set(row) == {2} for row in rows["blocks"])
 
 
 def test_packed_rows_keep_their_documents_when_they_are_given_again(tmp_path):
