@@ -209,8 +209,8 @@ class LocalGenerator:
             # Only now that the exception is gone, so is what its frames held.
             torch.cuda.empty_cache()
             sizes = [one.tokens for one in left.values()]
-            # First the batches are halved, and once every prompt is alone, the pieces in which it is read.
-            if self.batch_tokens >= 2 * min(sizes):
+            # First no prompt is read as a whole, then batches are halved, and once each is alone, the pieces of it.
+            if not self._whole and self.batch_tokens >= 2 * min(sizes):
                 self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
                 logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)
             elif self._whole or self._chunk > _LEAST_CHUNK:

@@ -94,7 +94,7 @@ class PrefixCache:
         keep: int,
         marks: Iterable[int],
         chunk: int,
-        whole: bool = True,
+        whole: bool,
     ) -> torch.Tensor:
         """Read a prompt, int `(tokens,)`, and return the logits after it, `(vocabulary,)`.
 
