@@ -160,7 +160,8 @@ def skip_context(lengths: np.ndarray, response: np.ndarray, target_length: int, 
 
     Ours, and the default. SkipAlign's skip between an instruction and its response makes a model go on with nothing
     near, which no long text does; here a response stays right behind what it answers. A sample without another
-    boundary is cut at a random token of its first block. For the sizes see [`skips_at`].
+    boundary is cut at a random token of its first block, and keeps ordinary positions where that is a single token.
+    For the sizes see [`skips_at`].
     """
     allowed = ~response[1:]
     if not allowed.any():
@@ -269,7 +270,7 @@ STRATEGIES: dict[str, Sampler] = {
     "randpos": randpos,
     "cream": cream,
 }
-# SkipAlign's: between the blocks of a sample; `skip_context` inside the first one where there is no other place.
+# SkipAlign's, and ours after them, which cuts the first block where there is no other place.
 BOUNDARY_STRATEGIES = ("skip_inner", "skip_outer", "skip_all", "skip_context")
 
 

@@ -298,13 +298,14 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             with PartialState().local_main_process_first():
                 rows = as_conversations(dataset, **progress)
         if rows is None:
-            columns = get_dataset_column_names(dataset)
-            if "blocks" in columns and "input_ids" not in columns:
-                dataset = dataset.remove_columns("blocks")  # somebody's own; in rows with tokens it is a preparation's
+            # In rows with tokens it is a preparation's, else somebody's own, and perhaps the text itself.
+            own = [name for name in get_dataset_column_names(dataset) if name in ("blocks", "input_ids")] == ["blocks"]
             # Text, and what only a processor or a slow tokenizer can read, is TRL's to tokenise.
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
             rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            if own and "blocks" in get_dataset_column_names(rows):
+                rows = rows.remove_columns("blocks")
         preparer = RowPreparer(
             self._tokenizer,
             text_field=args.dataset_text_field,

@@ -408,6 +408,8 @@ def test_a_column_of_text_that_is_called_blocks_is_not_taken_for_a_preparation(t
     data = Dataset.from_list([{"text": "salt and wool", "blocks": "mine"}] * 4)
     rows = make_trainer(tmp_path, dataset=data).train_dataset
     assert all(set(row) == {2} for row in rows["blocks"])
+    named = make_trainer(tmp_path, dataset=data.remove_columns("text"), dataset_text_field="blocks").train_dataset
+    assert all(set(row) == {2} for row in named["blocks"])
 
 
 def test_packed_rows_keep_their_documents_when_they_are_given_again(tmp_path):

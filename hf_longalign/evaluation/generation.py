@@ -40,8 +40,8 @@ T = TypeVar("T")
 # Tokens of one forward after a beginning that is held. There attention needs a mask, and under a mask a kernel
 # computes what lies behind each token too: half a chunk more per token. Small chunks waste less (on a CPU 1.12 against
 # 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096 tokens over
-# 128k (512 MiB) must stay small. Where nothing is held no mask is needed, and a prompt is read as a whole, as
-# `generate` does, while there is memory for that.
+# 128k (512 MiB) must stay small. Where nothing is held and no layer has a window no mask is needed, and a prompt is
+# read as a whole, as `generate` does, while there is memory for that.
 _CHUNK = {"cpu": 512}
 _CHUNK_ELSEWHERE = 4096
 _LEAST_CHUNK = 256
@@ -156,7 +156,11 @@ class LocalGenerator:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
-        self._whole, self._chunk = True, _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE)
+        # Eager attention writes out all scores.
+        self._whole, self._chunk = (
+            model.config._attn_implementation != "eager",
+            _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE),
+        )
         self._end_ids = end_ids(model, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:

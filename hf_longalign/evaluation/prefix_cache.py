@@ -100,7 +100,7 @@ class PrefixCache:
 
         Its first `keep` tokens are those of the prompt before it, 0 or one of that one's `marks`: the lengths to which
         later prompts go back. What follows a beginning that is held is read in pieces of `chunk` tokens, and a prompt
-        of which nothing is held as a `whole` or in such pieces too.
+        of which nothing is held as a `whole`, where no layer has a window, or in such pieces too.
         """
         self._marks = {mark: state for mark, state in self._marks.items() if mark <= keep}
         layer: Any
@@ -117,7 +117,7 @@ class PrefixCache:
         pieces = [
             (at, min(at + size, stop))
             for cut, stop in pairwise(cuts)
-            for size in [stop if whole and not cut else chunk]
+            for size in [stop if whole and not cut and not self._windows else chunk]
             for at in range(cut, stop, size)
         ]
         for start, end in pieces:
