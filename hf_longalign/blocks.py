@@ -1,6 +1,6 @@
 """Where the blocks of a sample begin: told by its labels, a `block_lengths` column, or where its parts begin.
 
-A block is a run of tokens that keeps contiguous positions: an instruction, a response, one context of an instruction.
+A block is a run of tokens that belong together: an instruction, a response, one context of an instruction.
 Blocks travel beside the tokens in a column of one small number per token, so that truncation and packing cut both
 alike and a cut block still knows what it is:
 

@@ -242,7 +242,8 @@ class SkipPositionDataCollator:
             self._without_place = -1
             logger.warning(
                 "No position was skipped: strategy %r found no place to skip at in the first %d samples. Plain text is"
-                ' one block, "skip_outer" needs two turns: set `strategy="pose"`, or give the rows `block_lengths`.',
+                ' one block, which of those by blocks only "skip_context" cuts; "skip_outer" needs two turns: set'
+                ' `strategy="pose"`, or give the rows `block_lengths`.',
                 self.strategy,
                 PATIENCE,
             )

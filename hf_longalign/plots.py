@@ -18,7 +18,7 @@ from hf_longalign.records.training import CoverageRecord, TrainingRecord
 
 
 INK, QUIET = "#1f2933", "#9aa5b1"
-# Okabe and Ito's colours, told apart by colour-blind readers too; the light ones darkened to be read as text; and two.
+# Okabe and Ito's colours, told apart by colour-blind readers too; the light ones darkened to be read as text.
 COLOURS = ("#0072b2", "#d55e00", "#6b6b6b", "#009e73", "#cc79a7", "#b87d00", "#3a9bd1", "#000000",
            "#7a4fa3", "#7d7a00")  # fmt: skip
 STYLE = {

@@ -20,6 +20,9 @@ def load(name):
 
 
 formula = load("memory_formula")
+load("generation")
+models = load("gpu_models")
+parts = load("gpu_parts")
 
 
 def benchmark(folder, parts):
@@ -42,9 +45,6 @@ def test_weights_are_as_many_as_the_models_have(name, millions):
 
 
 def test_layers_keep_what_the_formula_says():
-    load("generation")
-    load("gpu_models")
-    parts = load("gpu_parts")
     for sizes in [(64, 4, 2, 16, 128), (192, 6, 3, 32, 64), (96, 3, 1, 64, 320)]:
         shape = formula.Shape("layer", 1, *sizes, 32)
         assert parts.saved_bytes(shape) == formula.layer_bytes(shape)
@@ -52,7 +52,6 @@ def test_layers_keep_what_the_formula_says():
 
 @pytest.mark.parametrize("recomputed", [True, False])
 def test_a_step_recomputes_where_it_says_so(recomputed):
-    models, parts = load("gpu_models"), load("gpu_parts")
     step = models.Step(parts.TINY, "cpu", 256, ours=True, skipped=True, recomputed=recomputed, count=1)
     layers = step.model.get_base_model().model.layers
     entered = []

@@ -71,6 +71,25 @@ def test_positions_increase_strictly_from_0_below_the_target(strategy, sample):
         assert positions.tolist() == list(range(sum(lengths)))
 
 
+@settings(max_examples=200, deadline=None)
+@given(samples)
+def test_skip_context_skips_before_what_is_no_response_and_else_once_inside_the_first_block(sample):
+    lengths, response, target_length, seed = sample
+    positions = sample_positions(
+        lengths,
+        strategy="skip_context",
+        target_length=target_length,
+        rng=np.random.default_rng(seed),
+        response=np.array(response),
+    )
+    places = set((np.flatnonzero(np.diff(positions) > 1) + 1).tolist())
+    allowed = {sum(lengths[:block]) for block in range(1, len(lengths)) if not response[block]}
+    if allowed:
+        assert places <= allowed
+    else:
+        assert len(places) <= 1 and places <= set(range(1, lengths[0]))
+
+
 @settings(max_examples=100, deadline=None)
 @given(samples)
 @pytest.mark.parametrize("strategy", BOUNDARY)

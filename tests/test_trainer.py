@@ -31,7 +31,7 @@ from hf_longalign.records.training import PositionsRecord
 
 
 def make_trainer(tmp_path, *, dataset=None, model=None, **options):
-    names = ("eval_dataset", "peft_config", "data_collator", "processing_class")
+    names = ("eval_dataset", "peft_config", "data_collator", "processing_class", "formatting_func")
     kwargs = {"processing_class": tiny_tokenizer(), **{key: options.pop(key) for key in names if key in options}}
     args = LongAlignSFTConfig(
         **{
@@ -410,6 +410,8 @@ def test_a_column_of_text_that_is_called_blocks_is_not_taken_for_a_preparation(t
     assert all(set(row) == {2} for row in rows["blocks"])
     named = make_trainer(tmp_path, dataset=data.remove_columns("text"), dataset_text_field="blocks").train_dataset
     assert all(set(row) == {2} for row in named["blocks"])
+    formatted = make_trainer(tmp_path, dataset=data, formatting_func=lambda row: row["blocks"]).train_dataset
+    assert formatted["input_ids"][:] == named["input_ids"][:]
 
 
 def test_packed_rows_keep_their_documents_when_they_are_given_again(tmp_path):

@@ -213,7 +213,7 @@ class LocalGenerator:
             # Only now that the exception is gone, so is what its frames held.
             torch.cuda.empty_cache()
             sizes = [one.tokens for one in left.values()]
-            # First no prompt is read as a whole, then batches are halved, and once each is alone, the pieces of it.
+            # First no prompt is read as a whole, then batches are halved, and once each is alone, the pieces too.
             if not self._whole and self.batch_tokens >= 2 * min(sizes):
                 self.batch_tokens = min(self.batch_tokens, sum(sizes)) // 2
                 logger.warning("Out of memory: going on with `batch_tokens=%d`.", self.batch_tokens)

@@ -283,6 +283,30 @@ def test_out_of_memory_halves_the_batches_and_loses_nothing(caplog):
     assert 0 < generator.batch_tokens < 350 and "going on with `batch_tokens=" in caplog.text
 
 
+def test_out_of_memory_on_a_whole_prompt_reads_it_in_pieces_and_keeps_the_batches(caplog):
+    model, prompts = talking_model("llama"), needle_grid()
+    expected = naive_answers(model, prompts)
+    with Memory(model, most=10_000, longest_piece=16) as memory:
+        found, generator = answers(model, prompts, batch_tokens=300)
+    assert memory.failures == 1 and found == expected
+    assert generator.batch_tokens == 300 and "read in pieces of 16 tokens" in caplog.text
+
+
+@pytest.mark.parametrize(("family", "attention"), [("llama", "eager"), ("mistral_window", "sdpa")])
+def test_what_would_need_a_whole_mask_is_read_in_pieces(family, attention):
+    model, prompts = talking_model(family, attention), needle_grid()
+    expected, lengths = naive_answers(model, prompts), []
+    generator = LocalGenerator(model, number_tokenizer())
+    generator._chunk = 16
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = {prompt.key: completion for prompt, completion in generator.generate(prompts)}
+    hook.remove()
+    assert max(lengths) == 16
+    assert [(found[prompt.key].text, found[prompt.key].tokens) for prompt in prompts] == expected
+
+
 def test_out_of_memory_while_reading_reads_in_smaller_pieces():
     prompts = [prompt_of([5] * 200, 4), prompt_of([6] * 30, 4)]
     model = tiny_llama(max_position_embeddings=4096, vocab_size=32)
