@@ -17,12 +17,28 @@ from hf_longalign.evaluation.intervals import cluster_means, mean_interval, pair
 from hf_longalign.plots import plot_accuracy_by_length, plot_heatmap
 
 
-# What is told of: titles and tasks. Of one key exact match counts, of several the share of values found.
+class Group(NamedTuple):
+    """Questions that are told of together: a title, their tasks, and where in the text their needle stands.
+
+    Of one key exact match counts, of several the share of values found.
+    """
+
+    title: str
+    tasks: tuple[str, ...]
+    depths: tuple[float, float] = (0.0, 1.0)
+
+    def holds(self, key: "Key") -> bool:
+        """Whether a question is one of them; some have no depth."""
+        return key[0] in self.tasks and (key[3] is None or self.depths[0] <= key[3] < self.depths[1])
+
+
 GROUPS = {
-    "needles": ("Needles (one key or several, among as many as the text holds)", ("multi_key", "multi_query")),
-    "one key": ("One key", ("multi_key",)),
-    "several keys": ("Several keys at once", ("multi_query",)),
-    "passages": ("Questions about passages, F1", ("passages",)),
+    "needles": Group("Needles (one key or several, among as many as the text holds)", ("multi_key", "multi_query")),
+    "one key": Group("One key", ("multi_key",)),
+    "one key, first half": Group("One key in the first half of the text", ("multi_key",), (0.0, 0.5)),
+    "one key, second half": Group("One key in the second half of the text", ("multi_key",), (0.5, 1.0)),
+    "several keys": Group("Several keys at once", ("multi_query",)),
+    "passages": Group("Questions about passages, F1", ("passages",)),
 }
 PICTURES = {"accuracy_by_length.png": "Accuracy by length", "heatmap.png": "Accuracy by depth and length"}
 DEPTHS = 4
@@ -89,7 +105,7 @@ class Found:
                         self.losses.setdefault(arm, []).extend(result["losses"])
                     for number, key in _keys(result.get("scores", [])):
                         gathered[key].append(result["scores"][number]["score"])
-                        if key[0] in GROUPS["needles"][1]:
+                        if GROUPS["needles"].holds(key):
                             own[key[1]].append(gathered[key][-1])
                 for length, loss in _distances(place / "adapter" / "longalign_config.json"):
                     if own[length]:
@@ -108,7 +124,7 @@ class Found:
     def keys(self, arms: Iterable[str], group: str, length: int) -> list[Key]:
         """Return the questions of a group at a length that all of some arms were asked, in order."""
         shared = set.intersection(*({*self.scores[arm]} for arm in arms))
-        return sorted((key for key in shared if key[0] in GROUPS[group][1] and length in (ALL, key[1])), key=str)
+        return sorted((key for key in shared if GROUPS[group].holds(key) and length in (ALL, key[1])), key=str)
 
     def means(self, arm: str, keys: Sequence[Key]) -> np.ndarray:
         """Return the mean of each sample: needles that are asked for together, or a pair at all lengths."""
@@ -245,7 +261,7 @@ def render(
         parts.append("Not all that was planned is done: what follows is what is there.")
     parts.append(verdict(compared, titles))
     parts += [f"![{PICTURES[name]}]({name})" for name in images]
-    for group, (title, _) in GROUPS.items():
+    for group, (title, *_) in GROUPS.items():
         parts += [f"## {title}", _means(found, group, titles), _differences(compared, group, found.lengths, titles)]
     if found.losses:
         parts += ["## Perplexity below 2,048 tokens", _perplexity(found, titles)]
@@ -289,7 +305,7 @@ def verdict(compared: Sequence[Comparison], titles: Mapping[str, str]) -> str:
     """
     longest = max((one.length for one in compared), default=ALL)
     lines = []
-    for group, (title, _) in GROUPS.items():
+    for group, (title, *_) in GROUPS.items():
         for length in dict.fromkeys((ALL, longest)):
             own = [one for one in compared if one.group == group and one.length == length]
             apart = sorted((one for one in own if one.told_apart), key=lambda one: -abs(one.value))

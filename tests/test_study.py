@@ -202,11 +202,12 @@ def test_a_report_tells_who_wrote_rows_where_rows_were_written_and_no_address(re
         assert "10.0.0.7" not in json.dumps(found)
 
 
-def naive_difference(scores, reference, arm, tasks, length):
+def naive_difference(scores, reference, arm, tasks, depths, length):
     """Mean over samples of the mean difference over their questions, seeds averaged, and its half width."""
     by_sample = defaultdict(list)
     for key in scores[reference]:
-        if key in scores[arm] and key[0] in tasks and length in (0, key[1]):
+        there = key[0] in tasks and (key[3] is None or depths[0] <= key[3] < depths[1])
+        if key in scores[arm] and there and length in (0, key[1]):
             by_sample[key[2]].append(np.mean(scores[arm][key]) - np.mean(scores[reference][key]))
     means = [np.mean(values) for values in by_sample.values()]
     half = student_quantile(len(means) - 1) * np.std(means, ddof=1) / len(means) ** 0.5
@@ -240,14 +241,13 @@ def test_the_report_equals_a_naive_reference(recipes, tmp_path):
     titles = {arm: f"the {arm} one" for arm in scores}
     path = report.write_study(tmp_path, titles, "report", {"model": "m"}, complete=False)
     found = json.loads((tmp_path / "report.json").read_text())
-    assert (
-        len(found["differences"]) == 3 * 3 * 3
-    )  # groups that were asked, pairs of arms, two lengths and both together
+    # Groups that were asked, pairs of arms, two lengths and both together.
+    assert len(found["differences"]) == 5 * 3 * 3
     for one in found["differences"]:
-        tasks = report.GROUPS[one["group"]][1]
-        mean, half, samples = naive_difference(scores, one["reference"], one["arm"], tasks, one["length"])
+        _, tasks, depths = report.GROUPS[one["group"]]
+        mean, half, samples = naive_difference(scores, one["reference"], one["arm"], tasks, depths, one["length"])
         assert one["value"] == pytest.approx(mean, abs=1e-4) and one["samples"] == samples
-        assert one["high"] - one["value"] == pytest.approx(half, abs=2e-4)
+        assert one["high"] == pytest.approx(min(1.0, mean + half), abs=2e-4)
     for arm in scores:
         every = np.mean([[total / tokens for total, tokens in own] for own in losses[arm]], axis=0)
         assert found["perplexity below 2,048"][arm] == pytest.approx(np.exp(every.mean()), abs=1e-3)
