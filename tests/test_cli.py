@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields
@@ -98,13 +97,13 @@ def test_every_command_has_help(name, capsys):
         ("coherence split", "the following arguments are required: data, output"),
     ],
 )
-def test_what_is_wrong_is_refused_in_two_cpu_seconds_without_torch(tmp_path, command, message):
+def test_what_is_wrong_is_refused_before_anything_that_takes_seconds_is_imported(tmp_path, command, message):
     (tmp_path / "file").touch()
     code = (
         "import sys, atexit; from hf_longalign.cli import main;"
-        "atexit.register(lambda: print('torch' in sys.modules)); sys.exit(main(sys.argv[1:]))"
+        "atexit.register(lambda: print(*{'torch', 'transformers', 'datasets', 'peft', 'openai'} & {*sys.modules}));"
+        "sys.exit(main(sys.argv[1:]))"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", code, *command.split()],
         cwd=tmp_path,
@@ -113,10 +112,8 @@ def test_what_is_wrong_is_refused_in_two_cpu_seconds_without_torch(tmp_path, com
         text=True,
         timeout=120,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert message in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert done.returncode in (1, 2) and done.stdout == "False\n"
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert done.returncode in (1, 2) and done.stdout == "\n"
 
 
 def test_every_option_of_the_trainer_is_known_before_it_is_imported():
