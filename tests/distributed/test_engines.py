@@ -20,6 +20,8 @@ from trl.kernels import chunked_logprob
 from distributed import worker
 
 
+# The first test of each launch waits for all that it trains: minutes, on a busy machine more than the limit of others.
+pytestmark = pytest.mark.timeout(1200)
 WORKER = Path(worker.__file__)
 SETTINGS = [name for name in worker.SETTINGS if not name.endswith(("resumed", "unguarded"))]
 # What a model that is cut over the processes is trained by; no checkpoint of it can be resumed.
@@ -174,8 +176,8 @@ def test_two_processes_train_what_one_trains(engines, engine, wrapper, name):
     if name.startswith("qlora") and not has_bitsandbytes:
         pytest.skip('needs pip install "hf_longalign[quant]"')
     assert engine_of(engines / engine / name).startswith(wrapper)
-    # Gradients of 4-bit weights go through bfloat16.
-    assert_same(engines / engine / name, engines / "one" / name, tolerance=0.01 if name.startswith("qlora") else 2e-5)
+    # Gradients of 4-bit weights go through bfloat16, whose sums differ by up to three of its roundings.
+    assert_same(engines / engine / name, engines / "one" / name, tolerance=0.02 if name.startswith("qlora") else 2e-5)
 
 
 @pytest.mark.parametrize("name", CUT)
