@@ -24,7 +24,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: lint types  ## Lint, types, doctests and tests.
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:  ## Remove the virtual environment and the caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
