@@ -24,7 +24,8 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 test: lint types  ## Lint, types, doctests and tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	# One thread each: two processes of two threads on two cores wait for each other three times as long.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:  ## Remove the virtual environment and the caches.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
