@@ -42,7 +42,7 @@ from tiny import chat_dataset, tiny_tokenizer
 
 
 STEPS = 3
-WEIGHED = 2048  # tokens
+WEIGHED = 512  # tokens
 RESUMABLE = {"packing": True, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps"}
 # What PEFT can train where the model is cut over the processes.
 COLUMN_WISE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
