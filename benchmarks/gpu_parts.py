@@ -201,20 +201,28 @@ def card_gib() -> float:
 
 
 def compiling(place: Place, could_not: list[str]) -> list[dict]:
-    """Measure what `torch.compile` gains, and how often it compiled after the third step."""
+    """Measure what `torch.compile` gains, what the first step waits for it, and how often it compiled after the third.
+
+    As a whole, and by layer as `accelerate launch --dynamo_use_regional_compilation` does.
+    """
     device = place.device
+    from accelerate.utils import compile_regions
     from torch._dynamo.utils import counters
 
-    # Layers are compiled one by one: all 32 take minutes and tell nothing more.
+    # As a whole all 32 layers take minutes and tell nothing more.
     few = replace(LLAMA, name=f"Llama-3-8B, {COMPILED_LAYERS} of its {LLAMA.layers} layers", layers=COMPILED_LAYERS)
-    results, shape, length = [], few if place.large else TINY, 4096 if place.large else 512
+    cases = [(few if place.large else TINY, how) for how in ("no", "by layer", "whole")]
+    cases += [(LLAMA, how) for how in ("no", "by layer") if place.large]
+    results, length = [], 4096 if place.large else 512
     backend = "inductor" if device == "cuda" else "aot_eager"
-    for compiled in (False, True):
+    compilers = {"no": lambda model, **_: model, "by layer": compile_regions, "whole": torch.compile}
+    for shape, how in cases:
 
-        def measure(compiled: bool = compiled) -> dict:
+        def measure(shape: Shape = shape, how: str = how) -> dict:
             register_attention()
+            torch._dynamo.reset()
             model = build(shape, device, ATTENTION_NAME, torch.bfloat16, lora=True).train()
-            called = torch.compile(model, backend=backend) if compiled else model
+            called = compilers[how](model, backend=backend)
             collator = SkipPositionDataCollator(
                 0, 131_072, skip_probability=1.0, padding_free=True, few_shapes=True, pad_to_multiple_of=length
             )
@@ -230,11 +238,11 @@ def compiling(place: Place, could_not: list[str]) -> list[dict]:
                 synchronize(device)
                 times.append(time.perf_counter() - start)
                 graphs.append(counters["stats"]["unique_graphs"])
-            return {"model": shape.name, "compiled": compiled, "backend": backend if compiled else None,
-                    "step_s": round(statistics.median(times[5:]), 4), "graphs_after_step": graphs,
-                    "compiled_again_after_step_3": graphs[-1] - graphs[2]}  # fmt: skip
+            return {"model": shape.name, "compiled": how, "backend": None if how == "no" else backend,
+                    "first_step_s": round(times[0], 1), "step_s": round(statistics.median(times[5:]), 4),
+                    "graphs_after_step": graphs, "compiled_again_after_step_3": graphs[-1] - graphs[2]}  # fmt: skip
 
-        results += attempt(f"compiled={compiled}", could_not, measure)
+        results += attempt(f"{shape.name}, compiled {how}", could_not, measure)
         free(device)
     return results
 

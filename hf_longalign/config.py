@@ -1,5 +1,6 @@
 """The options of `LongAlignSFTTrainer`, and what is loaded by them: a config, with RoPE scaled or not, a tokenizer."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -37,6 +38,10 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     def __post_init__(self) -> None:
         if self.greater_is_better is None and "loss_at_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # transformers knows a loss by its last letters, and would keep the worst
+        # `accelerate launch --dynamo_backend` compiles too, by these variables alone.
+        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+        if backend != "no" and self.torch_compile_backend is None:
+            self.torch_compile_backend = backend
         super().__post_init__()
         if self.torch_compile and self.packing and self.pad_to_multiple_of == "auto":
             # Packed rows are nearly full: filled up, they are all of one length, and compiled once.

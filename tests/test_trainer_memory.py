@@ -119,24 +119,47 @@ def test_the_chunked_loss_builds_no_logits(tmp_path, packing, monkeypatch):
     assert not packing or trainer.model.config._attn_implementation == ATTENTION_NAME
 
 
-@pytest.mark.parametrize("weighting", ["token", "sequence"])
-def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step(tmp_path, weighting):
-    options = {"max_steps": 6, "per_device_train_batch_size": 1, "loss_weighting": weighting, "preflight": False}
-    expected = trained(tmp_path, True, **options)
+@pytest.fixture
+def graphs(monkeypatch):
+    """How many graphs were compiled after each step, by a callback that counts them."""
+    # `torch_compile` sets them for the process.
+    for name in ("BACKEND", "USE_REGIONAL_COMPILATION"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
     torch._dynamo.reset()
     counters.clear()
-    graphs = []
+    counted = []
 
     class Graphs(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            graphs.append(counters["stats"]["unique_graphs"])
+            counted.append(counters["stats"]["unique_graphs"])
 
+    yield Graphs(), counted
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("weighting", ["token", "sequence"])
+def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step(tmp_path, weighting, graphs):
+    callback, counted = graphs
+    options = {"max_steps": 6, "per_device_train_batch_size": 1, "loss_weighting": weighting, "preflight": False}
+    expected = trained(tmp_path, True, **options)
     actual = trained(
-        tmp_path, True, callbacks=[Graphs()], torch_compile=True, torch_compile_backend="aot_eager", **options
+        tmp_path, True, callbacks=[callback], torch_compile=True, torch_compile_backend="aot_eager", **options
     )
     assert_same(actual, expected)
-    assert graphs[0] > 0 and graphs[2:] == [graphs[2]] * 4
-    torch._dynamo.reset()
+    assert counted[0] > 0 and counted[2:] == [counted[2]] * 4
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_compiled_by_layer_as_accelerate_launch_has_it(tmp_path, layers, graphs, monkeypatch):
+    """What `accelerate launch --dynamo_backend … --dynamo_use_regional_compilation` sets."""
+    callback, counted = graphs
+    options = {"max_steps": 6, "per_device_train_batch_size": 1, "preflight": False}
+    expected = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), **options)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "yes")
+    actual = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), callbacks=[callback], **options)
+    assert_same(actual, expected)
+    assert counted[2:] == [counted[2]] * 4
 
 
 GPU_OPTIONS = {
