@@ -28,8 +28,7 @@ from hf_longalign.run_record import versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from study_data import HUB_DATA, questions, read_pairs, split_pairs
-from study_rows import compose_rows, composed_rows
+from study_data import HUB_DATA, compose_rows, composed_rows, questions, read_pairs, split_pairs
 
 
 def train(args, strategy, folder):

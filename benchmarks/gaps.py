@@ -21,8 +21,7 @@ from hf_longalign.blocks import blocks_from_column
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-from study_data import HUB_DATA, read_pairs, split_pairs
-from study_rows import compose_rows, composed_rows
+from study_data import HUB_DATA, compose_rows, composed_rows, read_pairs, split_pairs
 
 
 # The boundary of a row by its number among them: the contexts begin, the question, the response.

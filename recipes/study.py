@@ -25,9 +25,19 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig
 from study_arms import ARMS, PILOT, QUESTION_SEEDS, WRITTEN, StudyOptions
-from study_data import Pair, documents, questions, read_documents, read_pairs, split_pairs
+from study_data import (
+    Pair,
+    compose_pilot,
+    compose_rows,
+    compose_written,
+    composed_rows,
+    documents,
+    questions,
+    read_documents,
+    read_pairs,
+    split_pairs,
+)
 from study_report import write_study
-from study_rows import compose_pilot, compose_rows, compose_written, composed_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import TrlParser
 

@@ -1,9 +1,11 @@
 """What a study compares and asks: its arms, which differ in one thing each, and its options."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from study_data import HUB_DATA
+
+from hf_longalign.options import option
 
 
 # Seeds of what is asked: choices are made by the answers to one set, and reported are those to another.
@@ -61,65 +63,48 @@ PILOT = ("general", "needles_bare", "needles_short", "needles_long")
 class StudyOptions:
     """What is trained, on what, and what is asked."""
 
-    model: str = field(default="HuggingFaceTB/SmolLM2-135M-Instruct", metadata={"help": "Hub id or folder."})
-    base_name: str | None = field(
-        default=None, metadata={"help": "What report and cards call a model that is a folder: its Hub id."}
+    model: str = option("HuggingFaceTB/SmolLM2-135M-Instruct", "Hub id or folder.")
+    base_name: str | None = option(None, "What report and cards call a model that is a folder: its Hub id.")
+    seeds: str = option(HUB_DATA, "Hub id with HotpotQA's columns, or a folder of seeds.")
+    most_pairs: int = option(20_000, "Read at most so many rows of a data set.")
+    output_dir: str = option("outputs/study", "Folder of everything.")
+    arms: list[str] = option(
+        [arm for arm, what in ARMS.items() if what.rows == "data"],
+        f"Some of {', '.join(ARMS)}, in the order of importance.",
     )
-    seeds: str = field(default=HUB_DATA, metadata={"help": "Hub id with HotpotQA's columns, or a folder of seeds."})
-    most_pairs: int = field(default=20_000, metadata={"help": "Read at most so many rows of a data set."})
-    output_dir: str = field(default="outputs/study", metadata={"help": "Folder of everything."})
-    arms: list[str] = field(
-        default_factory=lambda: [arm for arm, what in ARMS.items() if what.rows == "data"],
-        metadata={"help": f"Some of {', '.join(ARMS)}, in the order of importance."},
+    training_seeds: list[int] = option([0], "Seeds; the first of all first.")
+    general: str | None = option(None, "Hub id of the chats in the pilot's arms; unset: pairs with their passages.")
+    writer: str = option("Qwen/Qwen2.5-7B-Instruct", "Model that writes rows, where arms have them written.")
+    writer_endpoints: list[str] = option([], "Servers of it; none: it is loaded here.")
+    context_words: int = option(300, "Words of a written context.")
+    rows: int = option(128, "Rows to train on; in the pilot so many of each kind.")
+    row_tokens: int = option(768, "The most tokens of a row.")
+    gold_tokens: int = option(
+        300, "The most tokens of gold passages in a row; twice that in a text that is asked about."
     )
-    training_seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; the first of all first."})
-    general: str | None = field(
-        default=None,
-        metadata={"help": "Hub id of the chats in the pilot's arms; unset: pairs with their passages."},
+    epochs: float = option(1.0, "Times each row is trained on.")
+    batch_size: int = option(8, "Rows of a step.")
+    micro_batch_size: int = option(8, "Rows of a forward.")
+    learning_rate: float = option(3e-4, "Of AdamW, cosine.")
+    lora_r: int = option(16, "Rank of the adapter.")
+    lora_target_modules: list[str] = option(["q_proj", "k_proj", "v_proj", "o_proj"], "Layers it changes.")
+    target_length: int = option(16384, "Positions that RoPE is scaled and skips go to.")
+    rope_type: str = option("yarn", "How RoPE is scaled.")
+    distances: list[int] = option([], "Distances that the loss of short rows is watched at while training.")
+    skip_probability: float = option(0.5, "Share of the rows that are skipped.")
+    dtype: str = option("bfloat16", "Precision of the weights.")
+    split: str = option("report", "Whose questions: development (for choices) or report.")
+    cells: list[str] = option(
+        ["512:4", "2048:4", "4096:3", "8192:2", "16384:2"], "length:texts, in the order in which they are asked."
     )
-    writer: str = field(
-        default="Qwen/Qwen2.5-7B-Instruct", metadata={"help": "Model that writes rows, where arms have them written."}
-    )
-    writer_endpoints: list[str] = field(
-        default_factory=list, metadata={"help": "Servers of it; none: it is loaded here."}
-    )
-    context_words: int = field(default=300, metadata={"help": "Words of a written context."})
-    rows: int = field(default=128, metadata={"help": "Rows to train on; in the pilot so many of each kind."})
-    row_tokens: int = field(default=768, metadata={"help": "The most tokens of a row."})
-    gold_tokens: int = field(
-        default=300,
-        metadata={"help": "The most tokens of gold passages in a row; twice that in a text that is asked about."},
-    )
-    epochs: float = field(default=1.0, metadata={"help": "Times each row is trained on."})
-    batch_size: int = field(default=8, metadata={"help": "Rows of a step."})
-    micro_batch_size: int = field(default=8, metadata={"help": "Rows of a forward."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Of AdamW, cosine."})
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "Layers it changes."}
-    )
-    target_length: int = field(default=16384, metadata={"help": "Positions that RoPE is scaled and skips go to."})
-    rope_type: str = field(default="yarn", metadata={"help": "How RoPE is scaled."})
-    distances: list[int] = field(
-        default_factory=list, metadata={"help": "Distances that the loss of short rows is watched at while training."}
-    )
-    skip_probability: float = field(default=0.5, metadata={"help": "Share of the rows that are skipped."})
-    dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights."})
-    split: str = field(default="report", metadata={"help": "Whose questions: development (for choices) or report."})
-    cells: list[str] = field(
-        default_factory=lambda: ["512:4", "2048:4", "4096:3", "8192:2", "16384:2"],
-        metadata={"help": "length:texts, in the order in which they are asked."},
-    )
-    needles: int = field(default=16, metadata={"help": "Needles in a text, a multiple of `keys_at_once`."})
-    keys_at_once: int = field(default=4, metadata={"help": "Keys of a question for several."})
-    most_golds: int = field(default=24, metadata={"help": "The most questions about passages per text."})
-    perplexity_texts: str | None = field(
-        default=None, metadata={"help": "Folder of .txt files; unset: the passages of the questions."}
-    )
-    perplexity_documents: int = field(default=8, metadata={"help": "Documents of 2,048 tokens."})
-    batch_tokens: int = field(default=65_536, metadata={"help": "Tokens of texts and answers kept at once on asking."})
-    models_kept: int = field(default=1, metadata={"help": "Models of arms kept in memory between texts."})
-    minutes: float | None = field(default=None, metadata={"help": "Begin nothing new after so many, but report."})
+    needles: int = option(16, "Needles in a text, a multiple of `keys_at_once`.")
+    keys_at_once: int = option(4, "Keys of a question for several.")
+    most_golds: int = option(24, "The most questions about passages per text.")
+    perplexity_texts: str | None = option(None, "Folder of .txt files; unset: the passages of the questions.")
+    perplexity_documents: int = option(8, "Documents of 2,048 tokens.")
+    batch_tokens: int = option(65_536, "Tokens of texts and answers kept at once on asking.")
+    models_kept: int = option(1, "Models of arms kept in memory between texts.")
+    minutes: float | None = option(None, "Begin nothing new after so many, but report.")
 
     def __post_init__(self) -> None:
         for name, allowed in (("arms", ARMS), ("split", QUESTION_SEEDS)):

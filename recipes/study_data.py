@@ -1,22 +1,25 @@
-"""What a study asks: pairs with their gold passages, and texts that many questions are asked about.
+"""What a study asks and trains on: pairs with their gold passages, texts with many questions about each, and rows.
 
 One long text serves all questions about it, so that it is read once:
 
     Read the passages. Special magic numbers are hidden in them; memorize them.
     passage ... needle ... gold passage ... needle ... passage          <- fits a length in tokens
     one of: the number of one key | the numbers of four keys | a question that one of the gold passages answers
+
+The rows of training are composed of pairs, or written for them by a language model.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
+from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.evaluation.needles import ONE, SEVERAL, NeedleTask, Pools, Wording, draw_needles
 from hf_longalign.evaluation.prompt import Prompt
 
@@ -51,13 +54,12 @@ class Pair:
     others: tuple[str, ...]
 
 
-def read_pairs(source: str, *, split: str = "train", most: int | None = None) -> list[Pair]:
+def read_pairs(source: str, *, most: int | None = None) -> list[Pair]:
     """Read pairs whose gold passages hold the answer.
 
     Args:
         source: a folder with `seed_instruction/<task>.jsonl` and, line by line, `seed_context/<task>.jsonl`; or a data
             set with HotpotQA's columns, as a folder or `user/name[:config]`.
-        split: of the data set.
         most: read at most so many rows of a data set.
 
     Raises:
@@ -67,7 +69,7 @@ def read_pairs(source: str, *, split: str = "train", most: int | None = None) ->
         pairs = [pair for task in TASKS for pair in _read_lines(Path(source), task)]
     else:
         name, _, config = source.partition(":")
-        rows = load_dataset(name, config or None, split=split)
+        rows = load_dataset(name, config or None, split="train")
         pairs = [pair_of(row) for row in (rows.select(range(min(most, len(rows)))) if most else rows)]
     usable = [pair for pair in pairs if pair.answer.lower() in "\n".join(pair.gold).lower() and len(pair.answer) > 2]
     if not usable:
@@ -108,7 +110,7 @@ def _read_lines(folder: Path, task: str) -> Iterator[Pair]:
 
 
 def split_pairs(
-    pairs: Sequence[Pair], count: Callable[[str], int], *, rows: int, gold_tokens: int, seed: int = 0
+    pairs: Sequence[Pair], count: Callable[[str], int], *, rows: int, gold_tokens: int
 ) -> dict[str, list[Pair]]:
     """Deal pairs out to `train`, `development` (a quarter of the rest) and `report`; none share a gold passage.
 
@@ -117,12 +119,11 @@ def split_pairs(
         count: tokens of a text.
         rows: pairs to train on.
         gold_tokens: the most that the gold passages of a pair to train on may take; of one that is asked, twice that.
-        seed: of the shuffle.
 
     Raises:
         ValueError: nothing is left to ask.
     """
-    order = [pairs[index] for index in np.random.default_rng(seed).permutation(len(pairs))]
+    order = [pairs[index] for index in np.random.default_rng(0).permutation(len(pairs))]
     sizes = {pair: count("\n\n".join(pair.gold)) for pair in order}
     train = [pair for pair in order if sizes[pair] <= gold_tokens][:rows]
     seen = {passage for pair in train for passage in pair.gold}
@@ -266,3 +267,120 @@ def documents(pairs: Sequence[Pair]) -> list[str]:
 def read_documents(folder: str) -> list[str]:
     """Return the text files of a folder."""
     return [re.sub(r"\s+", " ", path.read_text("utf-8")) for path in sorted(Path(folder).glob("*.txt"))]
+
+
+def compose_rows(pairs: Sequence[Pair], folder: Path, *, tokenizer: str, tokens: int) -> None:
+    """Compose pairs to rows of at most so many tokens, gold among distractors, `parts` recorded; no LLM is asked.
+
+    The data set, with its card, goes into `folder / "dataset"`, from which it can be pushed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = folder / "distractors.jsonl"
+    lines = dict.fromkeys(passage for pair in pairs for passage in pair.others)
+    documents.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    builder = ContextSynthesisBuilder(
+        cache_dir=folder / "cache",
+        seeds=[
+            {"task": pair.task, "instruction": pair.question, "answer": pair.answer, "context": "\n\n".join(pair.gold)}
+            for pair in pairs
+        ],
+        documents=[str(documents)],
+        distractor_sources=["documents", "same_task"],
+        target_tokens=tokens,
+        tokenizer=tokenizer,
+        checks=["support"],
+        show_progress=False,
+    )
+    builder.export(folder / "dataset")
+
+
+def composed_rows(folder: Path, *, parts: bool = True) -> Dataset:
+    """Return what [`compose_rows`] or [`compose_pilot`] has composed."""
+    files = str(folder / "dataset" / "chat" / "train-*.parquet")
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    return rows.select_columns(["messages", "parts"] if parts else ["messages"])
+
+
+def compose_pilot(
+    pairs: Sequence[Pair],
+    folder: Path,
+    count: Callable[[str], int],
+    *,
+    kind: str,
+    tokens: int,
+    general: str | None = None,
+) -> None:
+    """Make the rows of an arm of the pilot study: general chats, and as many rows that ask for a needle.
+
+    Args:
+        pairs: to train on.
+        folder: of the rows.
+        count: tokens a model is given for a text.
+        kind: `general` (no needles), `needles_bare` (the question alone), `needles_short` or `needles_long`.
+        tokens: of a text around needles.
+        general: Hub id of chats with a column `messages`; unset, pairs with their gold passages serve.
+    """
+    chats = general_chats(pairs, general)
+    for text in range(0 if kind == "general" else len(pairs)):
+        length = min(tokens, SHORTEST_TEXT) if kind == "needles_bare" else tokens
+        # Drawn by another seed than what is asked.
+        drawn = questions(pairs, count, length=length, text=text, seed=3, needles=4, keys_at_once=2, most_golds=1)
+        needles = [prompt for prompt in drawn if prompt.task == "multi_key"]
+        one = needles[text % len(needles)]
+        question = one.text.rpartition("\n\n")[2] if kind == "needles_bare" else one.text
+        chats.append(_chat(question, f"{one.prefix} {one.answers[0]}."))
+    write_chats(chats, folder)
+
+
+def compose_written(
+    pairs: Sequence[Pair], folder: Path, generator: Any, *, kind: str, contexts: int, words: int, general: str | None
+) -> None:
+    """Make the rows of an arm that has them written: general chats, and a row for each pair or its passages.
+
+    Args:
+        pairs: to train on.
+        folder: of the rows; replies are kept beside it, so that another number of contexts asks for nothing.
+        generator: as of `ContextSynthesisBuilder`.
+        kind: `contexts` (for the pair) or `instructions` (a pair for its gold passages, the paper's baseline).
+        contexts: in a row, the gold one among them.
+        words: of a written context.
+        general: see `compose_pilot`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "contexts":
+        seeds = [{"task": pair.task, "instruction": pair.question, "answer": pair.answer} for pair in pairs]
+        given: dict[str, Any] = {"seeds": seeds, "context_words": words, "min_words": words // 2}
+    else:
+        documents = folder / "documents.jsonl"
+        lines = dict.fromkeys("\n\n".join(pair.gold) for pair in pairs)
+        documents.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+        given = {"method": "instruction", "documents": [str(documents)], "min_words": 1}
+    builder = ContextSynthesisBuilder(
+        generator=generator,
+        cache_dir=folder.parent / "cache",
+        journal=folder.parent / f"{kind}.sqlite",
+        n_distractors=contexts - 1,
+        distractor_sources=["same_task", "other_tasks"],
+        **given,
+    )
+    builder.download_and_prepare()
+    write_chats([*general_chats(pairs, general), *builder.as_dataset(split="train")["messages"]], folder)
+
+
+def general_chats(pairs: Sequence[Pair], general: str | None) -> list[list[dict[str, str]]]:
+    """Return as many chats of a data set as there are pairs, or these with their gold passages."""
+    if general is not None:
+        return list(load_dataset(general, split=f"train[:{len(pairs)}]")["messages"])
+    return [_chat("\n\n".join(pair.gold) + ASK.format(question=pair.question), pair.answer) for pair in pairs]
+
+
+def write_chats(chats: Iterable[list[dict[str, str]]], folder: Path) -> None:
+    """Put chats where `composed_rows` finds them."""
+    place = folder / "dataset" / "chat"
+    place.mkdir(parents=True, exist_ok=True)
+    rows = [{"messages": messages} for messages in chats]
+    Dataset.from_list(rows).to_parquet(place / "train-00000.parquet")
+
+
+def _chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

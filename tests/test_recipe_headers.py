@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
 ROOT = Path(__file__).parents[1]
 # Those that are no scripts but modules of one.
-MODULES = {"quickstart_model", "quickstart_task", "study_data", "study_arms", "study_report", "study_rows"}
+MODULES = {"quickstart_task", "study_data", "study_arms", "study_report"}
 SCRIPTS = [path for path in sorted((ROOT / "recipes").glob("*.py")) if path.stem not in MODULES]
 # As PEP 723 has it.
 BLOCK = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")

@@ -35,10 +35,9 @@ def recipes():
         import study_arms
         import study_data
         import study_report
-        import study_rows
     finally:
         sys.path.remove(str(ROOT / "recipes"))
-    return SimpleNamespace(study=study, arms=study_arms, data=study_data, rows=study_rows, report=study_report)
+    return SimpleNamespace(study=study, arms=study_arms, data=study_data, report=study_report)
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +118,8 @@ def test_rows_to_train_on_tell_their_parts(recipes, seeds, tmp_path):
     data = recipes.data
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     pairs = data.read_pairs(str(seeds))[:12]
-    recipes.rows.compose_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
-    rows = recipes.rows.composed_rows(tmp_path / "data")
+    recipes.data.compose_rows(pairs, tmp_path / "data", tokenizer=str(tmp_path / "model"), tokens=1024)
+    rows = recipes.data.composed_rows(tmp_path / "data")
     assert len(rows) == 12
     for row in rows:
         content = row["messages"][0]["content"]
@@ -139,8 +138,8 @@ def test_the_pilot_hides_one_needle_in_a_text_or_asks_for_it_alone(recipes, seed
     tokens = {"general": 0, "needles_bare": 700, "needles_short": 700, "needles_long": 1500}
     rows = {}
     for kind, length in tokens.items():
-        recipes.rows.compose_pilot(pairs, tmp_path / kind, count, kind=kind, tokens=length)
-        rows[kind] = [row["messages"] for row in recipes.rows.composed_rows(tmp_path / kind, parts=False)]
+        recipes.data.compose_pilot(pairs, tmp_path / kind, count, kind=kind, tokens=length)
+        rows[kind] = [row["messages"] for row in recipes.data.composed_rows(tmp_path / kind, parts=False)]
     general = rows["general"]
     assert [answer["content"] for _, answer in general] == [pair.answer for pair in pairs]
     assert all(
@@ -173,10 +172,10 @@ def test_rows_are_written_for_pairs_or_pairs_for_their_passages(recipes, seeds, 
     pairs, writer, paid = recipes.data.read_pairs(str(seeds))[:12], Writer(), {}
     for number, kind in product((1, 5), ("contexts", "instructions")):
         folder, before = tmp_path / f"{kind}_{number}", len(writer.asked)
-        recipes.rows.compose_written(pairs, folder, writer, kind=kind, contexts=number, words=60, general=None)
+        recipes.data.compose_written(pairs, folder, writer, kind=kind, contexts=number, words=60, general=None)
         paid[kind, number] = len(writer.asked) - before
-        rows = recipes.rows.composed_rows(folder, parts=False)["messages"]
-        assert rows[:12] == recipes.rows.general_chats(pairs, None) and len(rows) == 24
+        rows = recipes.data.composed_rows(folder, parts=False)["messages"]
+        assert rows[:12] == recipes.data.general_chats(pairs, None) and len(rows) == 24
         for question, answer in rows[12:]:
             asked, own = question["content"], f"{answer['content']}."
             if kind == "contexts":
