@@ -4,7 +4,6 @@ Distances are read off the batches, on all processes and over resumes.
 """
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,24 @@ MAX_PENDING = 64
 FILE_NAME = "longalign_coverage.npz"
 
 
-@dataclass
-class _Spans:
-    """Counts over documents. The span of a document is the number of positions from its first to its last."""
+def summary(window: np.ndarray, run: np.ndarray) -> dict[str, Any]:
+    """Say what the spans of a window are, and which distances the run has met.
 
-    documents: int = 0
-    skipped: int = 0
-    total: int = 0
-    largest: int = 0
+    A span is the number of positions from the first of a document to its last.
 
-    def add(self, span: int, skipped: bool) -> None:
-        self.documents += 1
-        self.skipped += skipped
-        self.total += span
-        self.largest = max(self.largest, span)
-
-    def summary(self) -> dict[str, Any]:
-        count = max(self.documents, 1)
-        return {
-            "skip_share": self.skipped / count,
-            "skip_span_mean": self.total / count,
-            "skip_span_max": self.largest,
-        }
+    Args:
+        window, run: as [`DistanceCoverage.counts`] returns them.
+    """
+    documents, skipped, spans = window[-3:].tolist()
+    new, met = (np.flatnonzero(counts[:-3]) for counts in (window, run))
+    return {
+        "skip_share": skipped / max(documents, 1),
+        "skip_span_mean": spans / max(documents, 1),
+        # Of the largest span the largest distance is that between its ends.
+        "skip_span_max": int(new[-1]) + 1 if new.size else 0,
+        "skip_distance_max": int(met[-1]) if met.size else 0,
+        "skip_distance_coverage": met.size / (run.size - 3),
+    }
 
 
 class DistanceCoverage:
@@ -71,8 +66,9 @@ class DistanceCoverage:
         # Twice the length, so that the autocorrelation does not wrap around.
         self._fft_size = 1 << (2 * target_length - 1).bit_length()
         self._power: np.ndarray | None = None
-        self._run = _Spans()
-        self._window = _Spans()
+        # Documents, those that skip, and the sum of their spans.
+        self._documents = np.zeros(3, dtype=np.int64)
+        self._told = self.counts()
 
     def add(self, positions: ArrayLike) -> None:
         """Count one document by its positions, int `(n,)`, strictly increasing, n at least 1.
@@ -108,9 +104,7 @@ class DistanceCoverage:
             spectrum = np.fft.rfft(occupied, self._fft_size)
             power = spectrum.real**2 + spectrum.imag**2
             self._power = power if self._power is None else self._power + power
-        # The window is what the next log tells of, the run what the record does.
-        for spans in (self._run, self._window):
-            spans.add(span, skipped=breaks.size > 0)
+        self._documents += (1, breaks.size > 0, span)
 
     @property
     def pairs(self) -> np.ndarray:
@@ -124,52 +118,33 @@ class DistanceCoverage:
 
     def counts(self) -> np.ndarray:
         """Return int64 `(target_length + 3,)`: pairs by distance; documents, skipped ones, sum of their spans."""
-        run = self._run
-        return np.append(self.pairs, [run.documents, run.skipped, run.total])
+        return np.append(self.pairs, self._documents)
 
     def add_counts(self, counts: np.ndarray) -> None:
         """Add what another coverage of the same target length has counted, as its `counts` tells it."""
-        pairs, (documents, skipped, total) = counts[:-3], counts[-3:].tolist()
-        self._counts += pairs
-        met = np.flatnonzero(pairs)
-        for spans in (self._run, self._window):
-            spans.documents += documents
-            spans.skipped += skipped
-            spans.total += total
-            # The largest distance is that between the ends of the largest span.
-            spans.largest = max(spans.largest, int(met[-1]) + 1 if met.size else 0)
+        self._counts += counts[:-3]
+        self._documents += counts[-3:]
 
     def metrics(self) -> dict[str, float]:
-        """Return what to log, and begin a new window.
+        """Return what to log.
 
         `skip_share`, `skip_span_mean` and `skip_span_max` are of the documents since the last call, skipped or not;
         `skip_distance_max` and `skip_distance_coverage`, the share of the distances below `target_length` that were
         met at least once, of the whole run. Empty where no document was added since the last call.
         """
-        window, self._window = self._window, _Spans()
-        if not window.documents:
-            return {}
-        return {
-            **window.summary(),
-            "skip_distance_max": self._distance_max,
-            "skip_distance_coverage": float((self.pairs > 0).mean()),
-        }
-
-    @property
-    def _distance_max(self) -> int:
-        return max(self._run.largest - 1, 0)
+        counts = self.counts()
+        new, self._told = counts - self._told, counts
+        return summary(new, counts) if new[-3] else {}
 
     def record(self) -> CoverageRecord:
         """Return what the whole run has covered."""
-        pairs = self.pairs
+        counts, pairs = self.counts(), self.pairs
         bins = min(BINS, self.target_length)
         edges = np.arange(bins + 1) * self.target_length // bins
         return CoverageRecord(
             target_length=self.target_length,
-            documents=self._run.documents,
-            **self._run.summary(),
-            skip_distance_max=self._distance_max,
-            skip_distance_coverage=float((pairs > 0).mean()),
+            documents=int(self._documents[0]),
+            **summary(counts, counts),
             histogram=Histogram(
                 edges=edges.tolist(),
                 pairs=np.add.reduceat(pairs, edges[:-1]).tolist(),
