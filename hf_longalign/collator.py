@@ -183,7 +183,7 @@ class SkipPositionDataCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows into a batch; see the class."""
-        flat = _flatten(rows, with_blocks=self.strategy != "none")
+        flat = flatten_rows(rows, with_blocks=self.strategy != "none")
         if not self.padding_free and flat.seq_lengths.size > flat.row_lengths.size:
             raise ValueError(
                 "`seq_lengths` must hold one document per row in a padded batch, got packed rows. "
@@ -253,25 +253,21 @@ class SkipPositionDataCollator:
         return -(-length // multiple) * multiple
 
     def _padded(self, flat: Flat, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        lengths = flat.row_lengths.tolist()
-        shape = (len(lengths), self._length(max(lengths)))
+        kept = np.arange(self._length(flat.row_lengths.max())) < flat.row_lengths[:, None]
+
+        def padded(values: np.ndarray, fill: int) -> torch.Tensor:
+            rows = np.full(kept.shape, fill, dtype=np.int64)
+            rows[kept] = values
+            return torch.from_numpy(rows)
+
         batch = {
-            "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
-            "labels": np.full(shape, IGNORE, dtype=np.int64),
-            "attention_mask": np.zeros(shape, dtype=np.int64),
-            "position_ids": np.zeros(shape, dtype=np.int64),
+            "input_ids": padded(flat.input_ids, self.pad_token_id),
+            "labels": padded(flat.labels, IGNORE),
+            "attention_mask": torch.from_numpy(kept.astype(np.int64)),
         }
-        start = 0
-        for row, length in enumerate(lengths):
-            end = start + length
-            batch["input_ids"][row, :length] = flat.input_ids[start:end]
-            batch["labels"][row, :length] = flat.labels[start:end]
-            batch["attention_mask"][row, :length] = 1
-            batch["position_ids"][row, :length] = positions[start:end]
-            start = end
-        if self.strategy == "none":
-            del batch["position_ids"]  # RoBERTa's begin at 2
-        return {key: torch.from_numpy(value) for key, value in batch.items()}
+        if self.strategy != "none":  # without them the model gives itself its own: RoBERTa's begin at 2
+            batch["position_ids"] = padded(positions, 0)
+        return batch
 
     def _packed(self, flat: Flat, positions: np.ndarray) -> dict[str, Any]:
         total = flat.input_ids.size
@@ -309,7 +305,7 @@ def _row(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values)[None]
 
 
-def _flatten(rows: Sequence[dict[str, Any]], *, with_blocks: bool) -> Flat:
+def flatten_rows(rows: Sequence[dict[str, Any]], *, with_blocks: bool) -> Flat:
     """Put the rows one after the other, checked and without the padding they came with."""
     input_ids, labels, seq_lengths, blocks = [], [], [], []
     for index, row in enumerate(rows):

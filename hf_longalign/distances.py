@@ -7,7 +7,7 @@ length alone: not on the strategy, the seed, the batch or the process, so that a
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_longalign.attention import mark_boundaries
-from hf_longalign.blocks import (
-    IGNORE,
-    Blocks,
-    block_response,
-    blocks_from_column,
-    blocks_from_labels,
-    blocks_to_column,
-)
-from hf_longalign.collator import SkipPositionDataCollator
+from hf_longalign.blocks import IGNORE, Blocks, blocks_from_column, blocks_to_column
+from hf_longalign.collator import SkipPositionDataCollator, flatten_rows
 from hf_longalign.loss import fused_log_probs
 from hf_longalign.positions import document_rng
 from hf_longalign.publishing import PublishingSFTTrainer
@@ -78,38 +71,27 @@ def first_documents(dataset: Any, count: int) -> list[dict[str, np.ndarray]]:
     long text does, and fail at any distance. Without another boundary what the first block holds is cut in the middle.
 
     Args:
-        dataset: tokenised rows, packed or not.
+        dataset: tokenised rows, packed or not, as [`SkipPositionDataCollator`] takes them.
         count: how many at most.
     """
     found: list[dict[str, np.ndarray]] = []
     for row in dataset:
-        names = ("input_ids", "labels", "blocks", "block_lengths", "seq_lengths", "attention_mask")
-        columns = {name: np.asarray(row[name]) for name in names if row.get(name) is not None}
-        lengths, kept = columns.pop("block_lengths", None), columns.pop("attention_mask", None)
-        documents = columns.pop("seq_lengths", None)
-        columns.setdefault("labels", columns["input_ids"])
-        if lengths is not None:  # of a packed row, one number per token can be cut where its documents end
-            response = block_response(columns["labels"], lengths, documents)
-            columns["blocks"] = blocks_to_column(Blocks(lengths, response))
-        ends = np.cumsum([] if documents is None else documents)[:-1].astype(int)
-        if kept is not None:
-            columns = {name: values[kept != 0] for name, values in columns.items()}
-        parts = {name: np.split(values, ends) for name, values in columns.items()}
-        for index, labels in enumerate(parts["labels"]):
+        flat: Any = flatten_rows([row], with_blocks=True)
+        columns = (flat.input_ids, flat.labels, blocks_to_column(flat.blocks))
+        documents = zip(*(np.split(column, np.cumsum(flat.seq_lengths)[:-1]) for column in columns), strict=True)
+        for ids, labels, blocks in documents:
             if (labels[1:] != IGNORE).any():
-                document = {name: values[index] for name, values in parts.items()}
-                found.append({**document, "blocks": _joined(labels, document.get("blocks"))})
+                found.append({"input_ids": ids, "labels": labels, "blocks": _joined(blocks_from_column(blocks))})
             if len(found) == count:
                 return found
     return found
 
 
-def _joined(labels: np.ndarray, column: np.ndarray | None) -> np.ndarray:
+def _joined(blocks: Blocks) -> np.ndarray:
     """One number per token, int `(n,)`, that changes where a row may be cut: at blocks, but before no response."""
-    lengths, response = blocks_from_labels(labels) if column is None else blocks_from_column(column)
-    starts = (np.cumsum(lengths) - lengths)[~response]
-    cuts = starts[starts > 0] if (starts > 0).any() else [max(1, lengths[0] // 2)]
-    changes = np.zeros(labels.size, dtype=int)
+    starts = (np.cumsum(blocks.lengths) - blocks.lengths)[~blocks.response]
+    cuts = starts[starts > 0] if (starts > 0).any() else [max(1, blocks.lengths[0] // 2)]
+    changes = np.zeros(blocks.lengths.sum(), dtype=int)
     changes[cuts] = 1
     return np.cumsum(changes) % 2
 
@@ -168,8 +150,7 @@ class DistanceCallback(TrainerCallback):
         distances: in positions.
         collator: of the evaluation batches; its strategy is replaced.
         rows: documents by data set, as [`first_documents`] returns them.
-        forward: gives the log-probabilities `(batch, length - 1)` of the targets of a batch.
-        trainer: logs what is measured.
+        trainer: reads the batches, and logs what is measured.
     """
 
     def __init__(
@@ -177,25 +158,17 @@ class DistanceCallback(TrainerCallback):
         distances: Sequence[int],
         collator: SkipPositionDataCollator,
         rows: dict[str, list[dict[str, np.ndarray]]],
-        forward: Callable[[dict[str, Any]], torch.Tensor],
-        trainer: Any,
+        trainer: "WatchingSFTTrainer",
     ) -> None:
         self.distances = sorted(set(distances))
         self.collator = collator
         self.rows = rows
-        self.forward = forward
         self.trainer = trainer
         self._seconds = self._start = 0.0
 
-    def measure(self, prefix: str = "eval", rows: Sequence[dict[str, np.ndarray]] | None = None) -> dict[str, float]:
-        """Return the loss at each distance, ready to be logged; every process must call it.
-
-        Args:
-            prefix: what the names begin with.
-            rows: documents; `None`: those of the data set the prefix names.
-        """
+    def measure(self, prefix: str, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+        """Return the loss of rows at each distance under names that begin so; every process must call it."""
         start = time.perf_counter()
-        rows = self.rows[prefix.removeprefix("eval_")] if rows is None else rows
         copies = copy_rows(rows, min(COPIED, self.distances[0] // 2))
         found = {
             f"{prefix}_{name}_at_{distance}": self.loss(asked, distance)
@@ -223,7 +196,7 @@ class DistanceCallback(TrainerCallback):
             own = rows[begin + state.process_index * size :][:size]
             batch = collator(own or rows[:size])
             targets = batch["labels"][:, 1:] != IGNORE
-            log_probs = self.forward(batch).double().cpu()[:, -targets.shape[1] :]
+            log_probs = self.trainer.target_log_probs(batch).double().cpu()[:, -targets.shape[1] :]
             total += torch.stack([-log_probs[targets].sum(), targets.sum().double()]) * bool(own)
         # Not every device has float64.
         total = reduce(total.to(state.device, torch.float32), "sum").cpu()
@@ -258,8 +231,8 @@ class DistanceCallback(TrainerCallback):
         model = self.trainer.model
         training = model.training
         model.eval()
-        for name in self.rows:
-            self.trainer.log(self.measure("eval" if name == "eval" else f"eval_{name}"))
+        for name, rows in self.rows.items():
+            self.trainer.log(self.measure("eval" if name == "eval" else f"eval_{name}", rows))
         model.train(training)
 
     def _names(self) -> list[str]:
@@ -299,16 +272,16 @@ class WatchingSFTTrainer(PublishingSFTTrainer):
             if name not in self._distance_rows:  # not prepared here
                 self._distance_rows[name] = first_documents(dataset or (), self.watched_rows)
             check_distances(distances, self._distance_rows[name], self.model.config)
-
-        def forward(batch: dict[str, Any]) -> torch.Tensor:
-            batch = self._prepare_inputs(batch)
-            if self.args.torch_compile:
-                mark_boundaries(batch)
-            with self.compute_loss_context_manager():
-                return fused_log_probs(self._wrap_model(self.model, training=False), batch)
-
-        self.distances = DistanceCallback(distances, collator, self._distance_rows, forward, self)
+        self.distances = DistanceCallback(distances, collator, self._distance_rows, self)
         self.add_callback(self.distances)
+
+    def target_log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Return the log-probabilities of a batch's targets, `(batch, length - 1)` or longer."""
+        batch = self._prepare_inputs(batch)
+        if self.args.torch_compile:
+            mark_boundaries(batch)
+        with self.compute_loss_context_manager():
+            return fused_log_probs(self._wrap_model(self.model, training=False), batch)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, at `eval_distances` too; see [`trl.SFTTrainer.evaluate`]."""
@@ -318,6 +291,7 @@ class WatchingSFTTrainer(PublishingSFTTrainer):
         try:
             return super().evaluate(eval_dataset, *args, **kwargs)
         finally:
+            self._distance_rows.clear()
             self._distance_rows.update(kept)
 
     def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> Any:

@@ -135,6 +135,8 @@ def test_other_rows_are_measured_where_they_are_given(tmp_path):
     losses = {name: loss for name, loss in both.items() if "loss" in name}
     again = trainer.evaluate()
     assert {name: again[name] for name in losses} == pytest.approx(losses)  # no row is forgotten
+    assert list(trainer.distances.rows) == ["a", "b"]  # nor kept, to be taken for those of a run
+    assert trainer.evaluate("a")["eval_loss_at_256"] == pytest.approx(both["eval_a_loss_at_256"])
     assert "test_loss_at_256" not in trainer.predict(trainer.eval_dataset["a"]).metrics
 
 
@@ -206,6 +208,13 @@ def test_documents_are_found_in_any_rows():
         {"input_ids": [7, 8], "labels": [7, 8], "blocks": [0, 1]},
     ]
     assert len(first_documents(rows, 1)) == 1
+
+
+def test_block_lengths_count_no_padding():
+    """As the collator reads them: what the mask hides is taken out before anything else."""
+    row = {"input_ids": [9, 1, 2, 3], "attention_mask": [0, 1, 1, 1], "block_lengths": [2, 1]}
+    (found,) = first_documents([row], 1)
+    assert found["input_ids"].tolist() == [1, 2, 3] and np.diff(found["blocks"]).tolist() == [1, 0]
 
 
 def test_the_command_line_takes_a_list():
