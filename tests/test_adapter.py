@@ -1,5 +1,6 @@
 """An adapter trained with scaled RoPE comes back with it, alone or merged; loaded the plain way it does not."""
 
+import json
 import logging
 from dataclasses import replace
 
@@ -236,6 +237,36 @@ def test_multimodal_checkpoints_load_as_they_were_trained(tmp_path):
         load_adapter(adapter, base_model=text_alone)
 
 
+OWN_CODE = {
+    "configuration_own.py": "from transformers import LlamaConfig\n\n\n"
+    'class OwnConfig(LlamaConfig):\n    model_type = "own"\n',
+    "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .configuration_own import OwnConfig\n\n\n"
+    "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}
+
+
+def test_a_base_with_code_of_its_own_is_merged(trained, tmp_path):
+    base, adapter, expected = trained
+    for name, text in OWN_CODE.items():
+        (base / name).write_text(text)
+    config = json.loads((base / "config.json").read_text()) | {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    record = load_record(adapter)
+    rope = replace(record.rope, model_type="own")
+    save_record(adapter, replace(record, rope=rope, architecture="OwnForCausalLM"))
+    tiny_tokenizer().save_pretrained(adapter)
+    merged = merge_adapter(adapter, tmp_path / "merged", trust_remote_code=True)
+    whole = AutoModelForCausalLM.from_pretrained(merged, trust_remote_code=True)
+    torch.testing.assert_close(logits(whole), expected, rtol=0, atol=1e-4)
+
+
 def test_merges_that_cannot_be_are_refused(trained, tmp_path):
     base, adapter, _ = trained
     with pytest.raises(ValueError, match="`output_dir` must be another folder"):
@@ -250,9 +281,20 @@ def test_merges_that_cannot_be_are_refused(trained, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_merge_that_changes_the_model_is_refused(trained, tmp_path, monkeypatch):
+def without_the_adapter(model, **kwargs):
+    return model.unload()
+
+
+def to_nan(model, **kwargs):
+    merged = model.unload()
+    merged.lm_head.weight.data[5] = torch.nan
+    return merged
+
+
+@pytest.mark.parametrize("merge", [without_the_adapter, to_nan])
+def test_a_merge_that_changes_the_model_is_refused(trained, tmp_path, monkeypatch, merge):
     _, adapter, _ = trained
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **kwargs: self.unload(), raising=False)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", merge, raising=False)
     with pytest.raises(ValueError, match="must give the same logits merged"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
