@@ -33,7 +33,7 @@ class Leak(NamedTuple):
     document: int
 
 
-class Changes:
+class Changes(NamedTuple):
     """What moves when the tokens of one document are changed before its middle, its first token apart.
 
     Args:
@@ -41,9 +41,8 @@ class Changes:
         moved: for each document that is changed, the movements of all, `(tokens,)` each.
     """
 
-    def __init__(self, base: list[torch.Tensor], moved: list[list[torch.Tensor]]) -> None:
-        self.base = base
-        self.moved = moved
+    base: list[torch.Tensor]
+    moved: list[list[torch.Tensor]]
 
     def behind(self, document: int) -> float:
         """Movement of a document's second half when its first one is changed: behind its skip, where it has one."""
@@ -176,7 +175,14 @@ class Probe:
     def _own_logits(self, batch: dict[str, Any]) -> torch.Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits = self.model(**inputs, use_cache=False).logits
-        return logits[:, -batch["input_ids"].shape[1] :].float().cpu()  # prompt tuning puts tokens of its own first
+        logits = logits[:, -batch["input_ids"].shape[1] :].float().cpu()  # prompt tuning puts tokens of its own first
+        kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool().cpu()
+        if logits[kept].isnan().any():
+            raise FloatingPointError(
+                "The model's logits must be numbers, got NaN on a batch of a few tokens. Load it in another precision "
+                "(`dtype`) or with another `attn_implementation`."
+            )
+        return logits
 
     def _batch(
         self, ids: list[torch.Tensor], positions: list[torch.Tensor]

@@ -263,6 +263,20 @@ def test_skips_without_a_mask_under_windows(family):
         run_preflight(model, Without("attention_mask"))
 
 
+@pytest.mark.parametrize("strategy", ["skip_context", "none"])
+def test_logits_that_are_no_numbers(strategy):
+    """They move by nothing that a comparison could see."""
+    model = llama(VARLEN)
+    torch.nn.init.constant_(model.lm_head.weight[3:], torch.nan)
+    with pytest.raises(PreflightError, match="logits must be numbers, got NaN"):
+        run_preflight(model, collator(strategy=strategy))
+
+
+def test_a_loss_that_is_no_number():
+    with pytest.raises(PreflightError, match="TRL's loss is not that of LlamaForCausalLM"):
+        run_preflight(llama(VARLEN), collator(), log_probs=lambda _, batch: batch["labels"][:, 1:] * torch.nan)
+
+
 def test_packing_on_a_backend_that_reads_positions():
     with pytest.raises(PreflightError, match='"sdpa" takes every skipped position in a packed row for the end of a'):
         run_preflight(llama("sdpa"), collator(packed=True))
