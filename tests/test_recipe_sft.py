@@ -291,6 +291,7 @@ def test_processes_that_see_other_checkpoints_are_refused(tmp_path, monkeypatch)
     """Copied to the other machine, as the message says, the run goes on."""
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()  # somebody's own
     monkeypatch.setattr("accelerate.utils.gather_object", lambda names: [*names, None])
     with pytest.raises(ValueError, match=r"same checkpoints for every process, got \['checkpoint-2', None\]"):
         sft.agreed_checkpoint(str(tmp_path))

@@ -149,8 +149,12 @@ def agreed_checkpoint(output_dir: str) -> str | None:
     from accelerate.utils import gather_object
 
     newest: str | None = None
-    # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet.
-    for path in sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
+    # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet. What people call
+    # `checkpoint-best` is not the trainer's.
+    numbered = {
+        int(path.name[11:]): path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()
+    }
+    for _, path in sorted(numbered.items()):
         try:
             json.loads((path / "trainer_state.json").read_text())  # the last file of a checkpoint
         except (OSError, json.JSONDecodeError):
