@@ -64,25 +64,6 @@ def as_lengths(name: str, lengths: ArrayLike, total: int | None = None) -> np.nd
     return array.astype(np.int64, copy=False)
 
 
-def alternate(count: int) -> np.ndarray:
-    """Say which of `count` blocks are responses where nothing else does: instruction, response, instruction, response.
-
-    That is SkipAlign's sample (https://arxiv.org/abs/2405.03939).
-
-    >>> alternate(3)
-    array([False,  True, False])
-    """
-    return np.arange(count) % 2 == 1
-
-
-def as_response(response: ArrayLike, count: int) -> np.ndarray:
-    """Check that `response` holds one flag per block; returns bool `(count,)`."""
-    flags = np.asarray(response)
-    if flags.dtype.kind != "b" or flags.shape != (count,):
-        raise ValueError(f"`response` must be one bool per block, {count} here, got {response!r}. Set one per block.")
-    return flags
-
-
 def blocks_to_column(blocks: Blocks) -> np.ndarray:
     """Write blocks as one number per token, int8 `(n,)`; see the table at the top.
 
@@ -180,7 +161,8 @@ def blocks_from_labels(labels: np.ndarray, seq_lengths: np.ndarray | None = None
 def block_response(labels: ArrayLike, lengths: np.ndarray, seq_lengths: np.ndarray | None = None) -> np.ndarray:
     """Say which blocks of a `block_lengths` column are responses: those whose last token is a target.
 
-    A document without ignored labels (plain language modelling) tells nothing; its blocks alternate ([`alternate`]).
+    A document without ignored labels (plain language modelling) tells nothing; its blocks alternate as in SkipAlign's
+    sample (https://arxiv.org/abs/2405.03939): instruction, response, instruction, response.
 
     Args:
         labels: int64 `(n,)`, token ids and -100.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from hf_longalign.blocks import alternate, as_lengths, as_response
+from hf_longalign.blocks import as_lengths
 
 
 class Skips(NamedTuple):
@@ -64,7 +64,11 @@ def sample_positions(
     """
     sampler = get_strategy(strategy)
     lengths = as_lengths("block_lengths", block_lengths)
-    flags = alternate(lengths.size) if response is None else as_response(response, lengths.size)
+    flags = np.arange(lengths.size) % 2 == 1 if response is None else np.asarray(response)
+    if flags.dtype.kind != "b" or flags.shape != lengths.shape:
+        raise ValueError(
+            f"`response` must be one bool per block, {lengths.size} here, got {response!r}. Set one per block."
+        )
     length = int(lengths.sum())
     check_target_length(target_length, length)
     skips = sampler(lengths, flags, target_length, rng)

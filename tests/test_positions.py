@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_longalign.positions import STRATEGIES, composition, document_rng, get_strategy, sample_positions
+from hf_longalign.positions import STRATEGIES, composition, document_rng, sample_positions
 
 
 BOUNDARY = ("skip_inner", "skip_outer", "skip_all")
@@ -50,18 +50,23 @@ samples = st.lists(st.integers(1, 12), min_size=1, max_size=8).flatmap(
 )
 
 
+def places(positions):
+    """The tokens before which positions skip."""
+    return set((np.flatnonzero(np.diff(positions) > 1) + 1).tolist())
+
+
+def drawn(sample, strategy):
+    lengths, response, target, seed = sample
+    rng = np.random.default_rng(seed)
+    return sample_positions(lengths, strategy=strategy, target_length=target, rng=rng, response=np.array(response))
+
+
 @settings(max_examples=60, deadline=None)
 @given(samples)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_positions_increase_strictly_from_0_below_the_target(strategy, sample):
-    lengths, response, target_length, seed = sample
-    positions = sample_positions(
-        lengths,
-        strategy=strategy,
-        target_length=target_length,
-        rng=np.random.default_rng(seed),
-        response=np.array(response),
-    )
+    lengths, _, target_length, _ = sample
+    positions = drawn(sample, strategy)
     assert positions.dtype == np.int64
     assert positions.shape == (sum(lengths),)
     assert positions[0] == 0
@@ -74,34 +79,22 @@ def test_positions_increase_strictly_from_0_below_the_target(strategy, sample):
 @settings(max_examples=200, deadline=None)
 @given(samples)
 def test_skip_context_skips_before_what_is_no_response_and_else_once_inside_the_first_block(sample):
-    lengths, response, target_length, seed = sample
-    positions = sample_positions(
-        lengths,
-        strategy="skip_context",
-        target_length=target_length,
-        rng=np.random.default_rng(seed),
-        response=np.array(response),
-    )
-    places = set((np.flatnonzero(np.diff(positions) > 1) + 1).tolist())
+    lengths, response, *_ = sample
+    positions = drawn(sample, "skip_context")
+    skipped = places(positions)
     allowed = {sum(lengths[:block]) for block in range(1, len(lengths)) if not response[block]}
     if allowed:
-        assert places <= allowed
+        assert skipped <= allowed
     else:
-        assert len(places) <= 1 and places <= set(range(1, lengths[0]))
+        assert len(skipped) <= 1 and skipped <= set(range(1, lengths[0]))
 
 
 @settings(max_examples=100, deadline=None)
 @given(samples)
 @pytest.mark.parametrize("strategy", BOUNDARY)
 def test_blocks_stay_contiguous_and_skip_only_where_allowed(strategy, sample):
-    lengths, response, target_length, seed = sample
-    positions = sample_positions(
-        lengths,
-        strategy=strategy,
-        target_length=target_length,
-        rng=np.random.default_rng(seed),
-        response=np.array(response),
-    ).tolist()
+    lengths, response, *_ = sample
+    positions = drawn(sample, strategy).tolist()
     allowed = allowed_boundaries(strategy, response)
     token = 0
     for block, length in enumerate(lengths):
@@ -119,12 +112,9 @@ def test_blocks_stay_contiguous_and_skip_only_where_allowed(strategy, sample):
 )
 def test_blocks_alternate_by_default(strategy, boundaries):
     # instruction 2, response 3, instruction 2, response 1
-    seen = set()
-    for seed in range(30):
-        positions = sample_positions(
-            [2, 3, 2, 1], strategy=strategy, target_length=100, rng=np.random.default_rng(seed)
-        )
-        seen |= set((np.flatnonzero(np.diff(positions) > 1) + 1).tolist())
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(30):
+        seen |= places(sample_positions([2, 3, 2, 1], strategy=strategy, target_length=100, rng=rng))
     assert seen == boundaries
 
 
@@ -133,11 +123,11 @@ def test_a_turn_ends_after_a_response_that_an_instruction_follows():
     response = np.array([False, False, True, True, False, True])
     assert allowed_boundaries("skip_outer", response) == [4]
     seen = {"skip_inner": set(), "skip_outer": set()}
-    for strategy, seed in itertools.product(seen, range(30)):
-        positions = sample_positions(
-            [1] * 6, strategy=strategy, target_length=500, rng=np.random.default_rng(seed), response=response
+    rng = np.random.default_rng(0)
+    for strategy, _ in itertools.product(seen, range(30)):
+        seen[strategy] |= places(
+            sample_positions([1] * 6, strategy=strategy, target_length=500, rng=rng, response=response)
         )
-        seen[strategy] |= set((np.flatnonzero(np.diff(positions) > 1) + 1).tolist())
     assert seen == {"skip_inner": {1, 2, 3, 5}, "skip_outer": {4}}
 
 
@@ -148,11 +138,11 @@ def test_skip_context_never_skips_before_a_response():
     for seed in range(40):
         rng = np.random.default_rng(seed)
         lengths = [2, 3, 2, 1, 2, 2]
-        places = sample_positions(lengths, strategy="skip_context", target_length=500, rng=rng, response=response)
-        seen |= set((np.flatnonzero(np.diff(places) > 1) + 1).tolist())
+        seen |= places(
+            sample_positions(lengths, strategy="skip_context", target_length=500, rng=rng, response=response)
+        )
         # One turn without contexts: its instruction is cut.
-        places = sample_positions([4, 3], strategy="skip_context", target_length=500, rng=rng)
-        cuts |= set((np.flatnonzero(np.diff(places) > 1) + 1).tolist())
+        cuts |= places(sample_positions([4, 3], strategy="skip_context", target_length=500, rng=rng))
     assert seen == {2, 5, 8}
     assert cuts == {1, 2, 3}
     rng = np.random.default_rng(0)
@@ -171,14 +161,8 @@ def test_composition_is_uniform(total, parts):
 
 def relative_distances(lengths, strategy, first, second, target_length, draws=20_000):
     rng = np.random.default_rng(7)
-    return [
-        int(
-            np.subtract(
-                *sample_positions(lengths, strategy=strategy, target_length=target_length, rng=rng)[[second, first]]
-            )
-        )
-        for _ in range(draws)
-    ]
+    every = (sample_positions(lengths, strategy=strategy, target_length=target_length, rng=rng) for _ in range(draws))
+    return [int(positions[second] - positions[first]) for positions in every]
 
 
 @pytest.mark.parametrize("strategy", ["skip_inner", "skip_all"])
@@ -334,10 +318,6 @@ def test_bad_arguments_are_named(arguments, message):
     good.update(arguments)
     with pytest.raises(ValueError, match=message):
         sample_positions(good.pop("block_lengths"), **good)
-
-
-def test_get_strategy_knows_every_name():
-    assert [get_strategy(name) for name in STRATEGIES] == list(STRATEGIES.values())
 
 
 def test_document_rng_gives_these_very_numbers_on_every_platform():

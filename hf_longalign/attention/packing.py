@@ -20,13 +20,6 @@ import torch
 
 T = TypeVar("T")
 
-_NO_BOUNDARIES = (
-    "`position_ids` must rise within a row, got a row that starts anew, and neither `cu_seq_lens_q` nor "
-    "`attention_mask` says where its documents end; positions cannot say it once some are skipped. Use "
-    "SkipPositionDataCollator(padding_free=True), or pass `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and "
-    "`max_length_k`. If they were passed, the model does not hand them to its attention: train padded rows."
-)
-
 
 @dataclass(frozen=True, eq=False)
 class Documents:
@@ -155,11 +148,9 @@ def documents_of_boundaries(starts: torch.Tensor, key_starts: torch.Tensor | Non
     (0, 2, 5)
     """
     # Read at once: on a GPU each read waits for all work under way.
-    given = (
-        [starts.flatten()] if key_starts is None or key_starts is starts else [starts.flatten(), key_starts.flatten()]
-    )
-    read = torch.cat(given).tolist()
-    bounds, key_bounds = read[: starts.numel()], read[-given[-1].numel() :]
+    keys = starts if key_starts is None else key_starts
+    read = torch.cat([starts.flatten(), keys.flatten()]).tolist()
+    bounds, key_bounds = read[: starts.numel()], read[starts.numel() :]
     if bounds[:1] != [0] or bounds[-1] != length or any(np.diff(bounds) < 0):
         raise ValueError(
             f"`cu_seq_lens_q` must rise from 0 to the row's length {length}, got {_short(bounds)}. Count every token "
@@ -180,7 +171,13 @@ def check_rows_are_single_documents(positions: torch.Tensor) -> None:
         positions: (batch, length).
     """
     if bool((positions[:, 1:] <= positions[:, :-1]).any()):
-        raise ValueError(_NO_BOUNDARIES)
+        raise ValueError(
+            "`position_ids` must rise within a row, got a row that starts anew, and neither `cu_seq_lens_q` nor "
+            "`attention_mask` says where its documents end; positions cannot say it once some are skipped. Use "
+            "SkipPositionDataCollator(padding_free=True), or pass `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` "
+            "and `max_length_k`. If they were passed, the model does not hand them to its attention: train padded "
+            "rows."
+        )
 
 
 def window_segments(documents: Documents, positions: torch.Tensor, window: int) -> Segments:

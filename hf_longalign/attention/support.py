@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from hf_longalign.rope import rope_record
+
 
 ATTENTION_NAME = "longalign_varlen"
 
@@ -162,9 +164,7 @@ def _layer_problem(kinds: frozenset[str], backend: str, packed: bool, skipped: b
 
 
 def _rope_problem(text: Any, target_length: int | None, packed: bool, skipped: bool) -> str | None:
-    parameters = getattr(text, "rope_parameters", None) or {}
-    by_layer_type = [inner for inner in parameters.values() if isinstance(inner, dict)]
-    for rope in by_layer_type or [parameters] if packed or skipped else ():
+    for rope in rope_record(text).parts if packed or skipped else ():
         kind = rope.get("rope_type", "default")
         if kind not in ("dynamic", "longrope"):
             continue

@@ -5,19 +5,14 @@ from itertools import pairwise
 import pytest
 import torch
 
+from attention.test_kernels import DOCUMENTS, POSITIONS
 from hf_longalign.attention.packing import (
-    Documents,
     documents_of_boundaries,
     documents_of_mask,
     documents_of_rows,
     remembered,
     window_segments,
 )
-
-
-# Jumps of less than a window of 6, of just a window, and of more.
-POSITIONS = torch.tensor([0, 1, 4, 5, 9, *range(15, 27), 28, 40, 0, 1, 2, 3, 9, 0, 0])
-DOCUMENTS = Documents((0, 19, 24, 26))
 
 
 def test_segments_are_cut_where_a_window_cannot_reach():
