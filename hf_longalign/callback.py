@@ -122,17 +122,13 @@ class SkipPositionCallback(TrainerCallback):
             # One step of nothing but rows without a target would make every weight NaN.
             base.loss_function = zero_without_targets(base.loss_function)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         """Draw new positions; the trainer opens the epoch's dataloader after this."""
         # Counted, for `state.epoch` stays below 1 in every pass over a data set of unknown length.
         self.collator.set_epoch(self._epoch)
         self._epoch += 1
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         """Say how many rows trained nothing."""
         if self.collator.idle_rows:
             logger.warning("%d rows of the run had no target and trained nothing.", self.collator.idle_rows)

@@ -183,9 +183,7 @@ class CoverageCallback(TrainerCallback):
         if control.should_log or control.should_save:
             self.gather()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
         """Add up the counts of all processes, so that the record of a finished run is complete."""
         self.gather()
 

@@ -31,7 +31,7 @@ from hf_longalign.callback import SkipPositionCallback, StreamCount, check_paral
 from hf_longalign.collator import SkipPositionDataCollator
 from hf_longalign.config import LongAlignSFTConfig, load_processing_class, model_config, scaled_rope
 from hf_longalign.coverage import CoverageCallback
-from hf_longalign.distances import WatchingSFTTrainer, first_documents, stretched_positions
+from hf_longalign.distances import WatchingSFTTrainer, first_documents
 from hf_longalign.loss import (
     SequenceWeightedModel,
     fused_log_probs,
@@ -191,7 +191,6 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
         # A model without rotary positions has no range.
         if target_length is None and self._strategy != "none":
             target_length = model_range(self.model.config)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return SkipPositionDataCollator(
             self._tokenizer,
             target_length=target_length,
@@ -199,7 +198,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             skip_probability=self.args.skip_probability,
             padding_free=self.padding_free,
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
-            seed=seed,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             few_shapes=self.args.torch_compile,
         )
 
@@ -248,19 +247,12 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
 
     def _attention_problem(self, config: Any, attention: str, collator: SkipPositionDataCollator) -> str | None:
         """Why an attention is not exact for the training or the evaluation batches."""
-        asked = [collator, self._eval_collator]
-        for distance in self.args.eval_distances or ():
-            stretched = {"strategy": stretched_positions, "target_length": distance}
-            asked.append(dataclasses.replace(self._eval_collator, **stretched))  # type: ignore[arg-type]
+        packs, target_length = self._eval_collator.padding_free, collator.target_length
+        asked = [(collator.padding_free, collator.strategy != "none", target_length), (packs, False, target_length)]
+        asked += [(packs, True, distance) for distance in self.args.eval_distances or ()]
         problems = (
-            exactness_problem(
-                config,
-                attention,
-                packed=batches.padding_free,
-                skipped=batches.strategy != "none",
-                target_length=batches.target_length,
-            )
-            for batches in asked
+            exactness_problem(config, attention, packed=packed, skipped=skipped, target_length=length)
+            for packed, skipped, length in asked
         )
         return next((problem for problem in problems if problem is not None), None)
 
