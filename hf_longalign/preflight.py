@@ -6,6 +6,7 @@ its layers. Then what the model does, whatever it is wrapped in, on three docume
 
 | test | what must happen |
 | --- | --- |
+| read them | logits are numbers, not NaN |
 | change tokens of one document | no other document moves, nor do its own tokens before them |
 | the same | its tokens after the skip move |
 | shift all positions of a document | nothing moves: places do not count |

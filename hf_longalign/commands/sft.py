@@ -149,8 +149,7 @@ def agreed_checkpoint(output_dir: str) -> str | None:
     from accelerate.utils import gather_object
 
     newest: str | None = None
-    # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet. What people call
-    # `checkpoint-best` is not the trainer's.
+    # By number: `checkpoint-1000` stands before `checkpoint-200` in the alphabet. `checkpoint-best` is somebody's own.
     numbered = {
         int(path.name[11:]): path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()
     }
