@@ -4,8 +4,6 @@ After RULER (https://arxiv.org/abs/2404.06654): each needle says that a key has 
 values of some keys.
 """
 
-import hashlib
-import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +17,7 @@ import numpy as np
 
 from hf_longalign.evaluation.haystack import PARAGRAPH, sentences_of, split_units
 from hf_longalign.evaluation.prompt import Prompt, other_ways
+from hf_longalign.puzzles.puzzle import seeded_rng
 from hf_longalign.text import fold, whole_word
 
 
@@ -38,6 +37,8 @@ parcel parrot pebble pepper pillow pirate plum pocket pony quarry quilt rabbit r
 saddle salmon shadow shovel sparrow spider temple thimble thistle ticket tiger tulip tunnel turnip valley
 velvet violin walnut willow window
 """.split()  # noqa: SIM905
+_PAIRS = [f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS]
+_NUMBERS = range(1_000_000, 10_000_000)  # all of seven digits, none of which can stand in another
 _GROUPED = re.compile(r"(?<!\d)\d{1,3}(?:[,.'’_ \u00a0\u2009\u202f]\d{3})+(?!\d)")
 _DIGITS = re.compile(r"\d+")
 # A long prompt may be this much shorter than asked for: it saves counting it again for one more word.
@@ -167,12 +168,6 @@ class Needles:
     keys: str  # the keys asked for, as the question lists them
 
 
-def seeded_rng(*parts: str | int) -> np.random.Generator:
-    """Return a random generator that depends on the parts alone, the same on every machine."""
-    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
-
 def draw_needles(task: NeedleTask, wording: Wording, pools: Pools, rng: np.random.Generator) -> Needles:
     """Draw the keys and values of a sample.
 
@@ -180,21 +175,13 @@ def draw_needles(task: NeedleTask, wording: Wording, pools: Pools, rng: np.rando
     ('One of the special magic numbers for tiny-oboe is: 8601218.',)
     """
 
-    def draw(name: str, most: int, number: int) -> list[int]:
-        most = len(getattr(pools, name)) or most
-        if number > most:
-            raise ValueError(f"`{name}` must be at least {number} for {task.name!r}, got {most}. Give more.")
-        return rng.choice(most, number, replace=False).tolist()
+    def draw(name: str, pool: Sequence[object], number: int) -> list[str]:
+        if number > len(pool):
+            raise ValueError(f"`{name}` must be at least {number} for {task.name!r}, got {len(pool)}. Give more.")
+        return [str(pool[index]) for index in rng.choice(len(pool), number, replace=False)]
 
-    pairs, numbers = len(_ADJECTIVES) * len(_NOUNS), 9_000_000
-    chosen = draw("keys", pairs, task.queries + task.distractors)
-    keys = [
-        pools.keys[index] if pools.keys else f"{_ADJECTIVES[index // len(_NOUNS)]}-{_NOUNS[index % len(_NOUNS)]}"
-        for index in chosen
-    ]
-    chosen = draw("values", numbers, task.expected + task.distractors)
-    # All of seven digits, none of which can stand in another.
-    values = [pools.values[index] if pools.values else str(1_000_000 + index) for index in chosen]
+    keys = draw("keys", pools.keys or _PAIRS, task.queries + task.distractors)
+    values = draw("values", pools.values or _NUMBERS, task.expected + task.distractors)
     owners = [key for key in keys[: task.queries] for _ in range(task.values)] + keys[task.queries :]
     sentences = tuple(wording.needle.format(key=key, value=value) for key, value in zip(owners, values, strict=True))
     return Needles(

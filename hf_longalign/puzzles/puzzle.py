@@ -7,6 +7,8 @@
 The header and the question say how to answer. Sizes are found by bisection with the model's own tokens.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,23 +70,27 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class LongPuzzle:
-    """A puzzle at a length: its text, and where in it, in characters, the lines and the question stand."""
+    """A puzzle at a length: its text, and where in it, in characters, the lines and last the question stand."""
 
     puzzle: Puzzle
     text: str
     spans: tuple[tuple[int, int], ...]
-    question_span: tuple[int, int]
 
     def row(self) -> dict[str, list[dict]]:
         """Return a training row in TRL's chat format, with `parts` at which positions may be skipped."""
-        spans = [*self.spans, self.question_span]
         return {
             "messages": [
                 {"role": "user", "content": self.text},
                 {"role": "assistant", "content": ", ".join(self.puzzle.answers)},
             ],
-            "parts": [{"message": 0, "start": start, "end": end} for start, end in spans],
+            "parts": [{"message": 0, "start": start, "end": end} for start, end in self.spans],
         }
+
+
+def seeded_rng(*parts: str | int) -> np.random.Generator:
+    """Return a random generator that depends on the parts alone, the same on every machine."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 
 
 def lengthen(
@@ -134,7 +140,7 @@ def lengthen(
             spans.append((at, at + len(line)))
             at += len(line) + 1
         text = "\n\n".join([puzzle.header, "\n".join(lines), puzzle.question])
-        return LongPuzzle(puzzle, text, tuple(spans), (len(text) - len(puzzle.question), len(text)))
+        return LongPuzzle(puzzle, text, (*spans, (len(text) - len(puzzle.question), len(text))))
 
     least = count(lay_out(0).text)
     if least > length:

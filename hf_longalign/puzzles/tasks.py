@@ -15,14 +15,13 @@ Every task is a function of a random generator and of the part its words come fr
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle, lengthen
+from hf_longalign.puzzles.puzzle import UNANSWERABLE, Line, Puzzle, lengthen, seeded_rng
 
 
 LIST = "Answer with the names alone, separated by commas."
@@ -40,19 +39,21 @@ _ONSETS = (
 _VOWELS = ("A", "E", "I", "O", "U")
 _CODAS = ("B", "D", "F", "G", "K", "L", "M", "N", "P", "R", "S", "T", "X")
 
-# (evaluation, training)
-GOODS = (
-    ("salt", "copper", "honey", "timber", "linen", "barley", "amber", "paper"),
-    ("wool", "silver", "pepper", "marble", "cotton", "rye", "ivory", "glass"),
-)
-TOPICS = (
-    ("an otter", "a lighthouse", "the first snow", "a broken clock", "two neighbours", "a night train"),
-    ("a heron", "a windmill", "the last harvest", "a lost glove", "three brothers", "a ferry"),
-)
-FORMS = (("riddle", "toast", "limerick", "postcard"), ("ballad", "speech", "haiku", "letter"))
+GOODS = {
+    "evaluation": ("salt", "copper", "honey", "timber", "linen", "barley", "amber", "paper"),
+    "training": ("wool", "silver", "pepper", "marble", "cotton", "rye", "ivory", "glass"),
+}
+TOPICS = {
+    "evaluation": ("an otter", "a lighthouse", "the first snow", "a broken clock", "two neighbours", "a night train"),
+    "training": ("a heron", "a windmill", "the last harvest", "a lost glove", "three brothers", "a ferry"),
+}
+FORMS = {
+    "evaluation": ("riddle", "toast", "limerick", "postcard"),
+    "training": ("ballad", "speech", "haiku", "letter"),
+}
 # What a person is said to do, and what is asked for: the two share no word but such as "in" and "a".
-ASSOCIATIONS = (
-    (
+ASSOCIATIONS = {
+    "evaluation": (
         ("lives in a flat with a view of the Eiffel Tower", "has a home in France"),
         ("walks to work past the Brandenburg Gate", "earns a salary in Germany"),
         ("sells postcards at the foot of the Colosseum", "runs a business in Italy"),
@@ -70,7 +71,7 @@ ASSOCIATIONS = (
         ("turns every page for the blind judge", "reads aloud to someone"),
         ("breaks out in a rash after a single peanut", "suffers from an allergy"),
     ),
-    (
+    "training": (
         ("owns a studio a block from the Golden Gate Bridge", "pays rent in California"),
         ("rings a bicycle bell along the canals of Amsterdam", "commutes in the Netherlands"),
         ("carves souvenirs near the walls of Machu Picchu", "makes things in Peru"),
@@ -88,12 +89,7 @@ ASSOCIATIONS = (
         ("marks forty essays every Sunday", "teaches a class"),
         ("sneezes whenever a cat enters the room", "cannot stand pets"),
     ),
-)
-
-
-def words_of(pools: tuple, part: str) -> tuple:
-    """Return the half of a pool that belongs to a part, one of `PARTS`."""
-    return pools[PARTS.index(part)]
+}
 
 
 def namer(rng: np.random.Generator, part: str) -> Callable[[], str]:
@@ -137,8 +133,7 @@ def draw_puzzle(task: str, seed: int, index: int, part: str = "evaluation") -> P
         raise ValueError(f"`task` must be one of {sorted(TASKS)}, got {task!r}. Set one of them.")
     if part not in PARTS:
         raise ValueError(f"`part` must be one of {list(PARTS)}, got {part!r}. Set one of them.")
-    digest = hashlib.sha256(json.dumps(["puzzle", task, part, seed, index]).encode()).digest()
-    return TASKS[task](np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))), part)
+    return TASKS[task](seeded_rng("puzzle", task, part, seed, index), part)
 
 
 def graph_walk(rng: np.random.Generator, part: str, depth: int = 2) -> Puzzle:
@@ -180,8 +175,8 @@ def _edge(start: str, end: str) -> str:
 def repeated_request(rng: np.random.Generator, part: str, times: int = 4) -> Puzzle:
     """Ask for the i-th of several answers to one request; the conversation holds other requests too."""
     name = namer(rng, part)
-    form, topic = str(rng.choice(words_of(FORMS, part))), str(rng.choice(words_of(TOPICS, part)))
-    others = [(f, t) for f in words_of(FORMS, part) for t in words_of(TOPICS, part) if (f, t) != (form, topic)]
+    form, topic = str(rng.choice(FORMS[part])), str(rng.choice(TOPICS[part]))
+    others = [(f, t) for f in FORMS[part] for t in TOPICS[part] if (f, t) != (form, topic)]
     signers = [name() for _ in range(times)]
     wanted = int(rng.integers(times))
     # Without one of the earlier answers the count comes out wrong, so all up to the wanted one are evidence.
@@ -232,7 +227,7 @@ def _code(box: str, code: str) -> str:
 def count(rng: np.random.Generator, part: str) -> Puzzle:
     """Ask for a sum over lines that are spread over the text."""
     name = namer(rng, part)
-    good, *others = (str(word) for word in rng.permutation(words_of(GOODS, part)))
+    good, *others = (str(word) for word in rng.permutation(GOODS[part]))
     amounts = [int(rng.integers(2, 10)) for _ in range(int(rng.integers(3, 7)))]
     lines = tuple(Line(_sale(name(), amount, good), True) for amount in amounts)
 
@@ -271,7 +266,7 @@ def _guard(day: int, gate: str, guard: str) -> str:
 def association(rng: np.random.Generator, part: str) -> Puzzle:
     """Ask for a person whom only knowledge of the world joins with the question."""
     name = namer(rng, part)
-    pairs = words_of(ASSOCIATIONS, part)
+    pairs = ASSOCIATIONS[part]
     wanted = int(rng.integers(len(pairs)))
     person = name()
     others = [fact for i, (fact, _) in enumerate(pairs) if i != wanted]

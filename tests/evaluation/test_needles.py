@@ -10,9 +10,9 @@ from hf_longalign.evaluation.needles import (
     Wording,
     draw_needles,
     score_needle,
-    seeded_rng,
 )
 from hf_longalign.evaluation.prompt import Prompt
+from hf_longalign.puzzles.puzzle import seeded_rng
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def solve(text):
         entries = re.findall(rf"Day (\d+): gate {found[1]} is guarded by (\w+)\.", "\n".join(lines))
         return {max(entries, key=lambda entry: int(entry[0]))[1]} if entries else set()
     if found := re.search(r"Which person (.+)\? Answer", question):
-        fact = next(fact for pairs in ASSOCIATIONS for fact, asked in pairs if asked == found[1])
+        fact = next(fact for pairs in ASSOCIATIONS.values() for fact, asked in pairs if asked == found[1])
         return {line.split()[0] for line in lines if line.endswith(f"{fact}.")}
     found = re.search(r"Which code does box (\w+) hold", question)
     held = holds.get(found[1], "")
@@ -152,14 +152,14 @@ def test_training_and_evaluation_share_no_word_that_is_asked_for():
         assert all(part_of(name) == part for name in names[part])
     assert len(names["training"]) > 1000 and not names["training"] & names["evaluation"]
     for pools in (GOODS, TOPICS, FORMS):
-        assert not set(pools[0]) & set(pools[1])
-    facts = [{text for pair in pairs for text in pair} for pairs in ASSOCIATIONS]
-    assert not facts[0] & facts[1]
+        assert not set(pools["training"]) & set(pools["evaluation"])
+    facts = {part: {text for pair in pairs for text in pair} for part, pairs in ASSOCIATIONS.items()}
+    assert not facts["training"] & facts["evaluation"]
 
 
 def test_associations_share_no_word_with_what_is_asked():
     common = set(COMMON.split())
-    for pairs in ASSOCIATIONS:
+    for pairs in ASSOCIATIONS.values():
         assert len({asked for _, asked in pairs}) == len(pairs)
         for fact, asked in pairs:
             assert not (set(fact.lower().split()) & set(asked.lower().split())) - common, (fact, asked)
