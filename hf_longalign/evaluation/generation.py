@@ -42,9 +42,7 @@ T = TypeVar("T")
 # 1.01 times one prompt after another at 4,096 tokens); on a GPU they must fill it, and the mask of 4,096 tokens over
 # 128k (512 MiB) must stay small. Where nothing is held and no layer has a window no mask is needed, and a prompt is
 # read as a whole, as `generate` does, while there is memory for that.
-_CHUNK = {"cpu": 512}
-_CHUNK_ELSEWHERE = 4096
-_LEAST_CHUNK = 256
+_CHUNK_ON_CPU, _CHUNK, _LEAST_CHUNK = 512, 4096, 256
 
 
 class _Encoded(NamedTuple):
@@ -156,11 +154,8 @@ class LocalGenerator:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.stats = Speed()
         self.on_read: Callable[[Prompt], None] = lambda prompt: None
-        # Eager attention writes out all scores.
-        self._whole, self._chunk = (
-            model.config._attn_implementation != "eager",
-            _CHUNK.get(model.device.type, _CHUNK_ELSEWHERE),
-        )
+        self._whole = model.config._attn_implementation != "eager"  # which writes out all scores
+        self._chunk = _CHUNK_ON_CPU if model.device.type == "cpu" else _CHUNK
         self._end_ids = end_ids(model, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:

@@ -17,7 +17,6 @@ from functools import cache
 from importlib.metadata import version
 from itertools import combinations, count, product
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -64,7 +63,6 @@ def run_harness(
     max_length: int,
     limit: int | None = None,
     chat: bool = True,
-    include_path: str | Path | None = None,
 ) -> Iterator[HarnessResult]:
     """Check the arguments, then yield the result of each task as soon as it is there.
 
@@ -73,7 +71,6 @@ def run_harness(
         tasks: names of lm-eval's tasks and groups.
         max_length: tokens the model reads and writes together.
         limit: questions of each task (of each member of a group), the first ones; `None`: all.
-        include_path: folder with further tasks in lm-eval's YAML format, which win over lm-eval's own.
 
     Raises:
         ValueError: an unknown task, with names close to it; no chat template; a task that needs log-probabilities of
@@ -82,12 +79,8 @@ def run_harness(
     names = list(dict.fromkeys(tasks))
     if chat and not tokenizer.chat_template:
         raise ValueError("`chat=True` needs a tokenizer with a chat template, got one without. Set `chat` to False.")
-    lm_eval = require("lm_eval", "harness")
-    own = include_path and require("lm_eval.tasks", "harness").TaskManager(
-        include_path=str(include_path), include_defaults=False
-    )
-    managers = {name: own if own and name in own.all_tasks else _tasks_of_lm_eval() for name in names}
-    for name, manager in managers.items():
+    lm_eval, manager = require("lm_eval", "harness"), _tasks_of_lm_eval()
+    for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks) or [*SHORT, "…"]
             raise ValueError(
@@ -99,7 +92,7 @@ def run_harness(
     if isinstance(model, EndpointGenerator):
         model.check()
         secrets = model.endpoint.secrets
-        compared = [name for name, manager in managers.items() if needs_logprobs(manager, name)]
+        compared = [name for name in names if needs_logprobs(manager, name)]
         if compared:
             check_logprobs(model, tokenizer, compared[0])
         with alone(secrets):
@@ -114,7 +107,7 @@ def run_harness(
     def run(name: str) -> list[HarnessResult]:
         lm = lms[name]
         lm.cut = 0
-        asked = {"tasks": [name], "task_manager": managers[name], "limit": limit, "apply_chat_template": chat}
+        asked = {"tasks": [name], "task_manager": manager, "limit": limit, "apply_chat_template": chat}
         try:
             # In a thread: lm-eval starts an event loop for requests, and the caller may have one running (notebooks).
             with alone(secrets), ThreadPoolExecutor(1) as thread:
@@ -179,9 +172,9 @@ class HarnessSuite:
         self.examined, self.options = examined, options
         self.tasks = list(dict.fromkeys(tasks))
         self._keys: dict[tuple[str, str], str] = {}
-        for who, task in product(examined.who, self.tasks):
+        for who, (task, unit) in product(examined.who, zip(self.tasks, self.asked(), strict=True)):
             # The first attempt that is not there yet or did not fail.
-            keys = (who.key(f"lm-eval/{options}/{task}/{attempt}") for attempt in count())
+            keys = (who.key(f"{unit}/{attempt}") for attempt in count())
             self._keys[who.label, task] = next(
                 key for key in keys if key not in store or not any(one.get("error") for one in store.get(key))
             )
@@ -308,12 +301,6 @@ def served_lm(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-    class Text(LocalCompletionsAPI):
-        cut = 0
-
-    class Messages(LocalChatCompletion):
-        cut = 0
-
     class Tokens(LocalCompletionsAPI):
         cut = 0
 
@@ -352,8 +339,8 @@ def served_lm(
         "header": {"Authorization": f"{scheme} {key}"} if key else {"Accept": "application/json"},
     }
     if chat and not by_tokens:
-        return Messages(base_url=f"{endpoint.name}/chat/completions", **asked)
-    return (Tokens if by_tokens else Text)(base_url=f"{endpoint.name}/completions", **asked)
+        return LocalChatCompletion(base_url=f"{endpoint.name}/chat/completions", **asked)
+    return (Tokens if by_tokens else LocalCompletionsAPI)(base_url=f"{endpoint.name}/completions", **asked)
 
 
 def needs_logprobs(manager: Any, spec: str | Mapping[str, Any]) -> bool:

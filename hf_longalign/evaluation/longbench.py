@@ -89,6 +89,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 # LongBench-E: rows of the same tasks, spread evenly over the lengths; named with "_e" behind.
 _NOT_EVEN = {name for name in TASKS if name.endswith("_zh")} | {"dureader", "vcsum", "lsht"}
 EVEN_TASKS = tuple(f"{name}_e" for name in TASKS if name not in _NOT_EVEN | {"narrativeqa", "musique", "qmsum"})
+ALL_TASKS = {**TASKS, **{name: TASKS[name.removesuffix("_e")] for name in EVEN_TASKS}, V2: Task(V2, "choice", 128)}
 # LongBench-E has averages of its own, and none over both.
 GROUPS |= {
     f"{group}, LongBench-E": tuple(f"{name}_e" for name in members if f"{name}_e" in EVEN_TASKS)
@@ -111,13 +112,12 @@ def find_task(name: str) -> Task:
     Raises:
         ValueError: no such task; the message names close ones.
     """
-    known = {**TASKS, **{task: TASKS[task.removesuffix("_e")] for task in EVEN_TASKS}, V2: Task(V2, "choice", 128)}
-    if name not in known:
-        close = difflib.get_close_matches(name, known, cutoff=0.5) or known
+    if name not in ALL_TASKS:
+        close = difflib.get_close_matches(name, ALL_TASKS, cutoff=0.5) or ALL_TASKS
         raise ValueError(
             f"`longbench_tasks` must hold LongBench's names, got {name!r}. Set it to one of {', '.join(close)}."
         )
-    return known[name]
+    return ALL_TASKS[name]
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:

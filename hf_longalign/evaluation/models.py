@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +95,11 @@ class Examined:
             config = load_config(options)
             return cls(options, tokenizer, config, None, vllm_examinees(options, tokenizer, config))
         model = load_model(options)
-        plain = None  # the base as published, by which scaling is told from training
-        if options.adapter is not None:
-            where = {"revision": base_revision(options), "trust_remote_code": options.trust_remote_code}
-            plain = AutoConfig.from_pretrained(options.model, **where)
-
-        def answering() -> Generator:
-            return LocalGenerator(model, tokenizer, batch_tokens=options.batch_tokens)
-
-        who = examinees(model, answering, {"quantised": options.load_in_4bit}, plain)
+        # By the base as published scaling is told from training.
+        plain = published_config(options) if options.adapter is not None else None
+        answering = partial(LocalGenerator, model, tokenizer, batch_tokens=options.batch_tokens)
+        how = {"quantised": options.load_in_4bit, "tokenizer": tokenizer_state(tokenizer)}
+        who = examinees(model, answering, how, plain)
         return cls(options, tokenizer, model.config, model, who)
 
     @property
@@ -165,11 +162,15 @@ def _place() -> Any:
     return {"": torch.device(accelerator.type, number) if accelerator else "cpu"}
 
 
+def published_config(options: ModelOptions) -> PretrainedConfig:
+    """Return the config of the model, of an adapter its base, as it was published."""
+    where = {"revision": base_revision(options), "trust_remote_code": options.trust_remote_code}
+    return AutoConfig.from_pretrained(options.model, **where)
+
+
 def load_config(options: ModelOptions) -> PretrainedConfig:
     """Return the config of a model that is served, with the RoPE its adapter was trained with; see [`load_model`]."""
-    where = {"revision": base_revision(options), "trust_remote_code": options.trust_remote_code}
-    config = AutoConfig.from_pretrained(options.model, **where)
-    record = record_of(options.adapter, options.adapter_revision)
+    config, record = published_config(options), record_of(options.adapter, options.adapter_revision)
     return apply_rope(record.rope, config) if record else config
 
 
@@ -249,18 +250,16 @@ def examinees(
     """
     published: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = published.config
-    folder = Path(config._name_or_path)
-    files = sorted(path for kind in ("*.safetensors", "*.bin", "*.pt") for path in folder.glob(kind))
     # What tells a base from every other: the commit of the Hub, or the state of its files, and its RoPE and precision.
     # Hashing the weights themselves would read 140 GB of a 70B model at every start.
     weights = {
         "name": config._name_or_path,
         "commit": getattr(config, "_commit_hash", None),
-        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "files": files_of(config._name_or_path),
         "rope": rope_record(config).to_json(),
         "dtype": str(published.dtype),
     }
-    base_identity = _digest({"weights": weights, **settings})
+    base_identity = identity_of({"weights": weights, **settings})
     if not isinstance(model, PeftModel):
         return [Examinee(BASE, base_identity, answering(), what="the model")]
     # An adapter is small, and often trained again into the same folder: its weights themselves are hashed.
@@ -268,7 +267,7 @@ def examinees(
     for name, weight in sorted(get_peft_model_state_dict(model).items()):
         state.update(name.encode())
         state.update(weight.detach().float().cpu().numpy().tobytes())
-    adapter_identity = _digest({"base": base_identity, "adapter": state.hexdigest()})
+    adapter_identity = identity_of({"base": base_identity, "adapter": state.hexdigest()})
     adapter = Examinee(ADAPTER, adapter_identity, answering(), what="the base with the adapter, as trained")
     base = Examinee(BASE, base_identity, answering(), model.disable_adapter, what="the base without the adapter")
     if plain is None or rope_record(plain) == rope_record(model.config):
@@ -281,7 +280,7 @@ def examinees(
         with model.disable_adapter(), other_rope(model, plain):
             yield
 
-    plain_identity = _digest({"base": base_identity, "rope": rope_record(plain).to_json()})
+    plain_identity = identity_of({"base": base_identity, "rope": rope_record(plain).to_json()})
     base.label, base.what = SCALED, "the base without the adapter, with the RoPE scaling it was trained with"
     return [
         Examinee(BASE, plain_identity, answering(), as_published, what="the base as published, RoPE not scaled"),
@@ -310,7 +309,20 @@ def other_rope(model: torch.nn.Module, config: PretrainedConfig) -> Iterator[Non
             model.set_submodule(name, module)
 
 
-def _digest(value: Any) -> str:
+def files_of(source: str) -> list[list[Any]]:
+    """Return what tells the weights and settings in a folder from any others; nothing of a Hub id."""
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*.json")
+    files = sorted(path for kind in kinds for path in Path(source).glob(kind))
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what tells a tokenizer from any other: prompts are stored as text, and answers with them."""
+    return identity_of([tokenizer.chat_template, tokenizer.get_vocab(), tokenizer("a")["input_ids"]])
+
+
+def identity_of(value: Any) -> str:
+    """Return the digest of a JSON-able value, 16 hexadecimal digits."""
     return hashlib.sha256(_json(value).encode()).hexdigest()[:16]
 
 

@@ -13,8 +13,6 @@ from hf_longalign.records.names import is_hub_id
 
 
 SUITES = ("needle", "puzzles", "ruler", "longbench", "short", "perplexity")
-# What only the model itself can give, and no server.
-LOCAL_SUITES = ("perplexity",)
 # Whether alignment to long contexts has cost what the model knew: knowledge, reasoning, following instructions.
 SHORT = ("mmlu_pro", "gsm8k", "ifeval")
 
@@ -58,8 +56,10 @@ class ModelOptions:
             if choices and getattr(self, one.name) not in choices:
                 told = " or ".join([", ".join(choices[:-1]), choices[-1]])
                 raise ValueError(f"`{one.name}` must be {told}, got {getattr(self, one.name)!r}. Set {choices[0]}.")
-        for name in ("endpoint", "load_in_4bit", "attn_implementation") if self.generator == "vllm" else ():
-            if getattr(self, name):  # it would be ignored
+        # vLLM would ignore these, and loads an adapter of the Hub at its newest revision alone.
+        ignored = ("endpoint", "load_in_4bit", "attn_implementation", "adapter_revision")
+        for name in ignored if self.generator == "vllm" else ():
+            if getattr(self, name):
                 raise ValueError(
                     f"`{name}` must be unset with `generator` vllm, got {getattr(self, name)!r}. Leave it out."
                 )
@@ -146,17 +146,17 @@ class SuiteOptions:
             given = getattr(self, name)
             if len(set(given)) < len(given):  # it would count double
                 raise ValueError(f"`{name}` must be all different, got {given}. Name each once.")
-        local = [suite for suite in self.suites if suite in LOCAL_SUITES]
-        if endpoint is not None and local:
+        if endpoint is not None and "perplexity" in self.suites:
             raise ValueError(
-                f"`suites` must be what a server can answer where `endpoint` is set, got {local[0]!r}, for which the "
+                "`suites` must be what a server can answer where `endpoint` is set, got 'perplexity', for which the "
                 "model itself is needed. Leave `endpoint` out, or that suite."
             )
-        if generator == "vllm" and (local or "short" in self.suites):
-            raise ValueError(
-                f"`suites` must be what vLLM answers here where `generator` is vllm, got {(local or ['short'])[0]!r}. "
-                "Leave it out, set `generator` to transformers, or for short serve the model and set `endpoint`."
-            )
+        for suite in ("perplexity", "short"):
+            if generator == "vllm" and suite in self.suites:
+                raise ValueError(
+                    f"`suites` must be what vLLM answers here where `generator` is vllm, got {suite!r}. Leave it out, "
+                    "set `generator` to transformers, or for short serve the model and set `endpoint`."
+                )
         for name in ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -3,14 +3,21 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.models import ADAPTER, BASE, SCALED, base_revision
+from hf_longalign.evaluation.models import (
+    ADAPTER,
+    BASE,
+    SCALED,
+    base_revision,
+    files_of,
+    identity_of,
+    published_config,
+    tokenizer_state,
+)
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
 from hf_longalign.evaluation.runner import Examinee
@@ -19,7 +26,6 @@ from hf_longalign.records.report import Speed
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import loaded_commit
 from hf_longalign.serving import load_vllm, vllm_options
-from hf_longalign.text import digest
 
 
 # Prompts of one call, which ends with its longest answer: what is answered by then is on disk after a kill.
@@ -102,30 +108,23 @@ def vllm_examinees(
     base = {
         "engine": "vllm",
         "options": more,
-        "rope": asdict(rope_record(config)),
-        "files": _files(options.model),
+        "name": options.model,
         "commit": getattr(config, "_commit_hash", None),
+        "files": files_of(options.model),
+        "rope": rope_record(config).to_json(),
+        "tokenizer": tokenizer_state(tokenizer),
     }
-    identity = digest(json.dumps(base, sort_keys=True, default=str))
+    identity = identity_of(base)
     if options.adapter is None:
         return [Examinee(BASE, identity, VLLMAnswers(engine, tokenizer), what="the model, by vLLM")]
     vllm_options(options.adapter)  # refuses what vLLM would compute in another way, before anything is asked
-    remote = {"revision": revision, "trust_remote_code": options.trust_remote_code}
-    scaled = rope_record(AutoConfig.from_pretrained(options.model, **remote)) != rope_record(config)
+    scaled = rope_record(published_config(options)) != rope_record(config)
     what = "the base without the adapter, by vLLM" + (", with the RoPE scaling it was trained with" if scaled else "")
-    commit = loaded_commit(options.adapter, "adapter_config.json", options.adapter_revision)
-    adapter = digest(json.dumps([identity, options.adapter, commit, _files(options.adapter)]))
+    commit = loaded_commit(options.adapter, "adapter_config.json")
+    adapter = identity_of([identity, options.adapter, commit, files_of(options.adapter)])
     return [
         Examinee(SCALED if scaled else BASE, identity, VLLMAnswers(engine, tokenizer), what=what),
         Examinee(
             ADAPTER, adapter, VLLMAnswers(engine, tokenizer, adapted=True), what="the base with the adapter, by vLLM"
         ),
     ]
-
-
-def _files(source: str) -> list[list[Any]] | str:
-    """What tells the files of a folder from any others; of a Hub id its name, whose commit stands beside it."""
-    if not Path(source).is_dir():
-        return source
-    files = sorted(path for path in Path(source).iterdir() if path.is_file())
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

@@ -16,6 +16,8 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
 
+from lm_eval.tasks import TaskManager
+
 from hf_longalign.endpoint import EndpointError
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.harness import (
@@ -86,11 +88,18 @@ def _answer(model, tokenizer, question):
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _task(folder, rows, output_type="generate_until", more=GENERATED):
-    data = folder / "towns.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "towns.yaml").write_text(TASK.format(data=data, output_type=output_type, more=more))
-    return folder
+@pytest.fixture
+def write_task(monkeypatch, tmp_path):
+    """Writes the task "towns", which is then the only one that lm-eval knows, or one beside its own."""
+
+    def write(rows, output_type="generate_until", more=GENERATED, *, beside=False):
+        data = tmp_path / "towns.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "towns.yaml").write_text(TASK.format(data=data, output_type=output_type, more=more))
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=beside)
+        monkeypatch.setattr("hf_longalign.evaluation.harness._tasks_of_lm_eval", lambda: manager)
+
+    return write
 
 
 def _run(model, tasks, **options):
@@ -101,7 +110,7 @@ def examined(model, who):
     return Examined(None, tiny_tokenizer(), None, model, who)
 
 
-def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(model, tmp_path):
+def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(write_task):
     tokenizer = tiny_tokenizer()
     adapted = get_peft_model(tiny_llama(max_position_embeddings=4096), LoraConfig(r=4, target_modules="all-linear"))
     torch.manual_seed(1)
@@ -117,39 +126,39 @@ def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(model
     # The base is right on the first three, the adapter on the last.
     answers = [*base_says[:3], adapter_says[3]]
     rows = [{"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)]
-    _task(tmp_path, rows)
-    (on,) = _run(adapted, ["towns"], include_path=tmp_path)
+    write_task(rows)
+    (on,) = _run(adapted, ["towns"])
     with adapted.disable_adapter():
-        (off,) = _run(adapted, ["towns"], include_path=tmp_path)
+        (off,) = _run(adapted, ["towns"])
     assert (on.metric, on.value, off.value) == ("exact_match,none", 0.25, 0.75)
     assert (on.task, on.samples, on.cut, on.error) == ("towns", 4, 0, None)
     assert on.stderr == pytest.approx((0.25 * 0.75 / 3) ** 0.5)
     assert on.metrics == {"exact_match,none": 0.25}
     # A shorter limit asks the first questions alone; without the template the model says something else.
     with adapted.disable_adapter():
-        (limited,) = _run(adapted, ["towns"], include_path=tmp_path, limit=2)
-        (plain,) = _run(adapted, ["towns"], include_path=tmp_path, chat=False)
+        (limited,) = _run(adapted, ["towns"], limit=2)
+        (plain,) = _run(adapted, ["towns"], chat=False)
     assert (limited.value, limited.samples) == (1.0, 2)
     assert plain.value == 0.0
 
 
-def test_prompts_longer_than_max_length_are_counted(model, tmp_path):
+def test_prompts_longer_than_max_length_are_counted(model, write_task):
     question = "What did Ardel sell? " * 60
     tokens = len(tiny_tokenizer()(question)["input_ids"])
     rows = [{"question": question, "answer": "salt"}, {"question": "Short?", "answer": "wool"}]
-    _task(tmp_path, rows)
-    (generated,) = _run(model, ["towns"], include_path=tmp_path, chat=False, max_length=tokens + 7)
-    (fits,) = _run(model, ["towns"], include_path=tmp_path, chat=False, max_length=tokens + 8)
+    write_task(rows)
+    (generated,) = _run(model, ["towns"], chat=False, max_length=tokens + 7)
+    (fits,) = _run(model, ["towns"], chat=False, max_length=tokens + 8)
     assert (generated.cut, fits.cut) == (1, 0)
-    _task(tmp_path, rows, "multiple_choice", CHOSEN)
-    (chosen,) = _run(model, ["towns"], include_path=tmp_path, chat=False, max_length=tokens // 2)
+    write_task(rows, "multiple_choice", CHOSEN)
+    (chosen,) = _run(model, ["towns"], chat=False, max_length=tokens // 2)
     assert chosen.cut == 2  # both choices of the long question
     assert chosen.metric == "acc,none"
 
 
-def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, tmp_path, caplog):
-    _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
-    gone, there = _run(model, ["gsm8k", "towns"], include_path=tmp_path)
+def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, write_task, caplog):
+    write_task([{"question": "Short?", "answer": "wool"}], beside=True)
+    gone, there = _run(model, ["gsm8k", "towns"])
     (told,) = [record for record in caplog.records if record.levelname == "WARNING"]  # one line, no traceback
     assert told.getMessage() == f"gsm8k was not run: {gone.error}" and told.exc_info is None
     assert (gone.task, gone.value, gone.metric) == ("gsm8k", None, None)
@@ -192,6 +201,9 @@ def test_a_suite_compares_shares_and_tries_again_what_failed(model, tmp_path, mo
     assert asked == ["towns", "towns", "gsm8k", "gsm8k"]
     assert evaluated() == results
     assert asked[4:] == ["gsm8k", "gsm8k"]  # what succeeded is not asked again
+    monkeypatch.setattr("hf_longalign.evaluation.harness.version", lambda package: "99")
+    evaluated()
+    assert asked[6:] == ["towns", "towns", "gsm8k", "gsm8k"]  # another lm-eval may find another value
 
 
 def test_where_all_scored_alike_the_interval_has_a_width(tmp_path):
@@ -219,13 +231,13 @@ def test_lm_eval_knows_the_short_tasks():
     assert set(SHORT) <= set(_tasks_of_lm_eval().all_tasks)
 
 
-def test_the_tokenizer_is_left_alone_and_questions_repeat(model, tmp_path):
+def test_the_tokenizer_is_left_alone_and_questions_repeat(model, write_task):
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
-    _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
-    list(run_harness(model, tokenizer, ["towns"], max_length=512, include_path=tmp_path))
+    write_task([{"question": "Short?", "answer": "wool"}])
+    list(run_harness(model, tokenizer, ["towns"], max_length=512))
     first = random.random()
-    list(run_harness(model, tokenizer, ["towns"], max_length=512, include_path=tmp_path))
+    list(run_harness(model, tokenizer, ["towns"], max_length=512))
     assert random.random() == first
     assert tokenizer.pad_token is None
 
@@ -297,14 +309,14 @@ WORDS = ["salt", "wool", "glass", "copper", "honey", "tin"]
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_a_server_scores_as_the_model_itself(model, tmp_path, senders, chat):
+def test_a_server_scores_as_the_model_itself(model, write_task, senders, chat):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|start|>"
     rows = [{"question": f"In year {n}, what did Ardel sell?", "answer": WORDS[n]} for n in range(6)]
     more = CHOSEN.replace('"salt", "wool"', ", ".join(f'"{word}"' for word in WORDS))
     more += "  - metric: acc_norm\n  - metric: brier_score\n    higher_is_better: false\n"
-    _task(tmp_path, rows, "multiple_choice", more)
-    options = {"max_length": 512, "include_path": tmp_path, "chat": chat}
+    write_task(rows, "multiple_choice", more)
+    options = {"max_length": 512, "chat": chat}
     with served(model, tokenizer) as (generator, asked):
         (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
         assert found.error is None and found.metrics.keys() == local.metrics.keys()
@@ -314,7 +326,7 @@ def test_a_server_scores_as_the_model_itself(model, tmp_path, senders, chat):
         # What the model says by itself is right for the first four.
         said = [_answer(model, tokenizer, row["question"]) for row in rows]
         rows = [{**row, "answer": said[n] if n < 4 else "no"} for n, row in enumerate(rows)]
-        _task(tmp_path, rows)
+        write_task(rows)
         asked.clear()
         (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
         assert found.metrics == local.metrics and (found.value, found.samples) == (4 / 6 if chat else 0.0, 6)
@@ -322,42 +334,36 @@ def test_a_server_scores_as_the_model_itself(model, tmp_path, senders, chat):
         assert all(body["temperature"] == 0 and body["max_tokens"] == 8 for _, body, _ in asked)
 
 
-def test_a_server_without_logprobs_is_refused_by_name_before_anything_is_asked(model, tmp_path, senders):
-    _task(tmp_path, [{"question": "Short?", "answer": "wool"}], "multiple_choice", CHOSEN)
-    options = {"max_length": 512, "include_path": tmp_path}
+def test_a_server_without_logprobs_is_refused_by_name_before_anything_is_asked(model, write_task, senders):
+    write_task([{"question": "Short?", "answer": "wool"}], "multiple_choice", CHOSEN, beside=True)
     with served(model, tiny_tokenizer(), logprobs=False) as (generator, asked):
         with pytest.raises(
             ValueError, match=r"`short_tasks` .* got 'towns'.*HTTP 400: .*echo is not supported"
         ) as told:
-            run_harness(generator, tiny_tokenizer(), ["towns", "gsm8k"], **options)
+            run_harness(generator, tiny_tokenizer(), ["towns", "gsm8k"], max_length=512)
         assert len(asked) == 1 and "Set tasks that generate" in str(told.value)
         # As it says: what generates goes.
-        _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
-        (found,) = run_harness(generator, tiny_tokenizer(), ["towns"], **options)
+        write_task([{"question": "Short?", "answer": "wool"}])
+        (found,) = run_harness(generator, tiny_tokenizer(), ["towns"], max_length=512)
         assert found.value == 0.0 and found.error is None
     gone = EndpointGenerator("tiny", generator.endpoint.name)
     with pytest.raises(EndpointError, match="cannot be reached"):
-        run_harness(gone, tiny_tokenizer(), ["towns"], **options)
+        run_harness(gone, tiny_tokenizer(), ["towns"], max_length=512)
 
 
-def test_the_key_is_sent_and_never_shown(model, tmp_path, senders, monkeypatch, caplog):
+def test_the_key_is_sent_and_never_shown(model, write_task, senders, monkeypatch, caplog):
     monkeypatch.setattr("hf_longalign.evaluation.harness._ATTEMPTS", 2)
-    _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
+    write_task([{"question": "Short?", "answer": "wool"}])
     for key, right in (("sk-right", True), ("sk-wrong", False)):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with served(model, tiny_tokenizer(), key="sk-right") as (generator, asked), caplog.at_level(logging.DEBUG):
-            (found,) = run_harness(generator, tiny_tokenizer(), ["towns"], max_length=512, include_path=tmp_path)
+            (found,) = run_harness(generator, tiny_tokenizer(), ["towns"], max_length=512)
         assert asked[-1][2] == f"Bearer {key}" and (found.error is None) == right
     assert "no such key" in caplog.text and "sk-" not in caplog.text + found.error
 
 
-def test_a_suite_of_a_server_that_has_answered_asks_nothing_more(model, tmp_path, senders, monkeypatch):
-    _task(tmp_path, [{"question": "Short?", "answer": "wool"}])
-    from hf_longalign.evaluation import harness
-
-    monkeypatch.setattr(harness, "_tasks_of_lm_eval", lambda: TaskManager(include_path=str(tmp_path)))
-    from lm_eval.tasks import TaskManager
-
+def test_a_suite_of_a_server_that_has_answered_asks_nothing_more(model, tmp_path, write_task, senders):
+    write_task([{"question": "Short?", "answer": "wool"}])
     with served(model, tiny_tokenizer()) as (generator, asked), ResultStore(tmp_path / "answers") as store:
         who = [Examinee("base", "id", generator)]
         for _ in range(2):

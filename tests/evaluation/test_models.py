@@ -109,6 +109,19 @@ def test_identities_follow_weights_and_settings(trained):
     assert identities({"chat": True})[0] != first[0]
 
 
+def test_another_tokenizer_is_asked_again(trained, tmp_path):
+    """Answers are stored by the prompt's text, which another template would put to the model in another way."""
+    base, _ = trained
+    other = tiny_tokenizer()
+    other.chat_template = "{{ messages[0]['content'] }}"
+    other.save_pretrained(tmp_path / "other")
+    asked = [options(base), options(base, tokenizer=base), options(base, tokenizer=tmp_path / "other")]
+    one, same, another = (Examined.load(given).who[0].identity for given in asked)
+    assert one == same != another
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 2, 3]}')
+    assert Examined.load(options(base)).who[0].identity != one, "answers end elsewhere"
+
+
 def test_another_base_is_refused_by_its_weights_and_the_same_taken_under_any_name(trained, tmp_path):
     base, adapter = trained
     load_model(options(base.rename(tmp_path / "moved"), adapter=adapter))

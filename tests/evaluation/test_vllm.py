@@ -9,14 +9,14 @@ import torch
 import vllm_stand_in
 from peft import LoraConfig, get_peft_model
 from tiny_chat import make_tiny_chat
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_longalign.cli import main
 from hf_longalign.evaluation import evaluate, models
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.vllm import VLLMAnswers
+from hf_longalign.evaluation.vllm import VLLMAnswers, vllm_examinees
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import save_record
 from hf_longalign.serving import load_vllm
@@ -96,6 +96,13 @@ def test_base_and_adapter_are_asked_in_one_engine_with_the_rope_of_the_training(
     assert len(vllm.made) == 1 and len(vllm.asked) == 6
 
 
+def test_another_chat_template_is_asked_again(vllm, folder):
+    config, tokenizers = AutoConfig.from_pretrained(folder), [AutoTokenizer.from_pretrained(folder) for _ in range(3)]
+    tokenizers[2].chat_template = "{{ messages[0]['content'] }}"
+    one, same, other = (vllm_examinees(ModelOptions(folder), tokenizer, config)[0] for tokenizer in tokenizers)
+    assert one.identity == same.identity != other.identity
+
+
 def test_the_command_line_asks_vllm(vllm, folder, tmp_path, capsys):
     given = [folder, "--suites", "puzzles", "--puzzles", "latest", "--lengths", "500", "--samples", "1", "--generator"]
     given += ["vllm", "--vllm_options", json.dumps({"max_model_len": 500}), "--output_dir", str(tmp_path / "out")]
@@ -108,6 +115,7 @@ def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypa
         ({"generator": "vlm"}, "`generator` must be transformers or vllm"),
         ({"generator": "vllm", "endpoint": "http://localhost"}, "`endpoint` must be unset"),
         ({"generator": "vllm", "load_in_4bit": True}, "`load_in_4bit` must be unset"),
+        ({"generator": "vllm", "adapter_revision": "v1"}, "`adapter_revision` must be unset"),
         ({"vllm_options": "{}"}, "`vllm_options` must be a JSON object beside `generator` vllm"),
         ({"generator": "vllm", "vllm_options": "x"}, "`vllm_options` must be a JSON object"),
     ):
