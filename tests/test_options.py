@@ -13,7 +13,7 @@ from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
 from hf_longalign.commands import sft
 from hf_longalign.commands.sft import DataOptions
-from hf_longalign.evaluation import evaluate, evaluator, models
+from hf_longalign.evaluation import evaluate, models, suites
 from hf_longalign.evaluation.options import ModelOptions
 
 
@@ -157,7 +157,7 @@ def test_suites_take_their_options(tmp_path, model, monkeypatch):
     puzzles, ruler = report.suites
     assert puzzles.tasks[0].diagnosis and ruler.tasks[0].task == "ruler_qa_squad" and ruler.tasks[0].samples == 1
     assert report.settings["questions for RULER"] == "squad.jsonl" and report.perplexity.documents == 2
-    monkeypatch.setattr(evaluator, "HarnessSuite", Harness)
+    monkeypatch.setattr(suites, "HarnessSuite", Harness)
     with pytest.raises(KeyboardInterrupt):
         evaluate(
             str(model), suites=["short"], short_tasks=["gsm8k"], limit=3, output_dir=str(tmp_path / "s"), **common

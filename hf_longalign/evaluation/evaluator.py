@@ -12,32 +12,23 @@ from typing import Any
 
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from hf_longalign.evaluation import longbench
 from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
-from hf_longalign.evaluation.harness import HarnessSuite
-from hf_longalign.evaluation.haystack import as_many_as_needed, load_texts
 from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
-from hf_longalign.evaluation.needles import needle_prompts, score_needle
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
-from hf_longalign.evaluation.perplexity import DOCUMENTS, PerplexitySuite
-from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, plan_grid, seconds_per_prompt
+from hf_longalign.evaluation.perplexity import PerplexitySuite
+from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, seconds_per_prompt
 from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
-from hf_longalign.evaluation.puzzle_prompts import puzzle_prompts, score_puzzle
 from hf_longalign.evaluation.report import write_report
-from hf_longalign.evaluation.ruler import ruler_prompts, score_ruler
-from hf_longalign.evaluation.ruler_data import load_questions
-from hf_longalign.evaluation.runner import PAUSE, Examinee, Maker, PromptSuite, ResultStore, spent
+from hf_longalign.evaluation.runner import PAUSE, Examinee, PromptSuite, ResultStore, spent
+from hf_longalign.evaluation.suites import Suite, make_suites, public_documents, uses_chat
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import Report
-from hf_longalign.rope import check_range, doubles
 from hf_longalign.version import __version__
 
 
 logger = logging.getLogger(__name__)
-
-Suite = PromptSuite | HarnessSuite | PerplexitySuite
 
 
 def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
@@ -115,61 +106,6 @@ def work(suites: Sequence[Suite], examined: Examined, store: ResultStore) -> Non
         pause = min(2 * pause, 10.0)  # many looks would keep a network disk busy
 
 
-def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -> list[Suite]:
-    """Make what was asked for, in the order it was asked for."""
-    chat = uses_chat(examined, options)
-    lengths = options.lengths or doubles(1024, examined.reach)
-    check_range(examined.config, max(lengths), "lengths")  # before any prompt is made, which takes minutes
-    grid = plan_grid(examined.model, [one.identity for one in examined.who], options, lengths, store)
-    texts = as_many_as_needed(load_texts(options.haystack, options.seed))
-    count, haystack = token_counter(examined.tokenizer, chat=chat), public_documents(options.haystack)
-    planned = {
-        "needle": (options.needle_tasks, score_needle),
-        "puzzles": (options.puzzles, score_puzzle),
-        "ruler": (options.ruler_tasks, score_ruler),
-    }
-    suites: list[Suite] = []
-    for name in options.suites:
-        if name in planned:
-            tasks, scorer = planned[name]
-            diagnose_at = max(grid.lengths) if options.diagnose else None
-            make = make_prompts(name, options, texts, count=count, chat=chat, diagnose_at=diagnose_at)
-            prompts: list[Prompt] = []
-            missing: dict[str, str] = {}
-            for task in tqdm(tasks, desc=name, disable=not store.is_main):
-                made, without_room = make(task, grid.lengths, grid.samples)
-                prompts += made
-                missing |= without_room
-            suites.append(PromptSuite(name, prompts, scorer, missing=missing, haystack=haystack, make=make))
-        elif name == "longbench":
-            suites.append(longbench_suite(examined, options, chat=chat))
-        elif name == "perplexity":
-            documents = load_texts(options.perplexity_documents or options.haystack, options.seed)
-            window, limit = options.perplexity_window or max(grid.lengths), options.limit or DOCUMENTS
-            suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
-        else:
-            asked: dict[str, Any] = {"max_length": examined.reach, "limit": options.limit, "chat": chat}
-            suites.append(HarnessSuite(options.short_tasks, examined, store, **asked))
-    return suites
-
-
-def make_prompts(name: str, options: SuiteOptions, texts: Sequence[str], **asked: Any) -> Maker:
-    """Return what makes a suite's prompts of a task at some lengths; those of fewer samples are the first of more."""
-    questions = load_questions(options.ruler_questions) if name == "ruler" and options.ruler_questions else ()
-
-    def make(task: str, lengths: Sequence[int], samples: int) -> tuple[list[Prompt], dict[str, str]]:
-        grid = {"tasks": [task], "lengths": lengths, "samples": samples, **asked}
-        if name == "ruler":  # it has a seed and room of its own: those of the published data
-            return ruler_prompts(**grid, essays=texts, questions=questions)
-        grid |= {"haystack": texts, "seed": options.seed}
-        if name == "puzzles":
-            room = min(options.max_new_tokens, 64)  # the answers are a few names
-            return puzzle_prompts(**grid, max_new_tokens=room), {}
-        return list(needle_prompts(**grid, depths=options.depths, max_new_tokens=options.max_new_tokens)), {}
-
-    return make
-
-
 def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, store: ResultStore) -> None:
     """Ask more samples where intervals are wide, until none is wider than ± 3 points or the minutes are over.
 
@@ -196,26 +132,6 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
         for suite, cell in more:
             suite.extend(cell.task, cell.length, cell.samples)
         work(grids, examined, store)
-
-
-def longbench_suite(examined: Examined, options: SuiteOptions, *, chat: bool) -> PromptSuite:
-    """Make LongBench's prompts; tasks whose data cannot be had are left out, and told."""
-    source = options.longbench_source
-    asked: dict[str, Any] = {"tokenizer": examined.tokenizer, "limit": options.limit}
-    asked["longbench_length"] = options.longbench_length
-    prompts: list[Prompt] = []
-    missing: dict[str, str] = {}
-    for task in longbench.expand_tasks(options.longbench_tasks):
-        try:
-            prompts += longbench.longbench_prompts(
-                [task], max_length=examined.reach, source=source, chat=chat, **asked
-            )
-        # Offline, or a folder with some of the tasks: the others are asked, and the report says what was not.
-        except (ConnectionError, FileNotFoundError) as error:
-            missing[task] = str(error).replace(source, public_name(source)) if source else str(error)
-    for reason in dict.fromkeys(missing.values()):
-        logger.warning("Left out: %s: %s", ", ".join(task for task in missing if missing[task] == reason), reason)
-    return PromptSuite("longbench", prompts, longbench.score_longbench, longbench.GROUPS, missing)
 
 
 def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultStore) -> dict[str, Any]:
@@ -302,13 +218,3 @@ def settings(
         chosen["hardware"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
         chosen["processes"] = len(list(store.folder.glob("results-*.jsonl")))
     return chosen
-
-
-def uses_chat(examined: Examined, options: SuiteOptions) -> bool:
-    """Whether questions go through the chat template."""
-    return bool(examined.tokenizer.chat_template) if options.chat is None else options.chat
-
-
-def public_documents(source: str | None) -> str:
-    """Return what a report calls documents."""
-    return "built-in sentences" if source is None else public_name(source)

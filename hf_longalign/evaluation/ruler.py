@@ -39,8 +39,7 @@ NEEDLE = "One of the special magic {kind} for {key} is: {value}."
 SHORT = 4096
 # Depths in percent at which needles and assignments may stand in an essay.
 DEPTHS = np.round(np.linspace(0, 100, 40)).astype(int).tolist()
-# Seed of the published data.
-SEED = 42
+SEED = 42  # of the published data
 # Invented questions: the same for any number of samples, so that fewer are the first of more.
 QUESTIONS = 500
 HOPS = 4
@@ -87,7 +86,6 @@ class RulerBuilder:
     task: RulerTask
     length: int  # tokens of a sample at most, the room for its answer and the chat template included
     count: Callable[[str], int]  # tokens of a text, the chat template included where one is used
-    seed: int = SEED
     essays: Sequence[str] = ()  # for the haystack of "essay" tasks
     questions: Sequence[Question] = ()  # for "qa" tasks, each with as many documents as the task has hops
 
@@ -98,14 +96,14 @@ class RulerBuilder:
         if self.task.haystack == "essay" and not self.essays:
             raise ValueError(f"`essays` must be given for {self.task.name!r}, got none. Set `haystack`.")
         # Its numbers come from both, seeded alike; which one draws what is part of the published data.
-        self._rng, self._numpy_rng = random.Random(self.seed), np.random.RandomState(self.seed)
+        self._rng, self._numpy_rng = random.Random(SEED), np.random.RandomState(SEED)
         if self.task.haystack == "essay":
             self._sentences = [sentence.strip() for sentence in sentences_of(self.essays)]
         if kind == "qa":
             self._documents = sorted({document for question in self.questions for document in question.documents})
         if kind == "cwe":
             self._words = word_list()
-            random.Random(self.seed).shuffle(self._words)
+            random.Random(SEED).shuffle(self._words)
         self._asked = 0
 
     def samples(self, number: int) -> Iterator[RulerSample]:
@@ -185,7 +183,7 @@ class RulerBuilder:
             keys.append(new_key())
             values.append([new_value() for _ in range(task.n_values)])
             needles += [NEEDLE.format(kind=task.values, key=keys[-1], value=value) for value in values[-1]]
-        random.Random(self.seed).shuffle(needles)
+        random.Random(SEED).shuffle(needles)
         if task.haystack == "essay":
             sentences = self._essay(units)
             places = sorted(int(len(sentences) * (depth / 100)) for depth in rng.sample(DEPTHS, len(needles)))
@@ -276,7 +274,7 @@ class RulerBuilder:
         drawn = self._rng.sample(self._words if number <= len(self._words) else word_pairs(), number)
         common, others = drawn[:COMMON], drawn[COMMON:]
         rows = common * often + others * seldom
-        random.Random(self.seed).shuffle(rows)
+        random.Random(SEED).shuffle(rows)
         return " ".join(f"{i}. {word}" for i, word in enumerate(rows, 1)), common
 
     def _frequent_words(self, number: int) -> Iterator[RulerSample]:
@@ -302,7 +300,7 @@ class RulerBuilder:
         while len(words) < number:
             words.add(self._letters(string.ascii_lowercase, 6))
         coded = sorted(words)
-        random.Random(self.seed).shuffle(coded)
+        random.Random(SEED).shuffle(coded)
         return ["...", *coded[1:]]
 
     def _coded_text(self, coded: Sequence[str], words: int) -> RulerSample:
@@ -310,7 +308,7 @@ class RulerBuilder:
         ranks = np.arange(1, len(coded) + 1)
         counts = (words * ranks**-2.0 / (math.pi**2 / 6)).astype(int).tolist()
         drawn = [word for word, count in zip(coded, counts, strict=True) for _ in range(count)]
-        random.Random(self.seed).shuffle(drawn)
+        random.Random(SEED).shuffle(drawn)
         return self._sample(coded[1:4], " ".join(drawn))
 
     def _qa(self, units: int) -> RulerSample:
@@ -321,7 +319,7 @@ class RulerBuilder:
         documents = [*question.documents, *self._rng.sample(others, min(number, len(others)))]
         # Fewer documents than a long sample holds come again.
         documents += [others[i % len(others)] for i in range(number - len(others))] if others else []
-        random.Random(self.seed).shuffle(documents)
+        random.Random(SEED).shuffle(documents)
         context, evidence = (
             "\n\n".join(f"Document {i}:\n{document}" for i, document in enumerate(texts, 1))
             for texts in (documents, question.documents)
@@ -337,7 +335,6 @@ def ruler_prompts(
     count: Callable[[str], int],
     essays: Sequence[str],
     questions: Sequence[Question] = (),
-    seed: int = SEED,
     chat: bool = True,
     diagnose_at: int | None = None,
 ) -> tuple[list[Prompt], dict[str, str]]:
@@ -351,7 +348,7 @@ def ruler_prompts(
     for task in (TASKS[name] for name in tasks):
         asked = list(questions) or (invented_questions(task.hops, QUESTIONS) if task.kind == "qa" else [])
         for length in lengths:
-            builder = RulerBuilder(task, length, count, seed, list(essays), asked)
+            builder = RulerBuilder(task, length, count, essays, asked)
             own: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "chat": chat, "length": length}
             try:
                 made = list(builder.samples(samples))

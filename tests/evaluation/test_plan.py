@@ -12,9 +12,9 @@ from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.plan import FEWEST, MOST, announce, cells_to_refine, fit, plan_grid, seconds_per_token
 from hf_longalign.evaluation.prompt import Completion, Prompt
-from hf_longalign.evaluation.puzzle_prompts import score_puzzle
 from hf_longalign.evaluation.results import suite_result
 from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
+from hf_longalign.evaluation.suites import score_puzzle
 
 
 @pytest.mark.parametrize("minutes", [0.5, 5.0, 50.0])
