@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import combinations, count, product
@@ -49,7 +49,6 @@ class HarnessResult(Record):
     metric: str | None = None  # the first one, with a filter behind a comma, such as "exact_match,strict-match"
     value: float | None = None  # 0 to 1 for all tasks of `SHORT`; `None` where the task was not run
     stderr: float | None = None  # standard error, where lm-eval gives one
-    metrics: dict[str, float] = field(default_factory=dict)  # all of them, by the same names
     samples: int = 0  # questions asked
     cut: int = 0  # prompts longer than the range, which lose their beginning; above 0 the value means little
     error: str | None = None  # why the task was not run, and what to do
@@ -152,7 +151,6 @@ def _read(name: str, found: Mapping[str, Any], cut: int) -> list[HarnessResult]:
                 metric=metric,
                 value=by_task[task][metric],
                 stderr=float(stderr) if isinstance(stderr, Real) else None,
-                metrics=by_task[task],
                 samples=samples.get(task, sum(samples.values())),
                 cut=cut,
             )

@@ -5,7 +5,7 @@ values of some keys.
 """
 
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -265,17 +265,13 @@ class Haystack:
         """Return the estimated tokens of so many units, see [`split_units`]."""
         while self._units[-1] < units:
             self._grow()
-        index = bisect_left(self._units, units, lo=1)
-        share = (units - self._units[index - 1]) / (self._units[index] - self._units[index - 1])
-        return self._tokens[index - 1] + share * (self._tokens[index] - self._tokens[index - 1])
+        return float(np.interp(units, self._units, self._tokens))
 
     def units(self, tokens: float) -> int:
         """Return how many units have at most so many estimated tokens."""
         while self._tokens[-1] <= tokens:
             self._grow()
-        index = max(1, bisect_right(self._tokens, tokens))
-        share = (tokens - self._tokens[index - 1]) / (self._tokens[index] - self._tokens[index - 1])
-        return self._units[index - 1] + int(share * (self._units[index] - self._units[index - 1]))
+        return int(np.interp(tokens, self._tokens, self._units))
 
     def parts(self, units: int) -> tuple[list[str], list[int]]:
         """Return the sentences of so many units, the last one cut and marked, and the tokens before each end."""

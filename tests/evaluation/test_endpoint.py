@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -34,52 +32,25 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-@pytest.fixture
-def echo():
-    """A server whose answers say which route they came by; `server.asked` holds path, body and headers."""
+def test_chat_and_plain_prompts_take_their_routes():
+    bodies = {}
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.server.asked.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
-            text = f"{self.path.rpartition('/v1')[2]} END and more"
-            choice = {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
-            details = {"prompt_tokens_details": {"cached_tokens": 3}}
-            usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, **details}
-            answer = {"id": "1", "object": "o", "created": 0, "model": "tiny"}
-            answer |= {"choices": [{"index": 0, "finish_reason": "stop", **choice}], "usage": usage}
-            data = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+    class Noted(FakeEndpoint):
+        async def _answer(self, writer, method, path, headers, raw):
+            bodies[path] = json.loads(raw or "null")
+            return await super()._answer(writer, method, path, headers, raw)
 
-        def do_GET(self):
-            data = json.dumps({"data": [{"id": "tiny"}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+        def _completion(self, entry, kind):
+            usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+            usage["prompt_tokens_details"] = {"cached_tokens": 3}
+            return {**super()._completion(entry, kind), "usage": usage}
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def test_chat_and_plain_prompts_take_their_routes(echo):
-    generator = EndpointGenerator("tiny", f"http://127.0.0.1:{echo.server_port}")
     prompts = [prompt_of("b", stop=("END",)), prompt_of("a", chat=False, max_new_tokens=7)]
-    found = dict(generator.generate(prompts))
-    assert found[prompts[0]].text == "/chat/completions " and found[prompts[0]].tokens == 2
-    assert found[prompts[1]].text == "/completions END and more"
-    bodies = {path: body for path, body, _ in echo.asked}
+    with Noted(reply=lambda body: "Well, END and more") as server:
+        generator = EndpointGenerator("tiny", f"http://127.0.0.1:{server.port}")
+        found = dict(generator.generate(prompts))
+    assert found[prompts[0]].text == "Well, " and found[prompts[0]].tokens == 2
+    assert found[prompts[1]].text == "Well, END and more"
     assert bodies["/v1/chat/completions"] == {
         "model": "tiny",
         "messages": [{"role": "user", "content": "b"}],
@@ -93,12 +64,12 @@ def test_chat_and_plain_prompts_take_their_routes(echo):
     assert list(generator.generate([])) == []
 
 
-def test_a_login_in_the_url_is_sent_and_not_shown(echo, caplog, monkeypatch):
+def test_a_login_in_the_url_is_sent_and_not_shown(caplog, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
-    generator = EndpointGenerator("tiny", f"http://me:s%40cret@127.0.0.1:{echo.server_port}/v1/")
-    with caplog.at_level(logging.DEBUG):
+    with FakeEndpoint() as server, caplog.at_level(logging.DEBUG):
+        generator = EndpointGenerator("tiny", f"http://me:s%40cret@127.0.0.1:{server.port}/v1/")
         list(generator.generate([prompt_of("a")]))
-    assert echo.asked[0][2]["authorization"] == "Basic bWU6c0BjcmV0"
+    assert server.log[0].headers["authorization"] == "Basic bWU6c0BjcmV0"
     assert "cret" not in caplog.text and "bWU6c0BjcmV0" not in caplog.text
 
 

@@ -133,7 +133,6 @@ def test_generated_answers_are_the_model_s_own_with_and_without_an_adapter(write
     assert (on.metric, on.value, off.value) == ("exact_match,none", 0.25, 0.75)
     assert (on.task, on.samples, on.cut, on.error) == ("towns", 4, 0, None)
     assert on.stderr == pytest.approx((0.25 * 0.75 / 3) ** 0.5)
-    assert on.metrics == {"exact_match,none": 0.25}
     # A shorter limit asks the first questions alone; without the template the model says something else.
     with adapted.disable_adapter():
         (limited,) = _run(adapted, ["towns"], limit=2)
@@ -313,15 +312,17 @@ def test_a_server_scores_as_the_model_itself(model, write_task, senders, chat):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|start|>"
     rows = [{"question": f"In year {n}, what did Ardel sell?", "answer": WORDS[n]} for n in range(6)]
+    # The Brier score is of the probabilities themselves: it shows what equal choices would hide.
     more = CHOSEN.replace('"salt", "wool"', ", ".join(f'"{word}"' for word in WORDS))
-    more += "  - metric: acc_norm\n  - metric: brier_score\n    higher_is_better: false\n"
+    more = more.replace(
+        "  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n", "  - metric: brier_score\n"
+    )
     write_task(rows, "multiple_choice", more)
     options = {"max_length": 512, "chat": chat}
     with served(model, tokenizer) as (generator, asked):
         (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
-        assert found.error is None and found.metrics.keys() == local.metrics.keys()
-        # The Brier score is of the probabilities themselves: it shows what equal choices would hide.
-        assert found.metrics == pytest.approx(local.metrics, abs=1e-5)
+        assert found.error is None and found.metric == local.metric == "brier_score,none"
+        assert found.value == pytest.approx(local.value, abs=1e-5)
         assert {path for path, _, _ in asked} == {"/v1/completions"} and len(asked) == 1 + 36
         # What the model says by itself is right for the first four.
         said = [_answer(model, tokenizer, row["question"]) for row in rows]
@@ -329,7 +330,7 @@ def test_a_server_scores_as_the_model_itself(model, write_task, senders, chat):
         write_task(rows)
         asked.clear()
         (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
-        assert found.metrics == local.metrics and (found.value, found.samples) == (4 / 6 if chat else 0.0, 6)
+        assert local.value == found.value == (4 / 6 if chat else 0.0) and found.samples == 6
         assert {path for path, _, _ in asked} == {"/v1/chat/completions" if chat else "/v1/completions"}
         assert all(body["temperature"] == 0 and body["max_tokens"] == 8 for _, body, _ in asked)
 
