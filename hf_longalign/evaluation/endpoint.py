@@ -49,11 +49,12 @@ class ServerFacts:
         >>> facts["pass key, 16,000 tokens back"]
         'not found, though found in 512 tokens: the range may not be served'
         """
-        found = "found" if self.long else "not found"
-        if self.short and not self.long:
-            found += f", though found in {_SHORT_PROBE} tokens: the range may not be served"
-        elif not self.short:
-            found += f", nor in {_SHORT_PROBE} tokens: this says nothing of the range" if not self.long else ""
+        if self.long:
+            found = "found"
+        elif self.short:
+            found = f"not found, though found in {_SHORT_PROBE} tokens: the range may not be served"
+        else:
+            found = f"not found, nor in {_SHORT_PROBE} tokens: this says nothing of the range"
         return {
             "range of the server": "not told" if self.reach is None else f"{self.reach:,} tokens",
             "model behind the name": self.base or "not told",
@@ -168,16 +169,15 @@ class EndpointGenerator:
         if failure is not None:
             raise failure
 
-    def look(self, prompts: Sequence[Prompt], count: Callable[[str], int]) -> ServerFacts:
-        """Ask the server what it can be asked about its range, and refuse one in which the prompts have no room.
+    def look(self, longest: Prompt, count: Callable[[str], int]) -> ServerFacts:
+        """Ask the server what it can be asked about its range, and refuse one in which a prompt has no room.
 
-        `count` takes a text to its tokens as the model reads it, chat template included.
+        `count` takes a text to its tokens as the model reads it, the chat template included where the prompt uses it.
 
         Raises:
             ValueError: the server says that its range is smaller than the longest prompt with its answer, or cuts it.
             EndpointError: the server gives no answer.
         """
-        longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
         needed = count(longest.text) + longest.max_new_tokens
         what = f"`lengths`: the longest prompt ({longest.task}) with its answer"
         with self._loop() as loop:

@@ -140,9 +140,10 @@ def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultSto
     told: dict[str, Any] = {}
     for examinee in examined.who if prompts else []:
         if isinstance(examinee.generator, EndpointGenerator):
-            key = examinee.key(f"server/{max(prompts, key=lambda prompt: len(prompt.text)).key}")
-            count = token_counter(examined.tokenizer, chat=prompts[0].chat)
-            facts = ServerFacts(**store.once(key, partial(examinee.generator.look, prompts, count)))
+            longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
+            count = token_counter(examined.tokenizer, chat=longest.chat)
+            key = examinee.key(f"server/{longest.key}")
+            facts = ServerFacts(**store.once(key, partial(examinee.generator.look, longest, count)))
             settings = {**facts.settings(), **check_served(examined, examinee, store)}
             told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
@@ -164,8 +165,8 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
         if not expected or not expected.answers:
             return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
         server: Any = examinee.generator
-        store.once(key, lambda: {"told": server.check_answers(expected, name)})
-    return {"answers as trained": store.get(key)["told"]}
+        store.once(key, lambda: server.check_answers(expected, name))
+    return {"answers as trained": store.get(key)}
 
 
 def make_report(examined: Examined, options: SuiteOptions, suites: Sequence[Suite], store: ResultStore) -> Report:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from transformers import PreTrainedTokenizerBase
 
 from hf_longalign.evaluation.longbench_metrics import METRICS, chinese_words
 from hf_longalign.evaluation.prompt import Prompt, encode_text
@@ -195,7 +194,8 @@ def _fetched(source: str | Path, file: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if isinstance(source, Path) or not is_hub_id(source) or "/" not in source or path.suffix:
+    is_file = path.suffix in (".zip", ".json", ".jsonl")  # a Hub id may hold a full stop too
+    if isinstance(source, Path) or not is_hub_id(source) or "/" not in source or is_file:
         raise FileNotFoundError(
             f"`longbench_source` must be a file, a folder or a Hub id, got {str(source)!r}, which is not there. "
             "Correct the path."
@@ -270,7 +270,7 @@ def _texts(value: Any) -> bool:
 def longbench_prompts(
     tasks: Sequence[str],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     max_length: int,
     longbench_length: int | None = None,
     source: str | Path | None = None,
@@ -331,7 +331,7 @@ def longbench_prompts(
             )
 
 
-def cut_middle(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, *, joined: bool = False) -> str:
+def cut_middle(text: str, tokenizer: Any, tokens: int, *, joined: bool = False) -> str:
     """Return the text, its middle left out where it takes more than so many tokens, as LongBench's scripts do it.
 
     The result can take some tokens more or less than asked for (at least 2, special ones counted), and a character
@@ -340,9 +340,7 @@ def cut_middle(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int, *, jo
     return _ends(text, _tokens(text, tokenizer), tokenizer, tokens, joined)
 
 
-def cut_to_fit(
-    text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, chat: bool, joined: bool = False
-) -> str:
+def cut_to_fit(text: str, tokenizer: Any, max_tokens: int, *, chat: bool, joined: bool = False) -> str:
     """Return the text cut as by [`cut_middle`] until all fits into `max_tokens`, the chat template included.
 
     Raises:
@@ -366,12 +364,12 @@ def cut_to_fit(
     return shortened
 
 
-def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _tokens(text: str, tokenizer: Any) -> list[int]:
     # Without `verbose`, tokenizers warn that the text exceeds a range that it is just being cut to.
     return tokenizer(text, verbose=False)["input_ids"]
 
 
-def _ends(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase, tokens: int, joined: bool) -> str:
+def _ends(text: str, ids: list[int], tokenizer: Any, tokens: int, joined: bool) -> str:
     if len(ids) <= tokens:
         return text
     # Instructions stand at both ends of a prompt. v2's script keeps the odd token, v1's does not.

@@ -215,12 +215,9 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     if options.tokenizer is not None:
         return AutoTokenizer.from_pretrained(options.tokenizer, **remote)
     of_base = AutoTokenizer.from_pretrained(model, revision=base_revision(options), **remote)
-    if adapter is None:
+    if adapter is None or model_file(adapter, "tokenizer_config.json", options.adapter_revision) is None:
         return of_base
-    try:
-        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
-    except (OSError, ValueError):  # it was saved without one
-        return of_base
+    of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
     # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
         ("chat template", of_base.chat_template, of_adapter.chat_template),

@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from hf_longalign.evaluation.longbench import expand_tasks
 from hf_longalign.evaluation.needles import TASKS as NEEDLES
 from hf_longalign.evaluation.ruler_data import TASKS as RULER
 from hf_longalign.options import option
@@ -170,6 +171,8 @@ class SuiteOptions:
             raise ValueError(f"`minutes` must be above 0, got {self.minutes}. Set more, or `samples`.")
         if self.ruler_questions is not None and not Path(self.ruler_questions).is_file():
             raise ValueError(f"`ruler_questions` must be a file, got {self.ruler_questions!r}. Correct the path.")
+        if "longbench" in self.suites:
+            expand_tasks(self.longbench_tasks)
         source = self.longbench_source
         is_id = source and is_hub_id(source) and "/" in source
         if "longbench" in self.suites and source and not is_id and not Path(source).exists():

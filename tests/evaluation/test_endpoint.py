@@ -207,40 +207,40 @@ def finds(reach):
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_server_is_asked_what_it_can_be_asked(chat, caplog):
-    prompts = [prompt_of("short", chat=chat), prompt_of("word " * 4000, chat=chat)]
+    prompt = prompt_of("word " * 4000, chat=chat)
     listing = {"max_model_len": 5000, "root": "/models/org/base"}
     with FakeEndpoint(reply=finds(8000), listing=listing) as server:
-        facts = EndpointGenerator("tiny", server.url).look(prompts, words)
+        facts = EndpointGenerator("tiny", server.url).look(prompt, words)
         assert (facts.reach, facts.base, facts.short, facts.long) == (5000, "base", True, True)
         # As long as the longest prompt with its answer, short of it by less than a paragraph and the answer.
         assert 4016 - 32 - 150 < facts.sent <= 4016 - 32
         assert facts.settings()["range of the server"] == "5,000 tokens"
     with FakeEndpoint(reply=finds(1000)) as server:
-        facts = EndpointGenerator("tiny", server.url).look(prompts, words)
+        facts = EndpointGenerator("tiny", server.url).look(prompt, words)
         assert (facts.reach, facts.short, facts.long) == (None, True, False) and "RoPE" in caplog.text
         assert "the range may not be served" in facts.settings()[f"pass key, {facts.sent:,} tokens back"]
     with FakeEndpoint(reply=finds(0)) as server:
-        facts = EndpointGenerator("tiny", server.url).look(prompts, words)
+        facts = EndpointGenerator("tiny", server.url).look(prompt, words)
         assert "says nothing of the range" in str(facts.settings())
 
 
 def test_a_range_that_is_smaller_than_the_prompts_is_refused_by_name():
-    prompts = [prompt_of("word " * 4000)]
+    prompt = prompt_of("word " * 4000)
     with FakeEndpoint(listing={"max_model_len": 4015}) as server:
         with pytest.raises(
             ValueError, match=r"`lengths`: .* got 4,016 tokens, and .* range of 4,015.*max-model-len 4016"
         ):
-            EndpointGenerator("tiny", server.url).look(prompts, words)
+            EndpointGenerator("tiny", server.url).look(prompt, words)
         assert not server.log
     with FakeEndpoint(listing={"max_model_len": 4016}) as server:
-        EndpointGenerator("tiny", server.url).look(prompts, words)
+        EndpointGenerator("tiny", server.url).look(prompt, words)
 
     class Short(FakeEndpoint):
         def _fault(self, prompt):
             return "400" if words(prompt) > 1000 else None
 
     with Short() as server, pytest.raises(ValueError, match=r"`lengths`.* the server says: This model's maximum"):
-        EndpointGenerator("tiny", server.url).look(prompts, words)
+        EndpointGenerator("tiny", server.url).look(prompt, words)
 
     class Cuts(FakeEndpoint):
         def _completion(self, entry, kind):
@@ -249,7 +249,7 @@ def test_a_range_that_is_smaller_than_the_prompts_is_refused_by_name():
             return completion
 
     with Cuts() as server, pytest.raises(ValueError, match=r"`lengths`.* tokens sent the server read 2,048"):
-        EndpointGenerator("tiny", server.url).look(prompts, words)
+        EndpointGenerator("tiny", server.url).look(prompt, words)
 
 
 def test_an_unknown_model_is_refused_in_the_server_s_words():
@@ -299,7 +299,7 @@ def test_a_real_server_answers_as_the_local_generator(tmp_path):
     with transformers_serve(folder, tmp_path) as url:
         served = dict(EndpointGenerator(str(folder), url).generate(prompts))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        facts = EndpointGenerator(str(folder), url).look(prompts, token_counter(tokenizer, chat=True))
+        facts = EndpointGenerator(str(folder), url).look(prompts[0], token_counter(tokenizer, chat=True))
         with pytest.raises(EndpointError, match=f"Server is pinned to.*{folder.name}"):
             list(EndpointGenerator("org/other", url).generate(prompts))
     # It says nothing of its range, and reads what it is sent.

@@ -25,6 +25,7 @@ from hf_longalign.evaluation.longbench import (
     read_rows,
     score_longbench,
 )
+from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.evaluation.prompt import encode_text
 from hf_longalign.longbench_prompts import TEMPLATES
 from tests.tiny import tiny_tokenizer
@@ -207,6 +208,8 @@ def test_missing_sources_and_unknown_tasks_are_named(tmp_path):
         expand_tasks(["hotpotQA"])
     with pytest.raises(ValueError, match="must name a task"):
         expand_tasks([])
+    with pytest.raises(ValueError, match="got 'hotpotQA'"):  # before a model is loaded
+        SuiteOptions(suites=["longbench"], longbench_tasks=["hotpotQA"], output_dir=str(tmp_path)).check()
     with pytest.raises(FileNotFoundError, match=r"must hold musique\.jsonl .*, got the folder"):
         _prompts(["musique"], tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl', which is not there"):
@@ -223,8 +226,9 @@ def test_missing_sources_and_unknown_tasks_are_named(tmp_path):
 def test_without_the_hub_the_message_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=r"'nobody/nothing'.*Download its data\.zip .* set `longbench_source`"):
-        _prompts(["musique"], "nobody/nothing")
+    for name in ("nobody/nothing", "nobody/data-v1.1"):
+        with pytest.raises(ConnectionError, match=rf"'{name}'.*Download its data\.zip .* set `longbench_source`"):
+            _prompts(["musique"], name)
 
 
 def test_a_missing_word_cutter_is_told_before_anything_is_asked(monkeypatch, tmp_path):
