@@ -1,8 +1,8 @@
 """Greedy answers of a local model: a beginning that prompts share is read once, answers are written in batches.
 
-Every answer is the one that `generate(do_sample=False)` gives for the prompt alone, token for token up to rounding.
-Prompts are read one at a time in the order in which they share most, each from where it leaves the one before it; what
-was read waits for others of its length and is answered with them.
+With transformers every answer is the one that `generate(do_sample=False)` gives for the prompt alone, token for token
+up to rounding. Prompts are read one at a time in the order in which they share most, each from where it leaves the one
+before it; what was read waits for others of its length and is answered with them. vLLM does as much by itself.
 """
 
 import logging
@@ -29,6 +29,7 @@ from hf_longalign.evaluation.prefix_cache import (
     shared_lengths,
 )
 from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
+from hf_longalign.lazy import require
 from hf_longalign.records.report import Speed
 from hf_longalign.rope import check_range
 
@@ -43,6 +44,8 @@ T = TypeVar("T")
 # 128k (512 MiB) must stay small. Where nothing is held and no layer has a window no mask is needed, and a prompt is
 # read as a whole, as `generate` does, while there is memory for that.
 _CHUNK_ON_CPU, _CHUNK, _LEAST_CHUNK = 512, 4096, 256
+# Prompts of one call of vLLM, which ends with its longest answer: what is answered by then is on disk after a kill.
+_VLLM_PROMPTS = 256
 
 
 class _Encoded(NamedTuple):
@@ -336,3 +339,60 @@ def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     ids = base.generation_config.eos_token_id if base.generation_config is not None else None
     listed = ids if isinstance(ids, list | tuple) else [ids]
     return frozenset(int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None)
+
+
+class VLLMAnswers:
+    """Answers prompts greedily with vLLM's `LLM`, which reads a beginning that prompts share once.
+
+    Written against the interface of vLLM 0.33 and tested with a stand-in of it; never run on a GPU.
+
+    `engine` returns the `LLM`, loaded at the first prompt, and the adapter's `LoRARequest`, in force if `adapted`.
+    """
+
+    def __init__(
+        self, engine: Callable[[], tuple[Any, Any]], tokenizer: PreTrainedTokenizerBase, *, adapted: bool = False
+    ) -> None:
+        self.stats = Speed()
+        self.on_read: Callable[[Prompt], None] = lambda prompt: None
+        self._engine, self._tokenizer, self._adapted = engine, tokenizer, adapted
+
+    def generate(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Completion]]:
+        """Yield each prompt with its answer, 256 at a time, in the order in which beginnings are shared.
+
+        Raises:
+            ValueError: a prompt beyond the range that vLLM was given, before anything is generated.
+            EndpointError: vLLM cannot load the model.
+        """
+        # Neighbours share most, so vLLM still holds what it has read of them.
+        encoded = sorted(
+            ((encode_text(self._tokenizer, one.text, chat=one.chat, prefix=one.prefix), one) for one in prompts),
+            key=lambda pair: pair[0],
+        )
+        if not encoded:
+            return
+        llm, lora = self._engine()
+        needed = max(len(ids) + prompt.max_new_tokens for ids, prompt in encoded)
+        reach = int(llm.model_config.max_model_len)
+        if needed > reach:
+            raise ValueError(
+                f"`lengths` must be within the range that vLLM was given, {reach:,} tokens, got {needed:,} with the "
+                f"answer. Set shorter lengths, or `vllm_options` to '{{\"max_model_len\": {needed}}}'."
+            )
+        make = require("vllm", "vllm").SamplingParams
+        for first in range(0, len(encoded), _VLLM_PROMPTS):
+            batch, start = encoded[first : first + _VLLM_PROMPTS], time.perf_counter()
+            # All that is not given is off: vLLM reads a generation config's penalties for its own defaults alone.
+            outputs = llm.generate(
+                [{"prompt_token_ids": ids} for ids, _ in batch],
+                [make(temperature=0.0, max_tokens=one.max_new_tokens, stop=list(one.stop)) for _, one in batch],
+                use_tqdm=False,
+                lora_request=lora if self._adapted else None,
+            )
+            self.stats.seconds += time.perf_counter() - start
+            for (ids, prompt), output in zip(batch, outputs, strict=True):
+                (written,) = output.outputs
+                self.stats.prompt_tokens += len(ids)
+                self.stats.cached_tokens += output.num_cached_tokens or 0
+                self.stats.generated_tokens += len(written.token_ids)
+                text, cut = cut_at(written.text, prompt.stop), written.finish_reason == "length"
+                yield prompt, Completion(text, len(written.token_ids), cut)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from hf_longalign.adapter import load_adapter, peft_config
 from hf_longalign.evaluation.endpoint import EndpointGenerator
-from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.runner import Examinee, Generator
+from hf_longalign.lazy import require
 from hf_longalign.records.names import is_hub_id
 from hf_longalign.records.report import EvaluatedModel
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import apply_rope, model_range, rope_record
 from hf_longalign.run_record import RECORD_NAME, load_record, loaded_commit, model_file
+from hf_longalign.serving import load_vllm, vllm_options
 
 
 logger = logging.getLogger(__name__)
@@ -85,8 +87,6 @@ class Examined:
             ]
             return cls(options, tokenizer, load_config(options), None, who)
         if options.generator == "vllm":
-            from hf_longalign.evaluation.vllm import vllm_examinees
-
             if PROCESSES > 1:
                 raise ValueError(
                     f"`generator` vllm must run in one process, got {PROCESSES}, which would share a GPU. Start it "
@@ -283,6 +283,47 @@ def examinees(
         Examinee(BASE, plain_identity, answering(), as_published, what="the base as published, RoPE not scaled"),
         base,
         adapter,
+    ]
+
+
+def vllm_examinees(
+    options: ModelOptions, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> list[Examinee]:
+    """Return the base, and the adapter beside it on the same weights in memory.
+
+    Where the adapter was trained with scaled RoPE, the base has that RoPE too, and is called so: vLLM has one RoPE
+    for all that it holds. The base as published is a run of its own, without the adapter.
+
+    `config` is that of the model with the RoPE of the adapter.
+    """
+    require("vllm", "vllm")  # missing is told now, and not when all prompts are made
+    given, revision = json.loads(options.vllm_options or "{}"), base_revision(options)
+    more: dict[str, Any] = {"dtype": options.dtype, "revision": revision, **given}
+    if options.trust_remote_code:
+        more["trust_remote_code"] = True
+    engine = cache(partial(load_vllm, options.model, options.adapter, **more))
+    base = {
+        "engine": "vllm",
+        "options": more,
+        "name": options.model,
+        "commit": getattr(config, "_commit_hash", None),
+        "files": files_of(options.model),
+        "rope": rope_record(config).to_json(),
+        "tokenizer": tokenizer_state(tokenizer),
+    }
+    identity = identity_of(base)
+    if options.adapter is None:
+        return [Examinee(BASE, identity, VLLMAnswers(engine, tokenizer), what="the model, by vLLM")]
+    vllm_options(options.adapter)  # refuses what vLLM would compute in another way, before anything is asked
+    scaled = rope_record(published_config(options)) != rope_record(config)
+    what = "the base without the adapter, by vLLM" + (", with the RoPE scaling it was trained with" if scaled else "")
+    commit = loaded_commit(options.adapter, "adapter_config.json")
+    adapter = identity_of([identity, options.adapter, commit, files_of(options.adapter)])
+    return [
+        Examinee(SCALED if scaled else BASE, identity, VLLMAnswers(engine, tokenizer), what=what),
+        Examinee(
+            ADAPTER, adapter, VLLMAnswers(engine, tokenizer, adapted=True), what="the base with the adapter, by vLLM"
+        ),
     ]
 
 

@@ -13,10 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_longalign.cli import main
 from hf_longalign.evaluation import evaluate, models
-from hf_longalign.evaluation.generation import LocalGenerator
+from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
+from hf_longalign.evaluation.models import vllm_examinees
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.evaluation.vllm import VLLMAnswers, vllm_examinees
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import save_record
 from hf_longalign.serving import load_vllm
