@@ -35,6 +35,18 @@ GRIDS = {"needle", "puzzles", "ruler"}
 WIDTH = 0.03
 
 
+class Cost(NamedTuple):
+    """What a token costs in seconds."""
+
+    read: float  # by itself
+    pair: float  # for each token before it
+    written: float
+
+    def seconds(self, length: int, share: float = 1.0) -> float:
+        """Return the seconds of a prompt of so many tokens, a share of which is read anew, with its answer."""
+        return share * (self.read * length + self.pair * length**2) + ANSWER_TOKENS * self.written
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is asked: lengths in tokens, samples of each task at each, and about how many minutes that takes."""
@@ -81,15 +93,13 @@ def plan_grid(
     return grid
 
 
-def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, lengths: Sequence[int]) -> Plan:
+def fit(cost: Cost, models: int, options: SuiteOptions, lengths: Sequence[int]) -> Plan:
     """Return the largest grid for so many models within the minutes of the options; the longest lengths go first.
-
-    `cost` is what [`seconds_per_token`] found.
 
     Example: half a millisecond a token, and two tasks of puzzles.
 
     >>> options = SuiteOptions(suites=["puzzles"], puzzles=["count", "latest"], minutes=1.0)
-    >>> fit((0.0005, 0.0, 0.0), 1, options, [1024, 4096, 65536])
+    >>> fit(Cost(0.0005, 0.0, 0.0), 1, options, [1024, 4096, 65536])
     Plan(lengths=[1024, 4096], samples=11, minutes=0.9)
     """
     kept = sorted(lengths)
@@ -97,7 +107,7 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
     others = [("puzzles", options.puzzles), ("ruler", options.ruler_tasks)]
     whole = sum(len(tasks) for suite, tasks in others if suite in options.suites)
     while True:
-        times = (needles * seconds_of(cost, length, True) + whole * seconds_of(cost, length, False) for length in kept)
+        times = (needles * cost.seconds(length, NEEDLE_SHARE) + whole * cost.seconds(length) for length in kept)
         each = models * sum(times) / 60
         samples = int(min(MOST, max(FEWEST, options.minutes / each)))
         if samples * each <= options.minutes or len(kept) == 1:
@@ -105,15 +115,9 @@ def fit(cost: tuple[float, float, float], models: int, options: SuiteOptions, le
         kept = kept[:-1]
 
 
-def seconds_of(cost: tuple[float, float, float], length: int, is_needle: bool) -> float:
-    """Return the seconds of a prompt of so many tokens with its answer, see [`seconds_per_token`]."""
-    reading = cost[0] * length + cost[1] * length**2
-    return (NEEDLE_SHARE if is_needle else 1.0) * reading + ANSWER_TOKENS * cost[2]
-
-
-def speed_of(model: Any, name: str, store: ResultStore) -> tuple[float, float, float]:
+def speed_of(model: Any, name: str, store: ResultStore) -> Cost:
     """Return what [`seconds_per_token`] found of a model on this machine, now or in an earlier run."""
-    return tuple(store.once(f"speed/{name}/{platform.node()}", lambda: seconds_per_token(model)))
+    return Cost(*store.once(f"speed/{name}/{platform.node()}", lambda: seconds_per_token(model)))
 
 
 def announce(examined: Examined, suites: Sequence[Any], store: ResultStore, minutes: float | None = None) -> None:
@@ -132,7 +136,7 @@ def announce(examined: Examined, suites: Sequence[Any], store: ResultStore, minu
             tokens += length
             if examined.model is not None:  # the speed of a server is not known
                 cost = speed_of(examined.model, examined.who[0].identity, store)
-                seconds += seconds_of(cost, length, prompt.depth is not None)
+                seconds += cost.seconds(length, 1.0 if prompt.depth is None else NEEDLE_SHARE)
         in_all += seconds / 60
         if asked:
             time_told = f", about {seconds / 60:,.1f} min of one process" if seconds else ""
@@ -145,8 +149,8 @@ def announce(examined: Examined, suites: Sequence[Any], store: ResultStore, minu
 
 
 @torch.inference_mode()
-def seconds_per_token(model: Any) -> tuple[float, float, float]:
-    """Return what a token costs in seconds: read, for each token before it, and written."""
+def seconds_per_token(model: Any) -> Cost:
+    """Measure what a token costs."""
     times: list[float] = []
     cache: Any = None
     for tokens in (PROBES[0], *PROBES):  # the first one warms up
@@ -163,7 +167,7 @@ def seconds_per_token(model: Any) -> tuple[float, float, float]:
     _, at_short, at_long = times
     short, long = PROBES
     pair = max(0.0, (at_long / long - at_short / short) / (long - short))
-    return max(1e-9, at_short / short - pair * short), pair, written / ROWS
+    return Cost(max(1e-9, at_short / short - pair * short), pair, written / ROWS)
 
 
 def _timed(model: Any, **inputs: Any) -> tuple[float, Any]:

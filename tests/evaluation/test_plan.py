@@ -10,7 +10,16 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.evaluation.models import Examined
 from hf_longalign.evaluation.options import SuiteOptions
-from hf_longalign.evaluation.plan import FEWEST, MOST, announce, cells_to_refine, fit, plan_grid, seconds_per_token
+from hf_longalign.evaluation.plan import (
+    FEWEST,
+    MOST,
+    Cost,
+    announce,
+    cells_to_refine,
+    fit,
+    plan_grid,
+    seconds_per_token,
+)
 from hf_longalign.evaluation.prompt import Completion, Prompt
 from hf_longalign.evaluation.results import suite_result
 from hf_longalign.evaluation.runner import Examinee, PromptSuite, ResultStore
@@ -20,7 +29,7 @@ from hf_longalign.evaluation.suites import score_puzzle
 @pytest.mark.parametrize("minutes", [0.5, 5.0, 50.0])
 def test_the_grid_keeps_to_its_minutes(minutes):
     options = SuiteOptions(suites=["needle", "puzzles", "ruler"], minutes=minutes)
-    grid = fit((0.001, 1e-8, 0.01), 2, options, [1024, 4096, 16384])
+    grid = fit(Cost(0.001, 1e-8, 0.01), 2, options, [1024, 4096, 16384])
     assert FEWEST <= grid.samples <= MOST
     assert grid.minutes <= minutes or (grid.samples, grid.lengths) == (FEWEST, [1024])
     if grid.samples < MOST and len(grid.lengths) == 3:
