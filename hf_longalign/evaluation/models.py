@@ -246,17 +246,8 @@ def examinees(
         plain: the base's config as published; `None`: the model's own.
     """
     published: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = published.config
-    # What tells a base from every other: the commit of the Hub, or the state of its files, and its RoPE and precision.
-    # Hashing the weights themselves would read 140 GB of a 70B model at every start.
-    weights = {
-        "name": config._name_or_path,
-        "commit": getattr(config, "_commit_hash", None),
-        "files": files_of(config._name_or_path),
-        "rope": rope_record(config).to_json(),
-        "dtype": str(published.dtype),
-    }
-    base_identity = identity_of({"weights": weights, **settings})
+    weights = weights_of(published.config._name_or_path, published.config)
+    base_identity = identity_of({"weights": weights, "dtype": str(published.dtype), **settings})
     if not isinstance(model, PeftModel):
         return [Examinee(BASE, base_identity, answering(), what="the model")]
     # An adapter is small, and often trained again into the same folder: its weights themselves are hashed.
@@ -302,16 +293,8 @@ def vllm_examinees(
     if options.trust_remote_code:
         more["trust_remote_code"] = True
     engine = cache(partial(load_vllm, options.model, options.adapter, **more))
-    base = {
-        "engine": "vllm",
-        "options": more,
-        "name": options.model,
-        "commit": getattr(config, "_commit_hash", None),
-        "files": files_of(options.model),
-        "rope": rope_record(config).to_json(),
-        "tokenizer": tokenizer_state(tokenizer),
-    }
-    identity = identity_of(base)
+    weights, state = weights_of(options.model, config), tokenizer_state(tokenizer)
+    identity = identity_of({"engine": "vllm", "options": more, "weights": weights, "tokenizer": state})
     if options.adapter is None:
         return [Examinee(BASE, identity, VLLMAnswers(engine, tokenizer), what="the model, by vLLM")]
     vllm_options(options.adapter)  # refuses what vLLM would compute in another way, before anything is asked
@@ -347,9 +330,16 @@ def other_rope(model: torch.nn.Module, config: PretrainedConfig) -> Iterator[Non
             model.set_submodule(name, module)
 
 
+def weights_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
+    """Return what tells a base from any other: the commit of the Hub, or the state of its files, and its RoPE."""
+    # Hashing the weights themselves would read 140 GB of a 70B model at every start.
+    commit, rope = getattr(config, "_commit_hash", None), rope_record(config).to_json()
+    return {"name": name, "commit": commit, "files": files_of(name), "rope": rope}
+
+
 def files_of(source: str) -> list[list[Any]]:
     """Return what tells the weights and settings in a folder from any others; nothing of a Hub id."""
-    kinds = ("*.safetensors", "*.bin", "*.pt", "*.json")
+    kinds = ("*.safetensors", "*.bin", "*.pt", "*config.json")
     files = sorted(path for kind in kinds for path in Path(source).glob(kind))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
