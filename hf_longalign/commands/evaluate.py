@@ -41,7 +41,7 @@ def check(
     model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions
 ) -> None:
     """Refuse what is wrong with several of the options together."""
-    suites.check(model.endpoint, model.generator)
+    model.check_suites(suites.suites)
     publish.check_idle(push_to_hub=hub.push_to_hub)
     if hub.push_to_hub:
         if model.adapter is None:

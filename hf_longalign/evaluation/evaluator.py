@@ -67,7 +67,8 @@ def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
 def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, bool]:
     """Do what [`evaluate`] does; also returns whether this process has written the report: of several one does."""
     model_options.check()
-    options.check(model_options.endpoint, model_options.generator)
+    options.check()
+    model_options.check_suites(options.suites)
     examined = Examined.load(model_options)
     # No process group: whoever is lost, or never comes, must not hold up the others.
     with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:

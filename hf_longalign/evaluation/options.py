@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -78,6 +79,20 @@ class ModelOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)!r}. Set a larger number.")
 
+    def check_suites(self, suites: Sequence[str]) -> None:
+        """Refuse suites for which a model must be loaded here, where a server or vLLM answers."""
+        if self.endpoint is not None and "perplexity" in suites:
+            raise ValueError(
+                "`suites` must be what a server can answer where `endpoint` is set, got 'perplexity', for which the "
+                "model itself is needed. Leave `endpoint` out, or that suite."
+            )
+        for suite in ("perplexity", "short"):
+            if self.generator == "vllm" and suite in suites:
+                raise ValueError(
+                    f"`suites` must be what vLLM answers here where `generator` is vllm, got {suite!r}. Leave it out, "
+                    "set `generator` to transformers, or for short serve the model and set `endpoint`."
+                )
+
 
 @dataclass
 class SuiteOptions:
@@ -128,7 +143,7 @@ class SuiteOptions:
     )
     perplexity_window: int | None = option(None, "Tokens of a perplexity window; unset: the largest of `lengths`.")
 
-    def check(self, endpoint: str | None = None, generator: str = "transformers") -> None:
+    def check(self) -> None:
         """Refuse, before anything is loaded, what would fail later.
 
         Raises:
@@ -147,17 +162,6 @@ class SuiteOptions:
             given = getattr(self, name)
             if len(set(given)) < len(given):  # it would count double
                 raise ValueError(f"`{name}` must be all different, got {given}. Name each once.")
-        if endpoint is not None and "perplexity" in self.suites:
-            raise ValueError(
-                "`suites` must be what a server can answer where `endpoint` is set, got 'perplexity', for which the "
-                "model itself is needed. Leave `endpoint` out, or that suite."
-            )
-        for suite in ("perplexity", "short"):
-            if generator == "vllm" and suite in self.suites:
-                raise ValueError(
-                    f"`suites` must be what vLLM answers here where `generator` is vllm, got {suite!r}. Leave it out, "
-                    "set `generator` to transformers, or for short serve the model and set `endpoint`."
-                )
         for name in ("samples", "max_new_tokens", "limit", "longbench_length", "perplexity_window"):
             value = getattr(self, name)
             if value is not None and value < 1:

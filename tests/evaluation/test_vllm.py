@@ -15,7 +15,7 @@ from hf_longalign.cli import main
 from hf_longalign.evaluation import evaluate, models
 from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
 from hf_longalign.evaluation.models import vllm_examinees
-from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
+from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import save_record
@@ -123,7 +123,7 @@ def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypa
             ModelOptions(folder, **options).check()
     for suite in ("short", "perplexity"):
         with pytest.raises(ValueError, match=f"`suites` must be what vLLM answers.*got '{suite}'"):
-            SuiteOptions(suites=[suite], output_dir=str(tmp_path)).check(None, "vllm")
+            ModelOptions(folder, generator="vllm").check_suites([suite])
     monkeypatch.setattr(models, "PROCESSES", 2)
     with pytest.raises(ValueError, match="`generator` vllm must run in one process, got 2"):
         evaluate(folder, generator="vllm", output_dir=str(tmp_path))
