@@ -216,7 +216,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(options.tokenizer, **remote)
     of_base = AutoTokenizer.from_pretrained(model, revision=base_revision(options), **remote)
     if adapter is None or model_file(adapter, "tokenizer_config.json", options.adapter_revision) is None:
-        return of_base
+        return of_base  # none was saved with the adapter
     of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
     # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
