@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from hf_longalign.evaluation import longbench
-from hf_longalign.evaluation.endpoint import EndpointGenerator, ServerFacts
+from hf_longalign.evaluation.endpoint import ServerFacts
 from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import PerplexitySuite
@@ -138,15 +138,16 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
 def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultStore) -> dict[str, Any]:
     """Ask a server about the range of each model, unless an earlier run did; nothing where the model is local."""
     prompts = [prompt for suite in suites if isinstance(suite, PromptSuite) for prompt in suite.prompts]
+    if examined.options.endpoint is None or not prompts:
+        return {}
+    longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
+    count = token_counter(examined.tokenizer, chat=longest.chat)
     told: dict[str, Any] = {}
-    for examinee in examined.who if prompts else []:
-        if isinstance(examinee.generator, EndpointGenerator):
-            longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
-            count = token_counter(examined.tokenizer, chat=longest.chat)
-            key = examinee.key(f"server/{longest.key}")
-            facts = ServerFacts(**store.once(key, partial(examinee.generator.look, longest, count)))
-            settings = {**facts.settings(), **check_served(examined, examinee, store)}
-            told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
+    for examinee in examined.who:
+        server: Any = examinee.generator
+        found = store.once(examinee.key(f"server/{longest.key}"), partial(server.look, longest, count))
+        settings = {**ServerFacts(**found).settings(), **check_served(examined, examinee, store)}
+        told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
 
 
