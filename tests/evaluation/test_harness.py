@@ -6,6 +6,7 @@ import random
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: harness)")
 
-from lm_eval.tasks import TaskManager
+import lm_eval.tasks
 
 from hf_longalign.endpoint import EndpointError
 from hf_longalign.evaluation.endpoint import EndpointGenerator
@@ -90,13 +91,14 @@ def _answer(model, tokenizer, question):
 
 @pytest.fixture
 def write_task(monkeypatch, tmp_path):
-    """Writes the task "towns", which is then the only one that lm-eval knows, or one beside its own."""
+    """Writes the task "towns", which lm-eval then knows, and of its own "gsm8k" alone."""
+    own = Path(lm_eval.tasks.__path__[0]) / "gsm8k"
 
-    def write(rows, output_type="generate_until", more=GENERATED, *, beside=False):
+    def write(rows, output_type="generate_until", more=GENERATED):
         data = tmp_path / "towns.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "towns.yaml").write_text(TASK.format(data=data, output_type=output_type, more=more))
-        manager = TaskManager(include_path=str(tmp_path), include_defaults=beside)
+        manager = lm_eval.tasks.TaskManager(include_path=[str(tmp_path), str(own)], include_defaults=False)
         monkeypatch.setattr("hf_longalign.evaluation.harness._tasks_of_lm_eval", lambda: manager)
 
     return write
@@ -156,7 +158,7 @@ def test_prompts_longer_than_max_length_are_counted(model, write_task):
 
 
 def test_a_task_out_of_reach_says_so_and_the_rest_goes_on(model, write_task, caplog):
-    write_task([{"question": "Short?", "answer": "wool"}], beside=True)
+    write_task([{"question": "Short?", "answer": "wool"}])
     gone, there = _run(model, ["gsm8k", "towns"])
     (told,) = [record for record in caplog.records if record.levelname == "WARNING"]  # one line, no traceback
     assert told.getMessage() == f"gsm8k was not run: {gone.error}" and told.exc_info is None
@@ -336,7 +338,7 @@ def test_a_server_scores_as_the_model_itself(model, write_task, senders, chat):
 
 
 def test_a_server_without_logprobs_is_refused_by_name_before_anything_is_asked(model, write_task, senders):
-    write_task([{"question": "Short?", "answer": "wool"}], "multiple_choice", CHOSEN, beside=True)
+    write_task([{"question": "Short?", "answer": "wool"}], "multiple_choice", CHOSEN)
     with served(model, tiny_tokenizer(), logprobs=False) as (generator, asked):
         with pytest.raises(
             ValueError, match=r"`short_tasks` .* got 'towns'.*HTTP 400: .*echo is not supported"

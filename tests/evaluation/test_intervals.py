@@ -145,8 +145,8 @@ def test_models_are_drawn_the_same_samples():
 def test_how_much_further_is_of_the_same_samples():
     rng = np.random.default_rng(2)
     base, adapter = drawn(rng, [0.95, 0.9, 0.8, 0.3]), drawn(rng, [0.95, 0.93, 0.9, 0.7])
-    found = reaches({"base": base, "adapter": adapter}, draws=300, seed=5)
-    rng, draws = np.random.default_rng(5), []
+    found = reaches({"base": base, "adapter": adapter}, draws=300)
+    rng, draws = np.random.default_rng(0), []
     picks = [rng.integers(40, size=(300, 40)) for _ in LENGTHS]
     for draw in range(300):
         reached = []

@@ -194,7 +194,7 @@ def test_another_chat_template_is_refused_until_one_is_chosen(trained):
 def test_an_adapter_without_a_tokenizer_is_asked_with_the_base_s(trained, tmp_path):
     base, adapter = trained
     (adapter / "tokenizer_config.json").write_text("{")
-    with pytest.raises((OSError, ValueError), match="tokenizer_config"):
+    with pytest.raises(ValueError, match="Expecting property name"):
         load_tokenizer(options(base, adapter=adapter))  # it may be another than the base's
     for path in (*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")):
         path.unlink()
