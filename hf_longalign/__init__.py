@@ -13,8 +13,9 @@ Example:
 from typing import TYPE_CHECKING
 
 from hf_longalign.lazy import lazy_exports
-from hf_longalign.version import __version__
 
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table below
     from hf_longalign.adapter import load_adapter, merge_adapter

@@ -7,7 +7,7 @@ from dis import opmap
 from importlib import import_module
 from typing import NamedTuple
 
-from hf_longalign.version import __version__
+from hf_longalign import __version__
 
 
 class Command(NamedTuple):

@@ -26,6 +26,7 @@ from trl.data_utils import (
     maybe_convert_to_chatml,
 )
 
+from hf_longalign import __version__
 from hf_longalign.blocks import (
     IGNORE,
     Blocks,
@@ -45,7 +46,6 @@ from hf_longalign.turns import (
     place_turns,
     read_frame,
 )
-from hf_longalign.version import __version__
 
 
 logger = logging.get_logger(__name__)

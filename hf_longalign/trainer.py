@@ -25,6 +25,7 @@ from transformers import (
 from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 
+from hf_longalign import __version__
 from hf_longalign.adapter import weights_sample
 from hf_longalign.attention import exactness_problem, mark_boundaries, register_attention
 from hf_longalign.callback import SkipPositionCallback, StreamCount, check_parallelism
@@ -53,7 +54,6 @@ from hf_longalign.preparation import (
 from hf_longalign.records.training import BatchesRecord, PositionsRecord, TrainingRecord
 from hf_longalign.rope import check_range, model_range, rope_record
 from hf_longalign.run_record import base_source, data_source, hardware, run_facts, versions
-from hf_longalign.version import __version__
 
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from hf_longalign import __version__
 from hf_longalign.evaluation import longbench
 from hf_longalign.evaluation.endpoint import ServerFacts
 from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
@@ -25,7 +26,6 @@ from hf_longalign.evaluation.runner import PAUSE, Examinee, PromptSuite, ResultS
 from hf_longalign.evaluation.suites import Suite, make_suites, public_documents, uses_chat
 from hf_longalign.known_answers import known_answers
 from hf_longalign.records.report import Report
-from hf_longalign.version import __version__
 
 
 logger = logging.getLogger(__name__)

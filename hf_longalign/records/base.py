@@ -14,8 +14,8 @@ Self = TypeVar("Self", bound="Record")
 class Record:
     """Gives a dataclass `to_json` and `from_json`.
 
-    Fields may be strings, numbers, booleans, `None`, records, and lists, tuples and string-keyed dicts of these. What
-    is `None` is left out of the JSON. A key that no field has is ignored, so that a file of a newer release with more
+    Fields may be strings, numbers, booleans, `None`, records, and lists and string-keyed dicts of these. What is
+    `None` is left out of the JSON. A key that no field has is ignored, so that a file of a newer release with more
     fields can be read; one with a larger `version` cannot, as its fields may mean something else.
 
     >>> @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def dumps(record: Record) -> str:
 
 
 def typed(hint: Any, value: Any, where: str) -> Any:
-    """Return a value as a hint says it: records made of objects, tuples of lists, floats of whole numbers.
+    """Return a value as a hint says it: records made of objects, floats of whole numbers.
 
     Raises:
         ValueError: it cannot be; the message calls it as `where` says.
@@ -89,10 +89,8 @@ def typed(hint: Any, value: Any, where: str) -> Any:
     kind = origin or hint
     if isinstance(value, dict) and kind is dict:
         return {key: typed(inner[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    if isinstance(value, list | tuple) and kind in (list, tuple):
-        # tuple[int, int] names each place, list[int] and tuple[int, ...] one kind for all.
-        hints = inner if kind is tuple and Ellipsis not in inner else [inner[0]] * len(value)
-        return kind(typed(part, item, where) for part, item in zip(hints, value, strict=True))
+    if isinstance(value, list | tuple) and kind is list:
+        return [typed(inner[0], item, where) for item in value]
     # JSON knows one kind of number, so 1.0 may come back as 1; `True` is an int to Python and to no reader.
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

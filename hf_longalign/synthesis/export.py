@@ -11,17 +11,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from hf_longalign.cards import dataset_card
+from hf_longalign import __version__
+from hf_longalign.cards.dataset import Cost, DataRecord, DataSource, dataset_card
 from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.plots import plot_lengths
-from hf_longalign.records.data import Cost, DataRecord, DataSource
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.disk import whole
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import CONFIGS
 from hf_longalign.text import digest, word_count
-from hf_longalign.version import __version__
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longalign.cards import adapter_card, dataset_card
-from hf_longalign.records.data import DataRecord
+from hf_longalign.cards.dataset import DataRecord
 from hf_longalign.records.training import HubSource, RopeRecord, TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record

@@ -2,8 +2,8 @@ import sys
 
 from datasets import Dataset
 
+from hf_longalign.cards.dataset import Cost, DataSource
 from hf_longalign.endpoint.protocol import Reply, Request
-from hf_longalign.records.data import Cost, DataSource
 from hf_longalign.synthesis.builder import ContextSynthesisConfig
 from hf_longalign.synthesis.export import dataset_facts, export
 from hf_longalign.synthesis.journal import Journal
