@@ -11,9 +11,8 @@ from huggingface_hub import ModelCardData
 from hf_longalign.cards.page import CARD, REPOSITORY, check_license, code, listed, merge_card, render, table
 from hf_longalign.cards.scores import PICTURES, eval_results, headline, reaches, scores_note, scores_table
 from hf_longalign.positions import BOUNDARY_STRATEGIES
-from hf_longalign.records.names import is_hub_id, suite_of
-from hf_longalign.records.report import Report
-from hf_longalign.records.training import HubSource, TrainingRecord
+from hf_longalign.records.report import Report, suite_of
+from hf_longalign.records.training import HubSource, TrainingRecord, is_hub_id
 from hf_longalign.run_record import load_record
 from hf_longalign.serving import command_of
 

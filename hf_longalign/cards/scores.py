@@ -8,8 +8,17 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 
 from hf_longalign.cards.page import REPOSITORY, SOURCE, code, listed, plain, table
-from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Difference, Reach, ReachResult, Report, Score, SuiteResult, TaskResult
+from hf_longalign.records.report import (
+    Difference,
+    Reach,
+    ReachResult,
+    Report,
+    Score,
+    SuiteResult,
+    TaskResult,
+    metric_of,
+    suite_of,
+)
 
 
 # Pictures of a report or a training by the stems of their files, with what a page says of them.

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from hf_longalign.lazy import require
-from hf_longalign.records.names import is_local_path
+from hf_longalign.records.training import is_local_path
 
 
 _LOGIN = re.compile(r"(?<=://)[^\s/@]+@")

@@ -7,9 +7,10 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from hf_longalign.endpoint.address import recorded_name
+from hf_longalign.endpoint.batch_places import BatchRefusedError, CommandBatches, HostedBatches, Result
 from hf_longalign.endpoint.protocol import (
     EndpointError,
     Fault,
@@ -23,10 +24,6 @@ from hf_longalign.endpoint.protocol import (
     settle,
 )
 from hf_longalign.endpoint.wire import AttemptError, Refusal, body_of, habit_for, most, read_reply, read_status
-
-
-if TYPE_CHECKING:
-    from hf_longalign.endpoint.batch_places import CommandBatches, HostedBatches
 
 
 logger = logging.getLogger(__name__)
@@ -70,19 +67,6 @@ class Ledger(Protocol):
         """Forget it. The claims of what is asked `again` pass back to the process, the others end."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What came back for one request: a status with the body of an answer, or the code of an error without one."""
-
-    status: int
-    body: bytes = b""
-    code: str = ""
-
-
-class BatchRefusedError(EndpointError):
-    """A batch was refused as a whole, for nothing."""
-
-
 @dataclass
 class BatchGenerator:
     """Asks in batches, round by round: what one round could not use is asked again in the next.
@@ -107,7 +91,7 @@ class BatchGenerator:
     """
 
     served_model: str
-    batches: "HostedBatches | CommandBatches"
+    batches: HostedBatches | CommandBatches
     concurrency: int = 10_000
     linger: float = 5.0
     max_rounds: int = 4
@@ -159,18 +143,18 @@ class BatchGenerator:
                         error.fault.kind, f"No reply to request {request.key} in {sent} batches, the last: {error}."
                     ) from None
             except Refusal as refusal:
-                habit = habit_for(refusal, body_of(request, self.served_model, ()))
-                if habit != "max_completion_tokens" or refusal.kind != "option":
-                    who, told = self.batches.place, refusal.told
-                    if refusal.kind not in ("key", "quota", "not_found", "option"):
-                        message = f"{who} refuses request {request.key}: {told}"
-                        raise GenerationError(refusal.kind, message, told) from None
+                habit, told = habit_for(refusal, body_of(request, self.served_model)), refusal.told
+                if habit == "max_completion_tokens":  # a batch cannot be streamed, which are the other habits
+                    self._habits.add(habit)  # it was refused for nothing: not one of its rounds
+                    continue
+                if refusal.kind in ("key", "quota", "not_found", "option"):
                     what = f"the option `{refusal.option}`" if refusal.option else "every request"
                     raise EndpointError(
-                        f"{who} refuses {what}. It says: {told}. Set what it names, or leave the option out (`null` "
-                        "in the YAML, None in Python)."
+                        f"{self.batches.place} refuses {what}. It says: {told}. Set what it names, or leave the "
+                        "option out (`null` in the YAML, None in Python)."
                     ) from None
-                self._habits.add(habit)  # it was refused for nothing: not one of its rounds
+                message = f"{self.batches.place} refuses request {request.key}: {told}"
+                raise GenerationError(refusal.kind, message, told) from None
 
     def drain(self) -> None:
         """Send nothing more and wait for nothing: a batch may take a day, and the next run collects it."""

@@ -2,28 +2,38 @@
 
 import asyncio
 import json
-import logging
 import os
 import shutil
 import signal
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_longalign.endpoint.address import Endpoint, redact
-from hf_longalign.endpoint.batch import BatchRefusedError, Result
 from hf_longalign.endpoint.protocol import EndpointError
 from hf_longalign.lazy import require
 from hf_longalign.text import digest
 
 
-logger = logging.getLogger(__name__)
-
 # The field of a batch's metadata by which it is found again.
 _TAG = "hf_longalign"
 _ENDED = frozenset(("completed", "failed", "expired", "cancelled"))
 _ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came back for one request: a status with the body of an answer, or the code of an error without one."""
+
+    status: int
+    body: bytes = b""
+    code: str = ""
+
+
+class BatchRefusedError(EndpointError):
+    """A batch was refused as a whole, for nothing."""
 
 
 class HostedBatches:
@@ -165,7 +175,6 @@ class CommandBatches:
         self.command = list(command)
         self.folder = Path(folder)
         self.place = f"the command {Path(command[0]).name}, {digest(str(folder))[:8]}"
-        self._running: set[asyncio.subprocess.Process] = set()
         self._one_at_a_time = asyncio.Lock()
 
     async def check(self) -> None:
@@ -204,26 +213,19 @@ class CommandBatches:
         return read_results(output.read_bytes().splitlines())
 
     async def close(self) -> None:
-        """End what still runs, so that the accelerator is free."""
-        for process in list(self._running):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            await process.wait()
-        self._one_at_a_time = asyncio.Lock()  # it belongs to the event loop that used it
+        """Forget the lock, which belongs to the event loop that used it."""
+        self._one_at_a_time = asyncio.Lock()
 
     async def _run(self, words: Sequence[str]) -> int:
         # In a group of its own: Ctrl-C reaches this process, which ends the command in order.
         process = await asyncio.create_subprocess_exec(*words, start_new_session=True)
-        self._running.add(process)
         try:
             return await process.wait()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # the run stops, and the accelerator must be free
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             await process.wait()
             raise
-        finally:
-            self._running.discard(process)
 
 
 def read_results(lines: Iterable[bytes]) -> dict[str, Result]:

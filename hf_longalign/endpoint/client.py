@@ -36,7 +36,7 @@ from hf_longalign.lazy import require
 logger = logging.getLogger(__name__)
 
 # The server is busy or away, and the request is none the worse for it: not one of its attempts.
-_NOT_ITS_FAULT = AWAY | {"rate_limit", "overloaded"}
+_NOT_ITS_FAULT = {AWAY, "rate_limit", "overloaded"}
 _WRONG_MODELS = 3
 _CHECK_SECONDS = 20.0
 _CONNECT_SECONDS = 10.0
@@ -166,7 +166,7 @@ class OpenAIGenerator:
             # The endpoint waits for what it asked for as a whole; a little spread keeps the rest from one burst.
             wait = self._rng.uniform(0, 0.1 * error.wait) if error.wait else backoff(failures, self._rng)
             # Where the endpoint is away its lane waits already; another lane may be free.
-            if kind not in AWAY:
+            if kind != AWAY:
                 await self._open().sleep(wait)
 
     def drain(self) -> None:
@@ -195,7 +195,7 @@ class OpenAIGenerator:
                 # What never left costs nothing; what may have arrived counts as the most it can have cost.
                 sent = str(error) not in _NOT_SENT
                 kind = "timeout" if "Timeout" in str(error) else "reset"
-                raise AttemptError(most(request, kind) if sent else Fault("unreachable"), str(error)) from None
+                raise AttemptError(most(request, kind) if sent else Fault(AWAY), str(error)) from None
             except Refusal as refusal:
                 habit = habit_for(refusal, body)
                 told = redact(refusal.told, self._secrets)

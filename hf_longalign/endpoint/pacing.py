@@ -173,7 +173,7 @@ class Pool:
         kind = error.fault.kind
         lane.limiter.release(ticket, congested=kind in CONGESTION)
         wait = error.wait or 0.0
-        if kind in AWAY and not lane.limiter.paused:  # many requests meet one outage
+        if kind == AWAY and not lane.limiter.paused:  # many requests meet one outage
             lane.failures += 1
             wait = max(wait, backoff(lane.failures, self._rng))
         if wait:

@@ -11,13 +11,13 @@ from pathlib import PurePath
 from typing import Any
 
 from hf_longalign.endpoint.protocol import BAD_REQUEST, CONTENT_FILTER, TOO_LONG, Fault, Reply, Request
-from hf_longalign.records.names import is_local_path
+from hf_longalign.records.training import is_local_path
 
 
 # The endpoint has no room: fewer requests at once will do better.
 CONGESTION = frozenset(("rate_limit", "overloaded", "timeout"))
 # The endpoint as a whole is away: no fault of the request.
-AWAY = frozenset(("unreachable",))
+AWAY = "unreachable"
 # What a server appends to the name it was asked for: a date, a revision, a quantization.
 _SUFFIX = re.compile(r"(-\d{4}.*|[@:].+)?")
 _TOO_LONG = re.compile(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_longalign.records.names import is_hub_id
+from hf_longalign.records.training import is_hub_id
 from hf_longalign.text import UNSPACED, sentence_ends
 
 

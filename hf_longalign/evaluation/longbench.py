@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from hf_longalign.evaluation.longbench_metrics import METRICS, chinese_words
 from hf_longalign.evaluation.prompt import Prompt, encode_text
 from hf_longalign.longbench_prompts import TEMPLATES
-from hf_longalign.records.names import is_hub_id
+from hf_longalign.records.training import is_hub_id
 
 
 HUB_ID, V2_HUB_ID = "zai-org/LongBench", "zai-org/LongBench-v2"

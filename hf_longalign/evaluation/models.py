@@ -30,9 +30,8 @@ from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.runner import Examinee, Generator
 from hf_longalign.lazy import require
-from hf_longalign.records.names import is_hub_id
 from hf_longalign.records.report import EvaluatedModel
-from hf_longalign.records.training import TrainingRecord
+from hf_longalign.records.training import TrainingRecord, is_hub_id
 from hf_longalign.rope import apply_rope, model_range, rope_record
 from hf_longalign.run_record import RECORD_NAME, load_record, loaded_commit, model_file
 from hf_longalign.serving import load_vllm, vllm_options

@@ -11,7 +11,7 @@ from hf_longalign.evaluation.needles import TASKS as NEEDLES
 from hf_longalign.evaluation.ruler_data import TASKS as RULER
 from hf_longalign.options import option
 from hf_longalign.puzzles import TASKS as PUZZLES
-from hf_longalign.records.names import is_hub_id
+from hf_longalign.records.training import is_hub_id
 
 
 SUITES = ("needle", "puzzles", "ruler", "longbench", "short", "perplexity")

@@ -17,7 +17,7 @@ class Prompt:
     True
     """
 
-    suite: str  # a key of `hf_longalign.records.names.SUITES`
+    suite: str  # a key of `hf_longalign.records.report.SUITES`
     task: str  # within the suite, such as "multi_key" or "hotpotqa"
     index: int  # number of the sample within its task, length and depth
     text: str  # what the user says; without a chat template, what the model continues

@@ -14,8 +14,7 @@ from hf_longalign.cards.page import table
 from hf_longalign.cards.scores import PICTURES, headline, percent, reach_moved, reaches, scores_note, scores_table
 from hf_longalign.plots import plot_accuracy_by_length, plot_coverage, plot_heatmap, plot_perplexity
 from hf_longalign.records.base import dumps
-from hf_longalign.records.names import metric_of, suite_of
-from hf_longalign.records.report import Grid, Report, SuiteResult
+from hf_longalign.records.report import Grid, Report, SuiteResult, metric_of, suite_of
 from hf_longalign.records.training import CoverageRecord
 
 

@@ -243,7 +243,7 @@ class PromptSuite:
     [`~hf_longalign.evaluation.harness.HarnessSuite`] and [`~hf_longalign.evaluation.perplexity.PerplexitySuite`].
     """
 
-    name: str  # a key of `hf_longalign.records.names.SUITES`
+    name: str  # a key of `hf_longalign.records.report.SUITES`
     prompts: list[Prompt]  # all of them, the same in every process
     scorer: Scorer
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # tasks by group, for averages

@@ -15,7 +15,8 @@ from hf_longalign.cards.page import CARD, REPOSITORY, is_ours, is_template
 from hf_longalign.cards.scores import hub_results
 from hf_longalign.hub.push import MAX_FILES, Destination, push, write_dry_run
 from hf_longalign.hub.scan import Machine, check_private
-from hf_longalign.records.names import is_local_path
+from hf_longalign.records.report import SUITES
+from hf_longalign.records.training import is_local_path
 from hf_longalign.run_record import RECORD_NAME
 
 

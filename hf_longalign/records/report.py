@@ -1,9 +1,72 @@
-"""`Report`: what an evaluation measured, `report.json`; its Markdown, its pictures and the card are made from it."""
+"""`Report`: what an evaluation measured, `report.json`; its Markdown, its pictures and the card are made from it.
+
+`SUITES` and `METRICS` say what all of these, and the Hub, call the suites and metrics.
+"""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from hf_longalign.records.base import Record
+
+
+class Suite(NamedTuple):
+    """A suite: its title, and the Hub id of the data behind it ("": made by the package, or each task its own)."""
+
+    title: str
+    dataset: str = ""
+
+
+class Metric(NamedTuple):
+    """A metric: its title, and its id on the Hub (https://huggingface.co/metrics)."""
+
+    title: str
+    hub_id: str
+
+
+SUITES = {
+    "needle": Suite("Needle in a haystack"),
+    "longbench": Suite("LongBench", "zai-org/LongBench"),
+    "puzzles": Suite("Puzzles"),
+    "ruler": Suite("RULER"),
+    "short": Suite("Short contexts"),
+}
+METRICS = {
+    "exact_match": Metric("exact match", "exact_match"),
+    "recall": Metric("share of values found", "recall"),
+    "set_f1": Metric("F1 of the names", "f1"),
+    "string_match": Metric("string match", "recall"),
+    "qa_f1": Metric("F1", "f1"),
+    "qa_f1_zh": Metric("F1", "f1"),
+    "rouge_l": Metric("ROUGE-L", "rouge"),
+    "rouge_l_zh": Metric("ROUGE-L", "rouge"),
+    "classification": Metric("accuracy", "accuracy"),
+    "count": Metric("share of right counts", "accuracy"),
+    "retrieval": Metric("accuracy", "accuracy"),
+    "retrieval_zh": Metric("accuracy", "accuracy"),
+    "code_similarity": Metric("edit similarity", "edit_similarity"),
+    "choice": Metric("accuracy", "accuracy"),
+    "acc": Metric("accuracy", "accuracy"),
+    "acc_norm": Metric("length-normalised accuracy", "accuracy"),
+}
+
+
+def suite_of(name: str) -> Suite:
+    """Return a suite; one that the table does not know is called by its name.
+
+    >>> suite_of("ruler").title, suite_of("mine").title
+    ('RULER', 'mine')
+    """
+    return SUITES.get(name, Suite(name))
+
+
+def metric_of(key: str) -> Metric:
+    """Return a metric; lm-eval's names carry a filter behind a comma, which is not part of it.
+
+    >>> metric_of("exact_match,strict-match").title, metric_of("rouge_l").title, metric_of("my_score")
+    ('exact match', 'ROUGE-L', Metric(title='my score', hub_id='my_score'))
+    """
+    name = key.partition(",")[0]
+    return METRICS.get(name, Metric(name.replace("_", " "), name))
 
 
 @dataclass(frozen=True)
@@ -70,7 +133,7 @@ class TaskResult(Record):
     """The results of one task."""
 
     task: str
-    metric: str | None = None  # key of `hf_longalign.records.names.METRICS`; `None` where nothing was measured
+    metric: str | None = None  # key of `METRICS`; `None` where nothing was measured
     samples: int = 0  # questions asked, counted once, not per depth
     scores: dict[str, Score] = field(default_factory=dict)  # of its metric, by label of the model
     others: dict[str, dict[str, float]] = field(default_factory=dict)  # means of further metrics, by metric and label
@@ -130,7 +193,7 @@ class ReachResult(Record):
 
 @dataclass(frozen=True)
 class SuiteResult(Record):
-    """The results of a suite, a key of `hf_longalign.records.names.SUITES`."""
+    """The results of a suite, a key of `SUITES`."""
 
     suite: str
     tasks: list[TaskResult]

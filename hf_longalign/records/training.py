@@ -1,5 +1,6 @@
 """`TrainingRecord`: what a reader of a trained model or adapter must know to load, repeat and judge it."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -132,3 +133,21 @@ class TrainingRecord(Record):
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries
     hf_longalign: str | None = None  # version of this package
     version: int = 1  # of this format
+
+
+def is_local_path(name: str) -> bool:
+    """Return whether a model's name is written as a path of some machine, which no Hub id is.
+
+    >>> is_local_path("/models/tiny"), is_local_path("./tiny"), is_local_path("C:/tiny"), is_local_path("org/tiny")
+    (True, True, True, False)
+    """
+    return name.startswith(("/", "./", "../", "~", "\\", ".\\", "..\\")) or name[1:3] in (":\\", ":/")
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Return whether a name can be that of a repository of the Hub; a path of this machine is none of a reader's.
+
+    >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("/home/me/model"), is_hub_id("outputs/run/last"), is_hub_id(None)
+    (True, False, False, False)
+    """
+    return name is not None and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None

@@ -10,8 +10,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from hf_longalign.cards import adapter_card
 from hf_longalign.cards.scores import eval_results, headline, hub_results, scores_note, scores_table
-from hf_longalign.records.names import METRICS
 from hf_longalign.records.report import (
+    METRICS,
     Difference,
     EvaluatedModel,
     Grid,
