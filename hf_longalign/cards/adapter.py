@@ -186,7 +186,7 @@ def render_card(
 ) -> str:
     """Return the README.md of an adapter, or of a whole model, with what people wrote into the one that is there.
 
-    The pictures in the folder and in its `assets` are shown, and `report.json` if it is there.
+    The pictures in its `assets` are shown, and `report.json` with its own pictures if it is there.
 
     Args:
         folder: where the card goes.
@@ -204,9 +204,11 @@ def render_card(
         adapter_config = json.loads(path.read_text(encoding="utf-8"))
     if adapter_config is not None and Path(adapter_config.get("base_model_name_or_path") or "").exists():
         adapter_config = {**adapter_config, "base_model_name_or_path": None}  # a relative folder looks like a Hub id
-    images = [image for place in (".", "assets") for image in sorted((folder / place).glob("*.png"))]
-    names = [image.relative_to(folder).as_posix() for image in images]
-    card = adapter_card(record, adapter_config, read_report(folder), images=names, **facts)
+    report = read_report(folder)
+    # As the report names them: an earlier one may have left pictures in the folder.
+    images = [name for name in report.images if (folder / name).is_file()] if report else []
+    images += [f"assets/{image.name}" for image in sorted((folder / "assets").glob("*.png"))]
+    card = adapter_card(record, adapter_config, report, images=images, **facts)
     old = folder / CARD
     return merge_card(card, old.read_text(encoding="utf-8") if old.is_file() else None)
 

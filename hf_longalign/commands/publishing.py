@@ -100,7 +100,7 @@ class CardOptions:
 
 @dataclass
 class AdapterCardOptions(CardOptions):
-    """The same of the card of an adapter."""
+    """What the card of an adapter or a model says that the files do not know."""
 
     base_name: str | None = option(None, "What the adapter calls its base where that is a local folder: its Hub id.")
     languages: list[str] = option([], "ISO 639 codes of its languages.")
@@ -153,10 +153,10 @@ def check(hub: RepositoryOptions, publish: PublishOptions, card: AdapterCardOpti
     if not folder.is_dir():
         raise ValueError(f"`folder` must be there, got {more.folder!r}. Correct the path.")
     publish.check_push(hub, folder)
-    if not _is_model(folder) and (card.license or card.languages):
+    if not _is_model(folder) and any(card.card().values()):
         raise ValueError(
-            f"`license` and `languages` are for adapters and models, got a data set in {folder}. "
-            "Give `license` to `synthesize`, whose card tells it."
+            f"`license`, `languages` and `base_name` are for adapters and models, got a data set in {folder}. Leave "
+            "them out; give `license` to `synthesize`, whose card tells it."
         )
 
 

@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ PUBLISHED = (
 )
 # Pictures that are drawn for a report or a card, and results written for the Hub; others in a repository are a
 # person's.
-_DRAWN = ("needle_*.png", "perplexity.png", "coverage.png")
-_RESULTS = tuple(f".eval_results/{suite}.yaml" for suite in ("needle", "longbench", "ruler", "short"))
+_DRAWN = ("needle_*.png", "puzzles_*.png", "ruler_*.png", "perplexity.png", "coverage.png", "distances.png")
+_RESULTS = tuple(f".eval_results/{suite}.yaml" for suite in SUITES)
 # Arguments of a push as the command line calls them.
 _OPTIONS = {
     "base_model": "--base_name",
@@ -177,6 +176,9 @@ def publish_adapter(
         files[CARD] = render_card(folder, repo_id=named, base_model=base_model).encode("utf-8")
     report = read_report(folder)
     if report is not None:
+        # What an earlier report left in the folder tells of scores that this one does not hold.
+        earlier = {name for name in files if "/" not in name and _is_drawn(name)} - set(report.images)
+        files = {name: content for name, content in files.items() if name not in (*earlier, *_RESULTS)}
         files |= hub_results(report, named)
     to = Destination(
         repo_id, "model", private, branch, create_pr, tag, token, endpoint, message or Destination.message
@@ -231,8 +233,11 @@ def _is_owned(name: str) -> bool:
     """Whether a later push may delete it: what a person put there for the card is nothing of ours."""
     if name.startswith(".eval_results/"):
         return name in _RESULTS
-    drawn = any(fnmatch(name.split("/")[-1], pattern) for pattern in _DRAWN)
-    return _is_published(name) and (drawn or not name.endswith(".png"))
+    return _is_published(name) and (_is_drawn(name) or not name.endswith(".png"))
+
+
+def _is_drawn(name: str) -> bool:
+    return any(fnmatch(name.split("/")[-1], pattern) for pattern in _DRAWN)
 
 
 def _select(folder: Path) -> dict[str, Path]:
@@ -248,7 +253,7 @@ def _select(folder: Path) -> dict[str, Path]:
             "Save the model into it with `trainer.save_model`."
         )
     _check_number(files, "Save the model with a larger `max_shard_size`.")
-    used = {*files, *(name.split("/")[0] for name in files)}
+    used = {name.split("/")[0] for name in files}
     left = [
         f"{name}/" if path.is_dir() else name for name, path in names.items() if "/" not in name and name not in used
     ]
@@ -275,26 +280,30 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
     }
     # transformers and peft write the folder a model was loaded from into these files.
     named = {json.loads(texts[name]).get(key) for name, key in _NAMES.items() if name in texts}
-    local = {name for name in named if isinstance(name, str) and _is_local(name)}
+    # The longest first: one folder may lie in another.
+    local = sorted((name for name in named if name and _is_local(name)), key=len, reverse=True)
     if local and base_model is None:
         raise ValueError(
-            f"`base_model` must be given where the base model is a local folder, got None and {sorted(local)[0]!r}. "
+            f"`base_model` must be given where the base model is a local folder, got None and {local[-1]!r}. "
             "Set it (`base_name` of the command line) to the model's Hub id, or to a neutral name."
         )
+
+    def renamed(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: base_model if value in local else value for key, value in found.items()}
+
     changed = {}
     for name, text in texts.items():
-        read: Callable[[str], Any] = str
-        new, shown = text, read
-        if name.endswith(".json"):
-            read, shown = json.loads, partial(json.dumps, ensure_ascii=False)
-            value = json.loads(text)
+        new = text
+        if name == CARD:
+            for path in local:
+                new = new.replace(path, str(base_model))
+        else:
+            value = json.loads(text, object_hook=renamed)
             if name == "adapter_config.json" and base_model is not None:
                 value["base_model_name_or_path"] = base_model
-            new = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        # The longest first: one folder may lie in another.
-        for path in sorted(local, key=len, reverse=True):
-            new = new.replace(shown(path), shown(str(base_model)))
-        if read(new) != read(text):
+            if value != json.loads(text):  # else it goes as it was written
+                new = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        if new != text:
             changed[name] = new.encode("utf-8")
     return changed
 

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from httpx2 import HTTPError, Request, Timeout
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,
@@ -120,11 +120,7 @@ class Destination:
 
 
 def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_command: str) -> str:
-    """Push files and a card as one commit, compare what arrived, and return its URL.
-
-    Data and card travel in the same commit, and what an earlier push left behind is deleted in it: a reader sees the
-    old repository or the new one. The whole push is repeated over failures that pass. It starts by looking at what is
-    there, so a repetition after a lost answer, in this run or a later one, changes nothing.
+    """Push files as one commit, compare what arrived, and return its URL: see `hf_longalign.publish_dataset`.
 
     Args:
         files: path in the repository -> file or content, `README.md` among them.
@@ -132,10 +128,6 @@ def push(files: Files, to: Destination, *, owned: Callable[[str], bool], resume_
         owned: whether a path of the repository is written by pushes of this kind alone: it is deleted if it is not in
             `files`.
         resume_command: the command that goes on, for the error.
-
-    Raises:
-        ValueError: the repository holds something else, or another visibility or tag than asked for.
-        PublishError: the push did not arrive whole.
     """
     to.check()
     # Under torchrun and accelerate every process runs the same lines, and they would race for the commit.
@@ -177,8 +169,6 @@ def write_dry_run(files: Files, to: Destination, folder: str | Path) -> str:
         with _patience():
             if api.file_exists(to.repo_id, CARD, repo_type=to.repo_type, revision=to.branch):
                 card = _read_card(api, to, to.repo_id, to.branch)
-    except (RepositoryNotFoundError, RevisionNotFoundError):  # the push will make it
-        pass
     except (HTTPError, OSError) as error:
         logger.warning("The card published now cannot be read, so edits of it are not in the dry run: %s", error)
     for name, content in _final(files, to.repo_id, card).items():

@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 
 from hf_longalign.cards import write_adapter_card
 from hf_longalign.hub import publish_adapter
+from hf_longalign.records.base import dumps
+from hf_longalign.records.report import EvaluatedModel, Report, Score, SuiteResult, TaskResult
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.run_record import save_record
 from hub.conftest import held
@@ -95,6 +97,13 @@ def test_a_local_base_model_gets_the_name_it_is_given(hub, publish_model, write_
     assert held(folder) == before
 
 
+def test_an_empty_name_is_no_local_folder(hub, publish_model, write_adapter):
+    folder = write_adapter("a")
+    (folder / "tokenizer_config.json").write_text('{"name_or_path": ""}')
+    publish_model(folder)
+    assert hub.files("user/adapter", "models")["tokenizer_config.json"] == b'{"name_or_path": ""}'
+
+
 def test_a_relative_folder_is_local_too(publish_model, write_adapter, tmp_path, monkeypatch):
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -122,13 +131,34 @@ def test_a_dry_run_writes_the_renamed_files(publish_model, write_adapter, tmp_pa
 
 def test_pictures_that_a_person_put_there_stay(hub, publish_model, write_adapter):
     first, second = write_adapter("a"), write_adapter("b", values=(3.0,))
-    (first / "needle_single.png").write_bytes(b"drawn")
+    drawn = ("needle_single.png", "ruler_heatmap.png", "puzzles_latest.png", "assets/distances.png")
+    (first / "assets").mkdir()
+    for name in drawn:
+        (first / name).write_bytes(b"drawn")
     publish_model(first)
+    assert set(drawn) <= hub.files("user/adapter", "models").keys()
     repo = hub.repo("user/adapter", "models")
     repo.branches["main"] = repo.add({**repo.files(), "mine.png": b"photo", "assets/mine.png": b"photo"})
     publish_model(second)
     files = hub.files("user/adapter", "models")
-    assert files["mine.png"] == files["assets/mine.png"] == b"photo" and "needle_single.png" not in files
+    assert files["mine.png"] == files["assets/mine.png"] == b"photo" and not set(drawn) & files.keys()
+
+
+def test_nothing_of_an_earlier_report_goes_with_a_later_one(hub, publish_model, write_adapter):
+    """As where an adapter of the Hub is evaluated again: its folder is what was pushed after the first time."""
+    folder = write_adapter("a", card="")
+    task = TaskResult("single", "exact_match", 4, {"adapter": Score(0.5)})
+    report = Report([EvaluatedModel("adapter", "a")], [SuiteResult("needle", [task])], images=["needle_accuracy.png"])
+    (folder / "report.json").write_text(dumps(report))
+    earlier = ("needle_heatmap.png", "perplexity.png", ".eval_results/longbench.yaml")
+    (folder / ".eval_results").mkdir()
+    for name in ("needle_accuracy.png", "mine.png", *earlier):
+        (folder / name).write_bytes(b"0")
+    publish_model(folder)
+    files = hub.files("user/adapter", "models")
+    assert {"needle_accuracy.png", "mine.png"} <= files.keys() and not set(earlier) & files.keys()
+    card = files["README.md"].decode()
+    assert "(needle_accuracy.png)" in card and "needle_heatmap" not in card and "perplexity.png" not in card
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,13 @@ def test_a_dry_run_needs_neither_hub_nor_token(publish, write, tmp_path, caplog)
     assert "edits of it are not in the dry run" in caplog.text
 
 
+def test_a_dry_run_that_may_not_read_the_published_card_says_so(hub, publish, write, tmp_path, caplog):
+    publish(write("a", [1], card=card_of(1)))
+    hub.repo("user/rows").gated = True
+    publish(write("b", [2], card=card_of(1)), token=READER, dry_run=tmp_path / "look")
+    assert "edits of it are not in the dry run" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("token", "repo_id", "error", "message"),
     [
