@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hf_longalign.lazy import require
 from hf_longalign.records.training import CoverageRecord, TrainingRecord
 
 
@@ -40,11 +41,9 @@ STYLE = {
 @contextmanager
 def _canvas(path: str | Path, size: tuple[float, float], title: str | None = None, **style: Any) -> Iterator[Any]:
     """Yield an empty figure of a size in inches, in the style of all pictures, and write it as a PNG at the end."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Plots need matplotlib. Run: pip install "hf_longalign[plot]"') from error
+    matplotlib = require("matplotlib", "plot")
+    from matplotlib.figure import Figure
+
     path, settings = Path(path), cast(Any, {**STYLE, **style})
     # A figure of its own and no pyplot: that one keeps figures alive and chooses a display at import.
     with matplotlib.rc_context(settings):

@@ -150,20 +150,18 @@ class PublishingSFTTrainer(SFTTrainer):
         self.save_model(_internal_call=True)
         from hf_longalign.hub import on_main_process
 
-        options: dict[str, Any] = {"create_pr": create_pr, "tag": tag, "dry_run": dry_run, "allow": allow}
-        options["message"] = commit_message
-        if private is not None:
-            options["private"] = private
+        where = {"token": token, "branch": revision, "private": private}
+        how = {"message": commit_message, "create_pr": create_pr, "tag": tag, "dry_run": dry_run, "allow": allow}
+        return on_main_process(lambda: self._publish(str(self.args.output_dir), **where, **how))
 
-        folder = str(self.args.output_dir)
-        return on_main_process(lambda: self._publish(folder, token=token, branch=revision, **options))
-
-    def _publish(self, folder: str, *, token: str | None = None, branch: str | None = None, **options: Any) -> str:
+    def _publish(self, folder: str, **given: Any) -> str:
+        """Publish a folder; what is `None` is as the arguments have it."""
         from hf_longalign.hub import publish_adapter
 
-        private, branch = self.args.hub_private_repo, branch or self.args.hub_revision
-        options = {"private": private, "base_model": self.args.base_name, **options}
-        return publish_adapter(folder, self.hub_model_id, token=token or self.args.hub_token, branch=branch, **options)
+        args = self.args
+        own = {"token": args.hub_token, "branch": args.hub_revision, "private": args.hub_private_repo}
+        given = {name: value for name, value in given.items() if value is not None}
+        return publish_adapter(folder, self.hub_model_id, base_model=args.base_name, **{**own, **given})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Trainer uploads in the background and drops what fails, with files of the checkpoint that are nobody's.

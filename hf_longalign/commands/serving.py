@@ -59,6 +59,6 @@ def read_serve(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it."""
+    """Do what the command says."""
     args.act(args)
     return 0
