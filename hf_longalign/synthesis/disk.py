@@ -124,27 +124,3 @@ def network_file_system(folder: Path) -> str | None:
     # The nearest mount point above it, as a network's disk may lie inside a local one.
     kind = next((mounted[place] for place in (folder, *folder.parents) if place in mounted), "")
     return kind if kind.startswith(_NETWORK) else None
-
-
-def mark_in_use(mark: Path, seconds: float) -> str | None:
-    """Write this machine's name into a file, or return the other name that was written there in the last `seconds`."""
-    with suppress(FileNotFoundError):
-        user, age = mark.read_text(encoding="utf-8"), time.time() - mark.stat().st_mtime
-        if user not in ("", socket.gethostname()) and age < seconds:
-            return user
-    mark.write_text(socket.gethostname(), encoding="utf-8")
-    return None
-
-
-def lacks_its_log(path: Path, version: int) -> bool:
-    """Return whether a sqlite file of that user version was copied without its log, which its header says it has."""
-    for _ in range(10):  # another process may be opening or closing the file just now
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            header = file.read(100)  # its fields: https://sqlite.org/fileformat.html
-        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == version.to_bytes(4, "big")
-        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
-            return False
-        time.sleep(0.05)
-    return True

@@ -9,10 +9,10 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sqlite3
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from typing import Any
 from hf_longalign.endpoint.protocol import Fault, Reply, Request, RunStopped
 from hf_longalign.synthesis import tables
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.disk import lacks_its_log, mark_in_use, network_file_system, whole
+from hf_longalign.synthesis.disk import network_file_system, whole
 
 
 logger = logging.getLogger(__name__)
@@ -95,14 +95,14 @@ class Journal:
         # file.
         self._pid = os.getpid()
         self.owner = tables.new_owner()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._lost: JournalError | None = None
         # sqlite shares its log through mapped memory, which the disk of another machine does not give
         # (https://sqlite.org/wal.html). There it is left out, each commit is flushed, and one machine works at a time.
         self._network = network_file_system(self.path.parent)
         if self._network:
             self._mark_host()
-        if lacks_its_log(self.path, tables.VERSION):
+        if tables.lacks_its_log(self.path):
             logger.warning(
                 "The journal `%s` may lack its last replies: it was in use when it was copied, without its log, or "
                 "another program has opened it after a kill. Every other reply is there.",
@@ -125,8 +125,7 @@ class Journal:
                 except sqlite3.Error as error:
                     raise _unreadable(path, error) from None
                 if row is not None:  # with its time, by which `merge` knows a copy from a second payment
-                    with self._in_one(connection):
-                        connection.execute(_PUT, row)
+                    connection.execute(_PUT, row)
                     return _reply(connection, key)
             return found
 
@@ -170,13 +169,10 @@ class Journal:
 
     def fault(self, request: Request, fault: Fault, spend: Spend) -> None:
         """Note what an attempt without a reply has cost."""
-        values = (
-            uuid.uuid4().hex,
-            *(request.key, fault.kind, request.model, request.purpose, fault.prompt_tokens, fault.completion_tokens),
-            *(spend.usd, int(fault.confirmed), time.time()),
-        )
+        tokens = (fault.prompt_tokens, fault.completion_tokens)
+        values = (request.key, fault.kind, request.model, request.purpose, *tokens, spend.usd, int(fault.confirmed))
         with self.transaction() as connection:
-            connection.execute(f"INSERT INTO faults VALUES ({', '.join('?' * 10)})", values)
+            tables.add_fault(connection, values)
 
     def drop(self, unwanted: Callable[[Entry], bool]) -> int:
         """Forget the replies whose entries are `unwanted`; returns how many. As faults "dropped" their cost stays."""
@@ -231,7 +227,7 @@ class Journal:
         path, name = Path(path), Path(path).name
         if not path.is_file():
             raise JournalError(f"The journal `{name}` does not exist. Correct the path.")
-        if lacks_its_log(path, tables.VERSION):
+        if tables.lacks_its_log(path):
             raise JournalError(
                 f"The journal `{name}` was in use when it was copied, and its log was left behind: it would be merged "
                 f"without its last replies. Copy `{name}-wal` along with it, or copy it once its run has ended. If it "
@@ -252,7 +248,7 @@ class Journal:
                 # or none.
                 connection.execute("ATTACH ? AS other", (str(path),))
                 try:
-                    with self._in_one(connection):
+                    with self.transaction():
                         for statement in tables.MERGE[:-1]:
                             connection.execute(statement)
                         return connection.execute(tables.MERGE[-1]).rowcount
@@ -315,18 +311,14 @@ class Journal:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Do all that is done in the block, or nothing of it."""
-        with self._locked() as connection, self._in_one(connection):
-            yield connection
-
-    @contextmanager
-    def _in_one(self, connection: sqlite3.Connection) -> Iterator[None]:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            connection.execute("COMMIT")
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        with self._locked() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
 
     def _keep_up(self) -> None:
         """Until the journal is closed, flush the log to the disk; on a network's disk, say that it is in use."""
@@ -347,14 +339,17 @@ class Journal:
 
     def _mark_host(self) -> None:
         """Keep every other machine away: locks between machines cannot be relied on, and two would break the file."""
-        mark = self.path.with_name(f"{self.path.name}.host")
-        other = mark_in_use(mark, _HOST_SECONDS)
-        if other is not None:
-            raise JournalError(
-                f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
-                f"machine {other}. Ask for a part of the seeds on each machine, with `--num_shards`, `--shard_index` "
-                f"and one `--output_dir`, then merge what is in there. If nothing runs there, delete `{mark.name}`."
-            )
+        mark, own = self.path.with_name(f"{self.path.name}.host"), socket.gethostname()
+        with suppress(FileNotFoundError):
+            other, age = mark.read_text(encoding="utf-8"), time.time() - mark.stat().st_mtime
+            if other not in ("", own) and age < _HOST_SECONDS:
+                raise JournalError(
+                    f"The journal `{self.path.name}` lies on a network's disk ({self._network}) and is in use by the "
+                    f"machine {other}. Ask for a part of the seeds on each machine, with `--num_shards`, "
+                    "`--shard_index` and one `--output_dir`, then merge what is in there. If nothing runs there, "
+                    f"delete `{mark.name}`."
+                )
+        mark.write_text(own, encoding="utf-8")
 
     def _failure(self, error: Exception) -> JournalError:
         return JournalError(f"The journal `{self.path.name}` cannot be used: {error}.")

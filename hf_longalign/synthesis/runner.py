@@ -26,8 +26,7 @@ from hf_longalign.endpoint.protocol import (
 )
 from hf_longalign.synthesis.budget import HOPELESS, Breaker, Budget, Spend
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.ledger import JournalLedger
-from hf_longalign.synthesis.tables import Claim
+from hf_longalign.synthesis.tables import Claim, JournalLedger
 
 
 T = TypeVar("T")

@@ -1,19 +1,28 @@
-"""The tables of a journal, and what is done to several of them at once: claims, merges.
+"""The tables of a journal, and what is done to several of them at once: claims, batches, merges.
 
 A claim on a key keeps two processes from paying for one reply. It lives as long as its process. One that a killed
 process left behind becomes a fault "killed" that counts the most its request can have cost, since nobody will say what
 was billed.
 """
 
+import json
 import os
 import socket
 import sqlite3
 import time
 import uuid
+from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hf_longalign.endpoint.protocol import Request
+from hf_longalign.endpoint.batch import OpenBatch
+from hf_longalign.endpoint.protocol import Reply, Request, Sampling
 from hf_longalign.synthesis.budget import Budget, BudgetExceeded, Spend
+
+
+if TYPE_CHECKING:
+    from hf_longalign.synthesis.journal import Journal
 
 
 # A process on another host (a container on the same disk) cannot be looked up: its claims end by the clock.
@@ -64,6 +73,14 @@ SCHEMA = (
     f"PRAGMA application_id = {APPLICATION}",
     f"PRAGMA user_version = {VERSION}",
 )
+# Made by the first run that looks for batches: a journal from before has none.
+_BATCH_TABLES = (
+    """
+    CREATE TABLE IF NOT EXISTS batches (
+        tag TEXT PRIMARY KEY, name TEXT, place TEXT NOT NULL, owner TEXT NOT NULL, at REAL NOT NULL
+    )""",
+    "CREATE TABLE IF NOT EXISTS batch_requests (tag TEXT NOT NULL, request TEXT NOT NULL)",
+)
 DROP = (
     """
     UPDATE totals SET (replies, prompt_tokens, completion_tokens, usd) = (
@@ -88,6 +105,20 @@ MERGE = (
     INSERT OR IGNORE INTO replies SELECT * FROM other.replies AS theirs
         WHERE NOT EXISTS (SELECT 1 FROM main.faults AS ours WHERE ours.id = theirs.key || '@' || theirs.at)""",
 )
+
+
+def lacks_its_log(path: Path) -> bool:
+    """Return whether a journal was copied without its log, which the file's header says it has."""
+    for _ in range(10):  # another process may be opening or closing the file just now
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            header = file.read(100)  # its fields: https://sqlite.org/fileformat.html
+        ours = header.startswith(b"SQLite format 3\0") and header[60:64] == VERSION.to_bytes(4, "big")
+        if not ours or header[18] != 2 or path.with_name(f"{path.name}-wal").exists():
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -195,12 +226,16 @@ def reap(connection: sqlite3.Connection, owner: str | None = None) -> None:
     ).fetchall():
         if holder == owner or (owner is None and not is_alive(holder, until)):
             release(connection, key, holder)
-            if until < 0:  # it waited, see `claim`
-                continue
-            # Unconfirmed: the server may have billed nothing. To count less would let a run that is killed often pass
-            # its limit.
-            values = (uuid.uuid4().hex, key, "killed", model, purpose, prompt, completion, usd, 0, time.time())
-            connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            if until >= 0:  # else it waited, see `claim`
+                # Unconfirmed: the server may have billed nothing. To count less would let a run that is killed often
+                # pass its limit.
+                add_fault(connection, (key, "killed", model, purpose, prompt, completion, usd, 0))
+
+
+def add_fault(connection: sqlite3.Connection, values: tuple[Any, ...]) -> None:
+    """Note a fault that came just now; `values` are those of its columns between `id` and `at`."""
+    row = (uuid.uuid4().hex, *values, time.time())
+    connection.execute("INSERT INTO faults VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
 
 
 def _spent(connection: sqlite3.Connection) -> Spend:
@@ -229,3 +264,67 @@ def _what_is_left(connection: sqlite3.Connection, budget: Budget, most: Spend) -
         f"The budget is spent: {', '.join(parts)}. Every reply is in the journal; raise `budget_tokens` or "
         "`budget_usd` and run again to continue."
     )
+
+
+class JournalLedger:
+    """The ledger of a run that asks in batches; see [`~hf_longalign.endpoint.batch.Ledger`]."""
+
+    def __init__(self, journal: "Journal", budget: Budget) -> None:
+        self.journal = journal
+        self.budget = budget
+        with journal.transaction() as connection:
+            for statement in _BATCH_TABLES:
+                connection.execute(statement)
+
+    def open_batch(self, tag: str, place: str, requests: Sequence[Request]) -> None:
+        """Note what is about to be sent; see `Ledger.open_batch`."""
+        with self.journal.transaction() as connection:
+            row = (tag, None, place, self.journal.owner, time.time())
+            connection.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
+            fields = ([r.messages, r.model, r.sampling.as_dict(), r.purpose, r.chat] for r in requests)
+            lines = [(tag, json.dumps(request)) for request in fields]
+            connection.executemany("INSERT INTO batch_requests VALUES (?, ?)", lines)
+            # A claim of a process that was killed counts as paid; one of a batch waits for what the batch brings.
+            holders = [(BATCH + tag, request.key) for request in requests]
+            connection.executemany("UPDATE claims SET owner = ? WHERE key = ?", holders)
+
+    def name_batch(self, tag: str, name: str) -> None:
+        """Note what the other side calls it."""
+        with self.journal.transaction() as connection:
+            connection.execute("UPDATE batches SET name = ? WHERE tag = ?", (name, tag))
+
+    def leave_batch(self, tag: str) -> None:
+        """Stop following it; the next run does."""
+        with self.journal.transaction() as connection:
+            connection.execute("UPDATE batches SET owner = '' WHERE tag = ?", (tag,))
+
+    def open_batches(self) -> list[OpenBatch]:
+        """Every open batch but those that a live process is sending this moment."""
+        found = []
+        with self.journal.transaction() as connection:
+            for tag, name, place, owner in connection.execute(
+                "SELECT tag, name, place, owner FROM batches"
+            ).fetchall():
+                if name is None and owner and is_alive(owner, 0.0):
+                    continue
+                lines = connection.execute("SELECT request FROM batch_requests WHERE tag = ?", (tag,)).fetchall()
+                requests = tuple(
+                    Request(tuple(map(tuple, messages)), model, Sampling(**sampling), purpose, chat)
+                    for messages, model, sampling, purpose, chat in (json.loads(line) for (line,) in lines)
+                )
+                found.append(OpenBatch(tag, name, place, requests))
+        return found
+
+    def store(self, request: Request, reply: Reply, price_share: float) -> Reply:
+        """Put a reply into the journal with what it has cost."""
+        spend = self.budget.at(price_share).cost(reply.prompt_tokens, reply.completion_tokens)
+        return self.journal.put(request, reply, spend)
+
+    def close_batch(self, tag: str, again: Sequence[Request] = ()) -> None:
+        """Forget a batch; see `Ledger.close_batch`."""
+        with self.journal.transaction() as connection:
+            kept = [(self.journal.owner, request.key, BATCH + tag) for request in again]
+            connection.executemany("UPDATE claims SET owner = ? WHERE key = ? AND owner = ?", kept)
+            connection.execute("DELETE FROM claims WHERE owner = ?", (BATCH + tag,))
+            connection.execute("DELETE FROM batch_requests WHERE tag = ?", (tag,))
+            connection.execute("DELETE FROM batches WHERE tag = ?", (tag,))

@@ -26,7 +26,7 @@ from hf_longalign.endpoint import (
 )
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.ledger import JournalLedger
+from hf_longalign.synthesis.tables import JournalLedger
 from hf_longalign.synthesis.runner import Runner
 
 from .fakes import FakeGenerator, make_pairs, make_text
