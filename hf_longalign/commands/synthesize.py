@@ -306,21 +306,21 @@ class Rehearsal:
 
     async def _rehearse(self, seed: Seed) -> None:
         # Not above: it imports `datasets`, and a wrong option is refused without.
-        from hf_longalign.synthesis.writer import score_closed_book, score_open_book, write_context, write_pair
+        from hf_longalign.synthesis.writer import score_answers, write_context, write_pair
 
         options, plan, context = self.options, self.plan, seed.context or ""
         blind = options.difficulty == "closed_book"
         if blind:
-            await score_closed_book(seed, plan, self, options.difficulty_samples)
+            await score_answers(seed, plan, self, samples=options.difficulty_samples)
         if options.method == "instruction":
             outcome = await write_pair(seed, plan, self, lambda *_: None)
             seed = outcome.seed
         elif self.writes:
             context = (await write_context(seed, plan, self, lambda *_: None)).context
         if options.answerability:
-            await score_open_book(seed, context, plan, self)
+            await score_answers(seed, plan, self, context=context)
             if not blind:
-                await score_closed_book(seed, plan, self)
+                await score_answers(seed, plan, self)
 
 
 def estimate(

@@ -1,6 +1,6 @@
 """The checks of one context. Each has a name, can be left out, and says what is wrong in words a model can act on.
 
-Checks that compare contexts with each other live elsewhere: near-duplicates in `overlap`, conflicts between a gold
+Checks that compare contexts with each other live elsewhere: near-duplicates in `selection`, conflicts between a gold
 context and its distractors in `pool`.
 """
 

@@ -41,10 +41,10 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Piece:
-    """One context: its text, the id of the row it comes from, and its tokens (0 where none are counted)."""
+    """One context: its text, its index in the pool, and its tokens (0 where none are counted)."""
 
     text: str
-    source: str
+    source: int
     tokens: int = 0
 
 
@@ -63,18 +63,18 @@ class Composition:
 
     Attributes:
         contexts: start and end of every context; `question` those of what follows the contexts.
-        sources: the id of the row each context comes from.
+        sources: the index of each context in the pool.
         gold_depth: the share of the distractors' characters that stands before the gold context, 0.0 to 1.0.
-        tokens: tokens of the whole sample; `None` without a budget.
+        tokens: tokens of the whole sample; 0 without a budget.
     """
 
     content: str
     contexts: tuple[tuple[int, int], ...]
     question: tuple[int, int]
-    sources: tuple[str, ...]
+    sources: tuple[int, ...]
     gold_index: int
     gold_depth: float
-    tokens: int | None = None
+    tokens: int = 0
 
 
 def compose(
@@ -93,36 +93,31 @@ def compose(
         candidates: distractors in order of preference; as many as needed are taken.
         prompt: what stands before and after the contexts.
         rng: draws the order.
-        limit: at most so many distractors; `None` with a `ruler` for as many as fit.
+        limit: at most so many distractors; `None` for as many as there are, or fit.
         ruler: the budget; the sample never exceeds it and is at most 2 % shorter while there are candidates.
 
     Raises:
         BudgetError: the gold context alone exceeds the budget.
-        ValueError: neither `limit` nor `ruler` is given.
 
-    >>> pieces = iter([Piece("Red.", "b"), Piece("Blue.", "c")])
-    >>> made = compose(Piece("Green.", "a"), pieces, ("Text:\\n", "Which?"), np.random.default_rng(0), limit=2)
+    >>> pieces = iter([Piece("Red.", 1), Piece("Blue.", 2)])
+    >>> made = compose(Piece("Green.", 0), pieces, ("Text:\\n", "Which?"), np.random.default_rng(0), limit=2)
     >>> made.content
     'Text:\\nRed.\\n\\nGreen.\\n\\nBlue.\\n\\nWhich?'
     >>> made.gold_index, [made.content[start:end] for start, end in made.contexts]
     (1, ['Red.', 'Green.', 'Blue.'])
     """
     if ruler is None:
-        if limit is None:
-            raise ValueError(
-                "`limit` must be given where there is no budget, got None. Set the number of distractors."
-            )
         return _arrange(gold, list(islice(candidates, limit)), prompt, rng)
     # The gold context alone first: a row that cannot be made must not use up candidates.
-    made, tokens = _fit(gold, [], prompt, rng, ruler)
-    if tokens > ruler.budget:
-        raise BudgetError(f"the gold context and its prompt have {tokens} tokens, the budget is {ruler.budget}")
+    made = _fit(gold, [], prompt, rng, ruler)
+    if made.tokens > ruler.budget:
+        raise BudgetError(f"the gold context and its prompt have {made.tokens} tokens, the budget is {ruler.budget}")
     # A token more than the separator has: joining can split what was one token.
     joint = ruler.count(SEPARATOR) + 1
     chosen: list[Piece] = []
     # More than once, since counts of pieces do not add up: what `_fit` had to shorten leaves room again.
-    while tokens < (1 - FILL_TOLERANCE) * ruler.budget:
-        room, added = ruler.budget - tokens, []
+    while made.tokens < (1 - FILL_TOLERANCE) * ruler.budget:
+        room, added = ruler.budget - made.tokens, []
         for piece in islice(candidates, None if limit is None else limit - len(chosen)):
             room -= joint + piece.tokens
             if room < 0:  # the first that does not fit is cut to what is left
@@ -134,21 +129,21 @@ def compose(
         if not added:
             break
         chosen += added
-        made, tokens = _fit(gold, chosen, prompt, rng, ruler)
+        made = _fit(gold, chosen, prompt, rng, ruler)
     return made
 
 
 def _fit(
     gold: Piece, chosen: list[Piece], prompt: tuple[str, str], rng: np.random.Generator, ruler: Ruler
-) -> tuple[Composition, int]:
+) -> Composition:
     """Arrange the pieces; as long as the whole is too long, shorten the last one taken, at the end leave it out."""
     while True:
         made = _arrange(gold, chosen, prompt, rng)
-        tokens = ruler.measure(made.content)
-        if tokens <= ruler.budget or not chosen:
-            return replace(made, tokens=tokens), tokens
+        made = replace(made, tokens=ruler.measure(made.content))
+        if made.tokens <= ruler.budget or not chosen:
+            return made
         last = chosen.pop()
-        shorter = _cut(last, last.tokens - (tokens - ruler.budget), ruler)
+        shorter = _cut(last, last.tokens - (made.tokens - ruler.budget), ruler)
         if shorter:
             chosen.append(shorter)
 
@@ -212,14 +207,13 @@ _VAGUE_SAMPLE = 50
 
 @dataclass(frozen=True)
 class _Begun:
-    """What is decided about a row before its distractors are chosen, and which texts were looked at for it since."""
+    """What is decided about a row before its distractors are chosen, and which texts were passed over since."""
 
     record: dict[str, Any]
     rng: np.random.Generator
     conflicts: Callable[[int], bool]
     reference: str | None
     prompt: tuple[str, str]
-    offered: dict[str, int] = field(default_factory=dict)
     passed_over: list[int] = field(default_factory=list)
 
 
@@ -260,8 +254,8 @@ class Composer:
             bare = made.content[: made.contexts[0][0]] + made.content[made.question[0] :]
             context_tokens = total_tokens - self.counter.count_chat(to_messages(bare, record["answer"]))
         checks = record["checks"]
-        if any(self.pool.neutralised[begun.offered[source]] for source in made.sources if source in begun.offered):
-            # The row's own text has said so already; this says it of the others.
+        # The row's own text has said so already; this says it of the others.
+        if any(self.pool.neutralised[source] for source in made.sources if source != index):
             kept_checks = [check for check in checks if check["name"] != "control_tokens"]
             checks = [*kept_checks, asdict(Check("control_tokens", NEUTRALISED, "in a distractor"))]
         if self.avoid_conflicts:
@@ -278,7 +272,7 @@ class Composer:
             "n_contexts": len(made.contexts),
             "context_tokens": context_tokens,
             "total_tokens": total_tokens,
-            "context_ids": list(made.sources),
+            "context_ids": [self.pool.ids[source] for source in made.sources],
             "checks": checks,
         }
 
@@ -303,13 +297,13 @@ class Composer:
         # same.
         rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
         task, conflicts = find_task(record["task"]), self.pool.conflict(index)
-        # One context alone needs no name. A summary's instruction never tells which text is meant; any other is tried
-        # on a sample: where many could be meant, it does not tell either.
-        named = self.reference == "all" or (self.reference == "auto" and self.limit != 0 and task.is_summary)
-        if self.reference == "auto" and self.limit != 0 and not task.is_summary:
+        named = self.reference == "all"
+        if self.reference == "auto" and self.limit != 0:  # one context alone needs no name
+            # A summary's instruction never tells which text is meant; any other is tried on a sample: where many could
+            # be meant, it does not tell either.
             others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
-            sample = [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
-            named = sum(sample) > _VAGUE_SHARE * len(sample)
+            sample = [] if task.is_summary else [conflicts(other) for other in islice(others, _VAGUE_SAMPLE)]
+            named = task.is_summary or sum(sample) > _VAGUE_SHARE * len(sample)
         reference = self.pool.reference(index, task.noun) if named else None
         return _Begun(record, rng, conflicts, reference, prompt_parts(task, record["instruction"], reference))
 
@@ -326,7 +320,6 @@ class Composer:
             if unfit:
                 begun.passed_over.append(other)
             else:
-                begun.offered[self.pool.ids[other]] = other
                 yield self._piece(other, begun.reference is not None)
 
     def _piece(self, index: int, named: bool) -> Piece:
@@ -334,11 +327,10 @@ class Composer:
         tokens = 0
         if self.counter is not None and self.budget is not None:
             if (index, named) not in self._tokens:
-                # A context distracts in many rows: counting it anew each time would take most of the time of
-                # composing.
+                # A context distracts in many rows: counting it anew each time would take most of the time.
                 self._tokens[index, named] = self.counter.count(text)
             tokens = self._tokens[index, named]
-        return Piece(text, self.pool.ids[index], tokens)
+        return Piece(text, index, tokens)
 
 
 def to_messages(content: str, answer: str) -> list[dict[str, str]]:

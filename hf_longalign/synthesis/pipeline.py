@@ -33,8 +33,7 @@ from hf_longalign.synthesis.writer import (
     Plan,
     check_given,
     judge_given,
-    score_closed_book,
-    score_open_book,
+    score_answers,
     write_context,
     write_pair,
 )
@@ -319,8 +318,8 @@ class Pipeline:
 async def _answers(pipeline: Pipeline, outcome: Outcome, ask: Ask, count: Count) -> Outcome:
     # With the context and without it: a row that needs none teaches nothing.
     found = {
-        "answerable_with": await score_open_book(outcome.seed, outcome.context, pipeline.plan, ask),
-        "answerable_without": await score_closed_book(outcome.seed, pipeline.plan, ask),
+        "answerable_with": await score_answers(outcome.seed, pipeline.plan, ask, context=outcome.context),
+        "answerable_without": await score_answers(outcome.seed, pipeline.plan, ask),
     }
     known = {name: score for name, score in found.items() if score is not None}
     return replace(outcome, scores={**outcome.scores, **known})
@@ -330,7 +329,7 @@ async def _answers(pipeline: Pipeline, outcome: Outcome, ask: Ask, count: Count)
 _STEPS: dict[str, tuple[str, Callable[[Pipeline, Any, Ask, Count], Awaitable[Any]]]] = {
     "closed_book": (
         "closed-book answers",
-        lambda of, seed, ask, count: score_closed_book(seed, of.plan, ask, of.config.difficulty_samples),
+        lambda of, seed, ask, count: score_answers(seed, of.plan, ask, samples=of.config.difficulty_samples),
     ),
     "write": ("contexts", lambda of, seed, ask, count: write_context(seed, of.plan, ask, count)),
     "write_pair": ("pairs", lambda of, chunk, ask, count: write_pair(chunk, of.plan, ask, count)),

@@ -4,7 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from math import log
 from pathlib import Path
 from typing import Any
@@ -33,33 +33,23 @@ def hash_words(words: Iterable[str]) -> np.ndarray:
     return np.unique(np.array([zlib.crc32(word.encode()) for word in words], np.uint32))
 
 
-class Words:
-    """The content words of every text, as hashes in two arrays, which many processes can map into memory.
+class Rivals:
+    """Tells whether a text holds what an instruction asks for, by the rare words they share.
 
-    `hashes` is uint32 `(total,)`, sorted within each text; `ends` is int64 `(texts,)`, where those of each text end.
+    The content words of all `texts` lie in two files in `folder`, which are written where they are not there and which
+    many processes map into memory: the hashes, uint32 `(total,)`, sorted within each text, and where those of each
+    text end, int64 `(texts,)`.
     """
 
     # As sets of strings the words would take 30 kB a context; hashed they take 4 bytes each, and looking up the few
     # words of an instruction among those of a text takes microseconds.
-    def __init__(self, hashes: np.ndarray, ends: np.ndarray):
-        self.hashes = hashes
-        self.ends = ends
-
-    @classmethod
-    def of(cls, texts: Iterable[str]) -> "Words":
-        """Return the words of texts."""
-        rows = [hash_words(content_words(text)) for text in texts]
-        return cls(np.concatenate([np.empty(0, np.uint32), *rows]), np.cumsum([len(row) for row in rows]))
-
-    @classmethod
-    def stored(cls, folder: Path, texts: Callable[[], Iterable[str]]) -> "Words":
-        """Return the words of texts, mapped from two files in `folder`, which are written where they are not there."""
+    def __init__(self, folder: Path, texts: Iterable[str]):
         hashes, ends = folder / "words.bin", folder / "words.npy"
         # The ends are written last, so that their file says that both are whole.
         if not ends.is_file():
             counts = []
             with whole(hashes) as unfinished, unfinished.open("wb") as file:
-                for text in texts():
+                for text in texts:
                     row = hash_words(content_words(text))
                     row.tofile(file)
                     counts.append(len(row))
@@ -67,24 +57,15 @@ class Words:
         empty = not hashes.stat().st_size  # which cannot be mapped
         mapped = np.empty(0, np.uint32) if empty else np.memmap(hashes, np.uint32, "r")
         # As plain arrays over the same memory: slicing a memmap costs more than all that is done with the slice.
-        return cls(np.asarray(mapped), np.load(ends))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.hashes[self.ends[index - 1] if index else 0 : self.ends[index]]
-
-
-class Rivals:
-    """Tells whether a context holds what an instruction asks for, by the rare words they share."""
-
-    def __init__(self, words: Words):
-        self._words = words
+        self._hashes, self._ends = np.asarray(mapped), np.load(ends)
         # Every so-manieth and not at random: the same words are rare in every process.
-        sample = range(0, len(words), max(1, len(words) // _SAMPLE))
+        sample = range(0, len(self._ends), max(1, len(self._ends) // _SAMPLE))
         self._documents = len(sample)
-        self._frequencies = Counter(word for index in sample for word in words[index].tolist())
+        self._frequencies = Counter(word for index in sample for word in self.words(index).tolist())
+
+    def words(self, index: int) -> np.ndarray:
+        """Return the hashed words of text `index`."""
+        return self._hashes[self._ends[index - 1] if index else 0 : self._ends[index]]
 
     def asked(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the words of an instruction and their weights, the inverse document frequencies."""
@@ -95,7 +76,7 @@ class Rivals:
     def covers(self, asked: tuple[np.ndarray, np.ndarray], index: int) -> bool:
         """Return whether text `index` holds most of what is `asked`; everything holds common words alone."""
         hashes, weights = asked
-        words = self._words[index]
+        words = self.words(index)
         # Twice and not once: where nothing lies between the two sides of a word, it is not there.
         held = np.searchsorted(words, hashes, "right") > np.searchsorted(words, hashes, "left")
         # Rounded: what stands exactly at the border must not depend on the order of a sum.
@@ -109,13 +90,13 @@ class Pool:
     Attributes:
         table: rows with the columns of `contexts`, in the order of the seeds; `test` says which are of the test split.
         documents: texts that only distract.
-        folder: where the words of all texts are kept; `None` to keep them in memory.
+        folder: where the words of all texts are kept.
     """
 
     table: pa.Table
     documents: Sequence[Document]
     test: np.ndarray
-    folder: Path | None = None
+    folder: Path
     _groups: dict[tuple[str, int, bool], np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,20 +152,18 @@ class Pool:
     @cached_property
     def rivals(self) -> Rivals:
         """Tells a context that could be taken for the gold one."""
-        return Rivals(Words.of(self.texts()) if self.folder is None else Words.stored(self.folder, self.texts))
+        return Rivals(self.folder, self.texts())
 
     def conflict(self, index: int) -> Callable[[int], bool]:
         """Return a function that tells whether another text holds what row `index` asks for, or asks the same."""
         instructions = self.table["instruction"]
         own = normalise(instructions[index].as_py())
-        asked: list[tuple[np.ndarray, np.ndarray]] = []
+        # Where prompts name the gold context nothing is looked up: only once it is needed.
+        asked = cache(lambda: self.rivals.asked(own))
 
         def conflicts(other: int) -> bool:
-            if other < self.size and normalise(instructions[other].as_py()) == own:
-                return True
-            if not asked:  # only now: where prompts name the gold context nothing is looked up
-                asked.append(self.rivals.asked(own))
-            return self.rivals.covers(asked[0], other)
+            same = other < self.size and normalise(instructions[other].as_py()) == own
+            return same or self.rivals.covers(asked(), other)
 
         return conflicts
 

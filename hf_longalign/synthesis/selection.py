@@ -1,6 +1,5 @@
-"""Texts that overlap: near-duplicates among contexts, and evaluation data in what would be trained on."""
+"""Which seeds and contexts go into the data: by difficulty, without near-duplicates, without evaluation data."""
 
-import os
 import re
 import sys
 import zlib
@@ -26,7 +25,7 @@ USES = ("record", "select", "stratify", "weight")
 _STRATA = 4
 
 
-def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -> list[float]:
+def answer_losses(seeds: Sequence[Seed], model_name: str) -> list[float]:
     """Return the mean loss per answer token, in nats, of each answer given its instruction alone."""
     tokenizer, model = load_model("AutoModelForCausalLM", model_name)
     rows = []
@@ -39,7 +38,7 @@ def answer_losses(seeds: Sequence[Seed], model_name: str, batch_size: int = 8) -
         prompt = tokenizer(content, add_special_tokens=not tokenizer.chat_template)["input_ids"]
         rows.append((prompt, tokenizer(seed.answer, add_special_tokens=False)["input_ids"]))
     losses = np.zeros(len(rows))
-    for numbers in batches_by_length([len(prompt) + len(answer) for prompt, answer in rows], batch_size):
+    for numbers in batches_by_length([len(prompt) + len(answer) for prompt, answer in rows], 8):
         losses[numbers] = _batch_losses(model, [rows[number] for number in numbers])
     return losses.tolist()
 
@@ -100,26 +99,24 @@ def choose_seeds(seeds: Sequence[Seed], hardness: Sequence[float], use: str, sha
     return sorted(kept)
 
 
-_PERMUTATIONS = 128
-_SCHEME = "affine32"
+# The share of common 5-grams (estimated Jaccard similarity) from which two texts count as the same.
+_SAME = 0.8
 _SHINGLE = 5
+_PERMUTATIONS = 128
+# Texts that share one of 21 bands of so many rows are compared, which misses (1 - 0.8^6)^21 = 0.2 % of the pairs at
+# the threshold. (The bands that datasketch's own index would choose miss 60 %: it weighs a look in vain as heavily.)
+_ROWS = 6
+_BANDS = _PERMUTATIONS // _ROWS
 # A process takes a second to start, in which 2,000 texts are sketched.
 _PARALLEL_FROM = 8000
 _CHUNK = 1000
-_RECALL = 0.99
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 class Duplicates:
-    """Finds near-duplicates by MinHash over word 5-grams (datasketch), and remembers the sketches of texts.
+    """Finds near-duplicates by MinHash over word 5-grams (datasketch), and remembers the sketches of texts."""
 
-    `threshold` is the share of common 5-grams (estimated Jaccard similarity) from which two texts count as the same.
-    As many `processes` sketch as there are processors, for 8,000 texts and more, where none are set.
-    """
-
-    def __init__(self, threshold: float = 0.8, processes: int | None = None):
-        self.threshold = threshold
-        self._processes = processes
+    def __init__(self) -> None:
         self._known: dict[str, np.ndarray] = {}
 
     def find(self, texts: Sequence[str]) -> dict[int, int]:
@@ -128,7 +125,10 @@ class Duplicates:
         A text is compared with those before it that repeat none themselves.
         """
         sketches = self._sketched(texts)
-        bands = self._bands(sketches)
+        wide = sketches[:, : _BANDS * _ROWS].reshape(len(sketches), _BANDS, _ROWS)
+        # Fixed factors, odd so that no bit of a row is lost in the product modulo 2^64.
+        factors = np.random.default_rng(0).integers(1, 2**63, _ROWS, dtype=np.uint64) | np.uint64(1)
+        bands = [(wide[:, band] * factors).sum(1, dtype=np.uint64) for band in range(_BANDS)]
         # Only hashes that two texts share can name a pair: the tables of all others would fill the memory.
         shared = []
         for band in bands:
@@ -140,7 +140,7 @@ class Duplicates:
         for number in candidates.tolist():
             hashes = [int(band[number]) for band in bands]
             near = {other for table, key in zip(tables, hashes, strict=True) for other in table.get(key, ())}
-            same = (other for other in sorted(near) if np.mean(sketches[other] == sketches[number]) >= self.threshold)
+            same = (other for other in sorted(near) if np.mean(sketches[other] == sketches[number]) >= _SAME)
             earlier = next(same, None)
             if earlier is not None:
                 found[number] = earlier
@@ -154,43 +154,22 @@ class Duplicates:
         keys = [digest(text) for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._known}
         chunks = [list(new.values())[start : start + _CHUNK] for start in range(0, len(new), _CHUNK)]
-        processes = self._processes or (os.cpu_count() or 1 if len(new) >= _PARALLEL_FROM else 1)
-        if processes > 1:
+        if len(new) >= _PARALLEL_FROM:
             # Forked where that is safe, as `datasets` does: a spawned process would run the user's script once more,
             # which fails where the script has no guard against that.
             method = "fork" if sys.platform == "linux" else "spawn"
-            with ProcessPoolExecutor(processes, mp_context=get_context(method)) as pool:
+            with ProcessPoolExecutor(mp_context=get_context(method)) as pool:
                 made = list(pool.map(sketch, chunks))
         else:
             made = list(map(sketch, chunks))
         self._known |= dict(zip(new, (row for rows in made for row in rows), strict=True))
         return np.stack([self._known[key] for key in keys]) if keys else np.empty((0, _PERMUTATIONS), np.uint32)
 
-    def _bands(self, sketches: np.ndarray) -> list[np.ndarray]:
-        """One hash per band and text, uint64: texts that share one are compared.
-
-        A band has as many rows as leave a pair at the threshold a chance of 1 in 100 to be missed. (The bands that
-        datasketch's own index would choose miss 60 of 100 there: it weighs a look in vain as heavily as a miss.)
-        """
-        rows = next(
-            (
-                size
-                for size in range(_PERMUTATIONS, 1, -1)
-                if 1 - (1 - self.threshold**size) ** (_PERMUTATIONS // size) >= _RECALL
-            ),
-            1,
-        )
-        bands = _PERMUTATIONS // rows
-        # Fixed factors, odd so that no bit of a row is lost in the product modulo 2^64.
-        factors = np.random.default_rng(0).integers(1, 2**63, rows, dtype=np.uint64) | np.uint64(1)
-        wide = sketches[:, : bands * rows].reshape(len(sketches), bands, rows)
-        return [(wide[:, band] * factors).sum(1, dtype=np.uint64) for band in range(bands)]
-
 
 def sketch(texts: Sequence[str]) -> np.ndarray:
     """Return the MinHash sketches of texts over every 5 words in a row, uint32 `(texts, 128)`."""
     rows = np.empty((len(texts), _PERMUTATIONS), np.uint32)
-    made = require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, hashfunc=int, scheme=_SCHEME)
+    made = require("datasketch", "synthesis").MinHash(num_perm=_PERMUTATIONS, hashfunc=int, scheme="affine32")
     for number, text in enumerate(texts):
         made.clear()  # and not another one, whose permutations would take longer to draw than the text to sketch
         words = np.array([zlib.crc32(word.encode()) for word in normalise(text).split()] or [0], np.uint64)

@@ -161,9 +161,7 @@ async def write_context(seed: Seed, plan: Plan, ask: Ask, count: Count, refused:
         found = await asyncio.to_thread(
             verify_context, context, seed, plan.rules, written=True, finish_reason=finish_reason, title=title
         )
-        checks = [Check("parse", PASSED), *found]
-        if plan.judge is not None:
-            checks = await _judge(seed, context, checks, plan, ask, dialogue.keys)
+        checks = await _judge(seed, context, [Check("parse", PASSED), *found], plan, ask, dialogue.keys)
         return Outcome(seed, context, title, failures(checks), tuple(checks))
 
     return await dialogue.settle(refused or Outcome(seed), attempt)
@@ -268,22 +266,16 @@ def score_answer(answer: str, reply: str) -> float:
     return token_f1(given.split(), wanted.split())
 
 
-async def score_closed_book(seed: Seed, plan: Plan, ask: Ask, samples: int = 1) -> float | None:
-    """Return the mean score of `samples` answers from what the model knows, or `None` if it gave none."""
-    return await _mean_score(seed, answer_prompt(seed, find_task(seed.task)), "closed_book", plan, ask, samples)
-
-
-async def score_open_book(seed: Seed, context: str, plan: Plan, ask: Ask) -> float | None:
-    """Return the score of the answer the model gives with the context before it, or `None` if it gave none."""
-    return await _mean_score(seed, answer_prompt(seed, find_task(seed.task), context), "open_book", plan, ask)
-
-
-async def _mean_score(
-    seed: Seed, prompt: Messages, purpose: str, plan: Plan, ask: Ask, samples: int = 1
+async def score_answers(
+    seed: Seed, plan: Plan, ask: Ask, *, context: str | None = None, samples: int = 1
 ) -> float | None:
+    """Return the mean score of the model's answers, or `None` if it gave none; without `context` closed-book."""
+    prompt = answer_prompt(seed, find_task(seed.task), context)
+    purpose = "closed_book" if context is None else "open_book"
+    limit = min(_ANSWER_TOKENS, plan.sampling.max_tokens)
+
     async def score(number: int) -> float | None:
-        tokens = min(_ANSWER_TOKENS, plan.sampling.max_tokens)
-        request = Request(prompt, plan.answering, replace(plan.sampling.again(number), max_tokens=tokens), purpose)
+        request = Request(prompt, plan.answering, replace(plan.sampling.again(number), max_tokens=limit), purpose)
         try:
             return score_answer(seed.answer, spoken((await ask(request)).text))
         except (GenerationError, ReplyError):

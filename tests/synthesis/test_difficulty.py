@@ -8,7 +8,7 @@ from hf_longalign.endpoint.protocol import GenerationError, Reply, Sampling
 from hf_longalign.synthesis.checks import Rules
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.selection import answer_losses, choose_seeds
-from hf_longalign.synthesis.writer import Plan, score_answer, score_closed_book, score_open_book
+from hf_longalign.synthesis.writer import Plan, score_answer, score_answers
 
 
 PAIRS = [Seed(f"{task}{number}", task, "Why?", "So.") for task in ("qasper", "qmsum") for number in range(100)]
@@ -41,9 +41,9 @@ def test_closed_book_is_the_mean_of_different_samples_and_open_book_shows_the_co
         return Reply(next(replies), "stop", 1, 1, "m")
 
     pair = Seed("a", "narrativeqa", "When?", "1912")
-    assert asyncio.run(score_closed_book(pair, PLAN, ask, 2)) == 0.5
+    assert asyncio.run(score_answers(pair, PLAN, ask, samples=2)) == 0.5
     assert [request.sampling.seed for request in asked] == [0, 1] and len({request.key for request in asked}) == 2
-    assert asyncio.run(score_open_book(pair, "Built in 1912.", PLAN, ask)) == 1.0
+    assert asyncio.run(score_answers(pair, PLAN, ask, context="Built in 1912.")) == 1.0
     assert "Story: Built in 1912." in asked[2].messages[0][1] and "Built" not in asked[0].messages[0][1]
 
 
@@ -51,7 +51,7 @@ def test_a_model_that_will_not_answer_has_no_score():
     async def ask(request):
         raise GenerationError("content_filter", "no")
 
-    assert asyncio.run(score_closed_book(PAIRS[0], PLAN, ask, 3)) is None
+    assert asyncio.run(score_answers(PAIRS[0], PLAN, ask, samples=3)) is None
 
 
 def test_select_keeps_the_hardest_share_of_every_task():
@@ -87,7 +87,7 @@ def test_answer_loss_is_the_mean_over_the_answer_tokens(tiny_model):
         Seed("a", "general", "When was the dam built?", "In 1912."),
         Seed("b", "general", "Who?", "Ada Lovell did."),
     ]
-    losses = answer_losses(pairs, tiny_model, batch_size=2)
+    losses = answer_losses(pairs, tiny_model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     from hf_longalign.synthesis.prompts import answer_prompt

@@ -1,4 +1,6 @@
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -6,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.synthesis.pool import Pool, Rivals, Words, by_bm25, by_embeddings, nearest, offer, shuffled
+from hf_longalign.synthesis.pool import Pool, Rivals, by_bm25, by_embeddings, nearest, offer, shuffled
 from hf_longalign.synthesis.seeds import Document
 from hf_longalign.text import content_words
 
@@ -47,7 +49,7 @@ def test_the_share_of_hard_ones():
     assert list(offer([np.arange(100)], rng, nearest=[[7, 8, 9]], hard_share=1.0))[:3] == [7, 8, 9]
 
 
-def make_pool(rows, documents=(), test=()):
+def make_pool(rows, documents=(), test=(), folder=None):
     """A pool of (task, instruction, context) rows."""
     columns = {
         "seed_id": [f"s{number}" for number in range(len(rows))],
@@ -58,7 +60,7 @@ def make_pool(rows, documents=(), test=()):
         "checks": [[{"name": "support", "outcome": "passed", "detail": ""}]] * len(rows),
     }
     in_test = np.isin(np.arange(len(rows)), list(test))
-    return Pool(pa.table(columns), [Document(text, "d.txt") for text in documents], in_test)
+    return Pool(pa.table(columns), [Document(text, "d.txt") for text in documents], in_test, folder)
 
 
 QUESTIONS = [
@@ -125,18 +127,21 @@ def test_embeddings_rank_the_most_alike_first(tmp_path):
     assert found[:, 0, 0].tolist() == [2, 0, 3, 1]
 
 
-def test_rivals_share_what_is_asked_for():
-    rivals = Rivals(Words.of(TEXTS))
+def test_rivals_share_what_is_asked_for(tmp_path):
+    rivals = Rivals(tmp_path / "texts", TEXTS)
     asked = rivals.asked("Who finished the dam of Ashby in 1913?")
     assert [rivals.covers(asked, index) for index in range(4)] == [False, False, True, False]
     # Nothing but common words: every text could be meant.
     assert rivals.covers(rivals.asked("What is it?"), 3)
-    assert [len(words) for words in Words.of(["", "dam of dam"])] == [0, 1]
+    short = Rivals(tmp_path / "short", ["", "dam of dam"])
+    assert [len(short.words(index)) for index in range(2)] == [0, 1]
+    assert Rivals(tmp_path / "none", [""]).covers(short.asked("What is it?"), 0)
 
 
 @given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=6), st.sampled_from(QUESTIONS))
 def test_hashed_words_decide_as_words_do(texts, question):
-    rivals = Rivals(Words.of(texts))
+    with tempfile.TemporaryDirectory() as folder:
+        rivals = Rivals(Path(folder), texts)
     asked = content_words(question)
     counts = {word: sum(word in content_words(text) for text in texts) for word in asked}
     weight = {word: np.log((len(texts) + 1) / (counts[word] + 1)) for word in asked}
@@ -146,9 +151,8 @@ def test_hashed_words_decide_as_words_do(texts, question):
         assert rivals.covers(rivals.asked(question), index) == (held >= 0.8 * total - 1e-9)
 
 
-def test_a_distractor_conflicts_where_it_asks_the_same_or_holds_what_is_asked():
-    pool = make_pool(
-        [*ROWS, ("qasper", "Who built the dam of thornwick", "Nothing.")], ["Ada built the dam of Thornwick."]
-    )
+def test_a_distractor_conflicts_where_it_asks_the_same_or_holds_what_is_asked(tmp_path):
+    more = ("qasper", "Who built the dam of thornwick", "Nothing.")
+    pool = make_pool([*ROWS, more], ["Ada built the dam of Thornwick."], folder=tmp_path)
     conflicts = pool.conflict(0)
     assert [conflicts(other) for other in range(1, 6)] == [False, False, False, True, True]

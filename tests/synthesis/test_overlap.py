@@ -57,8 +57,6 @@ GERMAN = "Der Staudamm unterhalb des Dorfes wurde im Herbst 1912 fertig, zwei Ja
 def test_near_duplicates_are_found_and_the_first_is_kept():
     texts = [STORY * 3, GERMAN * 3, STORY * 3 + "So it was.", STORY.replace("Ada", "Eve") * 3, "Another text."]
     assert Duplicates().find(texts) == {2: 0}
-    assert Duplicates(0.6).find(texts) == {2: 0, 3: 0}
-    assert Duplicates(0.95).find(texts) == {}
     assert Duplicates().find(["a", "a", "a"]) == {1: 0, 2: 0} and Duplicates().find([]) == {}
 
 
@@ -80,7 +78,7 @@ def test_pairs_well_above_the_threshold_are_found_and_those_well_below_are_not()
         for _ in range(rng.randrange(4)):
             words[rng.randrange(len(words))] = "other"
         changed.append(" ".join(words))
-    found = Duplicates(0.8).find([*texts, *changed])
+    found = Duplicates().find([*texts, *changed])
     similar = [_similarity(*pair) for pair in zip(texts, changed, strict=True)]
     high = [number for number, share in enumerate(similar) if share > 0.92]
     low = [number for number, share in enumerate(similar) if share < 0.68]
@@ -92,10 +90,13 @@ def test_pairs_well_above_the_threshold_are_found_and_those_well_below_are_not()
 def test_processes_find_the_same_and_a_text_is_sketched_once(monkeypatch):
     texts = [*_random_texts(30, seed=3), *_random_texts(5, seed=3)]
     monkeypatch.setattr(selection, "_CHUNK", 10)
-    assert Duplicates(processes=2).find(texts) == Duplicates(processes=1).find(texts) == {30 + n: n for n in range(5)}
+    repeated = {30 + n: n for n in range(5)}
+    with monkeypatch.context() as many:
+        many.setattr(selection, "_PARALLEL_FROM", 1)
+        assert Duplicates().find(texts) == repeated
     sketched, sketch = [], selection.sketch
     monkeypatch.setattr(selection, "sketch", lambda chunk: sketched.extend(chunk) or sketch(chunk))
-    finder = Duplicates(processes=1)
-    finder.find(texts)
+    finder = Duplicates()
+    assert finder.find(texts) == repeated
     assert finder.find([*texts[:30], "a new text"]) == {}
     assert sketched == [*texts[:30], "a new text"]
