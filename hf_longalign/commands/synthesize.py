@@ -347,8 +347,9 @@ def estimate(
             prompt = sum(count(text) for _, text in request.messages)
             requests[request.purpose] += 1
             prompts += share * prompt
-            replies += share * min(words * _TOKENS_PER_WORD, plan.sampling.max_tokens)
-            most += prices.cost(prompt, plan.sampling.max_tokens)
+            limit = request.sampling.token_limit
+            replies += share * min(words * _TOKENS_PER_WORD, limit)
+            most += prices.cost(prompt, limit)
     for purpose in set(requests) - {"closed_book"}:
         requests[purpose] = ceil(kept * requests[purpose])
     requests = Counter({purpose: round(times * number) for purpose, number in requests.items()})

@@ -6,6 +6,7 @@ from copy import copy
 from dataclasses import dataclass, fields
 from functools import cache
 from glob import glob
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ def _content(value: Any) -> str:
         task, _, name = value.rpartition("=")
         if any(char in name for char in "*?["):
             return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
-        path = Path(name)
         # A folder that is named is mostly a tokenizer's, whose weights and logs change no count.
-        path = path / "tokenizer.json" if path.is_dir() else path
-        if path.is_file():
+        path = Path(name, "tokenizer.json" if isdir(name) else "")
+        # Not `path.is_file()`, which raises for a text that is longer than a file's name can be, such as `extra_body`.
+        if isfile(path):
             return digest(task, path.name, _file_digest(path, path.stat().st_mtime_ns))
     return repr(value)
 

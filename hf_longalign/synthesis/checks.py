@@ -128,8 +128,8 @@ def verify_context(
     `finish_reason` says why the model stopped: "length" means in mid-sentence.
     """
     text = _Text(context, seed, rules, finish_reason, title)
-    tables = (_WRITTEN_CHECKS, _CONTEXT_CHECKS) if written else (_CONTEXT_CHECKS,)
-    return [table[name](text) for name in rules.checks for table in tables if name in table]
+    skipped = () if written else _OF_WRITTEN
+    return [_OF_ONE[name](text) for name in rules.checks if name in _OF_ONE and name not in skipped]
 
 
 def failures(checks: list[Check]) -> str:
@@ -286,8 +286,11 @@ def majority_language(texts: Iterable[str]) -> str | None:
     return found.most_common(1)[0][0] if found else None
 
 
-_WRITTEN_CHECKS: dict[str, Callable[[_Text], Check]] = {"complete": complete, "refusal": refusal, "meta": meta}
-_CONTEXT_CHECKS: dict[str, Callable[[_Text], Check]] = {
+_OF_WRITTEN = ("complete", "refusal", "meta")
+_OF_ONE: dict[str, Callable[[_Text], Check]] = {
+    "complete": complete,
+    "refusal": refusal,
+    "meta": meta,
     "length": length,
     "support": support,
     "leak": leak,
@@ -296,5 +299,5 @@ _CONTEXT_CHECKS: dict[str, Callable[[_Text], Check]] = {
 }
 
 # "parse" cannot be left out: a reply that cannot be read has no context. "judge" asks a model, so it is off at first.
-CHECKS = (*_WRITTEN_CHECKS, *_CONTEXT_CHECKS, "duplicate", "conflict", "judge")
+CHECKS = (*_OF_ONE, "duplicate", "conflict", "judge")
 DEFAULT_CHECKS = tuple(name for name in CHECKS if name != "judge")

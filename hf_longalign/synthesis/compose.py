@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from hf_longalign.synthesis.checks import NEUTRALISED, PASSED, Check
+from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.disk import table_row
 from hf_longalign.synthesis.outcome import SCORES
 from hf_longalign.synthesis.pool import Pool, offer
@@ -219,33 +220,24 @@ class _Begun:
 
 @dataclass
 class Composer:
-    """Composes rows of a pool. A row depends on the seed, the pool and the row's own id alone.
+    """Composes rows of a pool. A row depends on the options, the pool and the row's own id alone.
 
     Attributes:
-        sources: where distractors come from, the preferred source first.
-        limit: distractors per row; `None` for as many as fit into the budget.
-        budget: tokens per row, counted by `counter`; `None` for no budget.
-        reference: "auto", "all" or "none".
+        counter: counts tokens; `None` where nobody asks for their number.
         nearest: int32 `(rows, sources, neighbours)`, the closest texts of every row, -1 where there are no more;
             `None` without hard distractors.
     """
 
     pool: Pool
-    sources: tuple[str, ...] = ("same_task",)
-    limit: int | None = 9
-    counter: TokenCounter | None = None
-    budget: int | None = None
-    reference: str = "auto"
-    nearest: np.ndarray | None = None
-    hard_share: float = 0.0
-    avoid_conflicts: bool = True
-    seed: int = 0
+    options: SynthesisOptions
+    counter: TokenCounter | None
+    nearest: np.ndarray | None
     _tokens: dict[tuple[int, bool], int] = field(default_factory=dict)
 
     def row(self, index: int) -> dict[str, Any]:
         """Return the row of the gold context `index`; a `BudgetError` where it alone exceeds the budget."""
         begun = self._begin(index)
-        made = self._compose(index, begun, self._candidates(index, begun), self.limit)
+        made = self._compose(index, begun, self._candidates(index, begun))
         record, messages = begun.record, to_messages(made.content, begun.record["answer"])
         context_tokens = total_tokens = None
         if self.counter is not None:
@@ -258,7 +250,7 @@ class Composer:
         if any(self.pool.neutralised[source] for source in made.sources if source != index):
             kept_checks = [check for check in checks if check["name"] != "control_tokens"]
             checks = [*kept_checks, asdict(Check("control_tokens", NEUTRALISED, "in a distractor"))]
-        if self.avoid_conflicts:
+        if "conflict" in self.options.checks:
             checks = [*checks, asdict(Check("conflict", PASSED, f"{len(begun.passed_over)} passed over"))]
         kept = ("seed_id", "generator", "model", "prompt_hash", "journal_keys", "attempts", *SCORES)
         parts = [*(("context", span) for span in made.contexts), ("question", made.question)]
@@ -279,26 +271,26 @@ class Composer:
     def over_budget(self, index: int) -> str | None:
         """Return why `row` would raise `BudgetError`, or `None` if it would not."""
         try:
-            self._compose(index, self._begin(index), iter(()), limit=0)
+            self._compose(index, self._begin(index), iter(()))
         except BudgetError as error:
             return str(error)
         return None
 
-    def _compose(self, index: int, begun: _Begun, candidates: Iterator[Piece], limit: int | None) -> Composition:
-        counter, ruler, answer = self.counter, None, begun.record["answer"]
-        if counter is not None and self.budget is not None:
-            ruler = Ruler(self.budget, counter.count, lambda text: counter.count_chat(to_messages(text, answer)))
-        gold = self._piece(index, begun.reference is not None)
+    def _compose(self, index: int, begun: _Begun, candidates: Iterator[Piece]) -> Composition:
+        counter, budget, ruler, answer = self.counter, self.options.target_tokens, None, begun.record["answer"]
+        if counter is not None and budget is not None:
+            ruler = Ruler(budget, counter.count, lambda text: counter.count_chat(to_messages(text, answer)))
+        gold, limit = self._piece(index, begun.reference is not None), self.options.distractor_limit
         return compose(gold, candidates, begun.prompt, begun.rng, limit=limit, ruler=ruler)
 
     def _begin(self, index: int) -> _Begun:
-        record = table_row(self.pool.table, index)
+        record, options = table_row(self.pool.table, index), self.options
         # By the row's id, never one generator for all: rows are made by many processes in any order, and must be the
         # same.
-        rng = np.random.default_rng(int(digest("compose", str(self.seed), record["seed_id"]), 16))
+        rng = np.random.default_rng(int(digest("compose", str(options.seed), record["seed_id"]), 16))
         task, conflicts = find_task(record["task"]), self.pool.conflict(index)
-        named = self.reference == "all"
-        if self.reference == "auto" and self.limit != 0:  # one context alone needs no name
+        named = options.reference == "all"
+        if options.reference == "auto" and options.distractor_limit != 0:  # one context alone needs no name
             # A summary's instruction never tells which text is meant; any other is tried on a sample: where many could
             # be meant, it does not tell either.
             others = offer(self.pool.groups(index, ("same_task",)), rng, own=index)
@@ -308,15 +300,16 @@ class Composer:
         return _Begun(record, rng, conflicts, reference, prompt_parts(task, record["instruction"], reference))
 
     def _candidates(self, index: int, begun: _Begun) -> Iterator[Piece]:
-        nearest, hard_share = (self.nearest[index], self.hard_share) if self.nearest is not None else ((), 0.0)
-        groups = self.pool.groups(index, self.sources)
+        options = self.options
+        nearest, hard_share = (self.nearest[index], options.hard_share) if self.nearest is not None else ((), 0.0)
+        groups = self.pool.groups(index, options.distractor_sources)
         for other in offer(groups, begun.rng, own=index, nearest=nearest, hard_share=hard_share):
             # A prompt that names its context may hold rivals, which makes it harder; two of one name would not be told
             # apart.
             if begun.reference is not None:
                 unfit = self.pool.name(other) == self.pool.name(index)
             else:
-                unfit = self.avoid_conflicts and begun.conflicts(other)
+                unfit = "conflict" in options.checks and begun.conflicts(other)
             if unfit:
                 begun.passed_over.append(other)
             else:
@@ -325,7 +318,7 @@ class Composer:
     def _piece(self, index: int, named: bool) -> Piece:
         text = f"{self.pool.name(index)}\n{self.pool.text(index)}" if named else self.pool.text(index)
         tokens = 0
-        if self.counter is not None and self.budget is not None:
+        if self.counter is not None and self.options.target_tokens is not None:
             if (index, named) not in self._tokens:
                 # A context distracts in many rows: counting it anew each time would take most of the time.
                 self._tokens[index, named] = self.counter.count(text)

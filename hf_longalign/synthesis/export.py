@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from hf_longalign import __version__
 from hf_longalign.cards.dataset import Cost, DataRecord, DataSource, dataset_card
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+Data = Mapping[str, Mapping[str, Dataset]]  # by configuration and split
 
 # Few enough that a push of some hundred GB stays below 50 files, small enough to be read in parts.
 SHARD_BYTES = 500_000_000
@@ -57,10 +59,10 @@ def check_output(folder: Path, *kept: Path) -> None:
 
 def export(
     folder: str | Path,
-    data: Mapping[str, Mapping[str, Dataset]],
+    data: Data,
     config: "ContextSynthesisConfig",
     *,
-    journal: str | Path | None = None,
+    journal: Path | None = None,
     budget: Budget | None = None,
     license: str | None = None,
     seeds_license: str | None = None,
@@ -79,9 +81,8 @@ def export(
     """
     folder = Path(folder)
     check_output(folder)
-    data = {
-        name: kept for name, splits in data.items() if (kept := {k: rows for k, rows in splits.items() if len(rows)})
-    }
+    kept = {name: {split: rows for split, rows in splits.items() if len(rows)} for name, splits in data.items()}
+    data = {name: splits for name, splits in kept.items() if splits}
     with whole(folder) as unfinished:
         for name, splits in data.items():
             (unfinished / name).mkdir(parents=True)
@@ -124,8 +125,6 @@ def _text_bytes(table: pa.Table) -> int:
     return sum(size(chunk) for column in table.columns for chunk in column.chunks)
 
 
-Data = Mapping[str, Mapping[str, Dataset]]
-
 _SAMPLING = ("temperature", "top_p", "max_tokens", "sampling_seed", "retries")
 _WRITING = ("context_words", "facts_first")
 _SETTINGS = (
@@ -135,58 +134,44 @@ _SETTINGS = (
 
 
 def dataset_facts(
-    data: Data,
-    config: "ContextSynthesisConfig",
-    *,
-    journal: str | Path | None = None,
-    budget: Budget | None = None,
+    data: Data, config: "ContextSynthesisConfig", *, journal: Path | None = None, budget: Budget | None = None
 ) -> DataRecord:
     """Return the facts of a prepared data set: functions of its rows, its settings and its replies alone."""
-    chat = list(data["chat"].values())
+    chat = concatenate_datasets(list(data["chat"].values()))
     given = config.method == "context" and config.generator == "documents"
-    lengths, unit = [number for rows in chat for number in rows["total_tokens"]], "tokens"
+    lengths, unit = list(chat["total_tokens"]), "tokens"
     if None in lengths:  # nobody has counted them
-        rows = (row["messages"] for rows in chat for row in rows.select_columns(["messages"]))
-        lengths, unit = [sum(word_count(message["content"]) for message in row) for row in rows], "words"
-    # What was run, rather than what was set: a given text is not checked for what only models do.
-    checks = [row for rows in chat for row in rows["checks"]]
+        lengths = [sum(word_count(message["content"]) for message in messages) for messages in chat["messages"]]
+        unit = "words"
+    checks = list(chat["checks"])
     ran = {check["name"] for row in checks for check in row}
-    contexts = [number for rows in chat for number in rows["n_contexts"] if number]
+    contexts = [number for number in chat["n_contexts"] if number]
     hashes = {found for rows in _outcomes(data) for found in rows["prompt_hash"] if found}
     contexts_written = (row for rows in data.get("contexts", {}).values() for row in rows)
     texts = (f"{row['instruction']} {row['answer']} {row['context'][:200]}" for row in contexts_written)
     language = config.language or majority_language(texts)
-    # A prompt that names the context that is meant is not LongBench's own.
-    named = {
-        task
-        for rows in chat
-        for task, reference in zip(rows["task"], rows["reference"], strict=True)
-        if reference is not None
-    }
+    named = {task for task, reference in zip(chat["task"], chat["reference"], strict=True) if reference is not None}
     reasons = Counter(reason.split(":")[0] for rows in data.get("rejected", {}).values() for reason in rows["reason"])
     return DataRecord(
         method="given" if given else config.method,
         splits={name: {split: len(data[name][split]) for split in data[name]} for name in CONFIGS if name in data},
-        tasks=dict(sorted(Counter(task or "general data" for rows in chat for task in rows["task"]).items())),
+        tasks=dict(sorted(Counter(task or "general data" for task in chat["task"]).items())),
         rejected=dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
         generator=config.generator,
         model=config.model,
         judge_model=config.judge_model,
         sampling={} if given else _used(config, _SAMPLING),
-        longbench_prompts=[
-            task
-            for task in sorted({task for rows in chat for task in rows["task"]} & {*TEMPLATES})
-            if task not in named
-        ],
+        # A prompt that names the context that is meant is not LongBench's own.
+        longbench_prompts=sorted(({*chat["task"]} & {*TEMPLATES}) - named),
         prompts=(len(hashes), digest(*sorted(hashes))) if hashes else None,
+        # What was run, rather than what was set: a given text is not checked for what only models do.
         checks=[name for name in config.checks if name in ran],
         neutralised=sum(any(check["outcome"] == NEUTRALISED for check in row) for row in checks),
         lengths=lengths,
         unit=unit,
         depths=[
             depth
-            for rows in chat
-            for number, depth in zip(rows["n_contexts"], rows["gold_depth"], strict=True)
+            for number, depth in zip(chat["n_contexts"], chat["gold_depth"], strict=True)
             # A context that stands alone is everywhere.
             if number > 1 and depth is not None
         ],
@@ -245,10 +230,10 @@ def _sources(data: Data, config: "ContextSynthesisConfig") -> list[DataSource]:
     ]
 
 
-def _cost(data: Data, journal: str | Path | None, budget: Budget | None) -> Cost | None:
+def _cost(data: Data, journal: Path | None, budget: Budget | None) -> Cost | None:
     """What the replies behind the rows took; `None` where the journal does not hold them all."""
     keys = {key for rows in _outcomes(data) for found in rows["journal_keys"] for key in found}
-    if not keys or journal is None or not Path(journal).is_file():
+    if not keys or journal is None or not journal.is_file():
         return None
     with Journal(journal) as held:
         replies, prompt, completion, usd = held.cost_of(keys)

@@ -122,19 +122,9 @@ class Files:
     @cached_property
     def composer(self) -> Composer:
         """What composes the rows of `chat`."""
-        config, nearest = self.config, self._composed / "nearest.npy"
-        return Composer(
-            pool=self.pool,
-            sources=tuple(config.distractor_sources),
-            limit=config.distractor_limit,
-            counter=self.counter,
-            budget=config.target_tokens,
-            reference=config.reference,
-            nearest=np.load(nearest, mmap_mode="r") if config.hard_share and nearest.is_file() else None,
-            hard_share=config.hard_share,
-            avoid_conflicts="conflict" in config.checks,
-            seed=config.seed,
-        )
+        path = self._composed / "nearest.npy"
+        nearest = np.load(path, mmap_mode="r") if self.config.hard_share and path.is_file() else None
+        return Composer(self.pool, self.config, self.counter, nearest)
 
     def has_outcomes(self) -> bool:
         """Whether the outcomes are on disk."""

@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 _GATHER_SECONDS = 0.01
 _BLOCK = 2**16
 _STRIDE = 2**24
-# Fields of a request's body that are no field of `SamplingParams`: they are read elsewhere.
-_ELSEWHERE = ("chat_template_kwargs", "max_completion_tokens")
+# Further fields of a request that are read here, whatever generates: in `_encode`, and as `Sampling.token_limit`.
+_READ_HERE = {"chat_template_kwargs", "max_completion_tokens"}
 
 
 @dataclass
@@ -166,7 +166,8 @@ class TransformersGenerator(BatchingGenerator):
 
     The random numbers of a reply depend on its request alone: neither on the batch it is in nor on the device. What a
     batch can still change are the last bits of the logits; in float32 that seldom turns a token, in bfloat16 more
-    often. A folder is recorded by its name and a hash of its files.
+    often. A folder is recorded by its name and a hash of its files. Of the further fields of a request it takes
+    `chat_template_kwargs` and `max_completion_tokens`.
 
     Parameters:
         model: Hub id or folder.
@@ -196,6 +197,14 @@ class TransformersGenerator(BatchingGenerator):
         self._revision = revision
         self._device = device
         self._dtype = dtype
+        self._left_out: set[str] = set()
+
+    def _encode(self, request: Request) -> list[int]:
+        new = set(request.sampling.extra) - _READ_HERE - self._left_out
+        if new:  # once a name, not once a request
+            self._left_out |= new
+            logger.warning("%s takes no %s: left out.", self.model, ", ".join(sorted(new)))
+        return super()._encode(request)
 
     def _read_files(self) -> tuple[Any, Any]:
         import torch
@@ -371,7 +380,7 @@ class VLLMGenerator(BatchingGenerator):
 
     def _params(self, request: Request) -> Any:
         sampling = request.sampling
-        fields = {name: value for name, value in sampling.extra.items() if name not in _ELSEWHERE}
+        fields = {name: value for name, value in sampling.extra.items() if name not in _READ_HERE}
         given = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         fields |= {name: value for name, value in given.items() if value is not None}
         # By the key and not by the request's own seed, which may be None: two draws of one prompt must differ.
@@ -389,18 +398,13 @@ class VLLMGenerator(BatchingGenerator):
             use_tqdm=False,
             lora_request=self._lora,
         )
-        return [
-            Reply(
-                written.text,
-                written.finish_reason,
-                len(output.prompt_token_ids),
-                len(written.token_ids),
-                self.model,
-                cached_tokens=output.num_cached_tokens or 0,
-            )
-            for output in outputs
-            for written in output.outputs
-        ]
+        replies = []
+        for output in outputs:
+            written = output.outputs[0]  # one to a request, as an endpoint's, even where `n` asks for more
+            used = (len(output.prompt_token_ids), len(written.token_ids))
+            cached = output.num_cached_tokens or 0
+            replies.append(Reply(written.text, written.finish_reason, *used, self.model, cached_tokens=cached))
+        return replies
 
 
 def recorded_name(model: str, revision: str | None = None) -> str:

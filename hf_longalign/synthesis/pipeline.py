@@ -261,7 +261,7 @@ class Pipeline:
         if not outcome.accepted or not len(self.contamination):
             return outcome
         # The instruction of a summary task is the same in the evaluation data too, and gives nothing away.
-        texts = [seed.answer, seed.context or outcome.context]
+        texts = [seed.answer, outcome.context or seed.context or ""]
         for text in texts if find_task(seed.task).is_summary else [seed.instruction, *texts]:
             overlap = self.contamination.overlap(text)
             if overlap:

@@ -2,8 +2,7 @@
 
 The wording is this package's own. It asks for what Context Synthesis asks for (https://arxiv.org/abs/2502.15592): the
 evidence that leads to the answer, distracting detail, and one coherent text of both; a reply opens with "Context:".
-Prompts are messages as (role, content) pairs. A reply that does not hold what was asked for is an error with a reason,
-never data.
+A reply that does not hold what was asked for is an error with a reason, never data.
 """
 
 import re
@@ -14,7 +13,7 @@ from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import Task, fill
 
 
-Messages = tuple[tuple[str, str], ...]
+Messages = tuple[tuple[str, str], ...]  # role and content
 
 TEMPLATE_FIELDS = ("instruction", "answer", "task", "genre", "words", "facts", "format")
 
@@ -129,45 +128,41 @@ def check_template(template: str, name: str) -> str:
     return template if "format" in fields else template.rstrip() + "\n\n{format}"
 
 
+def messages_of(content: str, reason: str | None = None) -> Messages:
+    """Return the messages that ask for a text; `reason` says why the reply before was rejected."""
+    retry = _RETRY.format(reason=reason) if reason else ""
+    return (("system", _SYSTEM), ("user", retry + content))
+
+
 def context_prompt(
-    seed: Seed,
-    task: Task,
-    words: int,
-    *,
-    facts: Facts | None = None,
-    template: str | None = None,
-    reason: str | None = None,
-) -> Messages:
+    seed: Seed, task: Task, words: int, *, facts: Facts | None = None, template: str | None = None
+) -> str:
     """Ask for a context in one reply, from the pair alone or from facts listed before."""
     if template is None:
         # Built before it is filled: braces in the seed must not be taken for fields.
         template = _LOST + ("\n{facts}" if facts else "") + "\n" + _DEMANDS + "\n{format}"
     pair = {"instruction": seed.instruction, "answer": seed.answer, "task": task.name, "genre": task.genre}
-    return _ask(template.format(**pair, words=words, facts=facts or "", format=CONTEXT_FORMAT), reason)
+    return template.format(**pair, words=words, facts=facts or "", format=CONTEXT_FORMAT)
 
 
-def facts_prompt(seed: Seed, task: Task, *, reason: str | None = None) -> Messages:
+def facts_prompt(seed: Seed, task: Task) -> str:
     """Ask for the facts a context will hold: evidence and distraction."""
-    return _ask(_lost(seed, task) + "\n" + _FACTS, reason)
+    return f"{_lost(seed, task)}\n{_FACTS}"
 
 
-def outline_prompt(
-    seed: Seed, task: Task, words: int, sections: int, *, facts: Facts | None = None, reason: str | None = None
-) -> Messages:
+def outline_prompt(seed: Seed, task: Task, words: int, sections: int, facts: Facts | None = None) -> str:
     """Ask for the plan of a context that is longer than one reply."""
     given = f"\n{facts}" if facts else ""
     demands = _DEMANDS.format(words=words)
     plan = _OUTLINE.format(words=words, sections=sections)
-    return _ask(f"{_lost(seed, task)}{given}\n{demands}\n{plan}", reason)
+    return f"{_lost(seed, task)}{given}\n{demands}\n{plan}"
 
 
-def section_prompt(
-    seed: Seed, task: Task, words: int, outline: Outline, number: int, before: str, *, reason: str | None = None
-) -> Messages:
+def section_prompt(seed: Seed, task: Task, words: int, outline: Outline, number: int, before: str) -> str:
     """Ask for section `number` (from 1), which goes on from the last words of the text `before` it."""
     ends = f"ends with:\n{before}" if before else "is empty: this is where it begins."
     section = _SECTION.format(sections=len(outline.sections), plan=outline, number=number, words=words, ends=ends)
-    return _ask(f"{_lost(seed, task)}\n{_DEMANDS.format(words=words * len(outline.sections))}\n{section}", reason)
+    return f"{_lost(seed, task)}\n{_DEMANDS.format(words=words * len(outline.sections))}\n{section}"
 
 
 def judge_prompt(seed: Seed, context: str) -> Messages:
@@ -189,23 +184,17 @@ def answer_prompt(seed: Seed, task: Task, context: str | None = None) -> Message
     return (("user", fill(task.template, context=context, input=seed.instruction)),)
 
 
-def pair_prompt(text: str, *, reason: str | None = None) -> Messages:
+def pair_prompt(text: str) -> str:
     """Ask for one question-answer pair about a text: instruction synthesis, the baseline of the paper."""
-    return _ask(
+    return (
         f"Text:\n{text}\n\nWrite one question about the text above and its answer. The text alone must answer it, "
         "the question must make sense without pointing at the text, and the answer must be short and complete. Write "
-        "in the language of the text.\n\nFormat of the reply:\nQuestion: <question>\nAnswer: <answer>",
-        reason,
+        "in the language of the text.\n\nFormat of the reply:\nQuestion: <question>\nAnswer: <answer>"
     )
 
 
 def _lost(seed: Seed, task: Task) -> str:
     return _LOST.format(genre=task.genre, instruction=seed.instruction, answer=seed.answer)
-
-
-def _ask(content: str, reason: str | None) -> Messages:
-    retry = _RETRY.format(reason=reason) if reason else ""
-    return (("system", _SYSTEM), ("user", retry + content))
 
 
 # Reasoning models of today: <think> (Qwen, DeepSeek), <thought>, <reasoning>, <seed:think>, [THINK] (Mistral), ◁think▷

@@ -66,10 +66,6 @@ class Progress:
         self._bar = tqdm(total=total, desc=name, unit="seed", smoothing=0.05, disable=disable)
         self._log = show is None and self._bar.disable
 
-    def count(self, kind: str, number: int = 1) -> None:
-        """Count one thing by its name."""
-        self.counts[kind] += number
-
     def add(self, spend: Spend) -> None:
         """Add what a reply or a fault has cost."""
         self.spend += spend
@@ -93,9 +89,13 @@ class Progress:
         return f"{self._name}: {self.counts['done']}{total} done, {shown}"
 
     def _shown(self) -> dict[str, str]:
-        numbers = {**{name: self.counts[name] for name in ("rejected", "retried")}, "faults": self.faults.total()}
-        money = {"tokens": f"{self.spend.tokens:,}", "cost": f"${self.spend.usd:.2f}"}
-        return {**{name: str(number) for name, number in numbers.items()}, **money}
+        return {
+            "rejected": str(self.counts["rejected"]),
+            "retried": str(self.counts["retried"]),
+            "faults": str(self.faults.total()),
+            "tokens": f"{self.spend.tokens:,}",
+            "cost": f"${self.spend.usd:.2f}",
+        }
 
     def _refresh(self) -> None:
         if not self._bar.disable:
@@ -122,6 +122,9 @@ class Runner:
         self._batched: Any = generator if hasattr(generator, "bind") else None
         self.progress = progress or Progress(show=False)
         self._under_way: dict[str, asyncio.Task[Reply]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
         self._checked: asyncio.Task[None] | None = None
         self._main: asyncio.Task[Any] | None = None
         self._stop: BaseException | None = None
@@ -147,7 +150,7 @@ class Runner:
             reply = await asyncio.shield(task)
         else:
             # A reply that an earlier run paid for shows too that the endpoint serves this model.
-            self.progress.count("journaled")
+            self.progress.counts["journaled"] += 1
             self._breaker.replied()
         if reply.finish_reason == CONTENT_FILTER:
             raise GenerationError(CONTENT_FILTER, f"The endpoint's content filter refused request {request.key}.")
@@ -155,7 +158,7 @@ class Runner:
 
     def count(self, kind: str, reason: str = "", key: str = "") -> None:
         """Count what became of a seed or a reply; "usable" and "unusable" ones tell whether it is worth going on."""
-        self.progress.count(kind)
+        self.progress.counts[kind] += 1
         if kind == "usable":
             self._breaker.usable()
         elif kind == "unusable":
@@ -169,9 +172,7 @@ class Runner:
         `KeyboardInterrupt` or `RunStopped` is raised. A second Ctrl-C leaves at once.
         """
         # Here and not on the loop: an interrupt may come before the loop of another thread runs.
-        self._main, self._stop, self._checked, self._in_a_row = None, None, None, 0
-        self._without_reply.clear()
-        self._breaker, self._refused = Breaker(), None
+        self._begin()
         results: dict[int, T] = {}
         with suppress(asyncio.CancelledError):  # the second Ctrl-C; the first one is raised below
             try:
@@ -248,7 +249,7 @@ class Runner:
         if stored is not None:
             return stored
         try:
-            self.progress.count("asked")
+            self.progress.counts["asked"] += 1
             reply = await self.generator.reply(request, partial(self._fault, request))
         # Raised through the generator by `_fault`: the only way out of its loop of attempts.
         except _AnsweredElsewhereError as other:

@@ -50,12 +50,11 @@ class SeedSet:
 
     Attributes:
         part: index and number of the parts. Seeds are dealt out in turns: those of one task stand together, and each
-            machine should get some of every task.
-        seeds: those of the part, in the order they were read.
-        skipped: how many rows were skipped, by reason, of all parts.
-        neutralised: in how many seeds marks of chat templates were made plain words of, in all parts.
-        total: how many seeds there are, in all parts.
-        sample: beginnings of some seeds, evenly spread over all, whatever the part.
+            machine should get some of every task. What follows the seeds is of all parts.
+        skipped: how many rows were skipped, by reason.
+        neutralised: in how many seeds marks of chat templates were made plain words of.
+        total: how many seeds there are.
+        sample: beginnings of some seeds, evenly spread over all.
     """
 
     part: tuple[int, int] = (0, 1)
@@ -90,18 +89,14 @@ def read_seeds(
     on_control_tokens: str = "neutralise",
     part: tuple[int, int] = (0, 1),
 ) -> SeedSet:
-    """Read and check seeds, each row once, and keep those of a part.
+    """Read and check seeds, each row once, and keep those of a part; the options are those of `SynthesisOptions`.
+
+    A row that stands there twice, word for word and without an id, is dropped and counted: published seeds have some.
 
     Args:
         sources: one or several names that `read_rows` takes, each with an optional `task=` in front, or rows in
-            memory. Columns: `instruction`, `answer`, and where there are any `task`, `context`, `title`, `id`.
-        contexts: `task=path` for seeds that keep their contexts in a second file: line k of its column `context`
-            belongs to line k of the seeds of that task.
-        on_bad_seed: "raise", or "skip" to count bad rows and go on. A row that stands there twice, word for word and
-            without an id, is dropped and counted either way: published seeds have some.
-        per_task: keep only the first so many seeds of each task.
+            memory.
         control: the marks of chat templates to look for; `None` to leave them in.
-        on_control_tokens: "neutralise" makes plain words of them, "reject" makes theirs a bad row.
         part: index and number of the parts. All rows are read for any of them.
 
     Raises:
@@ -230,10 +225,7 @@ COLUMNS = ("text", "context")
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its title where it has one, and where it was read (file name and line, never a path).
-
-    `neutralised` says how many marks of chat templates were made plain words of.
-    """
+    """A text, with the fields of a `Seed`."""
 
     text: str
     origin: str

@@ -11,12 +11,12 @@ from hf_longalign.endpoint.protocol import GenerationError, Reply, Request, Samp
 from hf_longalign.synthesis.checks import FAILED, OPEN, PASSED, VERDICTS, Check, Rules, failures, verify_context
 from hf_longalign.synthesis.outcome import Outcome, Provenance
 from hf_longalign.synthesis.prompts import (
-    Messages,
     ReplyError,
     answer_prompt,
     context_prompt,
     facts_prompt,
     judge_prompt,
+    messages_of,
     outline_prompt,
     pair_prompt,
     read_context,
@@ -87,15 +87,15 @@ class Dialogue:
     prompt_hash: str = ""
 
     async def get(
-        self, purpose: str, prompt: Callable[..., Messages], read: Callable[[str], T], reason: str | None
+        self, purpose: str, prompt: str, read: Callable[[str], T], reason: str | None
     ) -> tuple[T, str | None]:
-        """Ask `prompt(reason=…)` until the reply can be read; returns what was read and the finish reason.
+        """Ask until the reply can be read; returns what was read and the finish reason. Raises `GiveUpError`.
 
-        Raises `GiveUpError`.
+        `reason` says why the text before was refused, if there was one.
         """
         sampling = self.plan.sampling
         while True:
-            messages = prompt(reason=reason)
+            messages = messages_of(prompt, reason)
             # Another seed: the same prompt twice would otherwise get the journal's reply, the one that failed.
             request = Request(messages, self.plan.model, sampling.again(self.used), purpose)
             try:
@@ -173,7 +173,7 @@ async def write_pair(chunk: Seed, plan: Plan, ask: Ask, count: Count) -> Outcome
     dialogue = Dialogue(plan, ask, count)
 
     async def attempt(reason: str | None) -> Outcome:
-        (question, answer), _ = await dialogue.get("pair", partial(pair_prompt, context), read_pair, reason)
+        (question, answer), _ = await dialogue.get("pair", pair_prompt(context), read_pair, reason)
         seed = replace(chunk, instruction=question, answer=answer)
         found = await asyncio.to_thread(verify_context, context, seed, plan.rules, written=False)
         checks = [Check("parse", PASSED), *found]
@@ -201,13 +201,12 @@ async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) 
     """Title, text and finish reason, in as many steps as the plan has."""
     task, facts, number_of = find_task(seed.task), None, plan.sections
     if plan.facts_first:
-        facts, _ = await dialogue.get("facts", partial(facts_prompt, seed, task), read_facts, reason)
-    prompt: Callable[..., Messages]
+        facts, _ = await dialogue.get("facts", facts_prompt(seed, task), read_facts, reason)
     if number_of == 1:
-        prompt = partial(context_prompt, seed, task, plan.words, facts=facts, template=plan.template)
+        prompt = context_prompt(seed, task, plan.words, facts=facts, template=plan.template)
         (title, context), finish_reason = await dialogue.get("context", prompt, read_context, reason)
         return title or (facts.title if facts else None), context, finish_reason
-    prompt = partial(outline_prompt, seed, task, plan.words, number_of, facts=facts)
+    prompt = outline_prompt(seed, task, plan.words, number_of, facts)
     read = partial(read_outline, sections=number_of)
     outline, finish_reason = await dialogue.get("outline", prompt, read, reason)
     written: list[str] = []
@@ -215,7 +214,7 @@ async def _text(seed: Seed, plan: Plan, dialogue: Dialogue, reason: str | None) 
     # One after the other, since each is shown how the one before ends.
     for number in range(1, number_of + 1):
         before = " ".join("\n\n".join(written).split(" ")[-_TAIL_WORDS:])
-        prompt = partial(section_prompt, seed, task, words, outline, number, before)
+        prompt = section_prompt(seed, task, words, outline, number, before)
         (_, section), finish = await dialogue.get("section", prompt, read_context, None)
         written.append(section)
         # One section that was cut off makes the whole text one.

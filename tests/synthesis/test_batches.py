@@ -26,8 +26,8 @@ from hf_longalign.endpoint import (
 )
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.journal import Journal
-from hf_longalign.synthesis.tables import JournalLedger
 from hf_longalign.synthesis.runner import Runner
+from hf_longalign.synthesis.tables import JournalLedger
 
 from .fakes import FakeGenerator, make_pairs, make_text
 from .kill_client import run_batches

@@ -92,8 +92,7 @@ def test_a_budget_is_never_exceeded_and_filled_while_material_lasts(texts, text,
 def test_the_gold_context_is_as_likely_at_every_index():
     rng = np.random.default_rng(0)
     indices = [
-        compose(Piece("x" * 5, -1), iter(pieces(["y" * 5] * 9)), PROMPT, rng, limit=9).gold_index
-        for _ in range(4000)
+        compose(Piece("x" * 5, -1), iter(pieces(["y" * 5] * 9)), PROMPT, rng, limit=9).gold_index for _ in range(4000)
     ]
     counts = np.bincount(indices, minlength=10)
     chi_square = ((counts - 400) ** 2 / 400).sum()
