@@ -77,8 +77,8 @@ def _content(value: Any) -> str:
         return digest(value.backend_tokenizer.to_str(), str(value.chat_template))
     if isinstance(value, str):
         task, _, name = value.rpartition("=")
-        if any(char in name for char in "*?["):
-            return digest(*(_content(path) for path in sorted(glob(name, recursive=True))))
+        if any(char in name for char in "*?[") and (paths := sorted(glob(name, recursive=True))):
+            return digest(*map(_content, paths))
         # A folder that is named is mostly a tokenizer's, whose weights and logs change no count.
         path = Path(name, "tokenizer.json" if isdir(name) else "")
         # Not `path.is_file()`, which raises for a text that is longer than a file's name can be, such as `extra_body`.
@@ -241,10 +241,14 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
         return [datasets.SplitGenerator(name, gen_kwargs={"rows": rows}) for name, rows in splits.items()]
 
     def _as_dataset(self, split: Any = datasets.Split.TRAIN, in_memory: bool = False) -> datasets.Dataset:
-        if self.config.name == "rejected" and not self.info.splits["train"].num_examples:
-            # datasets cannot read a split without rows.
+        if self.config.name == "chat" and not self.info.splits.total_num_examples:
+            raise ValueError(
+                f"No row fits into `target_tokens`, {self.config.target_tokens}: each context alone exceeds it. Raise "
+                "it, or ask for fewer `context_words`."
+            )
+        if not self.info.splits[split].num_examples:  # datasets cannot read a split without rows
             empty: dict[str, list[Any]] = {name: [] for name in self.info.features}
-            return datasets.Dataset.from_dict(empty, features=self.info.features, split=datasets.Split.TRAIN)
+            return datasets.Dataset.from_dict(empty, features=self.info.features, split=split)
         return super()._as_dataset(split, in_memory)
 
     def _generate_examples(self, rows: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -70,14 +70,8 @@ def export(
     """Write the configurations and their card; `load_dataset(folder, "chat")` reads them, as does the Hub.
 
     The folder appears whole or not at all, and equal data gives equal bytes. A configuration without rows is left out:
-    nothing could load it.
-
-    Args:
-        folder: where to; it must be absent, empty, or written by this function, else a ValueError.
-        data: data sets by configuration and split.
-        config: the settings the card names.
-        journal: the journal of the replies, and `budget` the prices of tokens, for the card's cost.
-        license: licence of the data set, and `seeds_license` of the seeds, as the Hub names them.
+    nothing could load it. `journal` holds the replies, and `budget` the prices of tokens, for the card's cost; the
+    licences are named as the Hub names them. Raises what `check_output` raises.
     """
     folder = Path(folder)
     check_output(folder)

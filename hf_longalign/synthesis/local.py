@@ -71,10 +71,10 @@ class BatchingGenerator(ABC):
 
     async def reply(self, request: Request, notify: Notify = ignore) -> Reply:
         """The reply, from the next batch. See `Generator.reply`."""
-        if self._draining:
-            raise RunStopped("The run is stopping.")
         # Long prompts take milliseconds, during which other replies could be handed over.
         prompt = await asyncio.to_thread(self._encode, request)
+        if self._draining:
+            raise RunStopped("The run is stopping.")
         waiting = Waiting(request, prompt, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         if self._working is None or self._working.done():

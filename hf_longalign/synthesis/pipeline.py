@@ -78,12 +78,11 @@ class Pipeline:
         Returns whether this process goes on to compose: of a team, one does. Raises what `check` raises, a ValueError
         where no seed was accepted, or `RunStopped`: the budget is spent or the endpoint gone, and a rerun continues.
         """
-        if not self._done:
-            if self.team is not None:
-                self._done = self.team.run(self._lead, self._follow)
-            else:
-                self._lead()
-                self._done = True
+        if not self._done and self.team is not None:
+            self._done = self.team.run(self._lead, self._follow)
+        elif not self._done:
+            self._lead()
+            self._done = True
         return self._done
 
     def _lead(self) -> None:
@@ -134,23 +133,12 @@ class Pipeline:
         if config.prompt_template is not None:
             path = Path(config.prompt_template)
             template = check_template(path.read_text(encoding="utf-8"), path.name)
+        extra, control = json_object("extra_body", config.extra_body), self.files.control or ControlTokens()
         return Plan(
             generator=config.generator,
             model=config.model,
-            sampling=Sampling(
-                config.temperature,
-                config.top_p,
-                config.max_tokens,
-                config.sampling_seed,
-                json_object("extra_body", config.extra_body),
-            ),
-            rules=Rules(
-                tuple(config.checks),
-                config.min_words,
-                config.max_words,
-                language,
-                self.files.control or ControlTokens(),
-            ),
+            sampling=Sampling(config.temperature, config.top_p, config.max_tokens, config.sampling_seed, extra),
+            rules=Rules(tuple(config.checks), config.min_words, config.max_words, language, control),
             words=config.context_words,
             reply_words=config.reply_words,
             facts_first=config.facts_first,

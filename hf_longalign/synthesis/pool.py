@@ -58,7 +58,7 @@ class Rivals:
         mapped = np.empty(0, np.uint32) if empty else np.memmap(hashes, np.uint32, "r")
         # As plain arrays over the same memory: slicing a memmap costs more than all that is done with the slice.
         self._hashes, self._ends = np.asarray(mapped), np.load(ends)
-        # Every so-manieth and not at random: the same words are rare in every process.
+        # Evenly spaced and not at random: the same words are rare in every process.
         sample = range(0, len(self._ends), max(1, len(self._ends) // _SAMPLE))
         self._documents = len(sample)
         self._frequencies = Counter(word for index in sample for word in self.words(index).tolist())
@@ -254,7 +254,7 @@ def nearest(
             populations = list(zip(own, own, strict=True))
         for members, rows in populations:
             needed = max(1, -(-len(members) // compared))
-            # At random, not every so-manieth: seeds often stand in turns, one of each task.
+            # At random, not evenly spaced: seeds often stand in turns, one of each task.
             dealt = np.array_split(np.random.default_rng(0).permutation(members), needed)[: len(rows)]
             for part, texts in enumerate(map(np.sort, dealt)):
                 close = score(texts)

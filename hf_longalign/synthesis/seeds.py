@@ -225,7 +225,7 @@ COLUMNS = ("text", "context")
 
 @dataclass(frozen=True)
 class Document:
-    """A text, with the fields of a `Seed`."""
+    """A text that distracts, or that a pair is written for; its other fields are those of a `Seed`."""
 
     text: str
     origin: str

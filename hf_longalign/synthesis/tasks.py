@@ -8,7 +8,6 @@ one-page summary of the report" does not say which.
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from hf_longalign.longbench_prompts import TEMPLATES
 
@@ -53,40 +52,44 @@ _BREAKS = re.compile(r"[ \t]*\n\s*")
 _ENCYCLOPEDIA = "several passages of an encyclopedia, each under its own heading"
 
 
-def _task(name: str, genre: str, noun: str, **more: Any) -> Task:
-    return Task(name, genre, noun, **{"template": TEMPLATES.get(name), **more})
-
-
 _TASKS = (
-    _task(
+    Task(
         "narrativeqa",
         "a long excerpt of a novel or of a film script",
         "story",
-        template=TEMPLATES["narrativeqa"].replace("asconcisely", "as concisely"),
+        TEMPLATES["narrativeqa"].replace("asconcisely", "as concisely"),
     ),
-    _task(
+    Task(
         "qasper",
         "a scientific article on language processing, with abstract, method, data, experiments and results",
         "article",
+        TEMPLATES["qasper"],
     ),
-    _task("hotpotqa", _ENCYCLOPEDIA, "passages"),
-    _task("2wikimqa", _ENCYCLOPEDIA, "passages", aliases=("2wikiqa",)),
-    _task("musique", _ENCYCLOPEDIA, "passages"),
-    _task(
+    Task("hotpotqa", _ENCYCLOPEDIA, "passages", TEMPLATES["hotpotqa"]),
+    Task("2wikimqa", _ENCYCLOPEDIA, "passages", TEMPLATES["2wikimqa"], aliases=("2wikiqa",)),
+    Task("musique", _ENCYCLOPEDIA, "passages", TEMPLATES["musique"]),
+    Task(
         "gov_report",
         "a report by a government agency, with findings, figures and recommendations",
         "report",
+        TEMPLATES["gov_report"],
         named_template=(
             "You are given several reports by government agencies. Write a one-page summary of one of them.\n\n"
             "Reports:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
         ),
         aliases=("govreport",),
     ),
-    _task("qmsum", "the transcript of a meeting, turn by turn, each turn opened by its speaker's name", "transcript"),
-    _task(
+    Task(
+        "qmsum",
+        "the transcript of a meeting, turn by turn, each turn opened by its speaker's name",
+        "transcript",
+        TEMPLATES["qmsum"],
+    ),
+    Task(
         "multi_news",
         "several news articles by different papers on one event",
         "news",
+        TEMPLATES["multi_news"],
         named_template=(
             "You are given the news on several events. Write a one-page summary of the news on one of them.\n\n"
             "News:\n{context}\n\nNow, write a one-page summary of {reference}.\n\nSummary:"
@@ -94,11 +97,11 @@ _TASKS = (
         aliases=("multinews",),
         marks=(("NEWLINE_CHAR", "\n"), ("|||||", "\n\n"), ("story_separator_special_tag", "\n\n")),
     ),
-    _task(
+    Task(
         "general",
         "a text of the kind the instruction is about",
         "text",
-        template="Read the text, then follow the instruction below it.\n\n{context}\n\n{input}",
+        "Read the text, then follow the instruction below it.\n\n{context}\n\n{input}",
     ),
 )
 TASKS = {task.name: task for task in _TASKS}

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -131,6 +132,23 @@ def test_a_token_budget(tmp_path, tokenizer):
     assert first == rejected
 
 
+def test_a_budget_that_leaves_a_split_without_rows(tmp_path, tokenizer):
+    options = {"checks": ["support"], "n_distractors": 0, "tokenizer": tokenizer, "test_share": 0.2}
+    held_out = [row["seed_id"] for row in rows(build(tmp_path / "all", seeds=GIVEN, **options), "test")]
+    given = [{**pair, "context": make_text(n, 4000 if pair["id"] in held_out else 60)} for n, pair in enumerate(GIVEN)]
+    builder = build(tmp_path / "train", seeds=given, target_tokens=2000, **options)
+    assert len(rows(builder)) == 24 - len(held_out) and rows(builder, "test") == []
+    folder = builder.export(tmp_path / "out")
+    assert set(load_dataset(str(folder), "chat", cache_dir=tmp_path / "hf")) == {"train"}
+    # What a model writes may be longer than the fewest words that it must have.
+    written = {"generator": FakeGenerator(), "min_words": 1, **options}
+    with pytest.raises(ValueError, match=r"`target_tokens` must be at least \d+") as caught:
+        build(tmp_path / "none", target_tokens=1, **written)
+    least = int(re.search(r"at least (\d+)", str(caught.value))[1])
+    with pytest.raises(ValueError, match=rf"No row fits into `target_tokens`, {least}: .* fewer `context_words`"):
+        build(tmp_path / "none", target_tokens=least, **written).export(tmp_path / "out")
+
+
 def test_a_summary_is_told_which_context_is_meant(tmp_path):
     reports = [
         {"instruction": "What is a summary?", "answer": f"Dam {n} was finished.", "task": "govreport", "context": text}
@@ -220,6 +238,9 @@ def test_contaminated_seeds_are_rejected_with_the_overlap(tmp_path):
     written = rows(build(tmp_path / "b", "rejected", generator=generator, decontaminate_against=[str(path)]))
     assert [row["seed_id"] for row in written] == ["narrativeqa-7", "narrativeqa-9"]
     assert len(generator.asked) == 23  # what is known to be contaminated is not paid for; context 9 is new
+    noted = make_pairs(24, context=lambda n: f"A note on dam {n}, which is not what the rows hold.")
+    anew = build(tmp_path / "c", "rejected", seeds=noted, generator=FakeGenerator(), decontaminate_against=[str(path)])
+    assert [row["seed_id"] for row in rows(anew)] == ["narrativeqa-7", "narrativeqa-9"]
 
 
 def test_near_duplicates_are_written_anew(tmp_path):

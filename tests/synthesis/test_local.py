@@ -143,6 +143,13 @@ def test_what_is_too_long_is_refused_alone(generator):
     assert fine.text
 
 
+def test_what_a_model_here_does_not_take_is_said_once(generator, caplog):
+    extra = {"min_p": 0.1, "stop": ["END"], "chat_template_kwargs": {}, "max_completion_tokens": 2}
+    first, _ = _replies(generator, [_request(prompt, generator, extra=extra) for prompt in ("Hi", "Which town?")])
+    assert first.completion_tokens <= 2
+    assert [record.getMessage() for record in caplog.records] == [f"{generator.model} takes no min_p, stop: left out."]
+
+
 def test_out_of_memory_halves_the_batch(generator, monkeypatch):
     generate, sizes = generator._generate_at_once, []
 
@@ -172,6 +179,21 @@ def test_drain_finishes_the_batch_at_work(generator):
     outcomes = asyncio.run(ask())
     stopped = [isinstance(outcome, RunStopped) for outcome in outcomes]
     assert 2 <= sum(stopped) <= 4
+
+
+def test_nothing_is_begun_once_the_run_is_stopping(generator, monkeypatch):
+    """Not even for a prompt that was being made ready."""
+    encode = generator._encode
+
+    def encode_while_it_stops(request):
+        found = encode(request)
+        generator.drain()
+        return found
+
+    monkeypatch.setattr(generator, "_encode", encode_while_it_stops)
+    with pytest.raises(RunStopped):
+        _replies(generator, [_request("Hi", generator)])
+    asyncio.run(generator.close())
 
 
 def test_a_folder_is_recorded_by_name_and_content(folder, tmp_path):

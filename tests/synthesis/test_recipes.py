@@ -80,18 +80,10 @@ def test_an_endpoint_writes_and_a_rerun_asks_nothing(tmp_path, capsys):
     seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
     with FakeEndpoint() as server:
         for folder in ("one", "two"):
-            more = (
-                "--prompt_price",
-                1,
-                "--completion_price",
-                2,
-                "--license",
-                "cc-by-4.0",
-                "--seeds_license",
-                "cc0-1.0",
-            )
+            prices = ("--prompt_price", 1, "--completion_price", 2)
+            more = (*prices, "--license", "cc-by-4.0", "--seeds_license", "cc0-1.0")
             where = ("--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / folder)
-            assert run("synthesize", *asking(server, seeds, *where, *more, "--seeds_license", "cc0-1.0")) == 0
+            assert run("synthesize", *asking(server, seeds, *where, *more)) == 0
         assert len(server.log) == 12
     assert files(tmp_path / "one") == files(tmp_path / "two")
     card = (tmp_path / "one" / "README.md").read_text()
@@ -123,16 +115,8 @@ def test_null_in_the_yaml_leaves_an_option_out(tmp_path, capsys):
     settings = tmp_path / "settings.yaml"
     with FakeEndpoint(refuses={name: f"{name} is unsupported" for name in ("temperature", "top_p", "seed")}) as server:
         arguments = ("--config", settings, "--endpoints", server.url, "--cache_dir", tmp_path / "cache")
-        arguments += (
-            "--seeds",
-            seeds,
-            "--output_dir",
-            tmp_path / "out",
-            "--checks",
-            "duplicate",
-            "--n_distractors",
-            1,
-        )
+        arguments += ("--seeds", seeds, "--output_dir", tmp_path / "out")
+        arguments += ("--checks", "duplicate", "--n_distractors", 1)
         settings.write_text("generator: openai\nmodel: tiny\n")
         # Each refusal names the option; with its remedy the next one is met.
         for option in ("temperature", "top_p", "sampling_seed"):
@@ -215,6 +199,10 @@ def test_a_dry_run_prints_the_plan_and_asks_nothing(tmp_path, capsys):
     assert "seeds      12: narrativeqa 12" in plan and "skipped    1: empty (`answer`)" in plan
     assert "requests   12 context" in plan and "and 4,800 out, without retries" in plan
     assert plan.count(": context ---") == 3 and "about 300 words long" in plan
+    # 12 seeds, each asked three times for up to 500,000 tokens: the limit that is sent, not `max_tokens`.
+    limit = ("--extra_body", '{"max_completion_tokens": 500000}', "--completion_price", 2, "--on_bad_seed", "skip")
+    assert run("synthesize", *asking("http://127.0.0.1:9", seeds, "--dry_run", *limit)) == 0
+    assert "; $36.00 if every reply and retry runs to its limit" in capsys.readouterr().out
 
 
 def test_of_many_seeds_some_are_rehearsed_and_tell_of_all(tmp_path, monkeypatch, capsys):

@@ -61,6 +61,10 @@ def test_more_fields_of_a_request_and_another_sampling(tmp_path):
     build(tmp_path, generator=generator, extra_body='{"min_p": 0.1}', temperature=0.5, sampling_seed=9)
     sampling = generator.asked[0].sampling
     assert (dict(sampling.extra), sampling.temperature, sampling.seed) == ({"min_p": 0.1}, 0.5, 9)
+    # Text that is longer than the name of a file can be, or that looks like a pattern of names.
+    texts = ['{"user": "%s"}' % ("x" * 300), '{"stop": ["A"]}', '{"stop": ["B"]}']
+    configs = [made(tmp_path, generator=generator, extra_body=text).config for text in texts]
+    assert len({config.fingerprint() for config in configs}) == 3
 
 
 @pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)

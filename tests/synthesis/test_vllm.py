@@ -5,6 +5,7 @@ import asyncio
 import inspect
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_what_is_sampled_and_sent(folder, vllm):
     ((prompts, (params,), _),) = vllm.asked
     assert prompts == [{"prompt_token_ids": tokenizer("one")["input_ids"]}]
     assert (params.temperature, params.max_tokens) == (1.0, 3)
+
+
+def test_of_several_replies_to_a_request_the_first_counts(folder, vllm, monkeypatch):
+    """As `n` in `extra_body` asks for them."""
+    expected, generate = ask(VLLMGenerator(str(folder)), "one", "two"), vllm.generate
+
+    def generate_two(self, *prompts, **options):
+        found = generate(self, *prompts, **options)
+        for output in found:
+            output.outputs.append(replace(output.outputs[0], text="the second"))
+        return found
+
+    monkeypatch.setattr(vllm, "generate", generate_two)
+    assert ask(VLLMGenerator(str(folder)), "one", "two") == expected
 
 
 def test_what_cannot_be_served_is_refused_alone(folder):
