@@ -184,7 +184,9 @@ def _write_card(folder: Path, adapter: str | Path, revision: str | None, base_id
     from hf_longalign.cards import write_adapter_card
     from hf_longalign.plots import draw_training
 
-    card = model_file(adapter, "README.md", revision)
+    card = None
+    with suppress(ConnectionError):  # the weights are there, which a card is not worth
+        card = model_file(adapter, "README.md", revision)
     data: dict[str, Any] = (card and metadata_load(card)) or {}
     languages = data.get("language") or []
     with suppress(ImportError):

@@ -36,7 +36,8 @@ Long-context instruction tuning from short data.
 
 {commands}
 
-Each command has its own --help. Options may also stand in a YAML: --config FILE; those of the command line win.
+Each command has its own --help. Options of sft, synthesize, evaluate and push may also stand in a YAML: --config FILE;
+those of the command line win.
 hf-longalign runs in one process. On several, start sft, synthesize and evaluate through accelerate:
     accelerate launch --config_file recipes/accelerate/ddp.yaml -m hf_longalign sft …
 """

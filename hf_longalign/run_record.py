@@ -5,13 +5,12 @@ Only what is known for certain stands in it, and no path of the machine that tra
 
 import json
 import re
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from hf_longalign.records.base import dumps
 from hf_longalign.records.training import HubSource, RunRecord, TrainingRecord
@@ -35,12 +34,26 @@ def save_record(directory: str | Path, record: TrainingRecord) -> Path:
 
 
 def model_file(model_id: str | Path, name: str, revision: str | None = None) -> Path | None:
-    """Return a file of a model or adapter, a directory or a Hub id; `None` where it has no such file."""
-    path = Path(model_id) / name
-    if not Path(model_id).is_dir():
-        with suppress(EntryNotFoundError):
-            path = Path(hf_hub_download(str(model_id), name, revision=revision))
-    return path if path.is_file() else None
+    """Return a file of a model or adapter, a directory or a Hub id; `None` where it has no such file.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached, and the cache does not know whether there is such a file.
+    """
+    if Path(model_id).is_dir():
+        path = Path(model_id) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(model_id), name, revision=revision))
+    except LocalEntryNotFoundError as error:
+        # Of a file that the Hub has once said not to have the cache keeps a mark; what is merely not there may exist.
+        if try_to_load_from_cache(str(model_id), name, revision=revision) is _CACHED_NO_EXIST:
+            return None
+        raise ConnectionError(
+            f"{name} of `{model_id}` is not in the cache, and the Hub cannot be asked whether there is one. Go on "
+            f"with a connection, or give the folder that `hf download {model_id}` prints."
+        ) from error
+    except EntryNotFoundError:
+        return None
 
 
 def load_record(model_id: str | Path, revision: str | None = None) -> TrainingRecord:

@@ -27,8 +27,8 @@ LFS = (".parquet", ".safetensors", ".png")
 class Refused(Exception):
     """A request that ends with an error."""
 
-    def __init__(self, status, message, code=None):
-        self.status, self.message, self.code = status, message, code
+    def __init__(self, status, message, code=None, commit=None):
+        self.status, self.message, self.code, self.commit = status, message, code, commit
 
 
 class Repo:
@@ -177,8 +177,11 @@ class Handler(BaseHTTPRequestHandler):
             with self.hub.lock:
                 answer = getattr(self, endpoint)(*groups, body)
         except Refused as refused:
-            error = {"X-Error-Message": refused.message, **({"X-Error-Code": refused.code} if refused.code else {})}
-            return self.answer(refused.status, {"error": refused.message}, error)
+            error = {
+                "X-Error-Message": refused.message, "X-Error-Code": refused.code, "X-Repo-Commit": refused.commit
+            }  # fmt: skip
+            told = {name: value for name, value in error.items() if value}
+            return self.answer(refused.status, {"error": refused.message}, told)
         return self.answer(*answer)
 
     def hang_up(self):
@@ -383,7 +386,7 @@ class Handler(BaseHTTPRequestHandler):
         repo, path = self.reach(kind or "models", name, read=True), unquote(path)
         sha, files = repo.head(revision), repo.files(revision)
         if path not in files:
-            raise Refused(404, "Entry not found", "EntryNotFound")
+            raise Refused(404, "Entry not found", "EntryNotFound", sha)
         data, facts = files[path], entry(path, files[path])
         headers = {"X-Repo-Commit": sha, "ETag": f'"{facts["oid"]}"', "Accept-Ranges": "bytes"}
         if "lfs" in facts:

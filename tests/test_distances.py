@@ -241,6 +241,12 @@ def test_reach_draws_the_curve_without_training(tmp_path, capsys):
     assert json.loads((out / "reach.json").read_text())["lengths"] == [256, 4096]
     with pytest.raises(SystemExit):
         main([*common, "--rope_type", "yarn"])
+    assert main([*common, "--split", "tset"]) == 1
+    assert "`split` must be one of ['train'], got 'tset'" in capsys.readouterr().err
+    (tmp_path / "rows").mkdir()
+    data.rename(tmp_path / "rows" / "test.jsonl")  # a data set without a train split
+    common[3] = str(tmp_path / "rows")
+    assert main([*common, "--distances", "256", "--dtype", "float32"]) == 0
     assert doubles(300, 5000) == [512, 1024, 2048, 4096]
 
 

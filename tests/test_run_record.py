@@ -1,15 +1,18 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from loopback_hub import TOKEN, Hub
 from test_trainer import make_trainer
 from transformers import PretrainedConfig, TrainerState, TrainingArguments
 
-from hf_longalign import run_record
+from hf_longalign import load_adapter, run_record
+from hf_longalign.evaluation.models import record_of
 from hf_longalign.records.training import HubSource
 
 
@@ -59,6 +62,29 @@ def test_the_commit_loaded_is_not_one_pushed_since(tmp_path, monkeypatch):
         assert api.repo_info("user/adapter").sha != first
         assert run_record.loaded_commit("user/adapter", "adapter_config.json") == first
         assert run_record.loaded_commit("user/other", "adapter_config.json") is None
+
+
+def test_a_record_out_of_reach_is_not_taken_for_none(tmp_path, monkeypatch):
+    """Without a connection an adapter would be loaded without the RoPE that its record tells."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with Hub() as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(run_record, "hf_hub_download", partial(hf_hub_download, endpoint=hub.url))
+        api = HfApi(hub.url, token=TOKEN)
+        for name in ("user/ours", "user/theirs"):
+            api.create_repo(name)
+            api.upload_file(path_or_fileobj=b"{}", path_in_repo="adapter_config.json", repo_id=name)
+            assert run_record.model_file(name, "adapter_config.json")
+        api.upload_file(path_or_fileobj=b"{}", path_in_repo=run_record.RECORD_NAME, repo_id="user/ours")
+        assert run_record.model_file("user/theirs", run_record.RECORD_NAME) is None
+        whole = snapshot_download("user/ours", endpoint=hub.url, cache_dir=tmp_path / "whole")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for read in (run_record.load_record, partial(load_adapter, base_model=None), record_of):
+        with pytest.raises(ConnectionError, match=r"cannot be asked whether there is one.*hf download user/ours"):
+            read("user/ours")
+    # The cache remembers what the Hub said of the other.
+    assert run_record.model_file("user/theirs", run_record.RECORD_NAME) is None
+    assert run_record.model_file(whole, run_record.RECORD_NAME)  # the remedy
 
 
 def test_a_data_set_tells_its_source(tmp_path, monkeypatch):

@@ -35,13 +35,16 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from transformers import AutoConfig
 
-    from hf_longalign.commands.sft import DataOptions, check_columns, read_dataset
+    from hf_longalign.commands.sft import DataOptions, check_columns
     from hf_longalign.config import LongAlignSFTConfig
     from hf_longalign.rope import doubles, model_range
     from hf_longalign.trainer import LongAlignSFTTrainer
 
-    found = read_dataset(DataOptions(args.dataset, args.dataset_config, dataset_train_split=args.split or "train"))
-    dataset: Any = found[args.split or ("test" if "test" in found else "train")]
+    found = DataOptions(args.dataset, args.dataset_config).load()
+    split = args.split or ("test" if "test" in found else "train")
+    if split not in found:
+        raise ValueError(f"`split` must be one of {sorted(found)}, got {split!r}. Set one of them.")
+    dataset: Any = found[split]
     check_columns(dataset, "text")
     # A few more, for some may hold no target.
     dataset = dataset.select(range(min(2 * args.rows, len(dataset))))

@@ -47,6 +47,16 @@ class DataOptions(ScriptArguments):
         """How `datasets` calls the format of a file; `None` for a folder or a Hub id."""
         return FILE_FORMATS.get(Path(self.dataset_name or "").suffix)
 
+    def load(self) -> Any:
+        """Return the data set's splits by name."""
+        from datasets import load_dataset
+
+        if self.file_format:
+            return load_dataset(self.file_format, data_files=self.dataset_name, streaming=self.dataset_streaming)
+        return load_dataset(
+            self.dataset_name, self.dataset_config, revision=self.dataset_revision, streaming=self.dataset_streaming
+        )
+
     def check(self) -> None:
         """Refuse a data set that is not there, as far as this machine can tell."""
         if self.dataset_name is None:
@@ -106,14 +116,7 @@ logger = logging.getLogger(__name__)
 
 def read_dataset(args: DataOptions) -> "DatasetDict | IterableDatasetDict":
     """Load the data set and hold out a test split if one is asked for and none is there."""
-    from datasets import load_dataset
-
-    name, config, revision = str(args.dataset_name), args.dataset_config, args.dataset_revision
-    dataset = (
-        load_dataset(args.file_format, data_files=name, streaming=args.dataset_streaming)
-        if args.file_format
-        else load_dataset(name, config, revision=revision, streaming=args.dataset_streaming)
-    )
+    dataset = args.load()
     if args.dataset_train_split not in dataset:
         raise ValueError(
             f"`dataset_train_split` must be one of {sorted(dataset)}, got {args.dataset_train_split!r}. "
@@ -126,7 +129,7 @@ def read_dataset(args: DataOptions) -> "DatasetDict | IterableDatasetDict":
     return dataset
 
 
-def check_columns(dataset: "Dataset | IterableDataset", text_field: str) -> None:
+def check_columns(dataset: "Dataset | IterableDataset", text_field: str, remedy: str = "Rename its columns.") -> None:
     """Refuse a data set that is in none of TRL's formats."""
     from trl.data_utils import get_dataset_column_names
 
@@ -134,9 +137,8 @@ def check_columns(dataset: "Dataset | IterableDataset", text_field: str) -> None
     formats = ({text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}, {"input_ids"})
     if not any(needed <= set(columns) for needed in formats):
         raise ValueError(
-            f"The data set must have a column {text_field!r} (`dataset_text_field`), 'messages', 'conversations', "
-            f"'prompt' and 'completion', or 'input_ids', got {columns}. Rename its columns, or set "
-            "`dataset_text_field`."
+            f"The data set must have a column {text_field!r}, 'messages', 'conversations', 'prompt' and 'completion', "
+            f"or 'input_ids', got {columns}. {remedy}"
         )
 
 
@@ -192,7 +194,11 @@ def run(
         **given,
     }
     dataset = read_dataset(data_args)
-    check_columns(dataset[data_args.dataset_train_split], training_args.dataset_text_field)
+    check_columns(
+        dataset[data_args.dataset_train_split],
+        training_args.dataset_text_field,
+        "Rename its columns, or set `dataset_text_field`.",
+    )
     evaluates = training_args.eval_strategy != "no" or bool(training_args.eval_distances)
     if evaluates and data_args.dataset_test_split not in dataset:
         raise ValueError(
