@@ -38,12 +38,8 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     def __post_init__(self) -> None:
         if self.greater_is_better is None and "loss_at_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # transformers knows a loss by its last letters, and would keep the worst
-        # `accelerate launch --dynamo_backend` compiles too, by these variables alone.
-        backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-        if backend != "no" and self.torch_compile_backend is None:
-            self.torch_compile_backend = backend
         super().__post_init__()
-        if self.torch_compile and self.packing and self.pad_to_multiple_of == "auto":
+        if self.compiled and self.packing and self.pad_to_multiple_of == "auto":
             # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
             self.pad_to_multiple_of = self.max_length
         self.check()
@@ -64,6 +60,11 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
                 f"`loss_type={self.loss_type!r}` and "
                 f"`label_smoothing_factor={self.label_smoothing_factor!r}`. Set 'nll' and 0."
             )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the model is compiled, by `torch_compile` or by `accelerate launch --dynamo_backend`."""
+        return bool(self.torch_compile) or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
 
     @classmethod
     def of(cls, args: TrainingArguments | None, model: Any) -> "LongAlignSFTConfig":

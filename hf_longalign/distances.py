@@ -76,6 +76,8 @@ def first_documents(dataset: Any, count: int) -> list[dict[str, np.ndarray]]:
     """
     found: list[dict[str, np.ndarray]] = []
     for row in dataset:
+        if not len(row["input_ids"]):  # of rows that nobody has prepared
+            continue
         flat: Any = flatten_rows([row], with_blocks=True)
         columns = (flat.input_ids, flat.labels, blocks_to_column(flat.blocks))
         documents = zip(*(np.split(column, np.cumsum(flat.seq_lengths)[:-1]) for column in columns), strict=True)
@@ -278,7 +280,7 @@ class WatchingSFTTrainer(PublishingSFTTrainer):
     def target_log_probs(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the log-probabilities of a batch's targets, `(batch, length - 1)` or longer."""
         batch = self._prepare_inputs(batch)
-        if self.args.torch_compile:
+        if self.args.compiled:
             mark_boundaries(batch)
         with self.compute_loss_context_manager():
             return fused_log_probs(self._wrap_model(self.model, training=False), batch)

@@ -155,12 +155,12 @@ class PublishingSFTTrainer(SFTTrainer):
         return on_main_process(lambda: self._publish(str(self.args.output_dir), **where, **how))
 
     def _publish(self, folder: str, **given: Any) -> str:
-        """Publish a folder; what is `None` is as the arguments have it."""
+        """Publish a folder; what is `None` or empty is as the arguments have it."""
         from hf_longalign.hub import publish_adapter
 
         args = self.args
         own = {"token": args.hub_token, "branch": args.hub_revision, "private": args.hub_private_repo}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: value for name, value in given.items() if value not in (None, "")}
         return publish_adapter(folder, self.hub_model_id, base_model=args.base_name, **{**own, **given})
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -48,9 +48,11 @@ def model_file(model_id: str | Path, name: str, revision: str | None = None) -> 
         # Of a file that the Hub has once said not to have the cache keeps a mark; what is merely not there may exist.
         if try_to_load_from_cache(str(model_id), name, revision=revision) is _CACHED_NO_EXIST:
             return None
+        # Not the folder in the cache: it holds what was asked for so far, and may lack this very file.
+        command = f"hf download {model_id}{f' --revision {revision}' if revision else ''} --local-dir FOLDER"
         raise ConnectionError(
             f"{name} of `{model_id}` is not in the cache, and the Hub cannot be asked whether there is one. Go on "
-            f"with a connection, or give the folder that `hf download {model_id}` prints."
+            f"with a connection, or where there is one run `{command}`, and give that folder."
         ) from error
     except EntryNotFoundError:
         return None
@@ -61,6 +63,7 @@ def load_record(model_id: str | Path, revision: str | None = None) -> TrainingRe
 
     Raises:
         ValueError: there is none, or it cannot be read.
+        ConnectionError: it is not in the cache, and the Hub cannot be reached.
     """
     path = model_file(model_id, RECORD_NAME, revision)
     if path is None:

@@ -199,7 +199,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             padding_free=self.padding_free,
             pad_to_multiple_of=self.args.pad_to_multiple_of,  # type: ignore[arg-type] # TRL has resolved "auto"
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            few_shapes=self.args.torch_compile,
+            few_shapes=self.args.compiled,
         )
 
     def _use_collator(self, collator: SkipPositionDataCollator) -> None:
@@ -361,7 +361,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
         # Another collator may have taken the place of ours, without positions.
         if self.model.training and self.coverage is not None and "position_ids" in inputs:
             self.coverage.observe(inputs)
-        if self.args.torch_compile:
+        if self.args.compiled:
             mark_boundaries(inputs)
         if self.args.loss_weighting == "sequence":
             model = SequenceWeightedModel(model, inputs, num_items_in_batch)

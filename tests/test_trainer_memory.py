@@ -123,7 +123,7 @@ def test_the_chunked_loss_builds_no_logits(tmp_path, packing, monkeypatch):
 def graphs(monkeypatch):
     """How many graphs were compiled after each step, by a callback that counts them."""
     # `torch_compile` sets them for the process.
-    for name in ("BACKEND", "USE_REGIONAL_COMPILATION"):
+    for name in ("BACKEND", "USE_REGIONAL_COMPILATION", "USE_DYNAMIC"):
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
     torch._dynamo.reset()
     counters.clear()
@@ -157,6 +157,7 @@ def test_compiled_by_layer_as_accelerate_launch_has_it(tmp_path, layers, graphs,
     expected = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), **options)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "yes")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")
     actual = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), callbacks=[callback], **options)
     assert_same(actual, expected)
     assert counted[2:] == [counted[2]] * 4

@@ -205,8 +205,8 @@ def render_card(
     if adapter_config is not None and Path(adapter_config.get("base_model_name_or_path") or "").exists():
         adapter_config = {**adapter_config, "base_model_name_or_path": None}  # a relative folder looks like a Hub id
     report = read_report(folder)
-    # As the report names them: an earlier one may have left pictures in the folder.
-    images = [name for name in report.images if (folder / name).is_file()] if report else []
+    # As the report names them, where there is one: an earlier one may have left pictures in the folder.
+    images = [image.name for image in sorted(folder.glob("*.png")) if report is None or image.name in report.images]
     images += [f"assets/{image.name}" for image in sorted((folder / "assets").glob("*.png"))]
     card = adapter_card(record, adapter_config, report, images=images, **facts)
     old = folder / CARD

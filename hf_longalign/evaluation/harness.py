@@ -167,6 +167,7 @@ class HarnessSuite:
     name = "short"
 
     def __init__(self, tasks: Sequence[str], examined: Examined, store: ResultStore, **options: Any) -> None:
+        require("lm_eval", "harness")  # before its version is asked for
         self.examined, self.options = examined, options
         self.tasks = list(dict.fromkeys(tasks))
         self._keys: dict[tuple[str, str], str] = {}

@@ -21,6 +21,7 @@ from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.records.training import is_hub_id
 
 
+FILES = (".zip", ".json", ".jsonl", ".gz", ".tar", ".txt", ".csv", ".parquet")
 HUB_ID, V2_HUB_ID = "zai-org/LongBench", "zai-org/LongBench-v2"
 V2 = "longbench_v2"
 # `prompts/0shot.txt`; `input` is the question with its choices.
@@ -194,7 +195,7 @@ def _fetched(source: str | Path, file: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    is_file = path.suffix in (".zip", ".json", ".jsonl")  # a Hub id may hold a full stop too
+    is_file = path.suffix in FILES  # a Hub id may hold a full stop too
     if isinstance(source, Path) or not is_hub_id(source) or "/" not in source or is_file:
         raise FileNotFoundError(
             f"`longbench_source` must be a file, a folder or a Hub id, got {str(source)!r}, which is not there. "

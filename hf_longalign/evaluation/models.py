@@ -216,7 +216,13 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     of_base = AutoTokenizer.from_pretrained(model, revision=base_revision(options), **remote)
     if adapter is None or model_file(adapter, "tokenizer_config.json", options.adapter_revision) is None:
         return of_base  # none was saved with the adapter
-    of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
+    try:
+        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
+    except Exception as error:  # whatever its files or their code raise
+        raise ValueError(
+            f"`adapter` must have a tokenizer that loads, or none, got {type(error).__name__}: {error}. Set "
+            f"`tokenizer` to {model!r} to ask both with the base's."
+        ) from error
     # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
         ("chat template", of_base.chat_template, of_adapter.chat_template),
@@ -345,7 +351,9 @@ def files_of(source: str) -> list[list[Any]]:
 
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what tells a tokenizer from any other: prompts are stored as text, and answers with them."""
-    return identity_of([tokenizer.chat_template, tokenizer.get_vocab(), tokenizer("a")["input_ids"]])
+    # Some tokenizers with code of their own have bytes as words, which JSON has not.
+    words = sorted((str(word), number) for word, number in tokenizer.get_vocab().items())
+    return identity_of([tokenizer.chat_template, words, tokenizer("a")["input_ids"]])
 
 
 def identity_of(value: Any) -> str:

@@ -62,8 +62,9 @@ class ModelOptions:
         ignored = ("endpoint", "load_in_4bit", "attn_implementation", "adapter_revision")
         for name in ignored if self.generator == "vllm" else ():
             if getattr(self, name):
+                remedy = "Download it and give the folder." if name == "adapter_revision" else "Leave it out."
                 raise ValueError(
-                    f"`{name}` must be unset with `generator` vllm, got {getattr(self, name)!r}. Leave it out."
+                    f"`{name}` must be unset with `generator` vllm, got {getattr(self, name)!r}. {remedy}"
                 )
         if self.vllm_options is not None:
             try:

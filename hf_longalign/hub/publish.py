@@ -288,8 +288,12 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
             "Set it (`base_name` of the command line) to the model's Hub id, or to a neutral name."
         )
 
-    def renamed(found: dict[str, Any]) -> dict[str, Any]:
-        return {key: base_model if value in local else value for key, value in found.items()}
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: renamed(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [renamed(inner) for inner in value]
+        return base_model if value in local else value
 
     changed = {}
     for name, text in texts.items():
@@ -298,7 +302,7 @@ def _neutral(files: Mapping[str, Path], base_model: str | None) -> dict[str, byt
             for path in local:
                 new = new.replace(path, str(base_model))
         else:
-            value = json.loads(text, object_hook=renamed)
+            value = renamed(json.loads(text))
             if name == "adapter_config.json" and base_model is not None:
                 value["base_model_name_or_path"] = base_model
             if value != json.loads(text):  # else it goes as it was written

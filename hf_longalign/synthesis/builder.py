@@ -23,7 +23,7 @@ from hf_longalign.text import digest
 
 
 # Raised whenever the same fields give other rows: datasets does not see a change of code.
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 
 
 @dataclass
@@ -246,7 +246,8 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
                 f"No row fits into `target_tokens`, {self.config.target_tokens}: each context alone exceeds it. Raise "
                 "it, or ask for fewer `context_words`."
             )
-        if not self.info.splits[split].num_examples:  # datasets cannot read a split without rows
+        named = self.info.splits.get(str(split))  # `None` for a slice or a sum of splits
+        if named is not None and not named.num_examples:  # datasets cannot read a split without rows
             empty: dict[str, list[Any]] = {name: [] for name in self.info.features}
             return datasets.Dataset.from_dict(empty, features=self.info.features, split=split)
         return super()._as_dataset(split, in_memory)

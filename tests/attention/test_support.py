@@ -87,7 +87,7 @@ def test_every_strategy_is_exact_or_refused(backend, family, strategy, packed):
 def test_flex_attention_is_exact_or_refused(family, monkeypatch):
     # What is refused is a matter of masks, which are the same without a minute of a C++ compiler.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
     for packed, strategy in [(False, "mixed"), (True, "none"), (True, "mixed")]:
         documents = make_documents(strategy)
         actual = batch_logits(tiny_model(family, "flex_attention"), documents, packed)

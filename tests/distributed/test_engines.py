@@ -219,7 +219,7 @@ def test_the_memory_formula_is_held_by_a_step(engines, monkeypatch, engine, proc
         monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 64)
         here(engines, name, sizes=SIZES)
     shape = memory_formula.Shape("Llama", *SIZES)
-    reckoned = memory_formula.device_bytes(shape, worker.WEIGHED, full=name == "full", gpus=processes)
+    reckoned = memory_formula.device_bytes(shape, worker.WEIGHED[name], full=name == "full", gpus=processes)
     measured = int((engines / f"{engine}-{name}.bytes").read_text())
     assert 0.8 * reckoned < measured < reckoned
 

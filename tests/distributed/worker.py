@@ -42,7 +42,7 @@ from tiny import chat_dataset, tiny_tokenizer
 
 
 STEPS = 3
-WEIGHED = 512  # tokens
+WEIGHED = {"lora": 512, "full": 1024}  # tokens, by which a fifth of the bytes at least are told
 RESUMABLE = {"packing": True, "max_steps": 4, "optim": "adamw_torch", "learning_rate": 1e-2, "save_strategy": "steps"}
 # What PEFT can train where the model is cut over the processes.
 COLUMN_WISE = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -182,12 +182,12 @@ def weigh(base, engine, name, sizes):
     layers, hidden, heads, key_heads, width, ffn, vocabulary = sizes
     config = LlamaConfig(
         num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=key_heads,
-        head_dim=width, intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=4 * WEIGHED,
+        head_dim=width, intermediate_size=ffn, vocab_size=vocabulary, max_position_embeddings=4 * WEIGHED[name],
     )  # fmt: skip
-    full = name == "full"
+    full, tokens = name == "full", WEIGHED[name]
     args = LongAlignSFTConfig(
         output_dir=str(Path(base) / engine / name), use_cpu=True, bf16=True, report_to="none", disable_tqdm=True,
-        packing=True, max_length=WEIGHED, skip_target_length=4 * WEIGHED, per_device_train_batch_size=1, max_steps=2,
+        packing=True, max_length=tokens, skip_target_length=4 * tokens, per_device_train_batch_size=1, max_steps=2,
         save_strategy="no", optim="adamw_torch", preflight=False,
     )  # fmt: skip
     chunked_logprob.TOKEN_CHUNK_SIZE = 64  # on CPUs a tile of the loss is copied several times
@@ -195,7 +195,7 @@ def weigh(base, engine, name, sizes):
     trainer = LongAlignSFTTrainer(
         LlamaForCausalLM(config).to(torch.float32 if full else torch.bfloat16),
         args=args,
-        train_dataset=Dataset.from_list([{"input_ids": ids, "labels": [-100] * 64 + ids[64:]}] * (WEIGHED // 16)),
+        train_dataset=Dataset.from_list([{"input_ids": ids, "labels": [-100] * 64 + ids[64:]}] * (tokens // 16)),
         processing_class=tiny_tokenizer(),
         peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16),
     )

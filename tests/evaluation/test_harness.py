@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -381,3 +382,9 @@ def test_which_tasks_need_logprobs_is_known_without_their_data():
     needed = {name for name in (*SHORT, "bbh", "arc_easy", "ai2_arc", "mmlu", "leaderboard", "squadv2", "wikitext")
               if needs_logprobs(manager, name)}  # fmt: skip
     assert needed == {"arc_easy", "ai2_arc", "mmlu", "leaderboard", "squadv2", "wikitext"}
+
+
+def test_without_lm_eval_its_command_is_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with ResultStore(tmp_path / "answers") as store, pytest.raises(ImportError, match=r"hf_longalign\[harness\]"):
+        HarnessSuite(["gsm8k"], examined(tiny_llama(), []), store)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -194,8 +195,9 @@ def test_another_chat_template_is_refused_until_one_is_chosen(trained):
 def test_an_adapter_without_a_tokenizer_is_asked_with_the_base_s(trained, tmp_path):
     base, adapter = trained
     (adapter / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="Expecting property name"):
+    with pytest.raises(ValueError, match=r"a tokenizer that loads.*Expecting property name.*Set `tokenizer`"):
         load_tokenizer(options(base, adapter=adapter))  # it may be another than the base's
+    assert load_tokenizer(options(base, adapter=adapter, tokenizer=str(base)))  # the remedy
     for path in (*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")):
         path.unlink()
     assert load_tokenizer(options(base, adapter=adapter)).chat_template
@@ -216,3 +218,19 @@ def test_a_server_is_checked_by_the_model_as_the_options_load_it(trained, tmp_pa
     with ResultStore(tmp_path / "answers") as store, pytest.raises(KeyboardInterrupt):
         evaluator.check_served(Examined(given, None, None, None, []), Examinee("adapter", "id", None), store)
     assert asked == [given]  # code that comes with the model is run here as for every other use of it
+
+
+def test_without_the_hub_a_served_base_is_not_compared_and_an_adapter_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def settings(label, check):
+        given = ModelOptions("org/base", "org/adapter", endpoint="http://localhost", check_served=check)
+        examinee = Examinee(label, "id", None)
+        with ResultStore(tmp_path / "answers") as store:
+            return evaluator.check_served(Examined(given, None, None, None, []), examinee, store)
+
+    assert "the Hub could not be asked" in settings("base", "stored")["answers as trained"]
+    with pytest.raises(ConnectionError, match="hf download org/adapter"):
+        settings("adapter", "stored")
+    assert settings("adapter", "off") == {}

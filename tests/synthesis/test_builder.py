@@ -134,10 +134,16 @@ def test_a_token_budget(tmp_path, tokenizer):
 
 def test_a_budget_that_leaves_a_split_without_rows(tmp_path, tokenizer):
     options = {"checks": ["support"], "n_distractors": 0, "tokenizer": tokenizer, "test_share": 0.2}
-    held_out = [row["seed_id"] for row in rows(build(tmp_path / "all", seeds=GIVEN, **options), "test")]
+    whole = build(tmp_path / "all", seeds=GIVEN, **options)
+    held_out = [row["seed_id"] for row in rows(whole, "test")]
+    # Whatever else `datasets` takes for a split.
+    assert len(whole.as_dataset(split="train[:2]")) == 2 and len(whole.as_dataset(split="train+test")) == 24
+    with pytest.raises(ValueError, match="Unknown split"):
+        whole.as_dataset(split="tset")
     given = [{**pair, "context": make_text(n, 4000 if pair["id"] in held_out else 60)} for n, pair in enumerate(GIVEN)]
     builder = build(tmp_path / "train", seeds=given, target_tokens=2000, **options)
     assert len(rows(builder)) == 24 - len(held_out) and rows(builder, "test") == []
+    assert len(builder.as_dataset(split="train[:2]")) == 2
     folder = builder.export(tmp_path / "out")
     assert set(load_dataset(str(folder), "chat", cache_dir=tmp_path / "hf")) == {"train"}
     # What a model writes may be longer than the fewest words that it must have.
