@@ -295,6 +295,7 @@ def to_nan(model, **kwargs):
 def test_a_merge_that_changes_the_model_is_refused(trained, tmp_path, monkeypatch, merge):
     _, adapter, _ = trained
     monkeypatch.setattr(PeftModel, "merge_and_unload", merge, raising=False)
-    with pytest.raises(ValueError, match="must give the same logits merged"):
-        merge_adapter(adapter, tmp_path / "merged")
+    for dtype, remedy in (("float32", "Load it with"), ("bfloat16", "Set `dtype` to float32, or load it with")):
+        with pytest.raises(ValueError, match=f"must give the same logits merged.*{remedy} `load_adapter`"):
+            merge_adapter(adapter, tmp_path / "merged", dtype=dtype)
     assert not (tmp_path / "merged").exists()

@@ -315,18 +315,19 @@ def test_a_server_scores_as_the_model_itself(model, write_task, senders, chat):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|start|>"
     rows = [{"question": f"In year {n}, what did Ardel sell?", "answer": WORDS[n]} for n in range(6)]
-    # The Brier score is of the probabilities themselves: it shows what equal choices would hide.
-    more = CHOSEN.replace('"salt", "wool"', ", ".join(f'"{word}"' for word in WORDS))
-    more = more.replace(
-        "  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n", "  - metric: brier_score\n"
-    )
-    write_task(rows, "multiple_choice", more)
+    choices = f"\ndoc_to_choice: {json.dumps(WORDS)}\n"
     options = {"max_length": 512, "chat": chat}
     with served(model, tokenizer) as (generator, asked):
-        (local,), (found,) = (list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator))
-        assert found.error is None and found.metric == local.metric == "brier_score,none"
-        assert found.value == pytest.approx(local.value, abs=1e-5)
-        assert {path for path, _, _ in asked} == {"/v1/completions"} and len(asked) == 1 + 36
+        # The Brier score is of the probabilities themselves, which equal choices would hide; `acc_norm` is of lengths.
+        for metric in ("brier_score", "acc_norm"):
+            write_task(rows, "multiple_choice", f"{choices}metric_list:\n  - metric: {metric}\n")
+            asked.clear()
+            (local,), (found,) = (
+                list(run_harness(one, tokenizer, ["towns"], **options)) for one in (model, generator)
+            )
+            assert found.error is None and found.metric == local.metric == f"{metric},none"
+            assert found.value == pytest.approx(local.value, abs=1e-5)
+            assert {path for path, _, _ in asked} == {"/v1/completions"} and len(asked) == 1 + 36
         # What the model says by itself is right for the first four.
         said = [_answer(model, tokenizer, row["question"]) for row in rows]
         rows = [{**row, "answer": said[n] if n < 4 else "no"} for n, row in enumerate(rows)]
