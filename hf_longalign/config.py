@@ -38,8 +38,9 @@ class LongAlignSFTConfig(TrainingOptions, SFTConfig):
     def __post_init__(self) -> None:
         if self.greater_is_better is None and "loss_at_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False  # transformers knows a loss by its last letters, and would keep the worst
+        automatic = self.pad_to_multiple_of == "auto"  # TRL makes it None
         super().__post_init__()
-        if self.compiled and self.packing and self.pad_to_multiple_of == "auto":
+        if automatic and self.compiled and self.packing:
             # Packed rows are nearly full: filled up, they are all of one length, and compiled once.
             self.pad_to_multiple_of = self.max_length
         self.check()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import trl.models.activation_offloading as offloading
+from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
 from test_trainer_models import make_trainer
-from tiny import tiny_llama
+from tiny import chats, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
@@ -137,10 +138,19 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
+def packed_rows():
+    """Options for six steps over packed rows that differ in length and in their number of documents."""
+    rows = [{"messages": chats(n + 1, turns=n % 4 + 1)[n]} for n in range(40)]
+    return {
+        "dataset": Dataset.from_list(rows), "max_length": 400, "max_steps": 6, "per_device_train_batch_size": 1,
+        "preflight": False,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("weighting", ["token", "sequence"])
 def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step(tmp_path, weighting, graphs):
     callback, counted = graphs
-    options = {"max_steps": 6, "per_device_train_batch_size": 1, "loss_weighting": weighting, "preflight": False}
+    options = packed_rows() | {"loss_weighting": weighting}
     expected = trained(tmp_path, True, **options)
     actual = trained(
         tmp_path, True, callbacks=[callback], torch_compile=True, torch_compile_backend="aot_eager", **options
@@ -153,14 +163,25 @@ def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step
 def test_compiled_by_layer_as_accelerate_launch_has_it(tmp_path, layers, graphs, monkeypatch):
     """What `accelerate launch --dynamo_backend … --dynamo_use_regional_compilation` sets."""
     callback, counted = graphs
-    options = {"max_steps": 6, "per_device_train_batch_size": 1, "preflight": False}
-    expected = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), **options)
+    expected = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), **packed_rows())
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "yes")
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_DYNAMIC", "False")
-    actual = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), callbacks=[callback], **options)
+    actual = trained(tmp_path, True, tiny_llama(num_hidden_layers=layers), callbacks=[callback], **packed_rows())
     assert_same(actual, expected)
-    assert counted[2:] == [counted[2]] * 4
+    assert counted[0] > 0 and counted[2:] == [counted[2]] * 4
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_what_is_compiled_has_one_length_and_few_shapes(tmp_path, launched, graphs, monkeypatch):
+    if launched:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    compiled = {} if launched else {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainer = make_trainer(tmp_path, tiny_llama(), packing=True, **compiled, **packed_rows())
+    batches = list(trainer.get_train_dataloader())
+    assert len({int((batch["labels"] != -100).sum()) for batch in batches}) > 1
+    assert {batch["input_ids"].shape for batch in batches} == {(1, 400)}
+    assert {batch["cu_seq_lens_q"].shape for batch in batches} == {(17,)}
 
 
 GPU_OPTIONS = {

@@ -30,7 +30,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def make_trainer(folder, model, *, peft_config=None, **options):
+def make_trainer(folder, model, *, peft_config=None, dataset=None, **options):
     given = {
         "use_cpu": True,
         "bf16": False,
@@ -50,7 +50,7 @@ def make_trainer(folder, model, *, peft_config=None, **options):
     return LongAlignSFTTrainer(
         model,
         args=LongAlignSFTConfig(str(folder / "output"), **given),
-        train_dataset=chat_dataset(8),
+        train_dataset=chat_dataset(8) if dataset is None else dataset,
         processing_class=tiny_tokenizer(),
         peft_config=peft_config,
     )
