@@ -10,7 +10,8 @@ help:  ## List the targets.
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	# Compiled when imported: most of what is installed never is.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[test]"
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## Train a tiny model on short data, ask it for facts at 16x the length.

@@ -76,7 +76,9 @@ def _journaled(folder):
     found = 0
     for path in folder.glob("cache/context_synthesis/shards/*.sqlite"):
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-            found += connection.execute("SELECT replies FROM totals").fetchone()[0]
+            # A file that was opened a moment ago has no tables yet.
+            if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'totals'").fetchone():
+                found += connection.execute("SELECT replies FROM totals").fetchone()[0]
     return found
 
 
