@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
 from hf_longalign.adapter import weights_sample
+from hf_longalign.cli import main
 from hf_longalign.coverage import DistanceCoverage
 from hf_longalign.evaluation.options import SuiteOptions
 from hf_longalign.records.training import TrainingRecord
@@ -186,9 +187,13 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
         (["--haystack", "missing.txt"], "`haystack` must be a text file or a folder, got 'missing.txt'"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(models, tmp_path, options, message):
-    done = run(models, tmp_path, *options)
-    assert done.returncode != 0 and message in done.stderr
+def test_what_cannot_be_is_refused_by_name(models, tmp_path, capsys, options, message):
+    words = command(models, tmp_path, *options)
+    try:
+        status = main(["evaluate", *words[words.index(str(RECIPE)) + 1 :]])
+    except SystemExit as ended:
+        status = ended.code
+    assert status != 0 and message in capsys.readouterr().err
     assert not any(tmp_path.glob("answers/*.jsonl")) or not keys_of(tmp_path), "refused before anything is asked"
 
 

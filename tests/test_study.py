@@ -369,15 +369,17 @@ def test_an_arm_that_was_not_asked_at_one_length_is_drawn_at_the_others(recipes,
     assert drawn == [({"ordinary": [1.0, 1.0], "pose": [1.0, 1.0]}, [2048, 4096])]
 
 
-def test_what_is_no_arm_is_refused_by_name(model, seeds, tmp_path):
-    process = start([*command(model, seeds, tmp_path), "--arms", "skipp_parts"])
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0 and "`arms` must be among plain, scaled" in errors
-
-
-def test_a_text_without_room_is_refused_before_anything_is_trained(model, seeds, tmp_path):
-    process = start([*command(model, seeds, tmp_path), "--cells", "3072:1", "256:1"])
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert "`cells` must have room for needles and the passages of a pair, got 256" in errors
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arms", "skipp_parts"], "`arms` must be among plain, scaled"),
+        (["--cells", "3072:1", "256:1"], "`cells` must have room for needles and the passages of a pair, got 256"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    recipes, model, seeds, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr(sys, "argv", [*command(model, seeds, tmp_path)[1:], *options])
+    with pytest.raises(ValueError, match=message):
+        recipes.study.main()
     assert not list(tmp_path.rglob("*.json"))

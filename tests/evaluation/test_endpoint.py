@@ -3,11 +3,7 @@
 import asyncio
 import json
 import logging
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from fake_endpoint import FakeEndpoint
@@ -15,6 +11,7 @@ from served import transformers_serve
 from tiny_chat import make_tiny_chat
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_longalign.cli import main
 from hf_longalign.evaluation.endpoint import EndpointError, EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.prompt import Prompt, token_counter
@@ -266,7 +263,7 @@ def test_bad_urls_are_refused_without_their_login(url):
         EndpointGenerator("tiny", "http://host", max_concurrency=0)
 
 
-def test_the_recipe_reports_what_the_server_tells_and_asks_it_once(tmp_path):
+def test_the_command_reports_what_the_server_tells_and_asks_it_once(tmp_path, capsys):
     folder = make_tiny_chat(tmp_path / "tiny")
 
     class Counts(FakeEndpoint):
@@ -275,22 +272,28 @@ def test_the_recipe_reports_what_the_server_tells_and_asks_it_once(tmp_path):
             completion["usage"]["prompt_tokens"] = 480
             return completion
 
-    command = [sys.executable, str(Path(__file__).parents[2] / "recipes" / "evaluate.py"), "--model", str(folder)]
-    command += ["--suites", "needle", "--needle_tasks", "single", "--lengths", "512", "--depths", "0.5", "--samples"]
-    command += ["2", "--max_new_tokens", "16", "--output_dir", str(tmp_path / "out"), "--endpoint"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        "evaluate",
+        "--model",
+        str(folder),
+        "--suites",
+        "needle",
+        "--needle_tasks",
+        "single",
+        "--lengths",
+        "512",
+    ]
+    command += ["--depths", "0.5", "--samples", "2", "--max_new_tokens", "16", "--output_dir"]
     with Counts(model=str(folder), listing={"max_model_len": 512}, reply=finds(10_000)) as server:
         for _ in range(2):
-            done = subprocess.run([*command, server.url], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            assert main([*command, str(tmp_path / "out"), "--endpoint", server.url]) == 0
         assert len(server.log) == 2 + 2  # two probes, two questions
     settings = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
     assert settings["base: range of the server"] == "512 tokens"
     assert [value for name, value in settings.items() if "pass key" in name] == ["found"]
     with Counts(model=str(folder), listing={"max_model_len": 400}) as server:
-        command[command.index("--output_dir") + 1] = str(tmp_path / "short")
-        done = subprocess.run([*command, server.url], env=environment, capture_output=True, text=True)
-        assert done.returncode and "`lengths`: the longest prompt" in done.stderr and not server.log
+        assert main([*command, str(tmp_path / "short"), "--endpoint", server.url])
+        assert "`lengths`: the longest prompt" in capsys.readouterr().err and not server.log
 
 
 def test_a_real_server_answers_as_the_local_generator(tmp_path):
