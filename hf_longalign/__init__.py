@@ -18,7 +18,7 @@ from hf_longalign.lazy import lazy_exports
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table below
-    from hf_longalign.adapter import load_adapter, merge_adapter
+    from hf_longalign.adapter import load_adapter
     from hf_longalign.attention import register_attention
     from hf_longalign.callback import SkipPositionCallback
     from hf_longalign.collator import SkipPositionDataCollator
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what an editor sees; the rest of Python sees the table belo
     from hf_longalign.endpoint import BatchGenerator, OpenAIGenerator
     from hf_longalign.evaluation import evaluate
     from hf_longalign.hub import publish_adapter, publish_dataset
+    from hf_longalign.merge import merge_adapter
     from hf_longalign.positions import sample_positions
     from hf_longalign.preflight import run_preflight
     from hf_longalign.records import Report
@@ -53,7 +54,7 @@ _EXPORTS = {
     "TransformersGenerator": "synthesis",
     "evaluate": "evaluation",
     "load_adapter": "adapter",
-    "merge_adapter": "adapter",
+    "merge_adapter": "merge",
     "merge_shards": "synthesis",
     "publish_adapter": "hub",
     "publish_dataset": "hub",

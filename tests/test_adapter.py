@@ -2,16 +2,20 @@
 
 import json
 import logging
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen3_5Config
 from transformers import Qwen3_5ForConditionalGeneration as Qwen3_5
 
-from hf_longalign.adapter import check_weights, load_adapter, merge_adapter, weights_sample
+from hf_longalign.adapter import check_weights, load_adapter, weights_sample
+from hf_longalign.merge import merge_adapter
 from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import rope_record, scale_rope
 from hf_longalign.run_record import load_record, save_record
@@ -192,6 +196,10 @@ def test_merged_and_loaded_the_plain_way(tmp_path, embeddings, new_tokens, tied,
     assert shared == whole.config.tie_word_embeddings == (tied and embeddings in ("nothing", "some tokens"))
     assert replace(load_record(output), answers=None) == load_record(adapter)
     assert "The RoPE that it was trained with stands in its config." in (output / "README.md").read_text()
+    half = AutoModelForCausalLM.from_pretrained(merge_adapter(adapter, tmp_path / "half", dtype="bfloat16"))
+    assert half.dtype == torch.bfloat16
+    for name, weight in half.state_dict().items():
+        torch.testing.assert_close(weight.float(), whole.state_dict()[name], rtol=2**-6, atol=2**-6)
 
 
 def test_a_merge_of_a_quantised_base_is_whole(tmp_path):
@@ -291,11 +299,48 @@ def to_nan(model, **kwargs):
     return merged
 
 
-@pytest.mark.parametrize("merge", [without_the_adapter, to_nan])
+def another_layer(model, **kwargs):
+    merged = model.base_model.merge_and_unload()
+    merged.model.layers[0].self_attn.v_proj.weight.data *= 1.1
+    return merged
+
+
+@pytest.mark.parametrize("merge", [without_the_adapter, to_nan, another_layer])
 def test_a_merge_that_changes_the_model_is_refused(trained, tmp_path, monkeypatch, merge):
     _, adapter, _ = trained
     monkeypatch.setattr(PeftModel, "merge_and_unload", merge, raising=False)
     for dtype, remedy in (("float32", "Load it with"), ("bfloat16", "Set `dtype` to float32, or load it with")):
-        with pytest.raises(ValueError, match=f"must give the same logits merged.*{remedy} `load_adapter`"):
+        with pytest.raises(ValueError, match=f"must give the same when merged.*{remedy} `load_adapter`"):
             merge_adapter(adapter, tmp_path / "merged", dtype=dtype)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(("size", "told"), [(0.02, "warned"), (0.003, "refused")])
+def test_what_rounding_takes_of_an_adapter_is_told(trained, tmp_path, caplog, size, told):
+    """A change below half the distance of two numbers is lost when it is added to a weight."""
+    _, adapter, _ = trained
+    small = tmp_path / "small"
+    shutil.copytree(adapter, small)
+    tiny_tokenizer().save_pretrained(small)
+    weights = load_file(small / "adapter_model.safetensors")
+    weights = {name: weight * (size if "lora_B" in name else 1) for name, weight in weights.items()}
+    save_file(weights, small / "adapter_model.safetensors")
+    # The same by hand: as much of each change as a rounded sum keeps.
+    model = load_adapter(small, dtype="float32")
+    held = changed = 0.0
+    for name, layer in model.get_base_model().named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            plain, change = layer.get_base_layer().weight.bfloat16().float(), layer.get_delta_weight("default")
+            held += float((((plain + change).bfloat16().float() - plain) * change).sum())
+            changed += float(change.square().sum())
+    if told == "refused":
+        with pytest.raises(ValueError, match=r"got \d+% of what the adapter .*Set `dtype` to float32") as refusal:
+            merge_adapter(small, tmp_path / "merged", dtype="bfloat16")
+        found = refusal.value.args[0].partition("got ")[2]
+    else:
+        merge_adapter(small, tmp_path / "merged", dtype="bfloat16", known_answers=False)
+        found = caplog.text.partition("merged weights hold ")[2]
+    assert int(re.match(r"\d+", found)[0]) == pytest.approx(100 * held / changed, abs=3)
+    caplog.clear()
+    merge_adapter(small, tmp_path / "whole", dtype="float32", known_answers=False)  # the remedy
+    assert "merged weights hold" not in caplog.text

@@ -44,9 +44,7 @@ def test_a_data_set_is_read_at_its_revision(monkeypatch):
 
 def test_an_adapter_is_merged_at_its_revision_into_the_base_named(monkeypatch, capsys):
     asked = {}
-    monkeypatch.setattr(
-        "hf_longalign.adapter.merge_adapter", lambda *args, **options: asked.update(options, args=args)
-    )
+    monkeypatch.setattr("hf_longalign.merge.merge_adapter", lambda *args, **options: asked.update(options, args=args))
     words = ("--base_model", "org/base", "--adapter_revision", "v2", "--dtype", "bfloat16", "--max_shard_size", "1GB")
     assert main(["merge", "user/adapter", "out", *words, "--no_known_answers"]) == 0
     named = {"base_model": "org/base", "revision": "v2", "dtype": "bfloat16", "max_shard_size": "1GB"}

@@ -30,7 +30,7 @@ def read_merge(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
 
 def merge(args: argparse.Namespace) -> None:
     """Merge and save."""
-    from hf_longalign.adapter import merge_adapter
+    from hf_longalign.merge import merge_adapter
 
     merge_adapter(
         args.adapter,
