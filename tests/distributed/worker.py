@@ -6,6 +6,7 @@
 The process that a test compares with calls `train` itself.
 """
 
+import gc
 import json
 import os
 import sys
@@ -245,6 +246,7 @@ def upstream(base, engine, name):
 
 
 def main(path):
+    gc.freeze()  # as the tests do, see conftest.py
     torch.set_num_threads(1)
     allow_sharding_on_cpus()
     before = dict(os.environ)
