@@ -51,9 +51,8 @@ from hf_longalign.positions import STRATEGIES
 DEFAULT_STRATEGY = SkipPositionDataCollator.strategy
 ORDINARY = "none"
 BASE = "base"
-# The base first meets short samples: a curriculum that makes every seed learn to look a code up.
-EASY = {"count": 3_200, "tokens": 20, "turns": 4}
-ROWS = 9_600
+# The base first meets short samples, a third as many: a curriculum that makes every seed learn to look a code up.
+EASY = {"tokens": 20, "turns": 4}
 TARGET_TOKENS = EXAM_LENGTHS[-1]
 BATCH = 32
 WARMUP_STEPS = 50
@@ -66,6 +65,7 @@ class Plan(NamedTuple):
     base_steps: int
     steps: int
     samples: int
+    rows: int
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     options = parse()
     quiet()
     start = time.perf_counter()
-    plan = Plan(options.output, options.base_steps, options.steps, options.samples)
+    plan = Plan(options.output, options.base_steps, options.steps, options.samples, options.rows)
     plan.folder.mkdir(parents=True, exist_ok=True)
     seeds = range(options.seed, options.seed + options.seeds)
     results = {seed: {} for seed in seeds}
@@ -96,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base_steps", type=int, default=400, help="steps that make the base")
     parser.add_argument("--steps", type=int, default=600, help="steps of each alignment")
     parser.add_argument("--samples", type=int, default=64, help="questions per length and depth")
+    parser.add_argument("--rows", type=int, default=9600, help="conversations to train on")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     return parser.parse_args()
 
@@ -261,7 +262,7 @@ def examine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts
 def train_base(plan: Plan, seed: int) -> tuple[int, str, np.ndarray]:
     """Train a base from scratch with ordinary positions, keep it and its prepared rows, and examine it."""
     tokenizer, rng = make_tokenizer(), np.random.default_rng(seed)
-    rows = datasets.Dataset.from_list(make_chats(**EASY, rng=rng) + make_chats(ROWS, rng))
+    rows = datasets.Dataset.from_list(make_chats(plan.rows // 3, rng, **EASY) + make_chats(plan.rows, rng))
     model = make_model(tokenizer, seed)
     trainer = make_trainer(
         model,
@@ -276,7 +277,7 @@ def train_base(plan: Plan, seed: int) -> tuple[int, str, np.ndarray]:
         dataset_num_proc=2,
     )
     trainer.train()
-    prepared = trainer.train_dataset.select(range(EASY["count"], len(rows)))
+    prepared = trainer.train_dataset.select(range(plan.rows // 3, len(rows)))
     prepared = prepared.select_columns(["input_ids", "labels", "blocks"]).to_dict()
     torch.save({"model": model.state_dict(), "rows": prepared}, plan.folder / f"base-{seed}.pt")
     return seed, BASE, examine(model, tokenizer, make_prompts(seed, plan.samples))

@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 
@@ -27,7 +27,7 @@ parts = load("gpu_parts")
 
 def benchmark(folder, parts):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--output", str(folder), "--parts", parts]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return forked.run(command, timeout=500)
 
 
 def test_the_pages_hold_the_formulas_tables():

@@ -1,10 +1,10 @@
 """The quickstart: its data says what it seems to say, and a very short run writes what it promises."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -67,11 +67,9 @@ def test_prompts_are_long_and_hold_the_fact_at_its_depth(task):
 
 
 def test_rows_that_are_aligned_keep_the_blocks_of_their_parts(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "ROWS", 8)
-    monkeypatch.setattr(recipe, "EASY", {**recipe.EASY, "count": 8})
     monkeypatch.setattr(recipe, "one_step", lambda: None)
     monkeypatch.setattr(recipe, "examine", lambda *_: None)
-    recipe.train_base(recipe.Plan(tmp_path, base_steps=1, steps=1, samples=1), 0)
+    recipe.train_base(recipe.Plan(tmp_path, base_steps=1, steps=1, samples=1, rows=8), 0)
     rows = torch.load(tmp_path / "base-0.pt", weights_only=True)["rows"]
     assert len(rows["blocks"]) == 8
     for labels, blocks in zip(rows["labels"], rows["blocks"], strict=True):
@@ -81,8 +79,20 @@ def test_rows_that_are_aligned_keep_the_blocks_of_their_parts(recipe, tmp_path, 
 
 def test_a_short_run_writes_table_pictures_and_json(tmp_path):
     command = [sys.executable, str(RECIPES / "quickstart.py"), "--output", str(tmp_path / "out"), "--workers", "2"]
-    command += ["--base_steps", "2", "--steps", "2", "--samples", "4", "--strategies", "none", "skip_all"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    command += [
+        "--base_steps",
+        "2",
+        "--steps",
+        "2",
+        "--samples",
+        "4",
+        "--rows",
+        "96",
+        "--strategies",
+        "none",
+        "skip_all",
+    ]
+    run = forked.run(command, timeout=400)
     assert run.returncode == 0, run.stderr[-3000:]
     assert "skip_all" in run.stdout and "1,024" in run.stdout
     written = json.loads((tmp_path / "out" / "quickstart.json").read_text())

@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from loopback_hub import Hub
@@ -64,7 +64,7 @@ ALONE = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 def run(models, output, *more, processes=1, env=ALONE):
     words = command(models, output, *more, processes=processes)
-    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=400)
+    return forked.run(words, env=env, timeout=400)
 
 
 def report_of(output):
@@ -103,7 +103,7 @@ def test_the_report_compares_base_and_adapter(whole):
 
 
 def test_killed_it_goes_on_with_what_is_left(models, whole, tmp_path):
-    process = subprocess.Popen(command(models, tmp_path), env=ALONE, stderr=subprocess.DEVNULL)
+    process = forked.Popen(command(models, tmp_path), env=ALONE)
     try:
         deadline = time.monotonic() + 300
         while len(keys_of(tmp_path) if (tmp_path / "answers").is_dir() else []) < 5:
@@ -136,11 +136,8 @@ def test_two_processes_equal_one(models, whole, tmp_path):
 
 def test_a_killed_process_is_made_up_for_by_one_started_elsewhere(models, whole, tmp_path):
     """Two commands by themselves, as on two machines: the first is killed amid its work, the second does it all."""
-    one = subprocess.Popen(command(models, tmp_path), env=ALONE, stderr=subprocess.DEVNULL)
-    two = subprocess.Popen(
-        command(models, tmp_path), env={**ALONE, "WORLD_SIZE": "3"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    one = forked.Popen(command(models, tmp_path), env=ALONE)
+    two = forked.Popen(command(models, tmp_path), env={**ALONE, "WORLD_SIZE": "3"})
     try:
         deadline = time.monotonic() + 300
         while len(keys_of(tmp_path) if (tmp_path / "answers").is_dir() else []) < 5:

@@ -4,11 +4,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -58,14 +58,12 @@ def start(files, output, *options, processes=1):
         launcher += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     command = [*launcher, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(output), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return forked.Popen(command, env=environment, start_new_session=True)
 
 
 def finish(process):
     try:
-        output, _ = process.communicate(timeout=120)
+        output = "".join(process.communicate(timeout=120))
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -101,7 +99,7 @@ def test_killed_and_resumed_run_has_the_very_losses(files, uninterrupted):
     process = start(files, output, *options)
     deadline = time.monotonic() + 240
     while not (output / "checkpoint-2" / "trainer_state.json").exists():
-        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert process.poll() is None, process.communicate()[1][-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
@@ -226,8 +224,8 @@ def test_the_adapter_is_published_once_with_its_card(files, tmp_path):
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         launcher += ["--config_file", str(RECIPE.parent / "accelerate" / "cpu.yaml")]
         command = [*launcher, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(tmp_path)]
-        done = {"env": hub.environment(tmp_path / "home"), "capture_output": True, "text": True, "timeout": 300}
-        run = subprocess.run([*command, *names, *options], **done)
+        done = {"env": hub.environment(tmp_path / "home"), "timeout": 300}
+        run = forked.run([*command, *names, *options], **done)
         assert run.returncode == 0, run.stderr[-3000:]
         assert f"Published {hub.url}/user/adapter" in run.stdout
         repo = hub.repos["models", "user/adapter"]
@@ -248,16 +246,16 @@ def test_after_a_failed_push_the_command_told_trains_nothing(files, tmp_path):
     options += ("--hub_token", TOKEN, "--eval_strategy", "no")
     command = [sys.executable, str(RECIPE), "--config", str(files / "config.yaml"), "--output_dir", str(output)]
     with Hub() as hub:
-        done = {"env": hub.environment(tmp_path / "home"), "capture_output": True, "text": True, "timeout": 300}
+        done = {"env": hub.environment(tmp_path / "home"), "timeout": 300}
         hub.faults["commit"] = ["403"]
-        run = subprocess.run([*command, *names, *options], **done)
+        run = forked.run([*command, *names, *options], **done)
         told = run.stderr.split("To go on, run: ")[1].strip()
         assert run.returncode == 1 and "Traceback" not in run.stderr and TOKEN not in run.stderr
         assert set(hub.repos["models", "user/model"].files()) == {".gitattributes"}
         weights = (output / "model.safetensors").read_bytes()
-        again = subprocess.run(
-            told.replace("hf-longalign", f"{shlex.quote(sys.executable)} -m hf_longalign", 1), shell=True, **done
-        )
+        program, *words = shlex.split(told)
+        assert program == "hf-longalign"
+        again = forked.run([sys.executable, "-m", "hf_longalign", *words], **done)
         assert again.returncode == 0 and again.stdout == f"Published {hub.url}/user/model\n", again.stderr[-3000:]
         repo = hub.repos["models", "user/model"]
         pushed = repo.files()

@@ -1,9 +1,9 @@
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
@@ -89,9 +89,7 @@ def test_a_record_out_of_reach_is_not_taken_for_none(tmp_path, monkeypatch):
 
 def test_a_data_set_tells_its_source(tmp_path, monkeypatch):
     """Each way of `datasets` to hold rows of the Hub; its folder spells `MyRows` as `my_rows`."""
-    process = subprocess.run(
-        [sys.executable, Path(__file__).with_name("data_client.py"), tmp_path], capture_output=True, text=True
-    )
+    process = forked.run([sys.executable, Path(__file__).with_name("data_client.py"), tmp_path])
     found = json.loads(process.stdout)
     commit = found.pop("commit")
     source = {"name": "user/MyRows", "revision": commit, "config": "chat", "split": "train"}

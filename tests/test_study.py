@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -12,6 +11,7 @@ from itertools import product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 from synthesis.fakes import FakeGenerator
@@ -283,7 +283,7 @@ def asked(output):
 
 def start(words):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return forked.Popen(words, env=environment)
 
 
 def kill_when(process, ready):

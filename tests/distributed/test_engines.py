@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -47,14 +48,13 @@ def launch(base, jobs, **environment):
         "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), **environment,
     }  # fmt: skip
-    logs = [(base / f"rank{rank}.log").open("w") for rank in range(2)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(base / "jobs.json")],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=subprocess.STDOUT,
+        forked.Popen(
+            [sys.executable, WORKER, base / "jobs.json"],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
+        for rank in range(2)
+    ]
     try:
         # Where one has failed, the other waits for it.
         while all(process.poll() is None for process in processes):
@@ -68,8 +68,8 @@ def launch(base, jobs, **environment):
     finally:
         for process in processes:
             process.kill()
-    for rank, process in enumerate(processes):
-        assert process.returncode == 0, (base / f"rank{rank}.log").read_text()[-4000:]
+    for process in processes:
+        assert process.returncode == 0, "".join(process.communicate())[-4000:]
 
 
 def here(base, name, **options):

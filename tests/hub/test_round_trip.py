@@ -1,10 +1,10 @@
 """What the recipe and the trainer write goes to the Hub and comes back through the real clients, the same."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 from loopback_hub import Hub
 from tiny import tiny_tokenizer
 
@@ -17,9 +17,7 @@ PRIVATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
 
 def run(hub, tmp_path, *command):
     environment = hub.environment(tmp_path / "home")
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run([sys.executable, *command], env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

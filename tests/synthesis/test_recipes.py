@@ -1,9 +1,9 @@
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from datasets import Dataset, load_dataset
 from fake_endpoint import FakeEndpoint
@@ -156,8 +156,7 @@ def test_two_processes_on_cpus_ask_once(tmp_path):
     launcher += ["--config_file", RECIPES / "accelerate" / "cpu.yaml", RECIPES / "synthesize.py"]
     with FakeEndpoint() as server:
         arguments = asking(server, seeds, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
-        command = list(map(str, [*launcher, *arguments]))
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        done = forked.run([*launcher, *arguments], timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         assert len(server.log) == 12
     assert done.stdout.count("Wrote ") == 1
@@ -166,7 +165,7 @@ def test_two_processes_on_cpus_ask_once(tmp_path):
 def test_the_same_command_twice_at_once_gives_one_output(tmp_path, given):
     command = [sys.executable, str(RECIPES / "synthesize.py"), "--seeds", str(given), *map(str, DOCUMENTS)]
     command += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [forked.Popen(command) for _ in range(2)]
     for process in both:
         output, errors = process.communicate(timeout=400)
         assert process.returncode == 0 and "Wrote " in output, errors[-3000:]

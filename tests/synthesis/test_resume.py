@@ -1,7 +1,6 @@
 """SIGKILL at any moment, Ctrl-C, a lost endpoint, a spent budget, two processes: nothing is paid for twice."""
 
 import asyncio
-import multiprocessing
 import random
 import signal
 import sqlite3
@@ -11,6 +10,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import forked
 import pytest
 from fake_endpoint import FakeEndpoint
 
@@ -33,15 +33,10 @@ def _start(folder, *servers, name="rows", seeds=f"0:{SEEDS}:1", budget=0, patien
 @pytest.fixture(scope="module")
 def fork():
     """Starts the client in a process that has its imports already: a hundred starts are affordable."""
-    context = multiprocessing.get_context("forkserver")
-    # What the client imports, and not its own module: this folder is not on the path of the server that forks, which
-    # passes over what it does not find, without a word.
-    client = ["openai.resources.chat.completions", "tqdm.auto", "psutil"]
-    context.set_forkserver_preload(["hf_longalign.synthesis.runner", "hf_longalign.endpoint", *client])
 
     def start(folder, *servers, seeds=f"0:{SEEDS}:1", budget=0, patience=60):
         urls = [server.url for server in servers]
-        process = context.Process(target=run, args=("rows", folder, seeds, budget, patience, *urls))
+        process = forked.context().Process(target=run, args=("rows", folder, seeds, budget, patience, *urls))
         process.start()
         return process
 

@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from fake_endpoint import FakeEndpoint
@@ -54,11 +54,11 @@ def _rows(folder):
 def _launch(folder, server, kind, *more):
     ours = ("--executor", kind, "--tasks", "3", "--workers", "2", "--shards", folder / "shards")
     command = [sys.executable, RECIPE, *ours, *_arguments(folder, server, "--output_dir", folder / kind, *more)]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return forked.Popen(command)
 
 
 def _finish(process):
-    output, _ = process.communicate(timeout=200)
+    output = "".join(process.communicate(timeout=200))
     assert process.returncode == 0, output
     return output
 
@@ -159,11 +159,11 @@ def test_slurm_runs_what_its_scripts_say_each_task_with_its_own_endpoint(tmp_pat
 def test_what_belongs_to_the_command_line_is_refused(tmp_path, option, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     more = [option, *{"--num_shards": ["2"], "--push_to_hub": ["--hub_model_id", "me/contexts"]}.get(option, [])]
-    output, _ = (process := _launch(tmp_path, FakeEndpoint(), "local", *more)).communicate(timeout=100)
+    _, output = (process := _launch(tmp_path, FakeEndpoint(), "local", *more)).communicate(timeout=100)
     assert process.returncode == 2 and f"`{option[2:]}` must be unset here" in output
 
 
 def test_an_endpoint_that_does_not_start_is_an_error_that_names_it(tmp_path):
     process = _launch(tmp_path, FakeEndpoint(), "local", "--serve", "false", "--tasks", "1", "--workers", "1")
-    output, _ = process.communicate(timeout=100)
+    _, output = process.communicate(timeout=100)
     assert process.returncode and "`--serve` must start an endpoint, got status 1 of 'false'" in output
