@@ -229,7 +229,7 @@ class Study:
                 loss_weighting="sequence",
                 skip_strategy=what.strategy,
                 skip_target_length=options.target_length,
-                skip_probability=options.skip_probability,
+                skip_probability=options.skip_probability if what.share is None else what.share,
                 rope_type=options.rope_type,
                 eval_distances=options.distances or None,
                 model_init_kwargs={"dtype": options.dtype},

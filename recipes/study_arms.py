@@ -13,13 +13,17 @@ QUESTION_SEEDS = {"development": 1, "report": 2}
 
 
 class Arm(NamedTuple):
-    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), its blocks and rows."""
+    """What makes an arm: its title, whether RoPE is scaled, how it is trained (`None`: not), its blocks and rows.
+
+    `share` is how many of its rows are skipped; `None`: as many as the option `skip_probability` says.
+    """
 
     title: str
     scaled: bool = True
     strategy: str | None = None
     parts: bool = True
     rows: str = "data"
+    share: float | None = None
 
     @property
     def long(self) -> bool:
@@ -44,6 +48,8 @@ ARMS = {
     "skip_turns": Arm("skip_all, turns alone", strategy="skip_all", parts=False),
     "skip_parts": Arm("skip_all, parts", strategy="skip_all"),
     "skip_context": Arm("skip_context", strategy="skip_context"),
+    "skip_context_20": Arm("skip_context, 20 % of the rows", strategy="skip_context", share=0.2),
+    "skip_context_100": Arm("skip_context, all rows", strategy="skip_context", share=1.0),
     "long_rows": Arm("long rows in the same seconds", strategy="none", rows="data_long"),
     # The pilot study of Context Synthesis: what must stand around a needle, so that it is learned to be found?
     "general": Arm("general data alone", strategy="none", parts=False, rows="general"),
@@ -69,7 +75,7 @@ class StudyOptions:
     most_pairs: int = option(20_000, "Read at most so many rows of a data set.")
     output_dir: str = option("outputs/study", "Folder of everything.")
     arms: list[str] = option(
-        [arm for arm, what in ARMS.items() if what.rows == "data"],
+        [arm for arm, what in ARMS.items() if what.rows == "data" and what.share is None],
         f"Some of {', '.join(ARMS)}, in the order of importance.",
     )
     training_seeds: list[int] = option([0], "Seeds; the first of all first.")
