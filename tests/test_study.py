@@ -187,7 +187,7 @@ def test_rows_are_written_for_pairs_or_pairs_for_their_passages(recipes, seeds, 
 
 def test_every_config_of_a_study_is_one(recipes):
     configs = [path for path in (ROOT / "recipes" / "smollm2-135m").glob("*.yaml") if "arms:" in path.read_text()]
-    assert len(configs) == 5
+    assert len(configs) == 6
     for path in configs:
         (options,) = TrlParser([recipes.arms.StudyOptions]).parse_args_and_config(["--config", str(path)])
         assert set(options.arms) <= set(recipes.arms.ARMS) and options.grid
@@ -336,6 +336,15 @@ def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
         trained_on["ordinary"]["tokens"] / trained_on["ordinary"]["steps"]
     )
     assert records["skip_parts"]["coverage"] != records["skip_turns"]["coverage"]
+
+
+def test_an_arm_may_have_a_share_of_its_own(recipes, model, seeds, tmp_path):
+    given = {"rows": 12, "gold_tokens": 100, "dtype": "float32", "skip_probability": 0.3, "cells": CELLS}
+    arms = {"skip_context": 0.3, "skip_context_20": 0.2, "skip_context_100": 1.0}
+    options = recipes.arms.StudyOptions(str(model), seeds=str(seeds), output_dir=str(tmp_path), arms=[*arms], **given)
+    study = recipes.study.Study(options)
+    study.compose("data")
+    assert {arm: study.trainer(arm, 0)[0].args.skip_probability for arm in arms} == arms
 
 
 def test_distances_that_rank_as_needles_do(recipes, tmp_path):
