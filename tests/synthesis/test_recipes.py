@@ -150,18 +150,6 @@ def test_a_poisoned_journal_is_saved(tmp_path, capsys):
         run("journal", "drop", journal, "--reason", "whim")
 
 
-def test_two_processes_on_cpus_ask_once(tmp_path):
-    seeds = lines(tmp_path / "pairs.jsonl", make_pairs(12))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
-    launcher += ["--config_file", RECIPES / "accelerate" / "cpu.yaml", RECIPES / "synthesize.py"]
-    with FakeEndpoint() as server:
-        arguments = asking(server, seeds, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
-        done = forked.run([*launcher, *arguments], timeout=400)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert len(server.log) == 12
-    assert done.stdout.count("Wrote ") == 1
-
-
 def test_the_same_command_twice_at_once_gives_one_output(tmp_path, given):
     command = [sys.executable, str(RECIPES / "synthesize.py"), "--seeds", str(given), *map(str, DOCUMENTS)]
     command += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "out")]
