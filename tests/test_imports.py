@@ -3,8 +3,10 @@
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,15 @@ def test_only_hub_writes_to_the_hub(path):
     used = {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(ast.parse(path.read_text("utf-8")))}
     used |= {alias for module in imports(path) for alias in [module.rpartition(".")[2]]}
     assert room_of(name_of(path)) == "hub" or not used & WRITERS
+
+
+def test_what_is_imported_is_required():
+    """By the package itself or one of its extras, not only by what it requires."""
+    required = {re.split(r"[ ;<>=!~\[]", line)[0].lower().replace("-", "_") for line in requires("hf_longalign")}
+    installed = packages_distributions()
+    foreign = {name.split(".")[0] for path in MODULES for name in imports(path)} - set(sys.stdlib_module_names)
+    for name in sorted((foreign - {"hf_longalign"}) & set(installed)):
+        assert required & {each.lower().replace("-", "_") for each in installed[name]}, name
 
 
 def test_the_options_of_every_command_are_read_without_torch():
