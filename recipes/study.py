@@ -18,13 +18,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from study_arms import ARMS, PILOT, QUESTION_SEEDS, WRITTEN, StudyOptions
+from study_arms import ARMS, PILOT, QUESTION_SEEDS, WRITTEN, StudyOptions, settings
 from study_data import (
     Pair,
     compose_pilot,
@@ -53,7 +54,7 @@ from hf_longalign.endpoint.protocol import Generator
 from hf_longalign.evaluation.claims import Claims
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.needles import score_needle
-from hf_longalign.evaluation.perplexity import perplexity_by_position
+from hf_longalign.evaluation.perplexity import perplexity_by_position, position_edges
 from hf_longalign.evaluation.prompt import Prompt
 from hf_longalign.evaluation.runner import Examinee, ResultStore, answers, ask
 from hf_longalign.rope import model_range
@@ -63,6 +64,8 @@ from hf_longalign.text import normalise, token_f1
 
 logger = logging.getLogger("study")
 
+# What may change from run to run of one study, and what it runs on.
+MAY_DIFFER = {"arms", "training_seeds", "cells", "split", "machine", *versions()}
 # Tokens of a text that is short to every model: where a regression would be seen.
 SHORT = 2048
 
@@ -100,6 +103,7 @@ class Study:
         self.options, self.folder = options, Path(options.output_dir)
         self.models: dict[tuple[str, int], Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
+        check_same(self.folder / "settings.json", settings(options))
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.config = AutoConfig.from_pretrained(options.model)
         self.reach = model_range(self.config)
@@ -138,12 +142,16 @@ class Study:
                     yield Unit(self.trained(arm, seed), needs, lambda a=arm, s=seed: self.train(a, s))
             for cell in [*options.grid[:1], None, *options.grid[1:]]:
                 for arm in arms:
-                    if cell and not ARMS[arm].scaled and cell[0] > self.reach:
+                    if cell and cell[0] > self.range_of(arm):
                         continue  # nobody asks a model past its range
                     name = "perplexity" if cell is None else f"{cell[0]}-{cell[1]}"
                     result = self.arm_folder(arm, seed) / options.split / f"{name}.json"
                     needs = (self.trained(arm, seed),) if ARMS[arm].strategy else ()
                     yield Unit(result, needs, lambda a=arm, s=seed, c=cell: self.examine(a, s, c))
+
+    def range_of(self, arm: str) -> int:
+        """The longest text that an arm is given, in tokens."""
+        return max(self.reach, self.options.target_length) if ARMS[arm].scaled else self.reach
 
     def arm_folder(self, arm: str, seed: int) -> Path:
         """Where all of an arm is kept."""
@@ -282,7 +290,8 @@ class Study:
         model = self.load(arm, seed)
         start = time.perf_counter()
         if cell is None:
-            return {"losses": self.losses(model), "seconds": round(time.perf_counter() - start, 1)}
+            losses, positions = self.losses(model), self.positions(model, self.range_of(arm))
+            return {"losses": losses, "positions": positions, "seconds": round(time.perf_counter() - start, 1)}
         options, prompts = self.options, self.prompts(*cell)
         generator = LocalGenerator(model, self.tokenizer, batch_tokens=max(options.batch_tokens, 4 * cell[0]))
         examinee = Examinee(arm, f"{arm}-{seed}", generator)
@@ -308,16 +317,28 @@ class Study:
 
     def losses(self, model: Any) -> list[list[float]]:
         """Return the sum of the losses and the number of tokens of each document, read in windows below 2,048."""
-        options = self.options
-        texts = read_documents(options.perplexity_texts) if options.perplexity_texts else documents(self.asked)
-        ids = self.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
         window = min(SHORT, self.reach)
-        starts = range(0, len(ids) - window + 1, window)[: options.perplexity_documents]
         found = []
-        for start in starts:
-            loss = perplexity_by_position(model, [ids[start : start + window]], window=window, stride=window)
+        for ids in self.documents(window)[: self.options.perplexity_documents]:
+            loss = perplexity_by_position(model, [ids], window=window, stride=window)
             found.append([float(loss.sums.sum()), int(loss.counts.sum())])
         return found
+
+    def positions(self, model: Any, window: int) -> dict[str, list[float]] | None:
+        """Return the losses of long documents by position; of a shorter range the beginning of each."""
+        longest = max(self.reach, self.options.target_length)
+        given = [ids[:window] for ids in self.documents(longest)[: self.options.position_documents]]
+        if not given:
+            return None
+        loss = perplexity_by_position(model, given, window=window, stride=window)
+        return {"edges": position_edges(window), "sums": loss.sums.tolist(), "counts": loss.counts.tolist()}
+
+    def documents(self, tokens: int) -> list[list[int]]:
+        """Return the texts whose perplexity is read, cut to so many tokens each."""
+        folder = self.options.perplexity_texts
+        texts = read_documents(folder) if folder else documents(self.asked)
+        ids = self.tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
 
 
 def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
@@ -330,20 +351,36 @@ def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
     return {"task": prompt.task, "length": prompt.length, "sample": sample, "depth": prompt.depth, "score": score}
 
 
-def settings(options: StudyOptions) -> dict[str, Any]:
-    """Return what a reader must know to do the same again; of folders only the last part of their path."""
-    told = {name: value for name, value in asdict(options).items() if value is not None}
-    hidden = ["output_dir", "minutes", "base_name", "models_kept", "batch_tokens", "writer_endpoints"]
-    hidden += [] if set(options.arms) & set(WRITTEN) else ["writer", "context_words"]
-    for name in hidden:
-        told.pop(name, None)
-    for name in ("model", "seeds", "perplexity_texts", "writer"):
-        if Path(told.get(name, "")).is_dir() and name in told:
-            told[name] = Path(told[name]).resolve().name
-    told["model"] = options.base_name or told["model"]
-    cpu = f"{os.cpu_count()} CPU cores, threads used: {torch.get_num_threads()}"
-    told["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return told | versions()
+def check_same(file: Path, told: dict[str, Any]) -> None:
+    """Refuse a folder whose results were made otherwise; more arms, seeds and texts may be added.
+
+    Raises:
+        ValueError: what differs, by name.
+    """
+    told = json.loads(json.dumps({name: value for name, value in told.items() if name not in MAY_DIFFER}))
+    if not file.exists():
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(told, indent=2), encoding="utf-8")
+        with suppress(FileExistsError):
+            os.link(part, file)  # of several that begin at once, one
+        part.unlink()
+    before = json.loads(file.read_text("utf-8"))
+    for name in before.keys() | told.keys():
+        if before.get(name) != told.get(name):
+            raise ValueError(
+                f"`{name}` must be {before.get(name)!r}, as in the results in {file.parent}, got {told.get(name)!r}. "
+                "Set it so, or another `output_dir`."
+            )
+
+
+def one_of_several() -> None:
+    """Make each of several processes that were launched together one by itself, with a GPU of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        rank = int(os.environ["LOCAL_RANK"])
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[rank % len(seen)] if seen[0] else str(rank)
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(name, None)
 
 
 def work(units: list[Unit], folder: Path, minutes: float | None = None) -> bool:
@@ -378,6 +415,7 @@ def main() -> None:
     """Do what is left of the study, then write the report of what is there."""
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
+    one_of_several()
     (options,) = TrlParser([StudyOptions], description=__doc__).parse_args_and_config()
     study = Study(options)
     complete = work(list(study.units()), study.folder, options.minutes)

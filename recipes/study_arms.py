@@ -1,11 +1,15 @@
 """What a study compares and asks: its arms, which differ in one thing each, and its options."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from study_data import HUB_DATA
 
 from hf_longalign.options import option
+from hf_longalign.run_record import versions
 
 
 # Seeds of what is asked: choices are made by the answers to one set, and reported are those to another.
@@ -108,6 +112,7 @@ class StudyOptions:
     most_golds: int = option(24, "The most questions about passages per text.")
     perplexity_texts: str | None = option(None, "Folder of .txt files; unset: the passages of the questions.")
     perplexity_documents: int = option(8, "Documents of 2,048 tokens.")
+    position_documents: int = option(2, "Documents of `target_length`, whose perplexity is told by position.")
     batch_tokens: int = option(65_536, "Tokens of texts and answers kept at once on asking.")
     models_kept: int = option(1, "Models of arms kept in memory between texts.")
     minutes: float | None = option(None, "Begin nothing new after so many, but report.")
@@ -126,3 +131,19 @@ class StudyOptions:
         """Length and number of every text, in the order in which they are asked."""
         found = [tuple(map(int, cell.split(":"))) for cell in self.cells]
         return [(length, number) for length, texts in found for number in range(texts)]
+
+
+def settings(options: StudyOptions) -> dict[str, Any]:
+    """Return what a reader must know to do the same again; of folders only the last part of their path."""
+    told = {name: value for name, value in asdict(options).items() if value is not None}
+    hidden = ["output_dir", "minutes", "base_name", "models_kept", "batch_tokens", "writer_endpoints"]
+    hidden += [] if set(options.arms) & set(WRITTEN) else ["writer", "context_words"]
+    for name in hidden:
+        told.pop(name, None)
+    for name in ("model", "seeds", "perplexity_texts", "writer"):
+        if Path(told.get(name, "")).is_dir() and name in told:
+            told[name] = Path(told[name]).resolve().name
+    told["model"] = options.base_name or told["model"]
+    cpu = f"{os.cpu_count()} CPU cores, threads used: {torch.get_num_threads()}"
+    told["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    return told | versions()

@@ -76,17 +76,13 @@ class Comparison:
 
 
 class Found:
-    """What is there of a study: the score of each question by arm, seeds averaged, losses and training.
-
-    Args:
-        folder: the study's.
-        arms: in order.
-        split: whose questions.
-    """
+    """What is there of a study's folder: the score of each question by arm, seeds averaged, losses and training."""
 
     def __init__(self, folder: Path, arms: Sequence[str], split: str) -> None:
         self.scores: dict[str, dict[Key, float]] = {}
         self.losses: dict[str, list[list[float]]] = {}
+        # By arm and the positions of a bin: the sum of losses and their number.
+        self.positions: dict[str, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
         self.training: list[dict[str, Any]] = []
         self.asking: dict[str, float] = defaultdict(float)
         # Of each trained model and length: the loss of short rows stretched to it, and the share of needles found.
@@ -103,6 +99,8 @@ class Found:
                     self.asking[arm] += result["seconds"]
                     if "losses" in result:
                         self.losses.setdefault(arm, []).extend(result["losses"])
+                    for between, *loss in _bins(result.get("positions")):
+                        self.positions[arm][between] = self.positions[arm].get(between, 0) + np.array(loss)
                     for number, key in _keys(result.get("scores", [])):
                         gathered[key].append(result["scores"][number]["score"])
                         if GROUPS["needles"].holds(key):
@@ -168,6 +166,11 @@ class Found:
         """Return the perplexity over all documents and seeds."""
         return exp(sum(total for total, _ in self.losses[arm]) / sum(tokens for _, tokens in self.losses[arm]))
 
+    def by_position(self, arm: str) -> dict[str, float]:
+        """Return the perplexity between two positions, without those below 512."""
+        own = sorted(self.positions[arm].items())
+        return {f"{low:,} to {high:,}": exp(total / tokens) for (low, high), (total, tokens) in own if low >= 512}
+
     def regression(self, arm: str, reference: str) -> tuple[float, float, float]:
         """Return by which share an arm's perplexity is above another's, with its interval over documents."""
         sides = [np.array([total / tokens for total, tokens in self.losses[name]]) for name in (reference, arm)]
@@ -179,6 +182,12 @@ class Found:
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _bins(found: Mapping[str, Sequence[float]] | None) -> Iterable[tuple[tuple[int, int], float, float]]:
+    """First and last edge of each bin of positions, sum of losses, their number."""
+    found = found or {"edges": [], "sums": [], "counts": []}
+    return zip(zip(found["edges"], found["edges"][1:], strict=False), found["sums"], found["counts"], strict=True)
 
 
 def _distances(record: Path) -> Iterable[tuple[int, float]]:
@@ -238,6 +247,7 @@ def as_json(
         "distances": _rounded(found.watched),
         "agreement of distances with needles": _rounded(found.agreement()),
         "perplexity below 2,048": {arm: round(found.perplexity(arm), 4) for arm in found.losses},
+        "perplexity by position": _rounded([{"arm": arm, **found.by_position(arm)} for arm in found.positions]),
     }
 
 
@@ -265,6 +275,8 @@ def render(
         parts += [f"## {title}", _means(found, group, titles), _differences(compared, group, found.lengths, titles)]
     if found.losses:
         parts += ["## Perplexity below 2,048 tokens", _perplexity(found, titles)]
+    if any(map(found.by_position, found.positions)):
+        parts += ["## Perplexity by position", _positions(found, titles)]
     if found.watched:
         parts += ["## Loss at a distance, watched while training", _watched(found, titles)]
     rows = [
@@ -365,6 +377,15 @@ def _perplexity(found: Found, titles: Mapping[str, str]) -> str:
         change = "" if arm == reference else f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
         rows.append((titles[arm], f"{found.perplexity(arm):.2f}", change))
     return table(("arm", "perplexity", f"against {titles[reference]}"), rows)
+
+
+def _positions(found: Found, titles: Mapping[str, str]) -> str:
+    told = {arm: found.by_position(arm) for arm in found.positions}
+    between = list(dict.fromkeys(name for own in sorted(told.values(), key=len, reverse=True) for name in own))
+    rows = [
+        (titles[arm], *(f"{own[name]:.2f}" if name in own else "" for name in between)) for arm, own in told.items()
+    ]
+    return table(("arm", *between), rows, right=range(1, 1 + len(between)))
 
 
 def _watched(found: Found, titles: Mapping[str, str]) -> str:

@@ -196,7 +196,7 @@ def test_every_config_of_a_study_is_one(recipes):
 def test_a_report_tells_who_wrote_rows_where_rows_were_written_and_no_address(recipes, tmp_path):
     given = {"writer": str(tmp_path), "writer_endpoints": ["http://10.0.0.7:8000/v1"]}
     for arms, told in ((["general", "contexts_5"], {"writer": tmp_path.name, "context_words": 300}), (["pose"], {})):
-        found = recipes.study.settings(recipes.arms.StudyOptions(arms=arms, **given))
+        found = recipes.arms.settings(recipes.arms.StudyOptions(arms=arms, **given))
         assert {name: found.get(name) for name in ("writer", "context_words") if name in found} == told
         assert "10.0.0.7" not in json.dumps(found)
 
@@ -236,7 +236,9 @@ def test_the_report_equals_a_naive_reference(recipes, tmp_path):
                 (folder / "report" / f"{length}-0.json").write_text(json.dumps({"scores": rows, "seconds": 1.0}))
             own_losses = [[float(100 * (2 + rng.random())), 100] for _ in range(4)]
             losses[arm].append(own_losses)
-            (folder / "report" / "perplexity.json").write_text(json.dumps({"losses": own_losses, "seconds": 1.0}))
+            bins = {"edges": [0, 512, 1024, 2048], "sums": [9.0, 10.0 + seed, 30.0], "counts": [9, 10, 10]}
+            told = {"losses": own_losses, "positions": bins, "seconds": 1.0}
+            (folder / "report" / "perplexity.json").write_text(json.dumps(told))
     titles = {arm: f"the {arm} one" for arm in scores}
     path = report.write_study(tmp_path, titles, "report", {"model": "m"}, complete=False)
     found = json.loads((tmp_path / "report.json").read_text())
@@ -250,7 +252,13 @@ def test_the_report_equals_a_naive_reference(recipes, tmp_path):
     for arm in scores:
         every = np.mean([[total / tokens for total, tokens in own] for own in losses[arm]], axis=0)
         assert found["perplexity below 2,048"][arm] == pytest.approx(np.exp(every.mean()), abs=1e-3)
+    assert found["perplexity by position"][1] == {
+        "arm": "ordinary",
+        "512 to 1,024": pytest.approx(np.exp(1.05), abs=1e-4),
+        "1,024 to 2,048": pytest.approx(np.exp(3), abs=1e-4),
+    }
     text = path.read_text()
+    assert "| the ordinary one | 2.86 | 20.09 |" in text
     assert "Not all that was planned is done" in text and "the skip_parts one − the ordinary one" in text
     assert "| the ordinary one | 1 | 3 | 99 | 9 | 2.0 | 1.0 |" in text
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("accuracy_by_length.png", "heatmap.png"))
@@ -304,16 +312,21 @@ def test_killed_twice_it_goes_on_and_two_share_the_rest(model, seeds, tmp_path):
     kill_when(start(words), lambda: tmp_path.exists() and len(asked(tmp_path)) > 30)
     second, answered = trained(tmp_path), asked(tmp_path)
     assert first.items() <= second.items(), "no finished arm is trained again"
-    for process in [start(words), start(words)]:
-        output, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors[-3000:]
-        assert "report.md" in output
+    # Launched together, each is one by itself.
+    launcher = ["-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml")]
+    process = start([words[0], *launcher, *words[1:]])
+    output, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors[-3000:]
+    assert output.count("report.md") == 2
     assert {name.rpartition("-")[0] for name in trained(tmp_path)} == set(TRAINED)
     assert second.items() <= trained(tmp_path).items()
     keys = asked(tmp_path)
     assert set(answered) < set(keys) and len(keys) == len(set(keys)), "nothing is asked twice"
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["complete"] and not list(tmp_path.rglob("*.part"))
+    read = {one.pop("arm"): one for one in report["perplexity by position"]}
+    assert set(read) == set(ARMS) and "2,048 to 4,096" in read["ordinary"] and "2,048 to 4,096" not in read["plain"]
     seen = {(one["arm"], one["length"]) for one in report["scores"]}
     assert {(arm, 3072) for arm in ARMS} - seen == {("plain", 3072)}, "nobody asks a model past its range"
     assert {(one["arm"], one["length"]) for one in report["distances"]} == {
@@ -382,13 +395,20 @@ def test_an_arm_that_was_not_asked_at_one_length_is_drawn_at_the_others(recipes,
     ("options", "message"),
     [
         (["--arms", "skipp_parts"], "`arms` must be among plain, scaled"),
+        (
+            ["--learning_rate", "1e-3"],
+            "`learning_rate` must be 0.0003, as in the results in .*or another `output_dir`",
+        ),
         (["--cells", "3072:1", "256:1"], "`cells` must have room for needles and the passages of a pair, got 256"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(
     recipes, model, seeds, tmp_path, monkeypatch, options, message
 ):
-    monkeypatch.setattr(sys, "argv", [*command(model, seeds, tmp_path)[1:], *options])
+    words = command(model, seeds, tmp_path)[1:]
+    (given,) = TrlParser([recipes.arms.StudyOptions]).parse_args_and_config(words[1:])
+    recipes.study.check_same(tmp_path / "settings.json", recipes.arms.settings(given))
+    monkeypatch.setattr(sys, "argv", [*words, *options])
     with pytest.raises(ValueError, match=message):
         recipes.study.main()
-    assert not list(tmp_path.rglob("*.json"))
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["settings.json"]
