@@ -80,7 +80,8 @@ class Found:
 
     def __init__(self, folder: Path, arms: Sequence[str], split: str) -> None:
         self.scores: dict[str, dict[Key, float]] = {}
-        self.losses: dict[str, list[list[float]]] = {}
+        # By arm, seed and document: the sum of losses and their number.
+        self.losses: dict[str, list[list[list[float]]]] = defaultdict(list)
         # By arm and the positions of a bin: the sum of losses and their number.
         self.positions: dict[str, dict[tuple[int, int], np.ndarray]] = defaultdict(dict)
         self.training: list[dict[str, Any]] = []
@@ -98,7 +99,7 @@ class Found:
                     result = _read(file)
                     self.asking[arm] += result["seconds"]
                     if "losses" in result:
-                        self.losses.setdefault(arm, []).extend(result["losses"])
+                        self.losses[arm].append(result["losses"])
                     for between, *loss in _bins(result.get("positions")):
                         self.positions[arm][between] = self.positions[arm].get(between, 0) + np.array(loss)
                     for number, key in _keys(result.get("scores", [])):
@@ -164,7 +165,8 @@ class Found:
 
     def perplexity(self, arm: str) -> float:
         """Return the perplexity over all documents and seeds."""
-        return exp(sum(total for total, _ in self.losses[arm]) / sum(tokens for _, tokens in self.losses[arm]))
+        total, tokens = np.sum(self.losses[arm], axis=(0, 1))
+        return exp(total / tokens)
 
     def by_position(self, arm: str) -> dict[str, float]:
         """Return the perplexity between two positions, without those below 512."""
@@ -173,9 +175,9 @@ class Found:
 
     def regression(self, arm: str, reference: str) -> tuple[float, float, float]:
         """Return by which share an arm's perplexity is above another's, with its interval over documents."""
-        sides = [np.array([total / tokens for total, tokens in self.losses[name]]) for name in (reference, arm)]
-        documents = min(map(len, sides))  # an arm of several seeds reads each document once a seed
-        by_document = [side.reshape(-1, documents).mean(0) for side in sides]
+        by_document = [
+            np.divide(*np.moveaxis(np.array(self.losses[name]), -1, 0)).mean(0) for name in (reference, arm)
+        ]
         value, low, high = (float(np.expm1(number)) for number in paired_difference(*by_document))
         return value, low, high
 
