@@ -23,6 +23,7 @@ from hf_longalign.blocks import IGNORE, Blocks, blocks_from_column, blocks_to_co
 from hf_longalign.collator import SkipPositionDataCollator, flatten_rows
 from hf_longalign.loss import fused_log_probs
 from hf_longalign.positions import document_rng
+from hf_longalign.probe import eval_mode
 from hf_longalign.publishing import PublishingSFTTrainer
 from hf_longalign.records.training import DistancesRecord
 from hf_longalign.rope import check_range
@@ -230,12 +231,9 @@ class DistanceCallback(TrainerCallback):
         )
 
     def _log(self) -> None:
-        model = self.trainer.model
-        training = model.training
-        model.eval()
-        for name, rows in self.rows.items():
-            self.trainer.log(self.measure("eval" if name == "eval" else f"eval_{name}", rows))
-        model.train(training)
+        with eval_mode(self.trainer.model):
+            for name, rows in self.rows.items():
+                self.trainer.log(self.measure("eval" if name == "eval" else f"eval_{name}", rows))
 
     def _names(self) -> list[str]:
         first = next(iter(self.rows))

@@ -29,7 +29,7 @@ from transformers import PretrainedConfig
 
 from hf_longalign.attention.support import exactness_problem, has_recurrent_layers, layer_kinds
 from hf_longalign.collator import SkipPositionDataCollator
-from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, LogProbs, Probe, movements
+from hf_longalign.probe import FAR, NEAR, ORDINARY, Changes, LogProbs, Probe, eval_mode, movements
 from hf_longalign.rope import check_range, check_rope_reached
 
 
@@ -131,7 +131,8 @@ def run_preflight(
     window = text_config.sliding_window if "sliding" in _kinds(text_config) else None
     probe = Probe(model, text_config, collator, device, window)
     report = None
-    with _undisturbed(model, device):
+    cuda = [device] if device.type == "cuda" else []
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(cuda):
         if log_probs is not None:
             _check_loss(probe, log_probs, type(base).__name__)
         if exacting or pads:
@@ -188,19 +189,6 @@ def _refusals(tell: Callable[[str, Exception], str]) -> Iterator[None]:
         raise PreflightError(str(error)) from error
     except _MODEL_ERRORS as error:
         raise PreflightError(tell(f"{type(error).__name__}: {error}", error)) from error
-
-
-@contextmanager
-def _undisturbed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_config(base: Any, text_config: PretrainedConfig, collator: SkipPositionDataCollator, skipped: bool) -> None:

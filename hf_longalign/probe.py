@@ -8,7 +8,8 @@ A movement is the root mean square of the change of a token's logits.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,6 +205,26 @@ class Probe:
                 batch["position_ids"][line, start : start + len(places)] = places
         batch = {key: value.to(self.device) if torch.is_tensor(value) else value for key, value in batch.items()}
         return batch, starts
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
+
+    >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    >>> with eval_mode(model):
+    ...     model[0].training
+    False
+    >>> model[0].training, model[1].training
+    (True, False)
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def token_ids(text_config: PretrainedConfig, lengths: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

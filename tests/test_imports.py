@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / "hf_longalign"
 MODULES = sorted(ROOT.rglob("*.py"))
 ROOMS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 # What stands below every wing and knows none of them.
-BELOW = {"records", "text", "plots", "endpoint", "puzzles", "lazy", "options"}
+BELOW = {"records", "text", "plots", "endpoint", "puzzles", "lazy", "options", "rows"}
 # What joins the wings.
 JOINS = {"__init__", "__main__", "cli", "commands"}
 # Standard library and NumPy alone, and through `require` an extra; cards also use what the Hub's own client uses.

@@ -10,7 +10,6 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +29,7 @@ from hf_longalign.evaluation.prefix_cache import (
 )
 from hf_longalign.evaluation.prompt import Completion, Prompt, cut_at, encode_text
 from hf_longalign.lazy import require
+from hf_longalign.probe import eval_mode
 from hf_longalign.records.report import Speed
 from hf_longalign.rope import check_range
 
@@ -68,26 +68,6 @@ class _Waiting(NamedTuple):
     cached: int
     first: torch.Tensor
     row: Row | None
-
-
-@contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into eval mode, and afterwards each of its modules back into the mode it was in.
-
-    >>> model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
-    >>> with eval_mode(model):
-    ...     model[0].training
-    False
-    >>> model[0].training, model[1].training
-    (True, False)
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class Pools(Generic[T]):

@@ -6,12 +6,12 @@ about a small town hardly ever repeat, hold no digits, and never speak of number
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hf_longalign.records.training import is_hub_id
+from hf_longalign.rows import read_texts
 from hf_longalign.text import UNSPACED, sentence_ends
 
 
@@ -99,72 +99,27 @@ def noise(*, paragraphs: int = 2500, seed: int = 0) -> list[str]:
     return [" ".join(sentence() for _ in range(rng.integers(4, 10))) for _ in range(paragraphs)]
 
 
-def load_texts(source: str | None, seed: int = 0) -> Iterable[str]:
-    """Return the texts of a file or folder, see [`read_texts`], or of a data set, read as they are needed.
+def load_texts(source: str | None, seed: int = 0, option: str = "haystack") -> Iterable[str]:
+    """Return the texts of a source, read as they are needed.
 
     Args:
-        source: path, or a data set on the Hub, `user/name[:config][@split]` (default: train); its texts are the column
-            text, or context. `None`: the built-in sentences, see [`noise`].
+        source: what [`~hf_longalign.rows.read_texts`] takes, or a folder, whose `.txt` files are the texts, by name.
+            `None`: the built-in sentences, see [`noise`].
         seed: of the built-in sentences.
+        option: that the user gave the source by, for messages.
 
     Raises:
-        ValueError: a path to nothing, or no such column.
-        ConnectionError: the data set cannot be had.
+        ValueError: a path to nothing, or what is no text; here or when the texts are read.
+        ConnectionError: the data set cannot be had; when the texts are read.
     """
     if source is None:
         return noise(seed=seed)
-    name, _, split = source.partition("@")
-    name, _, config = name.partition(":")
-    if Path(source).exists() or Path(source).suffix == ".txt" or not is_hub_id(name):
-        return read_texts(source)
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-    except Exception as error:  # the Hub's, the network's, the format's
-        raise ConnectionError(
-            f"`haystack` must be a text file, a folder or a data set, got {source!r}: there is no such path, and as a "
-            f"data set it cannot be had ({type(error).__name__}: {error}). Correct it, or leave it out."
-        ) from error
-
-    def texts() -> Iterator[str]:
-        for row in rows:
-            column = next((name for name in ("text", "context") if name in row), None)
-            if column is None:
-                raise ValueError(
-                    f"`haystack` must be a data set with a column text or context, got {source!r} with "
-                    f"{', '.join(row)}. Save its texts as .txt files."
-                )
-            yield row[column]
-
-    return texts()
-
-
-def read_texts(path: str | Path) -> list[str]:
-    """Return the text of a UTF-8 file, or of every `.txt` file of a folder, sorted by name.
-
-    Raises:
-        ValueError: no such file, no `.txt` file in the folder, or a file that is empty or not UTF-8, by its name.
-    """
-    path = Path(path)
-    files = sorted(file for file in path.glob("*.txt") if file.is_file()) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"`haystack` must be a folder with .txt files, got none in {str(path)!r}. Put some there.")
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark before the text
-        except FileNotFoundError:
-            raise ValueError(
-                f"`haystack` must be a text file or a folder, got {str(file)!r}, which is not there. Correct the path."
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"`haystack` must be UTF-8, got a file that is not: {str(file)!r}, byte {error.start}. Convert it."
-            ) from None
-        if not texts[-1].strip():
-            raise ValueError(f"`haystack` must hold text, got an empty file: {str(file)!r}. Fill it or take it away.")
-    return texts
+    files = [source]
+    if Path(source).is_dir():
+        files = sorted(str(file) for file in Path(source).glob("*.txt") if file.is_file())
+        if not files:
+            raise ValueError(f"`{option}` must be a folder with .txt files, got none in {source!r}. Put some there.")
+    return (text for file in files for text, _ in read_texts(file, option, streaming=True))
 
 
 def as_many_as_needed(texts: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from hf_longalign import rows
 from hf_longalign.evaluation.longbench_metrics import METRICS, chinese_words
 from hf_longalign.evaluation.prompt import Prompt, encode_text
 from hf_longalign.longbench_prompts import TEMPLATES
@@ -168,25 +169,25 @@ def read_rows(task: str, source: str | Path | None = None) -> Iterator[Row]:
     if task == V2:
         path = _fetched(V2_HUB_ID if source is None else source, "data.json")
         names = ("question", "choice_A", "choice_B", "choice_C", "choice_D", "context")
-        for row, place in _json_rows(V2, path, "data.json", "LongBench v2"):
-            question, *choices, context = (_column(row, place, name, "a text", _text).strip() for name in names)
+        for row in _json_rows(V2, path, "data.json", "LongBench v2"):
+            question, *choices, context = (_column(row, name, "a text", _text).strip() for name in names)
             listed = "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", choices, strict=True))
-            answer = _column(row, place, "answer", "one of A, B, C, D", lambda value: value in tuple("ABCD"))
-            kinds = tuple(_column(row, place, name, "a word", _text) for name in ("difficulty", "length"))
+            answer = _column(row, "answer", "one of A, B, C, D", lambda value: value in tuple("ABCD"))
+            kinds = tuple(_column(row, name, "a word", _text) for name in ("difficulty", "length"))
             yield Row(context, f"{question}\nChoices:\n{listed}", (answer,), parts=kinds)
         return
     # Its repository offers the data through a loading script, which `datasets` no longer runs: the archive is read.
     path = _fetched(HUB_ID if source is None else source, "data.zip")
-    for row, place in _json_rows(task, path, f"{task}.jsonl", f"the task {task!r}"):
-        answers = _column(row, place, "answers", "a list of one or more texts", lambda value: _texts(value) and value)
-        classes = row.get("all_classes")
+    for row in _json_rows(task, path, f"{task}.jsonl", f"the task {task!r}"):
+        answers = _column(row, "answers", "a list of one or more texts", lambda value: _texts(value) and value)
+        classes = row.values.get("all_classes")
         if metric == "classification":
-            classes = _column(row, place, "all_classes", "a list of texts", _texts)
+            classes = _column(row, "all_classes", "a list of texts", _texts)
         parts: tuple[str, ...] = ()
         if task in EVEN_TASKS:  # a row counts to a range by its words, in Chinese its characters
-            words = _column(row, place, "length", "a number of words", lambda value: isinstance(value, int))
+            words = _column(row, "length", "a number of words", lambda value: isinstance(value, int))
             parts = ("0-4k" if words < 4000 else "4-8k" if words < 8000 else "8k+",)
-        context, asked = (_column(row, place, name, "a text", _text) for name in ("context", "input"))
+        context, asked = (_column(row, name, "a text", _text) for name in ("context", "input"))
         yield Row(context, asked, tuple(answers), tuple(classes or ()), parts)
 
 
@@ -211,8 +212,8 @@ def _fetched(source: str | Path, file: str) -> Path:
         ) from error
 
 
-def _json_rows(task: str, source: Path, wanted: str, what: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every row of a task's file with its place, in a folder, in an archive or by itself."""
+def _json_rows(task: str, source: Path, wanted: str, what: str) -> Iterator[rows.Row]:
+    """Every row of a task's file, in a folder, in an archive or by itself."""
 
     def missing(verb: str, kind: str) -> FileNotFoundError:
         return FileNotFoundError(
@@ -231,33 +232,23 @@ def _json_rows(task: str, source: Path, wanted: str, what: str) -> Iterator[tupl
             member = next((name for name in archive.namelist() if Path(name).name == wanted), None)
             if member is None:
                 raise missing("hold", "archive")
-            lines, name = archive.read(member).split(b"\n"), f"{path}/{member}"
+            with archive.open(member) as unpacked:
+                yield from rows.read_jsonl(unpacked, f"{path}/{member}")
     elif path.suffix == ".json" and task == V2:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        yield from ((row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
-        return
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        yield from (rows.Row(found, str(path), number, "row") for number, found in enumerate(listed, 1))
     elif path.suffix != ".jsonl" or (task != V2 and path.name != wanted):
         raise missing("be", "file")
     else:
-        lines, name = path.read_bytes().split(b"\n"), str(path)
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{name}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                told = f"{place}: a row must be JSON, got {line[:80]!r} ({error}). Mend or remove the line."
-                raise ValueError(told) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: a row must be a JSON object, got {line[:80]!r}. Mend or remove the line.")
-            yield row, place
+        with path.open("rb") as file:
+            yield from rows.read_jsonl(file, str(path))
 
 
-def _column(row: dict[str, Any], place: str, column: str, kind: str, fits: Callable[[Any], Any]) -> Any:
-    if column not in row or not fits(row[column]):
-        got = repr(row[column])[:80] if column in row else "no such column"
-        raise ValueError(f"{place}: `{column}` must be {kind}, got {got}. Mend or remove the row.")
-    return row[column]
+def _column(row: rows.Row, column: str, kind: str, fits: Callable[[Any], Any]) -> Any:
+    if column not in row.values or not fits(row.values[column]):
+        got = repr(row.values[column])[:80] if column in row.values else "no such column"
+        raise ValueError(f"{row.place}: `{column}` must be {kind}, got {got}. Mend or remove the row.")
+    return row.values[column]
 
 
 def _text(value: Any) -> bool:

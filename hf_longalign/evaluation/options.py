@@ -122,7 +122,9 @@ class SuiteOptions:
     )
     max_new_tokens: int = option(128, "Room for an answer, in tokens.")
     haystack: str | None = option(
-        None, "A text file, a folder of them or user/name[:config][@split]; unset: built-in sentences."
+        None,
+        "A text file, a folder of them, or rows with a column text or context: JSONL, CSV, Parquet or "
+        "user/name[:config][@split]; unset: built-in sentences.",
     )
     longbench_tasks: list[str] = option(
         ["context_synthesis"],

@@ -19,9 +19,9 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_longalign.evaluation.generation import eval_mode
 from hf_longalign.evaluation.prefix_cache import forget_longer_texts, reuse_problem
 from hf_longalign.evaluation.runner import Examinee, ResultStore
+from hf_longalign.probe import eval_mode
 from hf_longalign.records.report import PerplexityResult
 from hf_longalign.rope import check_range
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from hf_longalign.lazy import require
+from hf_longalign.rows import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -172,30 +173,20 @@ def load_questions(source: str | Path) -> list[Question]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"`ruler_questions` must be a file, got {str(source)!r}. Correct the path.")
-    text = path.read_text(encoding="utf-8-sig")
-    # Told apart by what they are: SQuAD's JSON is an object, HotpotQA's a list.
     if path.suffix == ".jsonl":
-        # Not `splitlines`, which also cuts at U+2028, as it may stand in a text.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [_of_row(_parsed(line, f"{path.name}:{number}"), f"{path.name}:{number}") for number, line in lines]
-    data = _parsed(text, path.name)
+        with path.open("rb") as file:
+            return [_of_row(row.values, row.origin) for row in read_jsonl(file, str(path))]
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"`ruler_questions` must hold JSON, got {error} in {path.name}. Mend it.") from error
+    # Told apart by what they are: SQuAD's JSON is an object, HotpotQA's a list.
     if isinstance(data, dict):
         return list(_of_squad(data, path.name))
     return [_of_hotpot(row, f"{path.name}, row {number}") for number, row in enumerate(data)]
 
 
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"`ruler_questions` must hold JSON, got {error} in {where}. Mend or remove it.") from error
-
-
-def _of_row(row: Any, where: str) -> Question:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"`ruler_questions` must hold an object per line, got {row!r:.40} in {where}. Mend or remove it."
-        )
+def _of_row(row: Mapping[str, Any], where: str) -> Question:
     for name in ("answers", "contexts"):
         if not isinstance(row.get(name), list | None):
             raise ValueError(f"`{name}` must be a list of texts, got {row[name]!r:.40} in {where}. Write [...].")

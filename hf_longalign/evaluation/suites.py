@@ -59,7 +59,8 @@ def make_suites(examined: Examined, options: SuiteOptions, store: ResultStore) -
         elif name == "longbench":
             suites.append(longbench_suite(examined, options, chat=chat))
         elif name == "perplexity":
-            documents = load_texts(options.perplexity_documents or options.haystack, options.seed)
+            given = "perplexity_documents" if options.perplexity_documents else "haystack"
+            documents = load_texts(getattr(options, given), options.seed, given)
             window, limit = options.perplexity_window or max(grid.lengths), options.limit or DOCUMENTS
             suites.append(PerplexitySuite(examined.model, examined.tokenizer, documents, window=window, limit=limit))
         else:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from hf_longalign.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.compose import BudgetError, Composer
 from hf_longalign.synthesis.disk import read_table, table_row, write_array, write_table
 from hf_longalign.synthesis.outcome import CONFIGS, Outcome, features, general_row, outcome_row
 from hf_longalign.synthesis.pool import Pool, by_bm25, by_embeddings, nearest
-from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
 from hf_longalign.synthesis.seeds import Document, read_documents
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import ControlTokens, TokenCounter
@@ -247,15 +247,13 @@ def draw_general(sources: Sequence[Any], share: float, long_rows: int, seed: int
     wanted = round(share / (1 - share) * long_rows)
     if not wanted:
         return []
-    rows = [row for source in sources for row in read_rows(source)]
+    rows = [row for source in sources for row in read_rows(source, "general_data")]
     # Which rows is random; their order stays that of the files.
     chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:wanted])
     return [_conversation(rows[number]) for number in chosen]
 
 
 def _conversation(row: Row) -> dict[str, Any]:
-    if row.fault:
-        raise row.fault
     messages = row.values.get("messages")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise BadRowError(row, "no conversation", "Give a list of {role, content}.", "messages")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
+from hf_longalign.rows import BadRowError, Row
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
 from hf_longalign.synthesis.compose import to_messages
@@ -20,7 +21,6 @@ from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
 from hf_longalign.synthesis.prompts import check_template
-from hf_longalign.synthesis.rows import BadRowError, Row
 from hf_longalign.synthesis.runner import Progress, Runner
 from hf_longalign.synthesis.seeds import Seed, SeedSet, draw_chunks, read_seeds
 from hf_longalign.synthesis.selection import Contamination, Duplicates, answer_losses, choose_seeds

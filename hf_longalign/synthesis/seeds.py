@@ -2,18 +2,17 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hf_longalign.synthesis.rows import BadRowError, Row, read_rows
+from hf_longalign.rows import BadRowError, Row, read_rows, read_texts
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import ControlTokens
-from hf_longalign.text import clean, digest
+from hf_longalign.text import digest
 
 
 # At most so many beginnings of seeds tell the language of all.
@@ -157,18 +156,11 @@ def _read_contexts(task: str | None, source: str) -> dict[int, str]:
     """Line number -> context. A bad line is an error under "skip" too: its seed is good and would lose it."""
     if task is None:
         raise ValueError(f"`contexts` must be written task=path, got {source!r}.")
-    found = {}
-    for row in read_rows(source):
-        if row.fault:
-            raise row.fault
-        # By number and not in a list: a blank line is skipped here as it is among the seeds.
-        found[row.number] = _text(row, "context", required=True)
-    return found
+    # By number and not in a list: a blank line is skipped here as it is among the seeds.
+    return {row.number: _text(row, "context", required=True) for row in read_rows(source, "contexts")}
 
 
 def _to_seed(row: Row, task: str | None, given: dict[str | None, dict[int, str]]) -> Seed:
-    if row.fault:
-        raise row.fault
     instruction, answer = _text(row, "instruction", required=True), _text(row, "answer", required=True)
     try:
         name = task or find_task(_text(row, "task") or "general").name
@@ -220,9 +212,6 @@ def _text(row: Row, column: str, required: bool = False) -> Any:
     return value.strip()
 
 
-COLUMNS = ("text", "context")
-
-
 @dataclass(frozen=True)
 class Document:
     """A text that distracts, or that a pair is written for; its other fields are those of a `Seed`."""
@@ -243,9 +232,9 @@ def read_documents(
 ) -> list[Document]:
     """Read documents, each text once.
 
-    `sources` are text files (one document each) or patterns such as `essays/*.txt`, or what `read_rows` takes, with a
-    column `text` or `context`, and a `title` where there is one. Raises a BadRowError for a row without a text, a
-    ValueError for no such file, or one that is empty, not UTF-8 or refused.
+    `sources` are what `read_texts` takes, with a column `title` where there is one, or patterns such as
+    `essays/*.txt`. Raises a BadRowError for a row without a text, a ValueError for no such file, or one that is empty,
+    not UTF-8 or refused.
     """
     paths: list[str] = []
     for source in sources:
@@ -254,7 +243,10 @@ def read_documents(
         if not matched:
             raise ValueError(f"`documents` must name files, got {source!r}, which matches none.")
     kept: dict[str, Document] = {}
-    for document in (document for path in paths for document in _read_texts(path)):
+    for text, row in (found for path in paths for found in read_texts(path, "documents")):
+        if not text.strip():
+            raise BadRowError(row, "no text", "Fill it in or delete the row.")
+        document = Document(text.strip(), row.origin, _text(row, "title"))
         if control is not None:
             document, mark, _ = _without_marks(document, ("title", "text"), control)
             if mark and on_control_tokens == "reject":
@@ -265,29 +257,6 @@ def read_documents(
         # Each text once: patterns overlap, and a document that stands twice would distract from itself.
         kept[document.document_id] = document
     return list(kept.values())
-
-
-def _read_texts(source: str) -> Iterator[Document]:
-    if Path(source).suffix in (".txt", ".md") and Path(source).is_file():
-        try:
-            # utf-8-sig: Windows editors put a byte order mark in front, which would be the first token of the text.
-            text = clean(Path(source).read_text(encoding="utf-8-sig")).strip()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not UTF-8 at byte {error.start + 1}. Save it as UTF-8.") from None
-        if not text:
-            raise ValueError(f"{source} is empty. Leave it out of `documents`.")
-        yield Document(text, clean(Path(source).name))
-        return
-    for row in read_rows(source):
-        if row.fault:
-            raise row.fault
-        value = next((row.values[column] for column in COLUMNS if row.values.get(column)), None)
-        if not isinstance(value, str) or not value.strip():
-            raise BadRowError(row, "no text", f"Fill in one of the columns {', '.join(COLUMNS)}.")
-        title = row.values.get("title")
-        if title is not None and not isinstance(title, str):
-            raise BadRowError(row, f"not a string but {type(title).__name__}", "Write text.", "title")
-        yield Document(value.strip(), row.origin, (title or "").strip() or None)
 
 
 def draw_chunks(documents: Sequence[Document], words: int, per_document: int, seed: int) -> list[Seed]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from hf_longalign.lazy import require
+from hf_longalign.rows import read_rows
 from hf_longalign.synthesis.prompts import answer_prompt
-from hf_longalign.synthesis.rows import read_rows
 from hf_longalign.synthesis.seeds import Seed
 from hf_longalign.synthesis.tasks import find_task
 from hf_longalign.synthesis.tokens import batches_by_length, load_model
@@ -207,9 +207,7 @@ class Contamination:
         self._lengths: set[int] = set()
         self._grams: dict[str, str] = {}
         for source in sources:
-            for row in read_rows(source):
-                if row.fault:
-                    raise row.fault
+            for row in read_rows(source, "decontaminate_against"):
                 for text in _strings(row.values):
                     words = normalise(text).split()
                     # Where no blanks divide words, `normalise` makes a word of every character: two of them are one.

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_longalign.evaluation.haystack import load_texts, noise, read_texts, sentences_of, split_sentences, split_units
+from hf_longalign.evaluation.haystack import load_texts, noise, sentences_of, split_sentences, split_units
 
 
 def stripped(text: str) -> list[str]:
@@ -44,20 +44,18 @@ def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
     assert list(load_texts("org/data:chat@test")) == ["Three."]
     assert asked == {"args": ("org/data", "chat"), "split": "test", "streaming": True}
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: iter([{"body": "Four."}]))
-    with pytest.raises(
-        ValueError, match="`haystack` must be a data set with a column text or context, got 'org/data'"
-    ):
+    with pytest.raises(ValueError, match=r"org/data, row 1: no text\. Give `haystack` a column text or context"):
         list(load_texts("org/data"))
-    for gone in ("gone.txt", str(tmp_path / "gone")):
-        with pytest.raises(ValueError, match="which is not there"):
-            load_texts(gone)
+    for gone in ("gone.txt", "../gone", str(tmp_path / "gone")):
+        with pytest.raises(ValueError, match=r"`perplexity_documents` must be a file .* which is not there"):
+            list(load_texts(gone, option="perplexity_documents"))
 
     def unreachable(*args, **options):
         raise OSError("offline")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(ConnectionError, match=r"`haystack` must be .* got 'org/gone': .* \(OSError: offline\)"):
-        load_texts("org/gone")
+    with pytest.raises(ConnectionError, match=r"`haystack` must be .* got 'org/gone', .* \(OSError: offline\)"):
+        list(load_texts("org/gone"))
 
 
 def test_a_text_without_full_stops_is_cut_at_blanks():
@@ -84,21 +82,23 @@ def test_files_are_read_in_order(tmp_path):
     (tmp_path / "b.txt").write_text("Second.", encoding="utf-8")
     (tmp_path / "a.txt").write_text("\ufeffErste, schöne.", encoding="utf-8")
     (tmp_path / "c.md").write_text("Not this.")
-    assert read_texts(tmp_path) == ["Erste, schöne.", "Second."]
-    assert read_texts(tmp_path / "c.md") == ["Not this."]
+    assert list(load_texts(str(tmp_path))) == ["Erste, schöne.", "Second."]
+    assert list(load_texts(str(tmp_path / "c.md"))) == ["Not this."]
+    (tmp_path / "d.jsonl").write_text('{"text": ""}\n{"context": " One. "}')
+    assert list(load_texts(str(tmp_path / "d.jsonl"))) == ["", " One. "]
 
 
 def test_files_that_cannot_be_a_haystack_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`haystack` must be a text file.*missing\.txt"):
-        read_texts(tmp_path / "missing.txt")
+    with pytest.raises(ValueError, match=r"`haystack` must be a file.*missing\.txt"):
+        list(load_texts(str(tmp_path / "missing.txt")))
     with pytest.raises(ValueError, match=r"\.txt files, got none"):
-        read_texts(tmp_path)
+        load_texts(str(tmp_path))
     (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"UTF-8.*latin\.txt', byte 3"):
-        read_texts(tmp_path)
+    with pytest.raises(ValueError, match=r"`haystack` must be UTF-8.*latin\.txt', which is not at byte 4"):
+        list(load_texts(str(tmp_path)))
     (tmp_path / "latin.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"empty file.*latin\.txt"):
-        read_texts(tmp_path)
+    with pytest.raises(ValueError, match=r"`haystack` must hold text, got an empty file.*latin\.txt"):
+        list(load_texts(str(tmp_path)))
 
 
 def test_rows_of_a_data_set():

@@ -178,8 +178,8 @@ def test_files_folders_and_archives_give_the_same_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"line 2: a row must be JSON, got b'\{"),
-        ("[]", r"line 2: a row must be a JSON object"),
+        ("{", r"line 2: broken JSON at character"),
+        ("[]", r"line 2: a JSON list, not an object"),
         (
             json.dumps({"context": "a", "answers": ["b"], "length": 1}),
             r"line 2: `input` must be a text, got no such column",

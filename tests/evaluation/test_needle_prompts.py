@@ -12,7 +12,7 @@ from tiny import CHAT_TEMPLATE
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_longalign.evaluation.haystack import noise, read_texts, sentences_of
+from hf_longalign.evaluation.haystack import load_texts, noise, sentences_of
 from hf_longalign.evaluation.needles import ONE, SEVERAL, TASKS, NeedleTask, Pools, Wording, needle_prompts
 from hf_longalign.evaluation.prompt import Prompt, token_counter
 
@@ -263,7 +263,7 @@ def test_the_smallest_length_that_is_named_works():
 
 @pytest.mark.skipif(not ESSAYS.is_dir(), reason="the essays are not beside the repository")
 def test_essays():
-    texts = read_texts(ESSAYS)
+    texts = list(load_texts(str(ESSAYS)))
     for prompt in grid(haystack=texts, lengths=[20_000], depths=[0.3]):
         assert 0.99 * 20_000 <= words(prompt.text) + 20 <= 20_000
         before, after = around(prompt)

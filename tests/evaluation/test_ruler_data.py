@@ -58,9 +58,11 @@ def test_files_are_read_as_they_are_published(tmp_path):
     ("name", "content", "message"),
     [
         ("rows.jsonl", '{"question": "Who?", "answer": "A"}', "`context` must be given .* none in rows.jsonl:1"),
-        ("rows.jsonl", '{"question": "Who?"\n', "must hold JSON, got .* in rows.jsonl:1"),
+        ("rows.jsonl", '{"question": "Who?"\n', "rows.jsonl, line 1: broken JSON at character"),
         ("rows.jsonl", '{"question": "Who?", "answers": "Paris", "context": "x"}', "`answers` must be a list"),
         ("x.json", '[{"question": "Who?", "answer": "A", "context": "text"}]', "must be HotpotQA's"),
+        ("rows.jsonl", "\n[]", "rows.jsonl, line 2: a JSON list, not an object"),
+        ("x.json", "{", "`ruler_questions` must hold JSON, got .* in x.json"),
         ("x.json", '{"rows": []}', "must be SQuAD's, with `data`, got x.json"),
         ("x.json", '[{"question": "Who?"}]', "must be HotpotQA's"),
     ],

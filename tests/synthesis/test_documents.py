@@ -4,9 +4,9 @@ import json
 import pytest
 
 from hf_longalign.endpoint.protocol import Reply, Sampling
+from hf_longalign.rows import BadRowError
 from hf_longalign.synthesis.checks import Rules
 from hf_longalign.synthesis.files import draw_general
-from hf_longalign.synthesis.rows import BadRowError
 from hf_longalign.synthesis.seeds import Document, draw_chunks, read_documents
 from hf_longalign.synthesis.writer import Plan, write_pair
 
@@ -34,14 +34,15 @@ def test_bad_documents_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"`documents` must name files, got .*nothing\*"):
         read_documents([str(tmp_path / "nothing*.txt")])
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty"):
+    with pytest.raises(ValueError, match=r"`documents` must hold text, got an empty file, .*empty\.txt"):
         read_documents([str(tmp_path / "empty.txt")])
     (tmp_path / "latin.txt").write_bytes(b"Caf\xe9")
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8 at byte 4"):
+    with pytest.raises(ValueError, match=r"`documents` must be UTF-8, .*latin\.txt', which is not at byte 4"):
         read_documents([str(tmp_path / "latin.txt")])
-    (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n{"body": "y"}')
-    with pytest.raises(BadRowError, match=r"rows\.jsonl, line 2: no text"):
-        read_documents([str(tmp_path / "rows.jsonl")])
+    for bad in ('{"body": "y"}', '{"text": " "}', '{"text": 7}'):
+        (tmp_path / "rows.jsonl").write_text('{"text": "x"}\n' + bad)
+        with pytest.raises(BadRowError, match=r"rows\.jsonl, line 2: no text"):
+            read_documents([str(tmp_path / "rows.jsonl")])
 
 
 def test_chunks_are_contiguous_of_the_length_asked_for_and_random():

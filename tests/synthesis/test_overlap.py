@@ -3,8 +3,8 @@ import random
 
 import pytest
 
+from hf_longalign.rows import BadRowError
 from hf_longalign.synthesis import selection
-from hf_longalign.synthesis.rows import BadRowError
 from hf_longalign.synthesis.selection import Contamination, Duplicates
 
 

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from hf_longalign.synthesis import rows
-from hf_longalign.synthesis.rows import BadRowError
+from hf_longalign import rows
+from hf_longalign.rows import BadRowError
 from hf_longalign.synthesis.seeds import read_seeds
 from hf_longalign.synthesis.tokens import ControlTokens
 
@@ -54,11 +54,9 @@ def test_skip_counts_the_bad_row_and_keeps_the_good_ones(tmp_path, line, message
     assert [seed.origin for seed in found.seeds] == ["pairs.jsonl:1", "pairs.jsonl:4"]
 
 
-def test_a_byte_order_mark_is_named(tmp_path):
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
     path = write(tmp_path / "pairs.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), {**GOOD, "answer": "Ada"})
-    with pytest.raises(BadRowError, match="line 1: starts with a byte order mark"):
-        read_seeds(path)
-    assert [seed.answer for seed in read_seeds(path, on_bad_seed="skip").seeds] == ["Ada"]
+    assert [seed.answer for seed in read_seeds(path).seeds] == ["Homer Wells", "Ada"]
 
 
 def test_a_line_over_10_mb_is_named_and_the_next_one_is_read(tmp_path):
@@ -87,7 +85,7 @@ def test_no_good_row_and_no_such_file(tmp_path):
     path = write(tmp_path / "pairs.jsonl", "{", "[")
     with pytest.raises(ValueError, match=r"at least one good row, got none and 2 bad"):
         read_seeds(path, on_bad_seed="skip")
-    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file"):
+    with pytest.raises(ValueError, match=r"`seeds` must be a file .*nowhere\.jsonl', which is not there"):
         read_seeds(str(tmp_path / "nowhere.jsonl"))
 
 
@@ -195,7 +193,7 @@ def test_files_that_are_cut_short_are_named(tmp_path):
 def test_other_formats_and_other_things_are_refused_by_name(tmp_path):
     path = tmp_path / "pairs.xlsx"
     path.write_text("x")
-    with pytest.raises(ValueError, match=r"must end with one of \.jsonl, .*\.parquet, got 'pairs\.xlsx'"):
+    with pytest.raises(ValueError, match=r"must end with one of \.jsonl, .*\.parquet, got '.*pairs\.xlsx'"):
         read_seeds(str(path))
     with pytest.raises(BadRowError, match="seeds, row 2: not a dict but int"):
         read_seeds([GOOD, 7])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_longalign.synthesis.rows import BadRowError
+from hf_longalign.rows import BadRowError
 
 from .fakes import GIVEN, PAIRS, FakeGenerator, build, made, make_pairs
 

@@ -1,4 +1,4 @@
-"""Rows of a data file, each with its file and line, so that a bad one can be named.
+"""Rows and texts from anywhere, each with its file and line, so that a bad one can be named.
 
 JSONL and CSV are read here rather than by `datasets`, which names neither line nor column of a broken row, and by the
 line, so that a file of any size is read in constant memory.
@@ -9,20 +9,26 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from hf_longalign.text import clean
 
 
 MAX_LINE_BYTES = 10_000_000
 FORMATS = ".jsonl, .json, .csv (each also as .gz), .parquet"
-_BOM = b"\xef\xbb\xbf"
-_HUB_NAME = re.compile(r"^(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?$")
+_FILE = re.compile(r"(\.jsonl|\.json|\.csv)(\.gz)?$|\.parquet$", re.IGNORECASE)
+# A name that ends like a file is none of the Hub's, whose names have full stops too.
+_HUB_NAME = re.compile(
+    r"(?!.*\.(jsonl|json|csv|gz|parquet|txt|md)$)"
+    r"(?P<name>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(:(?P<config>[^:@/\\]+))?(@(?P<split>[\w.-]+))?"
+)
 _BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -34,28 +40,40 @@ class BadRowError(ValueError):
     """
 
     def __init__(self, row: "Row", reason: str, remedy: str, column: str | None = None):
-        place = f"{row.file}, {row.unit} {row.number}" + (f", column `{column}`" if column else "")
-        super().__init__(f"{place}: {reason}. {remedy}")
+        where = f", column `{column}`" if column else ""
+        super().__init__(f"{row.place}{where}: {reason}. {remedy}")
         self.reason = f"{reason} (`{column}`)" if column else reason
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values, and the place it came from (`file` as the user wrote it, `number` counted from 1).
+    """One row and the place it came from: `file` as the user wrote it, `number` counted from 1, 0 for a whole file.
 
-    A row that could not be read has a `fault` and no values: the reader raises it or counts it.
+    A row that could not be read has a `fault` for whoever asks for its values.
     """
 
-    values: dict[str, Any]
+    found: dict[str, Any]
     file: str
     number: int
     unit: str = "line"
     fault: "BadRowError | None" = None
 
     @property
+    def values(self) -> dict[str, Any]:
+        """What was read, column to value; raises the fault of a broken row."""
+        if self.fault:
+            raise self.fault
+        return self.found
+
+    @property
+    def place(self) -> str:
+        """File and number, for messages."""
+        return f"{self.file}, {self.unit} {self.number}"
+
+    @property
     def origin(self) -> str:
         """File name and number, without directories: fit for a row that is published."""
-        return f"{_name(self.file)}:{self.number}"
+        return f"{_name(self.file)}:{self.number}" if self.number else _name(self.file)
 
 
 @cache  # a million rows have one name
@@ -64,12 +82,15 @@ def _name(file: str) -> str:
     return clean(Path(file).name)
 
 
-def read_rows(source: Any) -> Iterator[Row]:
+def read_rows(source: Any, option: str = "seeds", *, streaming: bool = False) -> Iterator[Row]:
     """Yield the rows of a source, their texts made safe by `hf_longalign.text.clean`; a broken one carries its fault.
 
     `source` is a path to JSONL, CSV (both also compressed, `.gz`) or Parquet, a directory or Hub data set
-    `user/name[:config][@split]`, a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts. Raises a ValueError
-    where it is none of them, or a Parquet file that is not whole.
+    `user/name[:config][@split]`, a `datasets.Dataset`, a pandas `DataFrame`, or a list of dicts; `option` is what
+    messages call it. With `streaming`, a Hub data set is read as far as it is needed, and not kept on disk.
+
+    Raises a ValueError where it is none of them, or a Parquet file that is not whole; a ConnectionError for a data set
+    that cannot be had.
 
     >>> [row.values for row in read_rows([{"answer": "Ada\\0"}])]
     [{'answer': 'Ada'}]
@@ -77,16 +98,43 @@ def read_rows(source: Any) -> Iterator[Row]:
     if not isinstance(source, str | Path):
         rows = _read_memory(source)
     elif not (path := Path(source)).is_file():
-        rows = _read_dataset(str(source))
-    elif kind := re.search(r"(\.jsonl|\.json|\.csv)(\.gz)?$|\.parquet$", path.name.lower()):
+        rows = _read_dataset(str(source), option, streaming)
+    elif kind := _FILE.search(path.name):
         # Parquet compresses by itself and is read from its end: not as .gz.
-        readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, None: _read_parquet}
-        rows = readers[kind[1]](path)
+        readers = {".jsonl": _read_jsonl, ".json": _read_jsonl, ".csv": _read_csv, "": _read_parquet}
+        rows = readers[(kind[1] or "").lower()](path)
     else:
-        raise ValueError(f"{source}: a file must end with one of {FORMATS}, got {path.name!r}. Convert or rename it.")
+        raise ValueError(f"`{option}` must end with one of {FORMATS}, got {str(source)!r}. Convert or rename it.")
     for row in rows:
         # Made anew and not by `replace`, which takes as long as reading the line.
-        yield row if row.fault else Row(_cleaned(row.values), row.file, row.number, row.unit)
+        yield row if row.fault else Row(_cleaned(row.found), row.file, row.number, row.unit)
+
+
+def read_texts(source: str, option: str, *, streaming: bool = False) -> Iterator[tuple[str, Row]]:
+    """Yield the texts of a source, not stripped, each with the row it stands in.
+
+    `source` is a text file, which is one text, or what [`read_rows`] takes, with a column `text` or `context`; for the
+    other arguments see there. Raises a BadRowError for a row without such a column, a ValueError for a file that is
+    empty or not UTF-8, and what `read_rows` raises.
+    """
+    path = Path(source)
+    if path.is_file() and not _FILE.search(path.name):
+        try:
+            # utf-8-sig: Windows editors put a byte order mark in front, which would be the first token of the text.
+            text = clean(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            told = f"got {source!r}, which is not at byte {error.start + 1}. Save it as UTF-8."
+            raise ValueError(f"`{option}` must be UTF-8, {told}") from None
+        if not text.strip():
+            raise ValueError(f"`{option}` must hold text, got an empty file, {source!r}. Leave it out.")
+        yield text, Row({}, source, 0)
+        return
+    for row in read_rows(source, option, streaming=streaming):
+        found = [row.values[name] for name in ("text", "context") if name in row.values] or [None]
+        text = next(filter(None, found), found[0])  # "" where none holds more: data sets have such between paragraphs
+        if not isinstance(text, str):
+            raise BadRowError(row, "no text", f"Give `{option}` a column text or context.")
+        yield text, row
 
 
 def _cleaned(value: Any) -> Any:
@@ -104,45 +152,45 @@ def _read_memory(source: Any) -> Iterator[Row]:
     for number, values in enumerate(source, 1):
         place = Row({}, "seeds", number, "row")
         if isinstance(values, dict):
-            yield replace(place, values=dict(values))
+            yield replace(place, found=dict(values))
         else:
             yield _broken(place, f"not a dict but {type(values).__name__}", "Give rows as dicts, column to value.")
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with _open(path) as file:
-        number = 0
-        while True:
-            number += 1
-            place = Row({}, str(path), number)
-            try:
-                line = file.readline(MAX_LINE_BYTES + 1)
-                # A line that is too long is read to its end in pieces and thrown away, so that its number and the next
-                # row are right.
-                rest = line
-                while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE_BYTES)
-            except _BROKEN_GZIP as error:
-                yield _broken(place, f"the compressed file ends early or is damaged ({error})", "Write it again.")
-                return
-            if not line:
-                return
-            if len(line) > MAX_LINE_BYTES:
-                limit = f"longer than {MAX_LINE_BYTES // 1_000_000} MB"
-                yield _broken(place, limit, "Split the row, or store the data as Parquet.")
-            elif line.strip():
-                yield _parse(line, place)
+        yield from read_jsonl(file, str(path), MAX_LINE_BYTES)
+
+
+def read_jsonl(file: IO[bytes], name: str, most: int = sys.maxsize - 1) -> Iterator[Row]:
+    """Yield the rows of JSONL as they are, of a file of that name; a line of over `most` bytes is a fault."""
+    for number in count(1):
+        place = Row({}, name, number)
+        try:
+            line = file.readline(most + 1)
+            # A line that is too long is read to its end in pieces and thrown away, so that its number and the next
+            # row are right.
+            rest = line
+            while len(line) > most and rest and not rest.endswith(b"\n"):
+                rest = file.readline(most)
+        except _BROKEN_GZIP as error:
+            yield _broken(place, f"the compressed file ends early or is damaged ({error})", "Write it again.")
+            return
+        if not line:
+            return
+        if len(line) > most:
+            yield _broken(place, f"longer than {most // 1_000_000} MB", "Split the row, or store the data as Parquet.")
+        elif line.strip():
+            yield _parse(line, place)
 
 
 def _parse(line: bytes, place: Row) -> Row:
-    if line.startswith(_BOM):
-        return _broken(place, "starts with a byte order mark", "Save the file as UTF-8 without one.")
     try:
-        values = json.loads(line.decode())
+        values = json.loads(line.decode("utf-8-sig"))  # as for texts
     except UnicodeDecodeError as error:
         return _broken(place, f"not UTF-8 at byte {error.start + 1}", "Save the file as UTF-8.")
     except json.JSONDecodeError as error:
@@ -177,7 +225,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
             if "" in values:
                 yield _broken(place, "more fields than columns", "Put text with commas into double quotes.")
             else:
-                yield replace(place, values={name: value or None for name, value in values.items()})
+                yield replace(place, found={name: value or None for name, value in values.items()})
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -200,15 +248,19 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         ) from None
 
 
-def _read_dataset(source: str) -> Iterator[Row]:
+def _read_dataset(source: str, option: str, streaming: bool) -> Iterator[Row]:
+    match = None if Path(source).is_dir() else _HUB_NAME.fullmatch(source)
+    name, config, split = match.group("name", "config", "split") if match else (source, None, None)
+    told = f"`{option}` must be a file or a data set, user/name[:config][@split] on the Hub, got {source!r}, which "
+    if not match and not Path(source).is_dir():
+        raise ValueError(f"{told}is not there. Correct it.")
     from datasets import load_dataset
 
-    match = _HUB_NAME.match(source)
-    if Path(source).is_dir():
-        name, config, split = source, None, None
-    elif match and not Path(source).suffix:
-        name, config, split = match["name"], match["config"], match["split"]
-    else:
-        raise ValueError(f"{source}: no such file. Give a file ({FORMATS}) or a Hub data set user/name[@split].")
-    for number, values in enumerate(load_dataset(name, config, split=split or "train"), 1):
+    try:
+        rows = load_dataset(name, config, split=split or "train", streaming=streaming)
+    except Exception as error:  # the Hub's, the network's, the format's
+        raise ConnectionError(
+            f"{told}is no file and as a data set cannot be had ({type(error).__name__}: {error}). Correct it."
+        ) from error
+    for number, values in enumerate(rows, 1):
         yield Row(dict(values), source, number, "row")
