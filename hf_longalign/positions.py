@@ -78,16 +78,16 @@ def sample_positions(
     return np.cumsum(steps)
 
 
-def get_strategy(strategy: Strategy, name: str = "strategy") -> Sampler:
+def get_strategy(strategy: Strategy) -> Sampler:
     """Return the sampler of a strategy, `sampler(block_lengths, response, target_length, rng) -> Skips`.
 
     Raises:
-        ValueError: an unknown strategy; the message calls it `name` and lists those there are.
+        ValueError: an unknown strategy; the message lists those there are.
     """
     if not callable(strategy):
         if strategy not in STRATEGIES:
             raise ValueError(
-                f"`{name}` must be one of {list(STRATEGIES)} or a callable, got {strategy!r}. Set one of them."
+                f"`strategy` must be one of {list(STRATEGIES)} or a callable, got {strategy!r}. Set one of them."
             )
         return STRATEGIES[strategy]
 

@@ -83,10 +83,8 @@ class PublishingSFTTrainer(SFTTrainer):
                 folder,
                 record=record,
                 adapter_config=config,
-                base_model=self.args.base_name,
-                license=self.args.license,
-                languages=self.args.languages,
                 tags=tags,
+                **self.args.card(),
             )
         except ValueError as error:  # what a person wrote must not end a training; a push will say it again
             logger.warning("The card in %s stays as it is: %s", folder, error)

@@ -1,18 +1,35 @@
 """The options of `LongAlignSFTConfig` that are this package's own, and what is wrong with them: without torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
-from hf_longalign.options import option
-from hf_longalign.positions import STRATEGIES, check_share, check_target_length, get_strategy
-
-
-# Those that need nothing but a length; "longrope" needs factors that somebody has searched for the model.
-ROPE_TYPES = ("yarn", "linear", "dynamic", "llama3", "proportional")
+from hf_longalign.options import check_rules, option
+from hf_longalign.positions import STRATEGIES, check_share, check_target_length
 
 
 @dataclass
-class TrainingOptions:
+class CardOptions:
+    """What the card of an adapter or a model says that the files do not know."""
+
+    base_name: str | None = option(
+        None, "What the card calls a base that is a local folder: its Hub id, or a neutral name."
+    )
+    license: str | None = option(None, "Licence of the model, as the Hub names it: apache-2.0, cc-by-4.0 …")
+    languages: list[str] = option([], "ISO 639 codes of its languages.")
+
+    def check(self) -> None:
+        """Refuse a licence that is not written as the Hub's ids are."""
+        from hf_longalign.cards.page import check_license
+
+        check_license(license=self.license)
+
+    def card(self) -> dict[str, Any]:
+        """Return them as arguments of `write_adapter_card`."""
+        return {"base_model": self.base_name, "license": self.license, "languages": self.languages}
+
+
+@dataclass
+class TrainingOptions(CardOptions):
     """The fields of [`LongAlignSFTConfig`] without those of [`trl.SFTConfig`]; each is told in its help."""
 
     # Parameters that control the positions
@@ -30,14 +47,16 @@ class TrainingOptions:
         None,
         "Scale RoPE before the model is loaded, so that its range covers `skip_target_length`; the model "
         "must be given by its name. proportional is Gemma 4's. Unset: the model's own.",
-        choices=list(ROPE_TYPES),
+        # Those that need nothing but a length; "longrope" needs factors that somebody has searched for the model.
+        choices=["yarn", "linear", "dynamic", "llama3", "proportional"],
     )
 
     # Parameters that control the loss
-    loss_weighting: Literal["token", "sequence"] = option(
+    loss_weighting: str = option(
         "token",
         "Whether every target token of a step weighs the same, as in TRL (token), or every sequence "
         "(sequence), LongAlign's formula (https://arxiv.org/abs/2401.18058).",
+        choices=["token", "sequence"],
     )
 
     # Parameters that control the evaluation
@@ -47,13 +66,6 @@ class TrainingOptions:
         "moved apart until relative distances reach them, as eval_loss_at_4096, and that of tokens to be copied "
         "from there, as eval_copy_loss_at_4096; before the first step too.",
     )
-
-    # Parameters that control the card and the push
-    base_name: str | None = option(
-        None, "What the card calls a base that was a local folder: its Hub id, or a neutral name."
-    )
-    license: str | None = option(None, "Licence of the trained model, as the Hub names it.")
-    languages: list[str] = option([], "ISO 639 codes of its languages.")
 
     # Parameters that control the checks
     preflight: bool = option(
@@ -68,17 +80,11 @@ class TrainingOptions:
         Raises:
             ValueError: names the field, its value and the remedy.
         """
-        from hf_longalign.cards.page import check_license
-
-        check_license(license=self.license)
-        get_strategy(self.skip_strategy, name="skip_strategy")
+        super().check()
+        check_rules(self)
         check_share("skip_probability", self.skip_probability)
         if self.skip_target_length is not None:
             check_target_length(self.skip_target_length, name="skip_target_length")
-        if self.rope_type is not None and self.rope_type not in ROPE_TYPES:
-            raise ValueError(
-                f"`rope_type` must be one of {', '.join(ROPE_TYPES)}, got {self.rope_type!r}. Set 'yarn' if in doubt."
-            )
         if self.rope_type is not None and self.skip_target_length is None:
             raise ValueError(
                 f"`skip_target_length` must be given with `rope_type={self.rope_type!r}`, which scales the model's "
@@ -86,9 +92,3 @@ class TrainingOptions:
             )
         for distance in self.eval_distances or ():
             check_target_length(distance, name="eval_distances")
-        # A `Literal` is checked on a command line alone.
-        if self.loss_weighting not in ("token", "sequence"):
-            raise ValueError(
-                f"`loss_weighting` must be 'token' or 'sequence', got {self.loss_weighting!r}. "
-                "Set 'token' for TRL's loss."
-            )

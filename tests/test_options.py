@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from fake_endpoint import FakeEndpoint
@@ -14,7 +15,9 @@ from hf_longalign.cli import main
 from hf_longalign.commands import sft
 from hf_longalign.commands.sft import DataOptions
 from hf_longalign.evaluation import evaluate, models, suites
-from hf_longalign.evaluation.options import ModelOptions
+from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
+from hf_longalign.synthesis.config import SynthesisOptions
+from hf_longalign.training_options import TrainingOptions
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,28 @@ def test_code_that_comes_with_a_model_runs_only_where_it_may(model, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             models.Examined.load(ModelOptions(str(model), trust_remote_code=trusted))
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (TrainingOptions(skip_strategy="skip-all"), "`skip_strategy` must be one of none, .*, cream, got 'skip-all'"),
+        (SynthesisOptions(retries=None), "`retries` must be between 0 and 100, got None. Correct it, or leave it out"),
+        (SynthesisOptions(target_tokens=0), "`target_tokens` must be at least 1, got 0"),
+        (SuiteOptions(lengths=[1024, 0]), "`lengths` must be at least 1, got 0"),
+        (SuiteOptions(puzzles="count"), "`puzzles` must be one of .*, got 'c'"),
+        (
+            ModelOptions("org/model", generator="vllm", vllm_options="x"),
+            "`vllm_options` must be a JSON object, got 'x'",
+        ),
+    ],
+)
+def test_a_value_that_breaks_a_rule_is_refused_with_its_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        options.check()
+
+
+def test_what_no_rule_forbids_is_taken():
+    TrainingOptions(skip_strategy=lambda lengths, target_length, rng: None, rope_type=None).check()
+    SynthesisOptions(seeds=["a.jsonl"], max_words=None, checks=[], min_words=np.int64(3)).check()
+    ModelOptions("org/model", generator="vllm", vllm_options={"max_model_len": 512}).check()

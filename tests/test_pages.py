@@ -21,7 +21,7 @@ from trl import ScriptArguments
 
 import hf_longalign
 from hf_longalign.cli import main
-from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions
+from hf_longalign.commands.publishing import HubOptions, PublishOptions
 from hf_longalign.commands.sft import DataOptions
 from hf_longalign.commands.synthesize import SynthesizeArguments
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
@@ -201,7 +201,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_every_option_is_told_and_tested():
-    classes = (DataOptions, TrainingOptions, HubOptions, PublishOptions, AdapterCardOptions, SynthesizeArguments)
+    classes = (DataOptions, TrainingOptions, HubOptions, PublishOptions, SynthesizeArguments)
     classes = (*classes, SynthesisOptions, ModelOptions, SuiteOptions)
     theirs = {field.name for field in fields(ScriptArguments)}
     options = {field.name for kind in classes for field in fields(kind)} - theirs

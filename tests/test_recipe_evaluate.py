@@ -175,7 +175,7 @@ def test_the_report_is_published_with_the_adapter(models, whole, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suites", "needles"], "`suites` must be among needle"),
+        (["--suites", "needles"], "`suites` must be one of needle"),
         (["--lengths", "2048"], "`lengths` must be at most 1024, the range of this 'llama' model, got 2048"),
         (
             ["--suites", "perplexity", "--endpoint", "http://localhost:1/v1"],
@@ -216,8 +216,8 @@ def test_options_are_checked_before_anything_is_loaded(tmp_path):
     for name, values in {"depths": [0.5, 0.5], "lengths": [512, 512], "puzzles": ["count", "count"]}.items():
         with pytest.raises(ValueError, match=f"`{name}` must be all different, got .* Name each once"):
             SuiteOptions(output_dir=str(tmp_path), **{name: values}).check()
-    for depths in ([0.5, 1.2], [float("nan")], []):
-        with pytest.raises(ValueError, match="`depths` must be 0 to 1"):
+    for depths, told in (([0.5, 1.2], "between 0 and 1"), ([float("nan")], "between 0 and 1"), ([], "hold something")):
+        with pytest.raises(ValueError, match=f"`depths` must {'be ' * bool(depths)}{told}"):
             SuiteOptions(output_dir=str(tmp_path), depths=depths).check()
     SuiteOptions(output_dir=str(tmp_path / "new" / "report")).check()
     with pytest.raises(ValueError, match="`output_dir` must be a folder to write to"):

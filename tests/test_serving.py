@@ -273,7 +273,7 @@ def test_an_adapter_is_compared_with_what_it_answers_here(trained, tmp_path):
         assert settings["adapter: answers as trained"].startswith("not compared")
         settings = evaluate(str(base), output_dir=str(tmp_path / "local"), check_served="local", **common).settings
         assert settings["adapter: answers as trained"].endswith("answered the same")
-    with pytest.raises(ValueError, match="`check_served` must be stored, local or off, got 'always'"):
+    with pytest.raises(ValueError, match="`check_served` must be one of stored, local, off, got 'always'"):
         evaluate(str(base), check_served="always", **ASKED)
 
 

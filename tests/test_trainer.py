@@ -445,14 +445,14 @@ def test_rows_that_leave_nothing_to_train_on_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"skip_strategy": "skip-all"}, "`skip_strategy` must be one of .*'skip_all'.* got 'skip-all'"),
+        ({"skip_strategy": "skip-all"}, "`skip_strategy` must be one of .*skip_all.* got 'skip-all'"),
         ({"skip_target_length": 0}, "`skip_target_length` must be at least .* got 0"),
         ({"skip_target_length": 4096.0}, "`skip_target_length` must be a whole number, got 4096.0"),
         ({"skip_probability": 50}, "`skip_probability` must be a number from 0 to 1, got 50"),
         ({"skip_probability": "0.5"}, "`skip_probability` must be a number from 0 to 1, got '0.5'"),
         ({"skip_probability": float("nan")}, "`skip_probability` must be a number from 0 to 1, got nan"),
         ({"packing": True, "packing_strategy": "wrapped"}, "`packing_strategy` must be .* got 'wrapped'"),
-        ({"loss_weighting": "sample"}, "`loss_weighting` must be 'token' or 'sequence'"),
+        ({"loss_weighting": "sample"}, "`loss_weighting` must be one of token, sequence, got 'sample'"),
         ({"loss_weighting": "sequence", "loss_type": "dft"}, "weighs the negative log-likelihood"),
         ({"loss_weighting": "sequence", "average_tokens_across_devices": False}, "Set it to True"),
     ],

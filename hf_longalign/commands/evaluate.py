@@ -12,10 +12,11 @@ from huggingface_hub import snapshot_download
 
 from hf_longalign.cards import write_adapter_card
 from hf_longalign.commands.options import OptionParser
-from hf_longalign.commands.publishing import AdapterCardOptions, HubOptions, PublishOptions, destination, same_command
+from hf_longalign.commands.publishing import HubOptions, PublishOptions, destination, same_command
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.hub import check_base_name, publish_adapter
 from hf_longalign.records import Report
+from hf_longalign.training_options import CardOptions
 
 
 DESCRIPTION = """Ask a model, and the adapter trained on it, the same questions, and write a report of what changed.
@@ -30,7 +31,7 @@ with one output_dir share the questions: accelerate launch -m hf_longalign evalu
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the options of the models, the suites, the Hub, publishing and the card."""
-    classes = (ModelOptions, SuiteOptions, HubOptions, PublishOptions, AdapterCardOptions)
+    classes = (ModelOptions, SuiteOptions, HubOptions, PublishOptions, CardOptions)
     # A model may stand first without its option.
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
@@ -38,7 +39,7 @@ def read(arguments: Sequence[str]) -> tuple[Any, ...]:
 
 
 def check(
-    model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions
+    model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: CardOptions
 ) -> None:
     """Refuse what is wrong with several of the options together."""
     model.check_suites(suites.suites)
@@ -53,9 +54,7 @@ def check(
         publish.check_push(hub, model.adapter)
 
 
-def run(
-    model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: AdapterCardOptions
-) -> int:
+def run(model: ModelOptions, suites: SuiteOptions, hub: HubOptions, publish: PublishOptions, card: CardOptions) -> int:
     """Ask, score, report, publish; the exit status is 1 where nothing was measured."""
     from hf_longalign.evaluation.evaluator import run as run_evaluation
 
@@ -77,7 +76,7 @@ def publish_report(
     output_dir: str,
     hub: HubOptions,
     publish: PublishOptions,
-    card: AdapterCardOptions,
+    card: CardOptions,
     report: Report,
 ) -> str:
     """Publish the adapter with its report and a card that shows it, and return what to tell the user."""

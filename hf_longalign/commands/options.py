@@ -3,17 +3,16 @@
 Nothing here imports torch: a wrong option is refused before the seconds that torch and transformers take to load.
 """
 
-import dataclasses
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
-from inspect import get_annotations
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
 
+from hf_longalign.options import check_rules, own_fields
 from hf_longalign.records.base import typed
 
 
@@ -23,7 +22,7 @@ class OptionParser(TrlParser):
     Args:
         command: the command's name, such as "sft".
         classes: dataclasses; each field is an option. One with a method `check` is asked to raise a ValueError for
-            what is wrong with its values.
+            what the rules of its options do not tell.
         description: for `--help`.
         foreign: names of options that are read later, by a parser that takes longer to make.
     """
@@ -43,6 +42,12 @@ class OptionParser(TrlParser):
         )
         self.foreign = foreign
 
+    def add_argument(self, *names: Any, **shown: Any) -> Any:
+        """Add one as argparse does, without what only [`check_rules`] knows."""
+        # Of a list, argparse would print the choices twice; the help has them.
+        ours = {"least", "most", *(["choices"] if shown.get("nargs") == "+" else [])}
+        return super().add_argument(*names, **{key: value for key, value in shown.items() if key not in ours})
+
     def read(self, arguments: Sequence[str], check: Callable[..., None] | None = None) -> tuple[Any, ...]:
         """Return an instance of every class, checked, and last the namespace of arguments added by hand, if any.
 
@@ -58,7 +63,8 @@ class OptionParser(TrlParser):
             *found, rest = self.parse_args_and_config(words, return_remaining_strings=True)
             self._refuse_unknown(rest)
             for options in found[: len(list(self.dataclass_types))]:
-                _check_values(options)
+                _check_types(options)
+                check_rules(options)
                 if hasattr(options, "check"):
                     options.check()
             if check is not None:
@@ -87,22 +93,15 @@ class OptionParser(TrlParser):
             raise ValueError(f"{rest[0]!r} belongs to no option. Take it away, or quote what holds spaces.")
 
 
-def _check_values(options: Any) -> None:
+def _check_types(options: Any) -> None:
     """Refuse values of a YAML that the command line would have refused: argparse does not look at defaults."""
-    ours = [cls for cls in type(options).__mro__ if cls.__module__.startswith("hf_longalign.")]
-    names = {name for cls in ours for name in get_annotations(cls)}  # TRL changes the types of its own
     hints = get_type_hints(type(options))
-    for field in dataclasses.fields(options):
-        if field.name not in names:
-            continue
+    for field in own_fields(options):
         value, hint = getattr(options, field.name), hints[field.name]
         parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if isinstance(value, str) and any(get_origin(part) is list for part in parts):
             value = [value]  # a list of one may stand in a YAML without brackets
             setattr(options, field.name, value)
-        choices = field.metadata.get("choices")
-        if choices is not None and value is not None and value not in choices:
-            raise ValueError(f"`{field.name}` must be one of {', '.join(choices)}, got {value!r}. Correct it.")
         try:
             typed(hint, value, field.name)
         except ValueError:

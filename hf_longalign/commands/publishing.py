@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from huggingface_hub import get_token
 
 from hf_longalign.cards import write_adapter_card
-from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.hub import Destination, check_dry_run, publish_adapter, publish_command, publish_dataset
 from hf_longalign.options import option
+from hf_longalign.training_options import CardOptions
 
 
 if TYPE_CHECKING:
@@ -87,29 +87,6 @@ class PublishOptions:
         return f"Published {url}" if self.push_dry_run is None else f"Nothing pushed; what would be is in {url}"
 
 
-@dataclass
-class CardOptions:
-    """What a card says that the files do not know."""
-
-    license: str | None = option(None, "Licence of what is published, as the Hub names it: cc-by-4.0, apache-2.0 …")
-
-    def check(self) -> None:
-        """Refuse a licence that is not written as the Hub's ids are."""
-        check_license(license=self.license)
-
-
-@dataclass
-class AdapterCardOptions(CardOptions):
-    """What the card of an adapter or a model says that the files do not know."""
-
-    base_name: str | None = option(None, "What the adapter calls its base where that is a local folder: its Hub id.")
-    languages: list[str] = option([], "ISO 639 codes of its languages.")
-
-    def card(self) -> dict[str, Any]:
-        """Return them as arguments of `write_adapter_card`."""
-        return {"base_model": self.base_name, "license": self.license, "languages": self.languages}
-
-
 def destination(hub: "Hub", folder: str | Path) -> dict[str, Any]:
     """Return where a push goes as arguments of `publish_dataset`; a repository without a name is called as the folder.
 
@@ -141,13 +118,13 @@ CONFIGS = ("adapter_config.json", "config.json")
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
     """Return the folder, where it goes and how."""
-    parser = OptionParser("push", (RepositoryOptions, PublishOptions, AdapterCardOptions), DESCRIPTION)
+    parser = OptionParser("push", (RepositoryOptions, PublishOptions, CardOptions), DESCRIPTION)
     parser.add_argument("folder", help="what to publish")
     hub, publish, card, more = parser.read(arguments, check)
     return Path(more.folder), hub, publish, card
 
 
-def check(hub: RepositoryOptions, publish: PublishOptions, card: AdapterCardOptions, more: argparse.Namespace) -> None:
+def check(hub: RepositoryOptions, publish: PublishOptions, card: CardOptions, more: argparse.Namespace) -> None:
     """Refuse what is wrong with several of the options together."""
     folder = Path(more.folder)
     if not folder.is_dir():
@@ -160,7 +137,7 @@ def check(hub: RepositoryOptions, publish: PublishOptions, card: AdapterCardOpti
         )
 
 
-def run(folder: Path, hub: RepositoryOptions, publish: PublishOptions, card: AdapterCardOptions) -> int:
+def run(folder: Path, hub: RepositoryOptions, publish: PublishOptions, card: CardOptions) -> int:
     """Push it."""
     to = destination(hub, folder)
     push: Callable[..., str] = publish_dataset

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from hf_longalign.cards.page import check_license
 from hf_longalign.commands.options import OptionParser
-from hf_longalign.commands.publishing import CardOptions, HubOptions, PublishOptions, destination
+from hf_longalign.commands.publishing import HubOptions, PublishOptions, destination
 from hf_longalign.endpoint import BatchGenerator, HostedBatches, OpenAIGenerator
 from hf_longalign.endpoint.protocol import Generator, Reply, Request, RunStopped
 from hf_longalign.hub import publish_command, publish_dataset
-from hf_longalign.options import option
+from hf_longalign.options import json_object, option
 from hf_longalign.synthesis.budget import Budget, Spend
-from hf_longalign.synthesis.config import SynthesisOptions, json_object
+from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.seeds import Seed
 
 
@@ -45,6 +45,7 @@ class SynthesizeArguments:
     )
     cache_dir: str | None = option(None, "Folder for the journal and prepared data; unset: the cache of datasets.")
     journal: str | None = option(None, "The journal's file; unset: one in `cache_dir`.")
+    license: str | None = option(None, "Licence of the data, as the Hub names it: cc-by-4.0, apache-2.0 …")
     seeds_license: str | None = option(None, "Licence of the seeds, as the Hub names it.")
     generator: str = option(
         "documents",
@@ -83,7 +84,7 @@ class SynthesizeArguments:
 
     def check(self) -> None:
         """Refuse what is missing or makes no sense."""
-        check_license(seeds_license=self.seeds_license)
+        check_license(license=self.license, seeds_license=self.seeds_license)
         if self.output_dir is None and not self.dry_run and self.num_shards == 1:
             raise ValueError("`output_dir` must be given, got None. Name the folder to write to.")
         if self.model is None and self.generator != "documents":
@@ -107,17 +108,14 @@ class SynthesizeArguments:
 
 
 def read(arguments: Sequence[str]) -> tuple[Any, ...]:
-    """Return the options of the run, of the data, of the Hub, of publishing and of the card."""
+    """Return the options of the run, of the data, of the Hub and of publishing."""
 
-    def check(
-        args: SynthesizeArguments, options: SynthesisOptions, hub: HubOptions, publish: PublishOptions, _: Any
-    ) -> None:
-        options.validate()
+    def check(args: SynthesizeArguments, _: SynthesisOptions, hub: HubOptions, publish: PublishOptions) -> None:
         publish.check_idle(push_to_hub=hub.push_to_hub)
         if hub.push_to_hub and not args.dry_run and args.output_dir is not None:
             publish.check_push(hub, args.output_dir)
 
-    classes = (SynthesizeArguments, SynthesisOptions, HubOptions, PublishOptions, CardOptions)
+    classes = (SynthesizeArguments, SynthesisOptions, HubOptions, PublishOptions)
     return OptionParser("synthesize", classes, DESCRIPTION).read(arguments, check)
 
 
@@ -214,9 +212,7 @@ def print_plan(builder: "ContextSynthesisBuilder", args: SynthesizeArguments, op
             print("\n\n".join(f"[{role}]\n{content}" for role, content in request.messages))
 
 
-def run(
-    args: SynthesizeArguments, options: SynthesisOptions, hub: HubOptions, publish: PublishOptions, card: CardOptions
-) -> int:
+def run(args: SynthesizeArguments, options: SynthesisOptions, hub: HubOptions, publish: PublishOptions) -> int:
     """Write the data; the exit status is 1 where it stopped and a rerun goes on."""
     import torch
     from accelerate import PartialState
@@ -244,7 +240,7 @@ def run(
                 place = args.output_dir or builder.pipeline.journal.name
                 print(f"Shard {args.shard_index} of {args.num_shards} is in {place}.")
         elif builder.prepare_outcomes():
-            licenses = {"license": card.license, "seeds_license": args.seeds_license}
+            licenses = {"license": args.license, "seeds_license": args.seeds_license}
             folder = builder.export(str(args.output_dir), num_proc=args.num_proc, **licenses)
             print(f"Wrote {folder}.")
             if hub.push_to_hub:

@@ -30,6 +30,7 @@ from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.runner import Examinee, Generator
 from hf_longalign.lazy import require
+from hf_longalign.options import json_object
 from hf_longalign.records.report import EvaluatedModel
 from hf_longalign.records.training import TrainingRecord, is_hub_id
 from hf_longalign.rope import apply_rope, model_range, rope_record
@@ -293,7 +294,7 @@ def vllm_examinees(
     `config` is that of the model with the RoPE of the adapter.
     """
     require("vllm", "vllm")  # missing is told now, and not when all prompts are made
-    given, revision = json.loads(options.vllm_options or "{}"), base_revision(options)
+    given, revision = json_object("vllm_options", options.vllm_options), base_revision(options)
     more: dict[str, Any] = {"dtype": options.dtype, "revision": revision, **given}
     if options.trust_remote_code:
         more["trust_remote_code"] = True

@@ -175,7 +175,7 @@ class ContextSynthesisBuilder(datasets.GeneratorBasedBuilder):
             judge_model=judge.model if judge else "",
             **config,
         )
-        self.config.validate()
+        self.config.check()
         self.files = Files(self.config, Path(self._cache_dir_root) / self.dataset_name)
         self.pipeline = Pipeline(
             config=self.config,

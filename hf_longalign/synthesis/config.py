@@ -3,12 +3,11 @@
 No field holds a key, an address or anything else of an endpoint: those belong to the generator object.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_longalign.options import option
+from hf_longalign.options import check_rules, json_object, option
 from hf_longalign.synthesis.checks import CHECKS, DEFAULT_CHECKS
 from hf_longalign.synthesis.pool import SOURCES
 from hf_longalign.synthesis.selection import USES
@@ -31,22 +30,25 @@ class SynthesisOptions:
     contexts: list[str] = option(
         [], "task=file: contexts of that task's seeds, line by line, where they stand in a second file."
     )
-    on_bad_seed: str = option("raise", 'What to do about a bad row: "raise", or "skip" to count it and go on.')
+    on_bad_seed: str = option("raise", "Stop at a bad row, or count it and go on.", choices=["raise", "skip"])
     on_control_tokens: str = option(
         "neutralise",
         "What to do about marks of chat templates (<|im_end|>, </s> …) in seeds and documents: "
         '"neutralise" makes plain words of them, "reject" makes theirs a bad row. Replies with one are asked for '
         "again.",
+        choices=["neutralise", "reject"],
     )
-    seeds_per_task: int | None = option(None, "Use only the first so many seeds of a task.")
+    seeds_per_task: int | None = option(None, "Use only the first so many seeds of a task.", least=1)
 
     # Parameters that control how contexts are written
     method: str = option(
-        "context", '"context": texts for human pairs. "instruction", the baseline: pairs for texts of `documents`.'
+        "context",
+        "Texts for human pairs (context), or as a baseline pairs for texts of `documents` (instruction).",
+        choices=["context", "instruction"],
     )
-    context_words: int = option(2000, "Words asked for per context.")
+    context_words: int = option(2000, "Words asked for per context.", least=1)
     reply_words: int = option(
-        2000, "The most words asked for in one reply; a longer context is an outline, then sections."
+        2000, "The most words asked for in one reply; a longer context is an outline, then sections.", least=1
     )
     facts_first: bool = option(False, "Ask for evidence and distraction first, then for the text that holds them.")
     prompt_template: str | None = option(None, "A text file with a prompt of your own in place of the built-in one.")
@@ -59,24 +61,27 @@ class SynthesisOptions:
     extra_body: dict[str, Any] | str | None = option(
         None, "More fields of a request, as JSON or YAML: chat_template_kwargs, min_p, max_completion_tokens …"
     )
-    retries: int = option(2, "How many more replies a seed may cost when one is unreadable or fails a check.")
-    chunk_words: int = option(3000, 'Words of a chunk of a document, with method "instruction".')
-    pairs_per_document: int = option(1, 'Chunks drawn from each document, with method "instruction".')
+    retries: int = option(
+        2, "How many more replies a seed may cost when one is unreadable or fails a check.", least=0, most=100
+    )
+    chunk_words: int = option(3000, 'Words of a chunk of a document, with method "instruction".', least=1)
+    pairs_per_document: int = option(1, 'Chunks drawn from each document, with method "instruction".', least=1)
 
     # Parameters that control verification
-    checks: list[str] = option(list(DEFAULT_CHECKS), f"Checks to run, out of {', '.join(CHECKS)}.")
-    min_words: int = option(200, "A context of fewer words is rejected.")
-    max_words: int | None = option(None, "A context of more words is rejected.")
+    checks: list[str] = option(list(DEFAULT_CHECKS), f"Checks to run, out of {', '.join(CHECKS)}.", choices=CHECKS)
+    min_words: int = option(200, "A context of fewer words is rejected.", least=0)
+    max_words: int | None = option(None, "A context of more words is rejected.", least=1)
     language: str | None = option(None, "Two-letter code the contexts must have; unset: the language of the seeds.")
 
     # Parameters that control difficulty
     difficulty: str | None = option(
         None,
         '"closed_book" (the judge, or else the generator, answers without context) or "answer_loss" (a local model).',
+        choices=["closed_book", "answer_loss"],
     )
-    difficulty_use: str = option("record", f"How seeds are chosen by it: {', '.join(USES)}.")
+    difficulty_use: str = option("record", f"How seeds are chosen by it: {', '.join(USES)}.", choices=USES)
     difficulty_share: float = option(0.5, "The share of each task's seeds that is kept.")
-    difficulty_samples: int = option(1, "Closed-book answers per seed.")
+    difficulty_samples: int = option(1, "Closed-book answers per seed.", least=1, most=1000)
     difficulty_model: str | None = option(None, 'The local model of "answer_loss".')
     answerability: bool = option(
         False, "Record how well the judge, or else the generator, answers each row with and without context."
@@ -84,52 +89,44 @@ class SynthesisOptions:
 
     # Parameters that control composition
     n_distractors: int | None = option(
-        None, "Distractors per sample; unset: 9 as published, or with `target_tokens` as many as fit."
+        None, "Distractors per sample; unset: 9 as published, or with `target_tokens` as many as fit.", least=0
     )
     target_tokens: int | None = option(
-        None, "Fill each sample up to so many tokens, chat template and answer included."
+        None, "Fill each sample up to so many tokens, chat template and answer included.", least=1
     )
     tokenizer: str | None = option(None, "The tokenizer that counts: the one you train with.")
     distractor_sources: list[str] = option(
-        ["same_task"], f"Where distractors come from, out of {', '.join(SOURCES)}; the next when one is used up."
+        ["same_task"],
+        f"Where distractors come from, out of {', '.join(SOURCES)}; the next when one is used up.",
+        choices=SOURCES,
     )
     documents: list[str] = option(
         [], "Text files, patterns, or data sets with a column text or context, for distractors or pairs."
     )
-    hard_share: float = option(0.0, "How likely the next distractor is the one closest to the gold context.")
+    hard_share: float = option(0.0, "How likely the next distractor is the closest to the gold.", least=0, most=1)
     embedding_model: str | None = option(None, "The transformers encoder that says what is closest; unset: BM25 does.")
     reference: str = option(
         "auto",
         'Name the gold context by title or ID in the prompt: "auto" where the instruction does not tell '
         'which context is meant, "all", or "none".',
+        choices=["auto", "all", "none"],
     )
     seed: int = option(0, "Seed of everything that is drawn after the replies.")
 
     # Parameters that control the data set as a whole
-    test_share: float = option(0.0, "Share of the seeds whose rows go into a test split.")
+    test_share: float = option(0.0, "Share of the seeds whose rows go into a test split.", least=0, most=0.99)
     general_data: list[str] = option([], "Data with a column `messages` to mix into the train split.")
-    general_share: float = option(0.0, "Share of the train rows that is general data.")
+    general_share: float = option(0.0, "Share of the train rows that is general data.", least=0, most=0.99)
     decontaminate_against: list[str] = option([], "Evaluation files; seeds and contexts that overlap are rejected.")
-    decontaminate_ngram: int = option(13, "Words in a row that make an overlap.")
+    decontaminate_ngram: int = option(13, "Words in a row that make an overlap.", least=1, most=1000)
 
-    def validate(self) -> None:
+    def check(self) -> None:
         """Check every field that can be checked without reading data.
 
         Raises:
             ValueError: names the field, its value and the remedy.
         """
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                known = ", ".join(map(repr, allowed))
-                raise ValueError(f"`{name}` must be one of {known}, got {getattr(self, name)!r}.")
-        for name, allowed in (("checks", CHECKS), ("distractor_sources", SOURCES)):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(f"`{name}` must hold only {', '.join(allowed)}, got {value!r}.")
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"`{name}` must be between {low:g} and {high:g}, got {value!r}.")
+        check_rules(self)
         json_object("extra_body", self.extra_body)
         # Last, as these read fields whose own values must be right first.
         documents = self.method == "instruction" or "documents" in self.distractor_sources
@@ -182,39 +179,3 @@ class SynthesisOptions:
             by_source = {"same_task": count - 1, "other_tasks": total - count, "documents": documents}
             found[task] = sum(by_source[source] for source in self.distractor_sources)
         return found
-
-
-def json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """Return the value of an option that is a dictionary, or JSON on a command line; a ValueError where it is none."""
-    found: Any = value or {}
-    if isinstance(found, str):
-        try:
-            found = json.loads(found)
-        except json.JSONDecodeError:
-            found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"`{name}` must be a JSON object, got {value!r}. Quote names and text.")
-    return found
-
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "on_bad_seed": ("raise", "skip"),
-    "on_control_tokens": ("neutralise", "reject"),
-    "method": ("context", "instruction"),
-    "difficulty": (None, "closed_book", "answer_loss"),
-    "difficulty_use": USES,
-    "reference": ("auto", "all", "none"),
-}
-_LARGE = 10**9
-_POSITIVE = (
-    *("seeds_per_task", "context_words", "reply_words", "chunk_words", "pairs_per_document", "max_words"),
-    "target_tokens",
-)
-_RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_POSITIVE, (1, _LARGE)),
-    **dict.fromkeys(("min_words", "n_distractors"), (0, _LARGE)),
-    **dict.fromkeys(("difficulty_samples", "decontaminate_ngram"), (1, 1000)),
-    **dict.fromkeys(("test_share", "general_share"), (0, 0.99)),
-    "retries": (0, 100),
-    "hard_share": (0, 1),
-}

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_longalign.endpoint.protocol import Generator, RunStopped, Sampling
+from hf_longalign.options import json_object
 from hf_longalign.rows import BadRowError, Row
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.checks import PASSED, Check, Rules, majority_language
 from hf_longalign.synthesis.compose import to_messages
-from hf_longalign.synthesis.config import SynthesisOptions, json_object
+from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.files import Files
 from hf_longalign.synthesis.journal import Journal
 from hf_longalign.synthesis.outcome import Outcome, accepted
@@ -158,7 +159,7 @@ class Pipeline:
         if self._checked:
             return
         config = self.config
-        config.validate()
+        config.check()
         for name, asks in (
             ("method 'instruction'", config.method == "instruction"),
             ("difficulty 'closed_book'", config.difficulty == "closed_book"),

@@ -27,7 +27,6 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
 from hf_longalign import ContextSynthesisBuilder, merge_shards, run_shard
-from hf_longalign.commands.publishing import CardOptions
 from hf_longalign.commands.synthesize import SynthesizeArguments, builder_options, read
 from hf_longalign.synthesis.config import SynthesisOptions
 from hf_longalign.synthesis.export import check_output
@@ -87,16 +86,12 @@ class ComposeStep(ShardStep):
 
     name = "compose"
 
-    def __init__(self, *of_shards: object, card: CardOptions) -> None:
-        super().__init__(*of_shards)
-        self.card = card
-
     def run(self, data: object = None, rank: int = 0, world_size: int = 1) -> None:
         """Write `output_dir`."""
         with self.track_time(), serving(self.serve, self.args) as args:
             builder = ContextSynthesisBuilder(**builder_options(args, self.options), journal=args.journal)
             merge_shards(self.shards, builder.pipeline.journal)  # on this machine's disk
-            licenses = {"license": self.card.license, "seeds_license": args.seeds_license}
+            licenses = {"license": args.license, "seeds_license": args.seeds_license}
             builder.export(str(args.output_dir), num_proc=args.num_proc, **licenses)
 
 
@@ -132,7 +127,7 @@ def main() -> None:
     parser.add_argument("--partition", default="gpu", help="for Slurm")
     parser.add_argument("--time", default="24:00:00", help="for Slurm: the most that a task may take")
     ours, theirs = parser.parse_known_args()
-    args, options, hub, _, card = read(theirs)
+    args, options, hub, _ = read(theirs)
     alone = {"dry_run": args.dry_run, "num_shards": args.num_shards > 1, "push_to_hub": hub.push_to_hub}
     if wrong := [name for name in alone if alone[name]]:
         parser.error(f"`{wrong[0]}` must be unset here. It is for `hf-longalign synthesize`, before or after this.")
@@ -149,7 +144,7 @@ def main() -> None:
         if left := shards.get_incomplete_ranks(skip_completed=True):
             sys.exit(f"{len(left)} of {ours.tasks} shards have stopped. Run the same command again to go on.")
     # Always, as other options may compose other rows of the same replies.
-    executor(ours, ComposeStep(*step, card=card), 1, depends=shards, skip_completed=False).run()
+    executor(ours, ComposeStep(*step), 1, depends=shards, skip_completed=False).run()
 
 
 if __name__ == "__main__":

@@ -112,11 +112,11 @@ def test_the_command_line_asks_vllm(vllm, folder, tmp_path, capsys):
 
 def test_what_vllm_cannot_be_asked_is_refused_by_name(folder, tmp_path, monkeypatch):
     for options, told in (
-        ({"generator": "vlm"}, "`generator` must be transformers or vllm"),
+        ({"generator": "vlm"}, "`generator` must be one of transformers, vllm, got"),
         ({"generator": "vllm", "endpoint": "http://localhost"}, "`endpoint` must be unset"),
         ({"generator": "vllm", "load_in_4bit": True}, "`load_in_4bit` must be unset"),
         ({"generator": "vllm", "adapter_revision": "v1"}, "`adapter_revision` must be unset"),
-        ({"vllm_options": "{}"}, "`vllm_options` must be a JSON object beside `generator` vllm"),
+        ({"vllm_options": "{}"}, "`vllm_options` must be unset with `generator` transformers"),
         ({"generator": "vllm", "vllm_options": "x"}, "`vllm_options` must be a JSON object"),
     ):
         with pytest.raises(ValueError, match=told):
