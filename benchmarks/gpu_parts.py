@@ -1,5 +1,6 @@
 """The parts of `gpu.py`: each takes where it runs, yields rows as it has them, and says what it could not do."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -55,14 +56,22 @@ def throughput(place: Place, could_not: CouldNot) -> Iterator[dict]:
     TRL's trainer runs on this package's attention, as the other sides do, and on each flash attention that can be had.
     Nothing is recomputed in the backward pass: there is room for rows of this length.
     """
-    sides = {"skipped": ATTENTION_NAME, "ordinary": ATTENTION_NAME, TRL: ATTENTION_NAME}
-    sides |= {f"TRL's trainer, on {name}": name for name in flash_attentions(place.device, could_not)}
-    for shape in (LLAMA, QWEN) if place.large else (TINY,):
-        yield from stepped_in_turn(shape, sides, place, could_not)
+    shapes, rounds = ((LLAMA, QWEN), ROUNDS) if place.large else ((TINY,), 20)
+    own = {"skipped": ATTENTION_NAME, "ordinary": ATTENTION_NAME, TRL: ATTENTION_NAME}
+    for shape in shapes:
+        yield from stepped_in_turn(shape, own, rounds, place, could_not)
+        free(place.device)
+    # Last, for a kernel that fails may leave the process without a GPU; and one at a time, for transformers loads a
+    # flash attention anew wherever it changes.
+    for name, shape in itertools.product(flash_attentions(place.device, could_not), shapes):
+        both = {TRL: ATTENTION_NAME, f"TRL's trainer, on {name}": name}
+        yield from stepped_in_turn(shape, both, rounds // 3 // 2 * 2, place, could_not)
         free(place.device)
 
 
-def stepped_in_turn(shape: Shape, sides: dict[str, str], place: Place, could_not: CouldNot) -> Iterator[dict]:
+def stepped_in_turn(
+    shape: Shape, sides: dict[str, str], rounds: int, place: Place, could_not: CouldNot
+) -> Iterator[dict]:
     """Step all sides, each with its attention, over the same weights; then compare them."""
     device, length, steps = place.device, 4096 if place.large else 512, {}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -78,7 +87,6 @@ def stepped_in_turn(shape: Shape, sides: dict[str, str], place: Place, could_not
 
             for step in attempt(f"{shape.name}, {side}", could_not, ready):
                 steps[side] = step
-    rounds = ROUNDS if place.large else 20
     for times in attempt(f"{shape.name}, in turn", could_not, lambda: in_turn(steps, rounds)):
         for side, step in steps.items():
             seconds = statistics.median(times[side])
@@ -90,11 +98,12 @@ def stepped_in_turn(shape: Shape, sides: dict[str, str], place: Place, could_not
                    "steps": rounds, "step_s": round(seconds, 4), "tokens_per_s": round(rate),
                    "tflops": round(flops / 1e12, 2), "mfu": round(flops / peak, 3) if peak else None,
                    "goal": PUBLIC.get(shape.name)}  # fmt: skip
-        for name, side, other, goal in [("cost of skips", "skipped", "ordinary", 0.01),
-                                        ("cost of this trainer without skips", "ordinary", TRL, None)]:  # fmt: skip
+        comparisons = [("skipped", "ordinary", 0.01)]
+        comparisons += [(side, TRL, None) for side in sides if side not in ("skipped", TRL)]
+        for side, other, goal in comparisons:
             if {side, other} <= times.keys():
                 cost = {key: round(value - 1, 4) for key, value in ratio(times[side], times[other]).items()}
-                yield {"model": shape.name, "side": name, "of": f"a step of: {other}", "steps": rounds,
+                yield {"model": shape.name, "side": f"cost of: {side}", "beside": other, "steps": rounds,
                        "share_of_a_step": cost["ratio"], "from": cost["low"], "to": cost["high"], "goal": goal,
                        # The whole of the interval, or it has not been shown.
                        "goal_met": None if goal is None else cost["high"] <= goal}  # fmt: skip
@@ -169,8 +178,7 @@ def span(place: Place, could_not: CouldNot) -> Iterator[dict]:
 
         def measure(tokens: int = tokens) -> dict:
             step = Step(shape, device, tokens, ours=True, skipped=True, recomputed=True, count=1)
-            positions = 131_072 if tokens == short else tokens
-            return {"model": shape.name, "real_tokens": step.tokens, "positions": positions,
+            return {"model": shape.name, "real_tokens": step.tokens, "positions": 131_072,
                     "seconds_per_sample": round(timed(step, *(3, 2) if tokens == short else (1, 0)), 4)}  # fmt: skip
 
         for row in attempt(f"{tokens} real tokens", could_not, measure):

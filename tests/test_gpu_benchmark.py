@@ -226,10 +226,26 @@ def test_throughput_names_the_attention_of_every_side(monkeypatch):
     assert {row["attention"] for row in rows[:3]} == {"longalign_varlen"}
     assert "kernels-community/vllm-flash-attn3: needs a GPU" in missing
     cost = rows[3]
+    assert (cost["side"], cost["beside"]) == ("cost of: skipped", "ordinary")
     assert (cost["share_of_a_step"], cost["from"], cost["to"], cost["goal_met"]) == (1, 1, 1, False)
 
 
-def test_flash_attention_is_measured_where_it_can_be_had(monkeypatch):
+def test_trl_is_stepped_on_each_flash_attention_in_turn_with_the_same_attention(monkeypatch):
+    monkeypatch.setattr(models.Step, "__call__", lambda step: 1.0)
+    monkeypatch.setattr(parts, "flash_attentions", lambda device, could_not: ["sdpa", "no such attention"])
+    missing = []
+    rows = list(parts.throughput(models.Place("cpu", large=False), missing.append))[5:]
+    assert [(row["side"], row.get("attention")) for row in rows] == [
+        ("TRL's trainer, on the same attention", "longalign_varlen"),
+        ("TRL's trainer, on sdpa", "sdpa"),
+        ("cost of: TRL's trainer, on sdpa", None),
+        ("TRL's trainer, on the same attention", "longalign_varlen"),
+    ]
+    (reason,) = missing
+    assert reason.startswith("tiny, TRL's trainer, on no such attention: ValueError")
+
+
+def test_flash_attention_is_found_where_it_can_be_had(monkeypatch):
     missing = []
     monkeypatch.setattr(exactness, "is_flash_attn_2_available", lambda: False)
     monkeypatch.setattr(exactness, "is_flash_attn_3_available", lambda: True)
