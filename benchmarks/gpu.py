@@ -3,61 +3,128 @@
     python benchmarks/gpu.py --output benchmarks/results/                  # all parts, within 20 minutes on an H100
     python benchmarks/gpu.py --output out/ --parts exactness,throughput    # some of them
 
-Each part runs in a process of its own, writes `gpu_PART_DEVICE.json`, and says what it could not do and why. Without
-a GPU, or with `--small`, the same parts run in sizes for a CPU and say so: that shows that they run, and proves
-exactness, but says nothing about the speed and the memory of a real model.
+Each part runs in a process of its own, writes `gpu_PART_DEVICE.json`, and says what it could not do and why. A part
+that is stopped or fails leaves the rows it had finished in `gpu_PART_DEVICE_partial.json`, and the result of an
+earlier run as it was. Without a GPU, or with `--small`, the same parts run in sizes for a CPU and say so: that shows
+that they run, and proves exactness, but says nothing about the speed and the memory of a real model.
 """
 
 import argparse
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 PARTS = ("exactness", "trajectories", "throughput", "compiling", "span", "memory", "evaluation")
 SMALL = "for a CPU: no GPU was found, or `--small` was given"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "flash-attn", "kernels", "triton", "bitsandbytes",
-            "liger-kernel")  # fmt: skip
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "flash-attn", "flash-attn-3", "flash-attn-4",
+            "kernels", "triton", "bitsandbytes", "liger-kernel")  # fmt: skip
 
 
-def machine() -> dict:
-    """Say what this ran on, and with what."""
-    versions = {}
+def packages() -> dict:
+    """Say with what this ran, and when."""
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
+    return {"python": platform.python_version(), **versions, "date": time.strftime("%Y-%m-%d")}
+
+
+def machine() -> dict:
+    """Say what this ran on, and with what."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device = {"device": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
     else:
         device = {"device": f"CPU, {torch.get_num_threads()} threads"}
-    return {**device, "python": platform.python_version(), **versions, "date": time.strftime("%Y-%m-%d")}
+    return {**device, **packages()}
 
 
-def run_part(name: str, small: bool) -> dict:
-    """Run one part here; what stops it is part of the answer."""
+def run_part(name: str, small: bool, lines: Path) -> None:
+    """Run one part here, and write each row and each reason at once: a process that is stopped loses neither."""
     import gpu_parts
 
-    start, could_not = time.perf_counter(), []
-    place = gpu_parts.Place(
-        "cuda" if torch.cuda.is_available() else "cpu", large=torch.cuda.is_available() and not small
-    )
-    try:
-        rows = getattr(gpu_parts, name)(place, could_not)
-    except Exception as error:  # noqa: BLE001 # whatever a driver or package of this machine raises
-        rows, reason = [], f"{type(error).__name__}: {error}"
-        could_not.append(f"{name}: {reason[:500]}")
-    seconds = time.perf_counter() - start
-    about = machine() | ({} if place.large else {"sizes": SMALL})
-    return {"part": name, "machine": about, "rows": rows, "could_not": could_not, "seconds": round(seconds, 1)}
+    cuda = torch.cuda.is_available()
+    place = gpu_parts.Place("cuda" if cuda else "cpu", large=cuda and not small)
+    with lines.open("a") as file:
+
+        def say(kind: str, what: Any) -> None:
+            print(json.dumps({kind: what}), file=file, flush=True)
+
+        say("machine", machine() | ({} if place.large else {"sizes": SMALL}))
+        try:
+            for row in getattr(gpu_parts, name)(place, partial(say, "could_not")):
+                say("row", row)
+        except Exception as error:  # noqa: BLE001 # whatever a driver or package of this machine raises
+            say("could_not", f"{name}: {type(error).__name__}: {str(error)[:500]}")
+        else:
+            say("finished", True)
+
+
+def follow(part: str, command: list[str], lines: Path, seconds: float) -> dict:
+    """Run a part in a process of its own, stop it after `seconds`, and return what it had written until then."""
+    start, reason = time.perf_counter(), None
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
+        try:
+            if process.wait(seconds):
+                errors.seek(0)
+                # A driver that ends the process lets it say nothing.
+                reason = f"{part}: ended with {process.returncode}, {errors.read()[-500:].strip()}"
+        except subprocess.TimeoutExpired:
+            reason = f"{part}: stopped after {seconds:.0f} seconds"
+        finally:
+            # With the compilers that it may have started.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    # The last line may have been cut off.
+    said = [json.loads(line) for line in lines.read_text().rpartition("\n")[0].splitlines()]
+    by_kind = {
+        kind: [one[kind] for one in said if kind in one] for kind in ("machine", "row", "could_not", "finished")
+    }
+    return {
+        "part": part,
+        "machine": by_kind["machine"][0] if by_kind["machine"] else {"device": "not told", **packages()},
+        "rows": by_kind["row"],
+        "could_not": by_kind["could_not"] + ([reason] if reason else []),
+        "seconds": round(time.perf_counter() - start, 1),
+        "finished": bool(by_kind["finished"]) and reason is None,
+    }
+
+
+def file_name(part: str, device: str, small: bool) -> str:
+    """Name a part's result; on a GPU small sizes have a name of their own.
+
+    >>> file_name("span", "cuda", small=False), file_name("span", "cuda", small=True), file_name("span", "cpu", True)
+    ('gpu_span_cuda.json', 'gpu_span_cuda_small.json', 'gpu_span_cpu.json')
+    """
+    return f"gpu_{part}_{device}{'_small' if small and device == 'cuda' else ''}.json"
+
+
+def keep(result: dict, path: Path) -> Path:
+    """Write a result, beside the one that stands if it did not finish or has fewer rows; return where it is."""
+    beside = path.with_name(f"{path.stem}_partial.json")
+    rows = len(json.loads(path.read_text())["rows"]) if path.exists() else 1
+    whole = result["finished"] and len(result["rows"]) >= rows
+    (path if whole else beside).write_text(json.dumps(result, indent=2) + "\n")
+    if whole:
+        beside.unlink(missing_ok=True)
+    return path if whole else beside
 
 
 def main() -> None:
@@ -67,10 +134,11 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true", help="sizes for a CPU, on a GPU too")
     parser.add_argument("--limit", type=float, default=600, help="seconds that one part may take")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=20, help="minutes that all parts together may take")
+    parser.add_argument("--here", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(run_part(options.here, options.small)))
+        run_part(options.here[0], options.small, Path(options.here[1]))
         return
     parts = options.parts.split(",")
     unknown = sorted(set(parts) - set(PARTS))
@@ -78,18 +146,19 @@ def main() -> None:
         parser.error(f"`--parts` must be some of {', '.join(PARTS)}, got {', '.join(unknown)}")
     options.output.mkdir(parents=True, exist_ok=True)
     device, missing = "cuda" if torch.cuda.is_available() else "cpu", []
+    end = time.monotonic() + 60 * options.minutes
     for part in parts:
-        command = [sys.executable, __file__, "--here", part, *(["--small"] if options.small else [])]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=options.limit)
-            result = json.loads(done.stdout.strip().splitlines()[-1])
-        except subprocess.TimeoutExpired:
-            result = {"part": part, "rows": [], "could_not": [f"{part}: more than {options.limit:.0f} seconds"]}
-        except (json.JSONDecodeError, IndexError):
-            # A driver that ends the process leaves no answer behind.
-            result = {"part": part, "rows": [], "could_not": [f"{part}: ended with {done.stderr[-500:]}"]}
-        (options.output / f"gpu_{part}_{device}.json").write_text(json.dumps(result, indent=2) + "\n")
-        print(f"== {part} ({result.get('seconds', '?')} s)")
+        left = min(options.limit, end - time.monotonic())
+        if left <= 0:
+            missing.append(f"{part}: not begun within the {options.minutes:g} minutes of `--minutes`")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            lines = Path(folder, "lines")
+            lines.touch()
+            command = [sys.executable, __file__, "--here", part, str(lines), *(["--small"] if options.small else [])]
+            result = follow(part, command, lines, left)
+        path = keep(result, options.output / file_name(part, device, options.small))
+        print(f"== {part} ({result['seconds']} s): {path}", flush=True)
         for row in result["rows"]:
             print("  " + "  ".join(f"{key}={value}" for key, value in row.items()))
         missing += result["could_not"]

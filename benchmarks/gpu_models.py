@@ -1,10 +1,12 @@
-"""What the parts of `gpu.py` measure: models of a shape with random weights, batches of random tokens, a step."""
+"""What the parts of `gpu.py` are made of: models of a shape with random weights, batches of random tokens, a step."""
 
+import copy
 import gc
 import statistics
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import memory_formula
 import numpy as np
@@ -17,6 +19,26 @@ from hf_longalign.attention import ATTENTION_NAME, register_attention
 
 
 SEED = 0
+TINY = Shape("tiny", 2, 128, 4, 2, 32, 256, 512)
+
+CouldNot = Callable[[str], None]
+T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where a part runs, and whether in the sizes of real models or in those that a CPU can do."""
+
+    device: str
+    large: bool
+
+
+def attempt(name: str, could_not: CouldNot, make: Callable[[], T]) -> list[T]:
+    """Return what is made, mostly a row, in a list; an empty one where it could not be, having said why."""
+    try:
+        return [make()]
+    except Exception as error:  # noqa: BLE001 # want of memory or of a package is an answer
+        could_not(f"{name}: {type(error).__name__}: {str(error)[:300]}")
+        return []
 
 
 def build(shape: Shape, device: str, attention: str, dtype: torch.dtype, lora: bool = False, **options: Any) -> Any:
@@ -43,6 +65,13 @@ def build(shape: Shape, device: str, attention: str, dtype: torch.dtype, lora: b
     return model
 
 
+def twin(model: Any, attention: str) -> Any:
+    """Make a second model of the same weights, with an attention of its own: a card has no room for two 8B models."""
+    copied = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    copied.get_base_model().set_attn_implementation(attention)
+    return copied
+
+
 def documents(count: int, length: int, vocabulary: int, uneven: bool = True) -> list[dict]:
     """Make rows of random tokens, half of each prompt."""
     rng = np.random.default_rng(SEED)
@@ -54,38 +83,40 @@ def documents(count: int, length: int, vocabulary: int, uneven: bool = True) -> 
     return rows
 
 
-def collate(rows: list[dict], packed: bool, skipped: bool, target: int, device: str) -> dict:
+def collate(
+    rows: list[dict], packed: bool, skipped: bool, target: int, device: str, multiple: int | None = None
+) -> dict:
     """Make a batch on a device."""
     collator = SkipPositionDataCollator(
-        0, target, strategy="skip_all" if skipped else "none", skip_probability=1.0, padding_free=packed
-    )
+        0, target, strategy="skip_all" if skipped else "none", skip_probability=1.0, padding_free=packed,
+        pad_to_multiple_of=multiple,
+    )  # fmt: skip
     batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in collator(rows).items()}
     if not packed:
         batch.pop("seq_idx", None)
     return batch
 
 
-def run(model: Any, batch: dict) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return loss and gradients in float32."""
-    model.zero_grad(set_to_none=True)
-    loss = model(**batch, use_cache=False).loss
-    loss.backward()
-    return loss.detach().float(), [
-        # Copies: a model that is moved takes its gradients along.
-        weight.grad.float().clone()
-        for weight in model.parameters()
-        if weight.grad is not None
-    ]
-
-
 class Step:
-    """A trainer with one packed batch, ready to be stepped.
+    """A trainer with one packed row, ready to be stepped as `train()` steps it.
 
-    With `recomputed`, layers keep only their input for the backward pass, as `gradient_checkpointing` has it.
+    A step collates the row, with new positions each time where they skip, trains it, and counts what it covered: as
+    often as the trainer logs, by default every tenth step, the counts are added up.
+    With `recomputed`, layers keep only their input for the backward pass, as `gradient_checkpointing` has it. Without
+    a `model` it builds one.
     """
 
     def __init__(
-        self, shape: Shape, device: str, length: int, *, ours: bool, skipped: bool, recomputed: bool, **options: Any
+        self,
+        shape: Shape,
+        device: str,
+        length: int,
+        *,
+        ours: bool,
+        skipped: bool,
+        recomputed: bool,
+        model: Any = None,
+        count: int = 8,
     ) -> None:
         from datasets import Dataset
         from tokenizers import Tokenizer, models
@@ -94,13 +125,11 @@ class Step:
         from hf_longalign import LongAlignSFTConfig, LongAlignSFTTrainer
 
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        attention = options.pop("attention", ATTENTION_NAME)
-        model = build(shape, device, attention, dtype, lora=True)
-        count = options.pop("count", 8)
+        model = build(shape, device, ATTENTION_NAME, dtype, lora=True) if model is None else model
         given = {
             "output_dir": tempfile.mkdtemp(), "packing": True, "max_length": length, "per_device_train_batch_size": 1,
             "bf16": device == "cuda", "use_cpu": device == "cpu", "gradient_checkpointing": recomputed,
-            "report_to": "none", "disable_tqdm": True, "max_steps": 1, **options,
+            "report_to": "none", "disable_tqdm": True, "max_steps": 1,
         }  # fmt: skip
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
@@ -122,16 +151,26 @@ class Step:
             self.trainer.model.activation_checkpointing_enable()
         self.device, self.model = device, self.trainer.model.to(device).train()
         self.optimizer = torch.optim.AdamW((w for w in self.model.parameters() if w.requires_grad), lr=1e-4)
-        self.batch = next(iter(self.trainer.get_train_dataloader()))
-        self.tokens = self.batch["input_ids"].numel()
+        # As accelerate made it, with the columns that the collator is given.
+        loader = self.trainer.get_train_dataloader()
+        self.row, self.collator = loader.dataset[0], loader.collate_fn
+        self.tokens, self.taken = len(self.row["input_ids"]), 0
+        self.coverage = self.trainer.coverage if ours else None
+        self.attention = self.model.get_base_model().config._attn_implementation
 
     def __call__(self) -> float:
         """Take one step and return its seconds."""
         synchronize(self.device)
         start = time.perf_counter()
-        self.trainer.training_step(self.model, dict(self.batch))
+        if self.coverage is not None:
+            self.collator.set_epoch(self.taken)
+        self.trainer.training_step(self.model, self.collator([self.row]))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.taken += 1
+        if self.coverage is not None and self.taken % self.trainer.args.logging_steps == 0:
+            self.coverage.gather()
+            self.coverage.metrics()
         synchronize(self.device)
         return time.perf_counter() - start
 
@@ -155,3 +194,30 @@ def timed(step: Step, repeats: int, warm_up: int = 2) -> float:
     for _ in range(warm_up):
         step()
     return statistics.median(step() for _ in range(repeats))
+
+
+def in_turn(steps: dict[str, Any], rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Return the seconds of every side, (rounds,): each steps once a round, in the other order every second round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(-warm_up, rounds):
+        for name in list(steps)[:: -1 if number % 2 else 1]:
+            seconds = steps[name]()
+            if number >= 0:
+                times[name].append(seconds)
+    return times
+
+
+def ratio(times: list[float], reference: list[float]) -> dict[str, float]:
+    """Return how many times as long as another a side took, and the 95 % interval of that.
+
+    Sums are compared, so that what comes every tenth step counts. The interval is a bootstrap over pairs of rounds,
+    in which both sides came first once.
+
+    >>> ratio([2.0, 4.0, 2.0, 4.0], [1.0, 2.0, 1.0, 2.0])
+    {'ratio': 2.0, 'low': 2.0, 'high': 2.0}
+    """
+    pairs = np.array([times, reference]).reshape(2, -1, 2).sum(-1)
+    drawn = np.random.default_rng(SEED).integers(0, pairs.shape[1], (10_000, pairs.shape[1]))
+    some, others = pairs[:, drawn].sum(-1)
+    low, high = np.quantile(some / others, [0.025, 0.975])
+    return {"ratio": float(sum(times) / sum(reference)), "low": float(low), "high": float(high)}
