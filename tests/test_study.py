@@ -187,7 +187,7 @@ def test_rows_are_written_for_pairs_or_pairs_for_their_passages(recipes, seeds, 
 
 def test_every_config_of_a_study_is_one(recipes):
     configs = [path for path in (ROOT / "recipes" / "smollm2-135m").glob("*.yaml") if "arms:" in path.read_text()]
-    assert len(configs) == 6
+    assert len(configs) == 7
     for path in configs:
         (options,) = TrlParser([recipes.arms.StudyOptions]).parse_args_and_config(["--config", str(path)])
         assert set(options.arms) <= set(recipes.arms.ARMS) and options.grid

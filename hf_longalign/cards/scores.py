@@ -210,6 +210,8 @@ def scores_note(suite: SuiteResult) -> str:
     metrics = _metrics(suite)
     name = metrics[0] if len(metrics) == 1 else "scores"
     sentences = [f"{name[0].upper()}{name[1:]} in percent."] if metrics else []
+    lengths = sorted({length for task in suite.tasks if task.grid for length in task.grid.lengths})
+    sentences += [f"Texts of {listed([f'{length:,}' for length in lengths])} tokens."] if lengths else []
     hay = {task.haystack for task in suite.tasks if task.haystack}
     sentences += [f"Haystack: {listed(sorted(hay))}."] if hay else []
     for told, tasks in (
