@@ -306,6 +306,20 @@ def test_norms_kept_in_float32_reach_flash_in_half_precision(calls, monkeypatch)
     assert {tensor.dtype for _, args, _ in calls for tensor in args[:3]} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_float32_queries_of_a_layer_without_linear_maps(weights, calls, monkeypatch):
+    """GPT-2's projections are transformers' own `Conv1D`; float32 without autocast is float32 there too."""
+    with on_fake_cuda(monkeypatch, SKIPPED):
+        model = fake_model(transformers.GPT2Config(n_embd=64, n_head=4, n_layer=1, vocab_size=64), weights)
+        layer = model.transformer.h[0].attn
+        assert not any(isinstance(module, torch.nn.Linear) for module in layer.modules())
+        states = torch.zeros(1, 4, TOKENS, 16)
+        starts = torch.zeros(len(BOUNDS), dtype=torch.int32)
+        out, _ = interface.longalign_attention(layer, states, states, states, None, cu_seq_lens_q=starts)
+    assert out.dtype == weights
+    assert calls.names == ["flex" if weights == torch.float32 else "flash"]
+
+
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_checkpointed_adapters_have_the_gradients_of_the_formula(reentrant, like_a_gpu):  # noqa: F811
     documents = make_documents("mixed")
