@@ -105,6 +105,17 @@ class SequenceWeightedModel:
         return outputs
 
 
+def leave_head_uncompiled() -> None:
+    """Keep TRL's fused head out of compiled graphs, of whose loop over tiles compiling makes nothing faster.
+
+    On a GPU it is handed the targets alone, whose number differs from batch to batch: it would be compiled again for
+    each.
+    """
+    from trl.kernels import ChunkedLogProbFunction
+
+    torch._dynamo.eval_frame.skip_code(ChunkedLogProbFunction.forward.__code__)
+
+
 def ignore_padding_of_packed_rows(backbone: torch.nn.Module, pad_token_id: int, multiple: int) -> None:
     """Keep padding at the end of a packed row out of a mixture's load-balancing loss.
 

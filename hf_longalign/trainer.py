@@ -37,6 +37,7 @@ from hf_longalign.loss import (
     SequenceWeightedModel,
     fused_log_probs,
     ignore_padding_of_packed_rows,
+    leave_head_uncompiled,
     one_label_per_sequence,
 )
 from hf_longalign.positions import BOUNDARY_STRATEGIES
@@ -363,6 +364,7 @@ class LongAlignSFTTrainer(WatchingSFTTrainer):
             self.coverage.observe(inputs)
         if self.args.compiled:
             mark_boundaries(inputs)
+            leave_head_uncompiled()
         if self.args.loss_weighting == "sequence":
             model = SequenceWeightedModel(model, inputs, num_items_in_batch)
         return super().compute_loss(

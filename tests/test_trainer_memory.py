@@ -3,12 +3,15 @@
 import pytest
 import torch
 import trl.models.activation_offloading as offloading
+import trl.trainer.utils
+from attention.test_compile import like_a_gpu  # noqa: F401
 from datasets import Dataset
 from peft import LoraConfig, prepare_model_for_kbit_training
 from test_trainer_models import make_trainer
 from tiny import chats, tiny_llama
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from trl.kernels import chunked_logprob
 
 from hf_longalign.attention import ATTENTION_NAME
 
@@ -154,6 +157,38 @@ def test_compiled_training_is_the_same_and_compiles_nothing_after_the_third_step
     expected = trained(tmp_path, True, **options)
     actual = trained(
         tmp_path, True, callbacks=[callback], torch_compile=True, torch_compile_backend="aot_eager", **options
+    )
+    assert_same(actual, expected)
+    assert counted[0] > 0 and counted[2:] == [counted[2]] * 4
+
+
+def like_a_kernel(function):
+    """Part of a graph where one is traced, and none by itself, as kernels by Triton are."""
+    outside = torch.compiler.disable(function)
+
+    def kernel(*args, **kwargs):
+        outside(*args, **kwargs)
+
+    torch._dynamo.eval_frame.skip_code(kernel.__code__)
+    return torch._dynamo.allow_in_graph(kernel)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_a_head_over_targets_alone_compiles_nothing_after_the_third_step(
+    tmp_path, flash, graphs, request, monkeypatch
+):
+    """TRL's on a GPU, where the number of targets differs from row to row and kernels can be part of a graph."""
+    if flash:
+        request.getfixturevalue("like_a_gpu")
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda _: True)
+    # The vocabulary in whole tiles, as Mistral's and Gemma 4's: dynamo cannot trace a narrower last one.
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", tiny_llama().config.vocab_size)
+    for name in ("_forward_tile", "_backward_tile"):
+        monkeypatch.setattr(chunked_logprob, name, like_a_kernel(getattr(chunked_logprob, name)))
+    callback, counted = graphs
+    expected = trained(tmp_path, True, **packed_rows())
+    actual = trained(
+        tmp_path, True, callbacks=[callback], torch_compile=True, torch_compile_backend="aot_eager", **packed_rows()
     )
     assert_same(actual, expected)
     assert counted[0] > 0 and counted[2:] == [counted[2]] * 4

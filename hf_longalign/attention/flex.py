@@ -8,6 +8,7 @@ say no more than that, for positions rise within a document. So one int32 number
 
 `flex_attention` reads it in blocks of 128 tokens; which blocks hold anything follows from the numbers at their ends,
 so nothing of the size (tokens, tokens) is ever built. It is compiled once per run, for any number of documents.
+Where torch's own choice of tiles would not fit into a card's shared memory, `flex_blocks` makes a smaller one.
 Source: https://arxiv.org/abs/2412.05496
 """
 
@@ -26,6 +27,25 @@ BLOCK = 128
 # Triton's matrix product takes no fewer columns.
 LEAST_WIDTH = 16
 VERSIONS = 128
+# Shared memory in bytes: of H100, H200 and B200, and what torch's own tiles for heads of at most 256 bytes take. All
+# numbers are what Triton 3.7 says when it compiles the templates of torch 2.13, forward and backward, for sm_86; on
+# cards up to 1 KB more has been seen.
+LARGE_CARD = 232_448
+OWN_TILES = 98_304
+MARGIN = 1024
+_NARROW = (32, 32, 16, 36_864)
+# By bytes of a number and width of a head, rounded up to a power of two as the kernels do: tiles of queries and of
+# keys, all four tiles of the backward pass, and what the larger pass takes.
+_SMALL_TILES = {
+    (2, 64): _NARROW,
+    (2, 128): _NARROW,
+    (2, 256): (32, 32, 32, 70_016),
+    (2, 512): (32, 16, 16, 65_536),
+    (4, 64): _NARROW,
+    (4, 128): _NARROW,
+    (4, 256): (32, 16, 16, 66_560),
+}
+_BACKWARD_TILES = ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
 
 
 def first_visible(segments: Segments, device: torch.device) -> torch.Tensor:
@@ -119,6 +139,9 @@ def flex_packed(
         # Short rows would take a kernel made for decoding, compiled apart.
         "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},
     }
+    if query.is_cuda:
+        width = max(query.shape[-1], value_width)
+        options["kernel_options"] |= flex_blocks(width, query.dtype.itemsize, shared_memory(query.device)) or {}
     attend: Any = _compiled() if query.is_cuda else flex_attention
     if sinks is None:
         out = attend(*rows, **options)
@@ -128,6 +151,47 @@ def flex_packed(
         share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])
         out = (out * share[..., None]).to(query.dtype)
     return out[0, ..., :value_width].transpose(0, 1)
+
+
+def flex_blocks(width: int, itemsize: int, memory: int | None) -> dict[str, int] | None:
+    """Choose the tiles of the compiled kernels so that the backward pass too fits into the card's shared memory.
+
+    It would fail in the first step of training, after a preflight without gradients. Tiles too large are known faults
+    of torch: https://github.com/pytorch/pytorch/issues/180278, /198224, /133254.
+
+    Args:
+        width: of the heads, the widest of queries, keys and values.
+        itemsize: bytes of a number.
+        memory: shared memory of the card, in bytes, as `shared_memory` tells it.
+
+    Returns:
+        Options for `flex_attention`; none where torch's own serve; None where no tiles are known to fit.
+
+    >>> flex_blocks(128, 2, 101_376), flex_blocks(1024, 2, 232_448)
+    ({}, None)
+    >>> flex_blocks(256, 2, 101_376)["bwd_BLOCK_M1"]
+    32
+    """
+    if memory is None:  # an AMD card, for which torch has tiles of its own
+        return {} if width <= 256 else None
+    rounded = max(64, 1 << (width - 1).bit_length())
+    own = OWN_TILES + MARGIN if itemsize * rounded <= 256 else LARGE_CARD
+    if itemsize * rounded <= 512 and memory >= own:
+        return {}
+    if (itemsize, rounded) not in _SMALL_TILES:
+        return None
+    queries, keys, backward, needed = _SMALL_TILES[itemsize, rounded]
+    if needed + MARGIN > memory:
+        return None
+    tiles = {"fwd_BLOCK_M": queries, "fwd_BLOCK_N": keys} | dict.fromkeys(_BACKWARD_TILES, backward)
+    # Two stages read the next tile while one is computed; only the backward pass over tiles of 32 has room for that.
+    return tiles | {"fwd_num_stages": 1, "bwd_num_stages": 2 if backward == 32 else 1, "num_warps": 4}
+
+
+@lru_cache(maxsize=8)
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that a kernel may take on a card; None for an AMD card, which does not say."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
 
 
 @lru_cache(maxsize=1)

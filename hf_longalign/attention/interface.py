@@ -132,7 +132,7 @@ def longalign_attention(
     _refuse_unsupported(module, attention_mask, is_causal, softcap, s_aux, kwargs)
     # Norms kept in float32 (PEFT, quantised models) leave queries and keys in it, and no flash kernel takes them.
     mixed = query.is_cuda and query.dtype == torch.float32
-    dtype = get_target_dtype(query, module) if mixed else value.dtype
+    dtype = _precision(query, module) if mixed else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, dropout, softcap, s_aux)
     longest: Any = kwargs.get("max_length_q")
@@ -152,6 +152,15 @@ def longalign_attention(
         return flash_attention(q, k, v, cu_seq_lens_q, longest, scoring.scale)[None], None
     out = _attend(query, key, value, attention_mask, scoring, window, position_ids, cu_seq_lens_q, cu_seq_lens_k)
     return out, None
+
+
+def _precision(query: torch.Tensor, module: torch.nn.Module) -> torch.dtype:
+    """The precision that a layer computes in whose queries came in float32: autocast's, or that of its weights."""
+    known = torch.is_autocast_enabled(query.device.type) or hasattr(module.config, "_is_quantized")
+    if known or any(isinstance(layer, torch.nn.Linear) for layer in module.modules()):
+        return get_target_dtype(query, module)
+    # It would look for a linear layer and raise a bare StopIteration: GPT-2's projections are another class.
+    return next((weight.dtype for weight in module.parameters() if weight.ndim > 1), query.dtype)
 
 
 @torch.compiler.disable

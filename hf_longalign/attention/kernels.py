@@ -3,7 +3,8 @@
 | what | how |
 | --- | --- |
 | CUDA, half precision, nothing unusual | torch's variable-length FlashAttention over the whole row |
-| CUDA, windows over skips, softcap, sinks, float32 | one `flex_attention` over the whole row (`flex.py`) |
+| CUDA, windows over skips, softcap, sinks, float32, heads wider than 256 | one `flex_attention` (`flex.py`) |
+| CUDA where that does not fit into shared memory (float32 past 256, half past 512), dropout | as elsewhere, warned |
 | elsewhere | scaled_dot_product_attention, segment by segment (one batched call when all are of one length) |
 | a window that counts positions | the same over blocks of queries, each with the keys its window can reach |
 | attention sinks | one more key of value zero, so the kernels above serve |
@@ -14,6 +15,7 @@ length, width) otherwise; keys and values may have fewer heads than queries, val
 """
 
 import inspect
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -24,9 +26,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from hf_longalign.attention.flex import flex_packed, widened
+from hf_longalign.attention.flex import flex_blocks, flex_packed, shared_memory, widened
 from hf_longalign.attention.packing import Segments
 
+
+logger = logging.getLogger(__name__)
 
 QUERY_BLOCK = 1024
 # Scores held at once by the softcap formula: 2**26 float32 values are 256 MB.
@@ -69,7 +73,7 @@ def packed_attention(
     if segments.positions is None and flash_serves(query, value, scoring):
         starts, window = segments.cumulative(query.device), None if all(segments.plain) else segments.window
         return flash_attention(query, key, value, starts, max(segments.lengths), scoring.scale, window)
-    if _flex_serves(query, segments, scoring):
+    if _flex_serves(query, value, segments, scoring):
         return flex_packed(query, key, value, segments, scoring.scale, scoring.softcap, scoring.sinks)
     if segments.uniform:
         rows = [states.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2) for states in (query, key, value)]
@@ -263,16 +267,43 @@ def _runs_flash(device: torch.device) -> bool:
     return known and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _flex_serves(query: torch.Tensor, segments: Segments, scoring: Scoring) -> bool:
-    """Where a launch per segment would be many; rows of one length are one batched call already."""
+@torch.compiler.assume_constant_result
+def _is_small_card(device: torch.device) -> bool:
+    """Whether it has 99 KB of shared memory where A100, H100 and B200 have more: RTX 30, 40 and 50, A10, L4, L40S."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor) in ((8, 6), (8, 9)) or major == 12
+
+
+def _flex_serves(query: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring) -> bool:
+    """Where a launch per segment would be many, and the kernel is known to fit; rows of one length are one already."""
     batched = segments.uniform and scoring.softcap is None and scoring.sinks is None
-    return (
-        query.is_cuda
-        and not batched
-        and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and scoring.dropout == 0
-        and _runs_triton(query.device)
-    )
+    if not query.is_cuda or batched:
+        return False
+    problem = _flex_problem(query, max(query.shape[-1], value.shape[-1]), scoring)
+    if problem is not None:
+        _warn_of_the_loop(problem)
+    return problem is None
+
+
+def _flex_problem(query: torch.Tensor, width: int, scoring: Scoring) -> str | None:
+    if scoring.dropout > 0:
+        return f"no kernel drops weights, as `attention_dropout` of {scoring.dropout} asks for"
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no fused kernel computes in {query.dtype}"
+    if not _runs_triton(query.device):
+        return "flex attention needs Triton and a card of compute capability 7.0 or above"
+    if flex_blocks(width, query.dtype.itemsize, shared_memory(query.device)) is None:
+        return (
+            f"flex attention over heads {width} wide in {query.dtype} needs more shared memory than "
+            f"{torch.cuda.get_device_name(query.device)} has"
+        )
+    return None
+
+
+@lru_cache(maxsize=64)
+def _warn_of_the_loop(problem: str) -> None:
+    # Once for each reason, not once a layer and step.
+    logger.warning("Attention goes document by document, exact but slow where a row holds many: %s.", problem)
 
 
 @lru_cache(maxsize=8)
@@ -303,7 +334,10 @@ def flash_attention(
         (tokens, heads, value width).
     """
     value_width = value.shape[-1]
-    query, key, value = _same_width(query, key, value, step=8)
+    between = 192 < max(query.shape[-1], value_width) <= 224
+    # Some cards have gradients for heads up to 192 wide and of 256, and none between: torch would raise in step 1.
+    full = between and torch.is_grad_enabled() and _is_small_card(query.device)
+    query, key, value = _same_width(query, key, value, step=FLASH_MAX_WIDTH if full else 8)
     # (w, 0) lets a query see w keys before its own, (-1, 0) all of them.
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
     if "enable_gqa" in _FLASH_PARAMETERS:

@@ -73,6 +73,9 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(kernels, "_runs_triton", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
+    for module in (flex, kernels):
+        monkeypatch.setattr(module, "shared_memory", lambda _: 232_448)
     monkeypatch.setattr(kernels, "varlen_attn", calls.record("flash", kernels.varlen_attn))
     monkeypatch.setattr(flex, "BlockMask", SimpleNamespace(from_kv_blocks=listed))
     monkeypatch.setattr(flex, "_compiled", lambda: calls.record("flex", fake_flex))
@@ -264,6 +267,92 @@ def test_where_flash_cannot_run(why, calls, monkeypatch):
     assert calls.names == (["sdpa"] * 3 if why == "dropout" else ["flex"])
 
 
+# --- cards with less shared memory than an H100 ---
+
+SMALL_CARD = 101_376
+
+
+@pytest.fixture
+def loops(calls, monkeypatch):
+    """Attention segment by segment, recorded and not computed."""
+    monkeypatch.setattr(kernels, "causal_attention", calls.record("loop", lambda query, *_: query))
+    kernels._warn_of_the_loop.cache_clear()
+    return calls
+
+
+def attend_on(monkeypatch, memory, width, dtype, **scoring):
+    for module in (flex, kernels):
+        monkeypatch.setattr(module, "shared_memory", lambda _: memory)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 4090")
+    with on_fake_cuda(monkeypatch, ORDINARY):
+        states = [torch.zeros(TOKENS, heads, width, dtype=dtype) for heads in (4, 2, 2)]
+        kernels.packed_attention(*states, Documents(BOUNDS).segments, kernels.Scoring(0.1, **scoring))
+
+
+@pytest.mark.parametrize("memory", [SMALL_CARD, 166_912, 232_448])
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(64, torch.float32), (128, torch.bfloat16), (80, torch.float32), (256, torch.bfloat16), (192, torch.float32),
+     (512, torch.bfloat16), (512, torch.float32), (576, torch.bfloat16)],
+)  # fmt: skip
+def test_flex_is_handed_tiles_that_fit_or_not_called(width, dtype, memory, loops, monkeypatch, caplog):
+    attend_on(monkeypatch, memory, width, dtype, softcap=9.0)
+    attend_on(monkeypatch, memory, width, dtype, softcap=9.0)
+    bytes_of_a_head = dtype.itemsize * 2 ** (width - 1).bit_length()
+    if bytes_of_a_head > 1024:
+        assert loops.names == ["loop"] * 6 and len(caplog.records) == 1
+        assert (
+            f"heads {width} wide in {dtype} needs more shared memory than NVIDIA GeForce RTX 4090 has" in caplog.text
+        )
+        return
+    assert loops.names == ["flex"] * 2 and not caplog.records
+    given = {name: size for name, size in loops[0][2]["kernel_options"].items() if name != "FORCE_USE_FLEX_ATTENTION"}
+    if bytes_of_a_head <= 256 or (memory == 232_448 and bytes_of_a_head <= 512):
+        assert not given  # torch's own tiles
+        return
+    rounded, size = 2 ** (width - 1).bit_length(), dtype.itemsize
+    queries, keys = given["fwd_BLOCK_M"], given["fwd_BLOCK_N"]
+    # What stays and what is read at once: queries, keys, values and weights; the backward pass adds gradients.
+    assert size * (rounded * (queries + 2 * keys) + queries * keys) <= SMALL_CARD
+    (tile,) = {given[f"bwd_BLOCK_{name}"] for name in ("M1", "N1", "M2", "N2")}
+    assert size * (rounded * 4 * tile + 2 * tile * tile) <= SMALL_CARD
+    # Triton multiplies no smaller ones, and the table of blocks must be cut evenly.
+    assert all(block >= 16 and flex.BLOCK % block == 0 for block in (queries, keys, tile))
+    assert given["fwd_num_stages"] == 1 and given["bwd_num_stages"] <= 2
+
+
+def test_torch_knows_the_names_of_the_tiles():
+    from torch.nn.attention.flex_attention import FlexKernelOptions
+
+    names = {name.removeprefix("fwd_").removeprefix("bwd_") for name in flex.flex_blocks(256, 2, SMALL_CARD)}
+    assert names <= set(FlexKernelOptions.__annotations__)
+
+
+@pytest.mark.parametrize("feature", [{}, {"softcap": 9.0}])
+def test_dropout_goes_document_by_document_and_says_so_once(feature, loops, monkeypatch, caplog):
+    for _ in range(2):
+        with on_fake_cuda(monkeypatch, ORDINARY):
+            states = [torch.zeros(TOKENS, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+            scoring = kernels.Scoring(0.1, dropout=0.25, **feature)
+            kernels.packed_attention(*states, Documents(BOUNDS).segments, scoring)
+    assert loops.names == ["loop"] * 6 and len(caplog.records) == 1
+    assert "document by document" in caplog.text and "`attention_dropout` of 0.25" in caplog.text
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+@pytest.mark.parametrize("width", [192, 200, 224, 256])
+def test_heads_that_a_small_card_has_no_gradients_for_are_padded(width, capability, calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for training in (True, False):
+        with on_fake_cuda(monkeypatch, SKIPPED), torch.set_grad_enabled(training):
+            states = [torch.zeros(TOKENS, heads, width, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+            out = kernels.packed_attention(*states, Documents(BOUNDS).segments, kernels.Scoring(0.1))
+        assert out.shape[-1] == width
+    small = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    padded = small and width in (200, 224)
+    assert [args[0].shape[-1] for _, args, _ in calls] == [256 if padded else width, width]
+
+
 def test_fresh_cuda_boundaries_are_int32_and_read_once(calls, monkeypatch):
     read = []
     with on_fake_cuda(monkeypatch, SKIPPED):
@@ -304,6 +393,20 @@ def test_norms_kept_in_float32_reach_flash_in_half_precision(calls, monkeypatch)
             model(**fake_batch())
     assert calls.names == ["flash"] * 2
     assert {tensor.dtype for _, args, _ in calls for tensor in args[:3]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_float32_queries_of_a_layer_without_linear_maps(weights, calls, monkeypatch):
+    """GPT-2's projections are transformers' own `Conv1D`; float32 without autocast is float32 there too."""
+    with on_fake_cuda(monkeypatch, SKIPPED):
+        model = fake_model(transformers.GPT2Config(n_embd=64, n_head=4, n_layer=1, vocab_size=64), weights)
+        layer = model.transformer.h[0].attn
+        assert not any(isinstance(module, torch.nn.Linear) for module in layer.modules())
+        states = torch.zeros(1, 4, TOKENS, 16)
+        starts = torch.zeros(len(BOUNDS), dtype=torch.int32)
+        out, _ = interface.longalign_attention(layer, states, states, states, None, cu_seq_lens_q=starts)
+    assert out.dtype == weights
+    assert calls.names == ["flex" if weights == torch.float32 else "flash"]
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

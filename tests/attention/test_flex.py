@@ -204,32 +204,31 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 
 @cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", [8, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("width", [8, 64, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("feature", ["window", "softcap", "sinks"])
 def test_cuda_flex_equals_the_formula_with_gradients(feature, width, dtype):
     torch._dynamo.reset()  # each case is compiled anew, and only so many versions are kept
     documents, positions = random_row(np.random.default_rng(0), documents=5, longest=200)
     tokens = documents.bounds[-1]
     states = [torch.randn(tokens, heads, width).to(dtype) for heads in (HEADS, HEADS // 2, HEADS // 2)]
-    sinks = torch.randn(HEADS).to(dtype) if feature == "sinks" else None
+    if feature == "sinks":
+        states.append(torch.randn(HEADS).to(dtype))
     softcap = 1.5 if feature == "softcap" else None
     rounded = [state.double().requires_grad_() for state in states]
-    expected = naive(
-        *rounded,
-        naive_visible(documents.bounds, positions, 50),
-        0.1,
-        softcap,
-        None if sinks is None else sinks.double(),
-    )
+    visible = naive_visible(documents.bounds, positions, 50)
+    expected = naive(*rounded[:3], visible, 0.1, softcap, *rounded[3:])
     device = [state.cuda().requires_grad_() for state in states]
     segments = window_segments(documents, positions.cuda(), 50)
-    scoring = kernels.Scoring(0.1, softcap=softcap, sinks=None if sinks is None else sinks.cuda())
-    assert kernels._flex_serves(device[0], segments, scoring)
-    actual = kernels.packed_attention(*device, segments, scoring)
+    scoring = kernels.Scoring(0.1, softcap=softcap, sinks=device[3] if feature == "sinks" else None)
+    fits = flex.flex_blocks(width, dtype.itemsize, flex.shared_memory(device[0].device)) is not None
+    assert kernels._flex_serves(device[0], device[2], segments, scoring) == fits
+    actual = kernels.packed_attention(*device[:3], segments, scoring)
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.double().cpu(), expected, atol=tolerance, rtol=tolerance)
     weights = torch.randn_like(expected)
     ours = torch.autograd.grad((actual.double() * weights.cuda()).sum(), device)
     theirs = torch.autograd.grad((expected * weights).sum(), rounded)
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.double().cpu(), other, atol=5 * tolerance, rtol=5 * tolerance)
+        # Sinks add up over all tokens, and so does their rounding: it is measured by the largest of them.
+        allowed = 5 * tolerance * max(1.0, other.abs().max().item() if other.ndim == 1 else 1.0)
+        torch.testing.assert_close(one.double().cpu(), other, atol=allowed, rtol=5 * tolerance)

@@ -210,17 +210,18 @@ def test_cuda_equals_the_formula(feature, window, dtype):
     torch._dynamo.reset()  # each case is compiled anew, and only so many versions are kept
     width = 5 if feature == "narrow values" else WIDTH
     states = [state.detach() for state in random_states(26, width, torch.float32)]
-    softcap, sinks = (1.5 if feature == "softcap" else None), (states[3] if feature == "sinks" else None)
-    rounded = [state.to(dtype).float().requires_grad_() for state in states[:3]]
-    expected = naive(*rounded, naive_visible(DOCUMENTS.bounds, POSITIONS, window), 0.3, softcap, sinks)
+    softcap = 1.5 if feature == "softcap" else None
+    rounded = [state.to(dtype).float().requires_grad_() for state in states[: 4 if feature == "sinks" else 3]]
+    visible = naive_visible(DOCUMENTS.bounds, POSITIONS, window)
+    expected = naive(*rounded[:3], visible, 0.3, softcap, *rounded[3:])
     device = [state.detach().to("cuda", dtype).requires_grad_() for state in rounded]
     positions = POSITIONS.cuda()
     segments = DOCUMENTS.segments if window is None else window_segments(DOCUMENTS, positions, window)
-    scoring = Scoring(0.3, softcap=softcap, sinks=None if sinks is None else sinks.to("cuda", dtype))
+    scoring = Scoring(0.3, softcap=softcap, sinks=device[3] if feature == "sinks" else None)
     flash = segments.positions is None and kernels.flash_serves(device[0], device[2], scoring)
     capable = torch.cuda.get_device_capability() >= (8, 0)
     assert flash == (feature in ("plain", "narrow values") and dtype != torch.float32 and window != 6 and capable)
-    actual = packed_attention(*device, segments, scoring)
+    actual = packed_attention(*device[:3], segments, scoring)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual.float().cpu(), expected, atol=tolerance, rtol=tolerance)
     weights = torch.randn_like(expected)
