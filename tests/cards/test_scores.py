@@ -110,7 +110,10 @@ def test_a_change_is_bold_where_it_is_larger_than_chance():
 def test_what_was_not_measured_as_meant_is_named():
     note = scores_note(REPORT.suites[1])
     assert note == "Scores in percent. Not measured: `lcc`. Answers cut at the limit of new tokens: `hotpotqa`."
-    assert scores_note(REPORT.suites[0]) == "Exact match in percent. Texts of 1,024 and 4,096 tokens. Haystack: built-in noise."
+    assert (
+        scores_note(REPORT.suites[0])
+        == "Exact match in percent. Texts of 1,024 and 4,096 tokens. Haystack: built-in noise."
+    )
 
 
 def test_three_models_have_three_columns_and_the_first_is_the_reference():
