@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -250,7 +251,7 @@ def test_a_server_without_the_scaling_is_refused_by_its_answers(trained, tmp_pat
         ):
             evaluate(str(merged), **common)
         report = evaluate(str(merged), check_served="off", **common)
-        assert "base: answers as trained" not in report.settings
+        assert report.settings["base: answers as trained"] == "not compared, as `check_served` is off"
     with Server(model=str(merged), reply=answers_of(merged)) as server:
         common = {"endpoint": server.url, "output_dir": str(tmp_path / "right"), **ASKED}
         for _ in range(2):
@@ -269,12 +270,39 @@ def test_an_adapter_is_compared_with_what_it_answers_here(trained, tmp_path):
             generator.check_answers(load_record(merged).answers, str(adapter))
     with Server(model="any", reply=answers_of(merged)) as server:
         common = {"adapter": str(adapter), "endpoint": server.url, **ASKED}
-        settings = evaluate(str(base), output_dir=str(tmp_path / "stored"), **common).settings
-        assert settings["adapter: answers as trained"].startswith("not compared")
+        refusal = r"must be 'local' or 'off' for '.*adapter', got 'stored': it was trained with yarn RoPE .* of 1,024"
+        with pytest.raises(ValueError, match=refusal):
+            evaluate(str(base), output_dir=str(tmp_path / "stored"), **common)
+        assert not server.log  # before anything is asked
+        settings = evaluate(str(base), output_dir=str(tmp_path / "off"), check_served="off", **common).settings
+        assert settings["adapter: answers as trained"] == "not compared, as `check_served` is off"
+        assert "base: answers as trained" not in settings
         settings = evaluate(str(base), output_dir=str(tmp_path / "local"), check_served="local", **common).settings
         assert settings["adapter: answers as trained"].endswith("answered the same")
+    plain = {"rope_parameters": AutoConfig.from_pretrained(base).rope_parameters}
+    with Server(model="any", reply=answers_of(merged, **plain)) as server:
+        common["endpoint"] = server.url
+        with pytest.raises(ValueError, match=r"must answer as '.*adapter' was trained"):
+            evaluate(str(base), output_dir=str(tmp_path / "plain"), check_served="local", **common)
     with pytest.raises(ValueError, match="`check_served` must be stored, local or off, got 'always'"):
         evaluate(str(base), check_served="always", **ASKED)
+
+
+def test_what_needs_a_proof_is_told_by_the_rope_of_the_base(trained, tmp_path):
+    pytest.importorskip("openai", reason='needs pip install "hf_longalign[eval]"')
+    _, _, merged = trained
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    shutil.copytree(merged, whole)
+    (whole / "longalign_config.json").unlink()
+    train(whole, adapter, length=1024)  # scaled by somebody else: every server reads that in its config
+    tiny_tokenizer().save_pretrained(adapter)
+    with Server(model="any", reply=lambda body: "salt") as server:
+        common = {"endpoint": server.url, **ASKED}
+        settings = evaluate(str(whole), str(adapter), output_dir=str(tmp_path / "out"), **common).settings
+        assert settings["adapter: answers as trained"] == "not compared, as none are stored"
+        save_record(whole, replace(load_record(merged), answers=None))
+        with pytest.raises(ValueError, match=r"`check_served` must be 'local' or 'off' for '.*whole'"):
+            evaluate(str(whole), output_dir=str(tmp_path / "out"), **common)
 
 
 def test_a_real_server_answers_past_the_range_of_the_base_as_the_local_model(trained, tmp_path):

@@ -43,8 +43,9 @@ class ModelOptions:
     vllm_options: str | None = option(None, "Arguments of `vllm.LLM` as JSON: tensor_parallel_size, max_model_len …")
     check_served: str = option(
         "stored",
-        "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its answers were "
-        "kept, as `merge` does), local (else the model is loaded here and asked) or off.",
+        "Whether the endpoint must answer fixed prompts as the model that was trained: stored (by the answers that "
+        "`merge` keeps; without them a model of scaled RoPE is refused), local (without them it is loaded here and "
+        "asked) or off (the report says so).",
         choices=["stored", "local", "off"],
     )
     api_key_env: str = option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
