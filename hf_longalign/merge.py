@@ -59,8 +59,8 @@ def merge_adapter(
         output_dir: where the model goes, and what is returned; files of an earlier merge are replaced.
         base_model: directory or Hub id of the base model; the one named by the adapter when `None`.
         revision, base_revision: as in [`load_adapter`].
-        known_answers: whether to ask the model a few fixed prompts, one past the base's range, and keep its answers:
-            `evaluate` compares with them what a server answers. Reads up to 16,384 tokens.
+        known_answers: whether to ask the model a few fixed prompts, two past the base's range where that is below
+            16,384 tokens, and keep its answers: `evaluate` compares with them what a server answers.
         max_shard_size: size of a file of weights at most, in bytes or as in "5GB".
         **model_kwargs: passed to `from_pretrained` of the base model (`dtype`, `device_map` …).
 
@@ -106,8 +106,12 @@ def merge_adapter(
     _write_legacy_rope(output_dir, merged.config)
     if known_answers:
         from hf_longalign.known_answers import known_answers as ask
+        from hf_longalign.known_answers import not_past_range
 
-        record = replace(record, answers=ask(merged.eval(), tokenizer, record.rope))
+        answers = ask(merged.eval(), tokenizer, record.rope)
+        if missing := not_past_range(answers, record.rope):
+            logger.warning("Of the answers of %s that a server will be compared with, %s.", output_dir, missing)
+        record = replace(record, answers=answers)
     save_record(output_dir, record)
     _write_card(output_dir, adapter, revision, base_id)
     return output_dir

@@ -23,7 +23,7 @@ from hf_longalign.cli import main
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.known_answers import known_answers, ledger
+from hf_longalign.known_answers import known_answers, ledger, not_past_range
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import load_record, save_record
@@ -201,6 +201,7 @@ def test_answers_are_greedy_and_sure_and_past_the_range_of_the_base(trained):
     }
     for index, answer in enumerate(found.answers):
         assert answers[index].strip().startswith(answer)
+    assert not_past_range(found, load_record(merged).rope) is None
     # Where every token is as likely as any other, it is sure of none.
     model.lm_head.weight.data *= 0
     assert known_answers(model, tokenizer, load_record(merged).rope).answers == []
@@ -258,6 +259,26 @@ def test_a_server_without_the_scaling_is_refused_by_its_answers(trained, tmp_pat
             settings = evaluate(str(merged), **common).settings
         assert settings["base: answers as trained"].endswith("answered the same")
         assert sum("carts of" in entry.prompt for entry in server.log) == len(load_record(merged).answers.lines)
+
+
+def test_where_no_answer_lies_past_the_range_of_the_base_it_is_told(trained, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("openai", reason='needs pip install "hf_longalign[eval]"')
+    _, adapter, merged = trained
+    found = load_record(merged).answers
+    near = [n for n, tokens in enumerate(found.tokens) if tokens <= 256]
+    kept = {name: [getattr(found, name)[n] for n in near] for name in ("lines", "questions", "tokens", "answers")}
+    shutil.copytree(merged, tmp_path / "unsure")
+    save_record(tmp_path / "unsure", replace(load_record(merged), answers=replace(found, **kept)))
+    missing = "none past 256 tokens, the range of its base: the model is not sure of its answers there"
+    with Server(model="any", reply=answers_of(merged)) as server:
+        common = {"endpoint": server.url, "output_dir": str(tmp_path / "out"), **ASKED}
+        settings = evaluate(str(tmp_path / "unsure"), **common).settings
+    assert settings["base: answers as trained"].endswith(f"answered the same; {missing}")
+    assert missing in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("hf_longalign.known_answers.MARGIN", 1e9)
+    merge_adapter(adapter, tmp_path / "sure of none")
+    assert f"sure of none that a server will be compared with, {missing}" in caplog.text
 
 
 def test_an_adapter_is_compared_with_what_it_answers_here(trained, tmp_path):

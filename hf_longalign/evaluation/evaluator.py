@@ -32,7 +32,7 @@ from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
 from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.runner import PAUSE, Examinee, PromptSuite, ResultStore, spent
 from hf_longalign.evaluation.suites import Suite, make_suites, public_documents, uses_chat
-from hf_longalign.known_answers import known_answers
+from hf_longalign.known_answers import known_answers, not_past_range
 from hf_longalign.records.report import Report
 from hf_longalign.rope import rope_record
 
@@ -200,7 +200,7 @@ def refuse_unproven(examined: Examined, examinee: Examinee, store: ResultStore) 
             f"`check_served` must be 'local' or 'off' for {name!r}, got 'stored': it was trained with "
             f"{' and '.join(kinds)} RoPE for a range of {reach:,}, which servers leave out unless told, and no "
             "answers are stored to know it by. Set 'local' to load the model here and compare, 'off' to go without; "
-            "serve what `hf-longalign merge` writes, which stores answers."
+            "or serve what `hf-longalign merge` writes, which stores answers."
         )
 
 
@@ -228,7 +228,10 @@ def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> 
             remedy = "the model is sure of none" if options.check_served == "local" else "none are stored"
             return {"answers as trained": f"not compared, as {remedy}"}
         server: Any = examinee.generator
-        store.once(key, lambda: server.check_answers(expected, name))
+        missing = not_past_range(expected, record.rope)
+        if missing:
+            logger.warning("Of the answers of %r that the server is compared with, %s.", name, missing)
+        store.once(key, lambda: server.check_answers(expected, name) + (f"; {missing}" if missing else ""))
     return {"answers as trained": store.get(key)}
 
 
