@@ -183,9 +183,10 @@ def command_of(
         overrides = quote(json.dumps(_overrides(record.rope, engine)))
         names = {"base": quote(base), "model": quote(name)}
         return "\n".join([*lines, known.adapter.format(**names, rank=rank, overrides=overrides, reach=reach)])
-    merged = f"{Path(name).name}-merged"
+    # Of a folder such as "." the name that it has.
+    merged = quote(f"{(Path(name).resolve() if Path(name).exists() else Path(name)).name}-merged")
     options = f" --base_model {quote(base_model)}" if base_model else ""
-    merge = f"hf-longalign merge {quote(name)} {quote(merged)}{options}"
+    merge = f"hf-longalign merge {quote(name)} {merged}{options}"
     return "\n".join([*lines, merge, known.whole.format(model=merged, reach=reach, prompt=reach - 1)])
 
 

@@ -107,6 +107,19 @@ def test_what_no_server_loads_beside_a_base_is_merged_first(config):
     assert "merge" in command_of(layers, LORA, "user/long")
 
 
+def test_commands_are_quoted_and_a_folder_has_its_own_name(tmp_path, monkeypatch):
+    record = TrainingRecord(RopeRecord("llama", 1024, YARN))
+    folder = tmp_path / "my adapter"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in (".", str(folder)):
+        _, merge, serve = command_of(record, LORA, name, "tgi").replace("\\\n", "").split("\n")
+        assert shlex.split(merge) == ["hf-longalign", "merge", name, "my adapter-merged"]
+        assert shlex.split(serve)[1:3] == ["--model-id", "my adapter-merged"]
+    *_, gguf = command_of(record, LORA, "user/my long", "llama.cpp").split("\n")
+    assert shlex.split(gguf)[2] == "my long-merged.gguf"
+
+
 @pytest.mark.parametrize(
     ("rope", "what"),
     [
