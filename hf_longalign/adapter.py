@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, rope_record
-from hf_longalign.run_record import load_record
+from hf_longalign.run_record import check_place, load_record
 
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def load_adapter(
     model = load_adapter("out/checkpoint-1000", dtype="bfloat16", device_map="auto")
     ```
     """
+    check_place("adapter", adapter)
     record = load_record(adapter, revision=revision)
     if isinstance(base_model, PreTrainedModel):
         check_rope(record.rope, base_model.config)
@@ -134,6 +135,7 @@ def base_of(config: Any, base_model: str | Path | None, base_revision: str | Non
     model_id = str(base_model or named or "")
     if not model_id:
         raise ValueError("`base_model` must be given, got None: the adapter does not name one. Set it to its base.")
+    check_place("base_model", model_id)
     if named and model_id != named:
         logger.warning("The adapter was trained on %s and is loaded on %s.", named, model_id)
     return model_id, base_revision or (config.revision if model_id == named else None)

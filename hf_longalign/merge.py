@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_longalign.adapter import base_of, check_weights, hub_kwargs, load_base, peft_config, put_on
 from hf_longalign.probe import token_ids
 from hf_longalign.rope import legacy_rope, model_range, rope_record
-from hf_longalign.run_record import load_record, model_file, save_record
+from hf_longalign.run_record import check_place, load_record, model_file, save_record
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,13 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained("merged")
     ```
     """
+    check_place("adapter", adapter)
     output_dir, record = Path(output_dir), load_record(adapter, revision=revision)
+    if model_file(adapter, "adapter_config.json", revision) is None:
+        raise ValueError(
+            f"`adapter` must be an adapter, got '{adapter}', which has no `adapter_config.json`. Give the folder or "
+            "Hub id of the adapter; a whole model is served as it is."
+        )
     config = peft_config(adapter, revision)
     base_id, base_revision = base_of(config, base_model, base_revision)
     # Before the base is loaded, which may take minutes.

@@ -4,6 +4,10 @@ from dataclasses import field
 from typing import Any
 
 
+# Precisions of weights, as torch calls them; "auto": that of the file.
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+
+
 def option(default: Any, help: str, **shown: Any) -> Any:
     """Return a field with a default, a help text, and what else a parser reads of it, such as `choices`.
 

@@ -120,6 +120,22 @@ def test_commands_are_quoted_and_a_folder_has_its_own_name(tmp_path, monkeypatch
     assert shlex.split(gguf)[2] == "my long-merged.gguf"
 
 
+def test_what_is_not_there_is_refused_by_name(trained, tmp_path, capsys):
+    _, adapter, merged = trained
+    out, gone = str(tmp_path / "out"), str(tmp_path / "gone")
+    for words, refusal in (
+        (["merge", gone, out], f"`adapter` must be a folder or a Hub id, got '{gone}'"),
+        (
+            ["merge", str(adapter), out, "--base_model", gone],
+            f"`base_model` must be a folder or a Hub id, got '{gone}'",
+        ),
+        (["merge", str(merged), out], f"`adapter` must be an adapter, got '{merged}'"),
+        (["serve-command", gone], f"`model` must be a folder or a Hub id, got '{gone}'"),
+    ):
+        assert main(words) == 1
+        assert refusal in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("rope", "what"),
     [

@@ -9,7 +9,7 @@ from pathlib import Path
 from hf_longalign.evaluation.longbench import expand_tasks
 from hf_longalign.evaluation.needles import TASKS as NEEDLES
 from hf_longalign.evaluation.ruler_data import TASKS as RULER
-from hf_longalign.options import option
+from hf_longalign.options import DTYPES, option
 from hf_longalign.puzzles import TASKS as PUZZLES
 from hf_longalign.records.training import is_hub_id
 
@@ -28,7 +28,7 @@ class ModelOptions:
     model_revision: str | None = option(None, "Revision of the model.")
     adapter_revision: str | None = option(None, "Revision of the adapter.")
     tokenizer: str | None = option(None, "Tokenizer for all; unset: the model's, if the adapter's is the same.")
-    dtype: str = option("auto", "Precision of the weights.")
+    dtype: str = option("auto", "Precision of the weights.", choices=DTYPES)
     attn_implementation: str | None = option(None, "Attention, as in transformers.")
     load_in_4bit: bool = option(False, "Quantise the base with bitsandbytes.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
