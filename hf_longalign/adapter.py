@@ -25,15 +25,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, rope_record
-from hf_longalign.run_record import load_record
+from hf_longalign.run_record import check_place, load_record
 
 
 logger = logging.getLogger(__name__)
 
-# Norms and embeddings: the weights that quantisation leaves as they are.
+# Norms and embeddings are the weights that quantisation leaves as they are; adapted layers tell a base apart from what
+# an adapter was merged into.
 _VALUES_EACH = 32
 _HEAD = 4096
 _TENSORS = 8
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Beginnings of LoRA (`init_lora_weights`) that leave the base as it is.
+_UNCHANGING = {"true", "false", "gaussian", "eva", "orthogonal"}
 # Twice the rounding of bfloat16, in which most models are published.
 _TOLERANCE = 2**-8
 # Which dimension counts tokens in an adapter's weights for an embedding or a head: trained whole, by LoRA, or for new
@@ -77,6 +81,7 @@ def load_adapter(
     model = load_adapter("out/checkpoint-1000", dtype="bfloat16", device_map="auto")
     ```
     """
+    check_place("adapter", adapter)
     record = load_record(adapter, revision=revision)
     if isinstance(base_model, PreTrainedModel):
         check_rope(record.rope, base_model.config)
@@ -130,6 +135,7 @@ def base_of(config: Any, base_model: str | Path | None, base_revision: str | Non
     model_id = str(base_model or named or "")
     if not model_id:
         raise ValueError("`base_model` must be given, got None: the adapter does not name one. Set it to its base.")
+    check_place("base_model", model_id)
     if named and model_id != named:
         logger.warning("The adapter was trained on %s and is loaded on %s.", named, model_id)
     return model_id, base_revision or (config.revision if model_id == named else None)
@@ -193,7 +199,9 @@ def _resize_embeddings(base: PreTrainedModel, weights: dict[str, torch.Tensor]) 
 
 
 def weights_sample(model: nn.Module) -> dict[str, list[float]]:
-    """Return values of up to 8 norms and embeddings of a base model by name; none where weights are sharded.
+    """Return values of up to 8 norms and embeddings of a base model, and of up to 8 layers that are adapted, by name.
+
+    Weights that are cut over processes are left out, and of adapted layers those that are quantised.
 
     Args:
         model: the model without an adapter, or the one that an adapter was put on.
@@ -204,26 +212,60 @@ def weights_sample(model: nn.Module) -> dict[str, list[float]]:
     >>> {name: len(values) for name, values in weights_sample(model).items()}
     {'embed.weight': 8, 'norm.weight': 2}
     """
-    found = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        kept = isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
-        adapted = "lora_" in name or "modules_to_save" in name
-        # A DTensor holds a part alone.
-        if weight is not None and kept and not adapted and type(weight.data) is torch.Tensor:
-            found[f"{_WRAPPED.sub('', name)}.weight"] = weight
-    # From the first layer to the last, as a fine-tuned model may differ in some only.
-    names, sample = sorted(found), {}
-    for name in names[:: max(1, -(-len(names) // _TENSORS))]:
-        head = found[name].detach().flatten()[:_HEAD]  # an embedding may have grown at its end by new tokens
-        values = head[:: max(1, head.numel() // _VALUES_EACH)][:_VALUES_EACH].float().cpu().tolist()
-        if values:  # ZeRO-3 leaves an empty tensor
-            sample[name] = [float(f"{value:.6g}") for value in values]
+    configs: Any = getattr(model, "peft_config", {}).values()
+    # These take out of the base what the adapter begins with, and give it back when it is loaded.
+    begun = {str(getattr(config, "init_lora_weights", True)).lower() for config in configs}
+    kept: dict[str, torch.Tensor] = {}
+    adapted: dict[str, torch.Tensor] = {}
+    for name, module in _own_modules(model):
+        if (weight := _readable(module)) is None:
+            continue
+        if _is_kept(module):
+            kept[_weight_name(name)] = weight
+        elif _WRAPPED.search(name) and begun <= _UNCHANGING:
+            adapted[_weight_name(name)] = weight
+    sample: dict[str, list[float]] = {}
+    for found in (kept, adapted):
+        # From the first layer to the last, as a fine-tuned model may differ in some only.
+        names = sorted(found)
+        sample |= {name: _values(found[name]) for name in names[:: max(1, -(-len(names) // _TENSORS))]}
     return sample
 
 
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base model by their names, those of an adapter left out."""
+    return ((n, module) for n, module in model.named_modules() if "lora_" not in n and "modules_to_save" not in n)
+
+
+def _weight_name(module: str) -> str:
+    return f"{_WRAPPED.sub('', module)}.weight"
+
+
+def _is_kept(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
+
+
+def _readable(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a module; `None` where its numbers are not those of the base, or not here."""
+    weight = getattr(module, "weight", None)
+    # A DTensor holds a part alone, an offloaded weight nothing; ZeRO-3 leaves an empty tensor.
+    if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor:
+        return None
+    if weight.is_meta or not weight.numel():
+        return None
+    # bitsandbytes may pack 4-bit numbers into bfloat16; 8-bit floats have scales.
+    packed = type(weight) not in (torch.Tensor, nn.Parameter) or weight.dtype not in _FLOATS
+    return None if packed and not _is_kept(module) else weight
+
+
+def _values(weight: torch.Tensor) -> list[float]:
+    head = weight.detach().flatten()[:_HEAD]  # an embedding may have grown at its end by new tokens
+    values = head[:: max(1, head.numel() // _VALUES_EACH)][:_VALUES_EACH].float().cpu().tolist()
+    return [float(f"{value:.6g}") for value in values]
+
+
 def check_weights(sample: dict[str, list[float]], model: nn.Module) -> None:
-    """Refuse a base model whose weights are not those of a `weights_sample`.
+    """Refuse a base model whose weights are not those of a `weights_sample`; what cannot be read is passed over.
 
     Raises:
         ValueError: names the first weight that differs.
@@ -237,12 +279,17 @@ def check_weights(sample: dict[str, list[float]], model: nn.Module) -> None:
     ...
     ValueError: The base model must have the weights its adapter was trained on, got others in `norm.weight`. ...
     """
-    present = weights_sample(model)
-    if not present:
-        return
+    modules: dict[str, nn.Module] = {}
+    for name, module in _own_modules(model):
+        # Around a wrapped module stands one that merely passes its weight on.
+        if getattr(module, "weight", None) is not None or _weight_name(name) not in modules:
+            modules[_weight_name(name)] = module
+    near = partial(math.isclose, rel_tol=_TOLERANCE, abs_tol=1e-6)
     for name, expected in sample.items():
-        values = present.get(name, [])
-        near = partial(math.isclose, rel_tol=_TOLERANCE, abs_tol=1e-6)
+        weight = _readable(modules[name]) if name in modules else None
+        if name in modules and weight is None:
+            continue
+        values = [] if weight is None else _values(weight)
         if len(values) != len(expected) or not all(map(near, values, expected)):
             raise ValueError(
                 f"The base model must have the weights its adapter was trained on, got others in `{name}`. Give the "

@@ -1,7 +1,9 @@
 """How a model is known again by its answers: the first tokens of greedy answers to a few fixed prompts.
 
-One of the prompts is longer than the base's own range, where a server that has lost the RoPE scaling answers
-otherwise. Engines round differently, so an answer ends where the model was not sure of its next token.
+Two of the prompts are longer than the base's own range, where a server that has lost the RoPE scaling answers
+otherwise, if the range is below 16,384 tokens: longer ones would cost too much to read. [`not_past_range`] tells where
+no answer comes from there. Engines round differently, so an answer ends where the model was not sure of its next
+token.
 """
 
 from typing import Any
@@ -15,7 +17,7 @@ from hf_longalign.records.training import AnswersRecord, RopeRecord
 NEW_TOKENS = 12
 # How much more likely the first choice is than the second, in nats: rounding in half precision moves it by far less.
 MARGIN = 0.5
-# Reading more would cost too much; past it, the long prompt stays inside the range of the base.
+# The most tokens of a prompt; where the range of the base is as long, the long prompts stay inside it.
 LONGEST = 16384
 TOWNS = ("Ardel", "Bemo", "Cato", "Dunra", "Ekest", "Fallo", "Gorin")
 QUESTIONS = (
@@ -52,6 +54,21 @@ def base_range(rope: RopeRecord) -> int:
         part.get("original_max_position_embeddings") or round(reach / (part.get("factor") or 1)) for part in scaled
     )
     return min([reach, *before])
+
+
+def not_past_range(answers: AnswersRecord, rope: RopeRecord) -> str | None:
+    """Return why no answer shows what a model does past the range of its base; `None` where one does, or none must.
+
+    >>> rope = RopeRecord("llama", 65536, {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    >>> not_past_range(AnswersRecord(tokens=[30, 16380]), rope)
+    'none past 32,768 tokens, the range of its base: no prompt is longer than 16,384'
+    """
+    reach = base_range(rope)
+    if reach >= (rope.max_position_embeddings or LONGEST) or max(answers.tokens, default=0) > reach:
+        return None
+    is_asked = reach < LONGEST
+    why = "the model is not sure of its answers there" if is_asked else f"no prompt is longer than {LONGEST:,}"
+    return f"none past {reach:,} tokens, the range of its base: {why}"
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_longalign.adapter import base_of, check_weights, hub_kwargs, load_base, peft_config, put_on
 from hf_longalign.probe import token_ids
 from hf_longalign.rope import legacy_rope, model_range, rope_record
-from hf_longalign.run_record import load_record, model_file, save_record
+from hf_longalign.run_record import check_place, load_record, model_file, save_record
 
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def merge_adapter(
         output_dir: where the model goes, and what is returned; files of an earlier merge are replaced.
         base_model: directory or Hub id of the base model; the one named by the adapter when `None`.
         revision, base_revision: as in [`load_adapter`].
-        known_answers: whether to ask the model a few fixed prompts, one past the base's range, and keep its answers:
-            `evaluate` compares with them what a server answers. Reads up to 16,384 tokens.
+        known_answers: whether to ask the model a few fixed prompts, two past the base's range where that is below
+            16,384 tokens, and keep its answers: `evaluate` compares with them what a server answers.
         max_shard_size: size of a file of weights at most, in bytes or as in "5GB".
         **model_kwargs: passed to `from_pretrained` of the base model (`dtype`, `device_map` …).
 
@@ -74,7 +74,13 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained("merged")
     ```
     """
+    check_place("adapter", adapter)
     output_dir, record = Path(output_dir), load_record(adapter, revision=revision)
+    if model_file(adapter, "adapter_config.json", revision) is None:
+        raise ValueError(
+            f"`adapter` must be an adapter, got '{adapter}', which has no `adapter_config.json`. Give the folder or "
+            "Hub id of the adapter; a whole model is served as it is."
+        )
     config = peft_config(adapter, revision)
     base_id, base_revision = base_of(config, base_model, base_revision)
     # Before the base is loaded, which may take minutes.
@@ -106,8 +112,12 @@ def merge_adapter(
     _write_legacy_rope(output_dir, merged.config)
     if known_answers:
         from hf_longalign.known_answers import known_answers as ask
+        from hf_longalign.known_answers import not_past_range
 
-        record = replace(record, answers=ask(merged.eval(), tokenizer, record.rope))
+        answers = ask(merged.eval(), tokenizer, record.rope)
+        if missing := not_past_range(answers, record.rope):
+            logger.warning("Of the answers of %s that a server will be compared with, %s.", output_dir, missing)
+        record = replace(record, answers=answers)
     save_record(output_dir, record)
     _write_card(output_dir, adapter, revision, base_id)
     return output_dir

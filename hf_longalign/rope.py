@@ -246,6 +246,8 @@ def check_range(config: PretrainedConfig, target_length: int, name: str = "targe
         scaling = f"load it with `config=hf_longalign.scale_rope(config, {target_length}, {kind!r})`"
         if name == "skip_target_length":  # an option beside the one that scales
             scaling = f"set `rope_type={kind!r}` and give the model by its name"
+        elif name == "distances":  # of the command line
+            scaling = f"set `--rope_type {kind}`"
         remedy = f"{scaling}, or {remedy}"
     raise ValueError(
         f"`{name}` must be at most {limit}, the range of this {text_config.model_type!r} model, got {target_length}. "

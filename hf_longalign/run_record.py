@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from hf_longalign.records.base import dumps
-from hf_longalign.records.training import HubSource, RunRecord, TrainingRecord
+from hf_longalign.records.training import HubSource, RunRecord, TrainingRecord, is_hub_id
 
 
 if TYPE_CHECKING:  # a push reads the record without torch
@@ -33,10 +39,30 @@ def save_record(directory: str | Path, record: TrainingRecord) -> Path:
     return path
 
 
+def check_place(option: str, name: str | Path) -> None:
+    """Refuse what is no folder and cannot be a name on the Hub, which the libraries would call a bad Hub id.
+
+    Raises:
+        ValueError: names the option.
+
+    Example:
+
+    >>> check_place("adapter", "outputs/run/lsat")
+    Traceback (most recent call last):
+    ...
+    ValueError: `adapter` must be a folder or a Hub id, got 'outputs/run/lsat', which is not there. Correct the path.
+    """
+    if not Path(name).exists() and not is_hub_id(str(name)):
+        raise ValueError(
+            f"`{option}` must be a folder or a Hub id, got {str(name)!r}, which is not there. Correct the path."
+        )
+
+
 def model_file(model_id: str | Path, name: str, revision: str | None = None) -> Path | None:
     """Return a file of a model or adapter, a directory or a Hub id; `None` where it has no such file.
 
     Raises:
+        ValueError: the Hub has no such repository or revision, or does not show it.
         ConnectionError: the Hub cannot be reached, and the cache does not know whether there is such a file.
     """
     if Path(model_id).is_dir():
@@ -56,6 +82,12 @@ def model_file(model_id: str | Path, name: str, revision: str | None = None) -> 
         ) from error
     except EntryNotFoundError:
         return None
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ValueError(
+            f"`{model_id}`{at} must be a folder, or on the Hub and open to you, got {type(error).__name__}. Correct "
+            "the name, or log in with `hf auth login`."
+        ) from error
 
 
 def load_record(model_id: str | Path, revision: str | None = None) -> TrainingRecord:

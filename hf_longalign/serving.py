@@ -14,7 +14,7 @@ from typing import Any
 from hf_longalign.endpoint.protocol import EndpointError
 from hf_longalign.lazy import require
 from hf_longalign.records.training import RopeRecord, TrainingRecord
-from hf_longalign.run_record import load_record, model_file
+from hf_longalign.run_record import check_place, load_record, model_file
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def serve_command(model: str | Path, engine: str = "vllm", *, base_model: str | 
         base_model: what an adapter is served on; `None`: the base it names.
 
     Raises:
-        ValueError: an unknown engine, no record of the training, or a RoPE that the engine computes in another way.
+        ValueError: an unknown engine, a path to nothing, no record of the training, or a RoPE that the engine
+            computes in another way.
 
     Example:
 
@@ -87,6 +88,7 @@ def serve_command(model: str | Path, engine: str = "vllm", *, base_model: str | 
     print(serve_command("user/qwen2.5-0.5b-128k", "vllm"))
     ```
     """
+    check_place("model", model)
     record, config = _saved(model)
     return command_of(record, config, str(model), engine, base_model=base_model)
 
@@ -183,9 +185,10 @@ def command_of(
         overrides = quote(json.dumps(_overrides(record.rope, engine)))
         names = {"base": quote(base), "model": quote(name)}
         return "\n".join([*lines, known.adapter.format(**names, rank=rank, overrides=overrides, reach=reach)])
-    merged = f"{Path(name).name}-merged"
+    # Of a folder such as "." the name that it has.
+    merged = quote(f"{(Path(name).resolve() if Path(name).exists() else Path(name)).name}-merged")
     options = f" --base_model {quote(base_model)}" if base_model else ""
-    merge = f"hf-longalign merge {quote(name)} {quote(merged)}{options}"
+    merge = f"hf-longalign merge {quote(name)} {merged}{options}"
     return "\n".join([*lines, merge, known.whole.format(model=merged, reach=reach, prompt=reach - 1)])
 
 

@@ -139,7 +139,42 @@ def test_the_same_weights_pass_in_any_precision():
 )
 def test_an_adapter_changes_no_sample(options):
     model = get_peft_model(tiny_llama(), LoraConfig(task_type="CAUSAL_LM", **options))
+    sample, plain = weights_sample(model.get_base_model()), weights_sample(tiny_llama())
+    assert sample == plain | {name: values for name, values in sample.items() if "q_proj" in name}
+    assert sum("q_proj" in name for name in sample) == 2
+    check_weights(sample, tiny_llama())
+    check_weights(plain, model.get_base_model())  # of an older record
+
+
+def test_a_beginning_taken_from_the_base_is_no_sample_of_it():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights="pissa")
+    model = get_peft_model(tiny_llama(), config)
     assert weights_sample(model.get_base_model()) == weights_sample(tiny_llama())
+
+
+def test_an_adapter_is_refused_on_its_own_merged_model(trained, tmp_path):
+    base, adapter, _ = trained
+    sample = weights_sample(load_adapter(adapter).get_base_model())
+    save_record(adapter, replace(load_record(adapter), base_weights=sample))
+    tiny_tokenizer().save_pretrained(adapter)
+    merged = merge_adapter(adapter, tmp_path / "merged", known_answers=False)
+    with pytest.raises(ValueError, match=r"must have the weights .* others in `model\.layers\.0\.self_attn\.q_proj"):
+        load_adapter(adapter, base_model=merged)
+    with pytest.raises(ValueError, match="must have the weights its adapter was trained on"):
+        merge_adapter(adapter, tmp_path / "twice", base_model=merged)
+    load_adapter(adapter, base_model=base, dtype="bfloat16")
+
+
+def test_a_quantised_base_and_a_plain_one_take_the_adapters_of_each_other(trained, tmp_path):
+    pytest.importorskip("bitsandbytes", reason='needs pip install "hf_longalign[quant]"')
+    _, adapter, _ = trained
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    whole, quantised = load_adapter(adapter), load_adapter(adapter, quantization_config=bits)
+    samples = [weights_sample(model.get_base_model()) for model in (whole, quantised)]
+    assert samples[0].items() > samples[1].items()
+    for sample in samples:
+        for model in (whole, quantised):
+            check_weights(sample, model.get_base_model())
 
 
 def test_new_tokens_change_no_sample():

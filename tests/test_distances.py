@@ -236,7 +236,8 @@ def test_reach_draws_the_curve_without_training(tmp_path, capsys):
     assert f"{found['losses'][2]:.4f}" in capsys.readouterr().out
     assert (out / "reach.png").is_file()
     assert main([*common, "--distances", "4096"]) == 1
-    assert "`eval_distances` must be at most 1024" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "`distances` must be at most 1024" in refusal and "Set `--rope_type yarn`, or lower" in refusal
     assert main([*common, "--distances", "256", "4096", "--rope_type", "yarn", "--dtype", "float32"]) == 0
     assert json.loads((out / "reach.json").read_text())["lengths"] == [256, 4096]
     with pytest.raises(SystemExit):
@@ -248,6 +249,21 @@ def test_reach_draws_the_curve_without_training(tmp_path, capsys):
     common[3] = str(tmp_path / "rows")
     assert main([*common, "--distances", "256", "--dtype", "float32"]) == 0
     assert doubles(300, 5000) == [512, 1024, 2048, 4096]
+
+
+def test_reach_takes_whole_models_alone(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats(2)))
+    adapter = tmp_path / "my adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for model, refusal in (
+        (tmp_path / "gone", "`model` must be a folder or a Hub id, got"),
+        (adapter, f"got an adapter in '{adapter}'. Run `hf-longalign merge '{adapter}' merged`"),
+        (tmp_path, "got no config.json in"),
+    ):
+        assert main(["reach", str(model), "--dataset", str(rows)]) == 1
+        assert refusal in capsys.readouterr().err
 
 
 def test_plain_text_is_stretched_too(tmp_path):

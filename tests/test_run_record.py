@@ -77,6 +77,8 @@ def test_a_record_out_of_reach_is_not_taken_for_none(tmp_path, monkeypatch):
             assert run_record.model_file(name, "adapter_config.json")
         api.upload_file(path_or_fileobj=b"{}", path_in_repo=run_record.RECORD_NAME, repo_id="user/ours")
         assert run_record.model_file("user/theirs", run_record.RECORD_NAME) is None
+        with pytest.raises(ValueError, match="`user/typo` must be a folder, or on the Hub and open to you, got Repo"):
+            run_record.model_file("user/typo", run_record.RECORD_NAME)
         whole = snapshot_download("user/ours", endpoint=hub.url, local_dir=tmp_path / "whole")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for read in (run_record.load_record, partial(load_adapter, base_model=None), record_of):

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from hf_longalign.cli import main
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator
 from hf_longalign.evaluation.prompt import Prompt
-from hf_longalign.known_answers import known_answers, ledger
+from hf_longalign.known_answers import known_answers, ledger, not_past_range
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import rope_record
 from hf_longalign.run_record import load_record, save_record
@@ -104,6 +105,35 @@ def test_what_no_server_loads_beside_a_base_is_merged_first(config):
     assert "merge" not in command_of(record, {**LORA, "r": 8, "rank_pattern": {"q": 100}}, "user/long")
     layers = TrainingRecord(RopeRecord("olmo3", 1024, {"full_attention": YARN, "sliding_attention": YARN}))
     assert "merge" in command_of(layers, LORA, "user/long")
+
+
+def test_commands_are_quoted_and_a_folder_has_its_own_name(tmp_path, monkeypatch):
+    record = TrainingRecord(RopeRecord("llama", 1024, YARN))
+    folder = tmp_path / "my adapter"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in (".", str(folder)):
+        _, merge, serve = command_of(record, LORA, name, "tgi").replace("\\\n", "").split("\n")
+        assert shlex.split(merge) == ["hf-longalign", "merge", name, "my adapter-merged"]
+        assert shlex.split(serve)[1:3] == ["--model-id", "my adapter-merged"]
+    *_, gguf = command_of(record, LORA, "user/my long", "llama.cpp").split("\n")
+    assert shlex.split(gguf)[2] == "my long-merged.gguf"
+
+
+def test_what_is_not_there_is_refused_by_name(trained, tmp_path, capsys):
+    _, adapter, merged = trained
+    out, gone = str(tmp_path / "out"), str(tmp_path / "gone")
+    for words, refusal in (
+        (["merge", gone, out], f"`adapter` must be a folder or a Hub id, got '{gone}'"),
+        (
+            ["merge", str(adapter), out, "--base_model", gone],
+            f"`base_model` must be a folder or a Hub id, got '{gone}'",
+        ),
+        (["merge", str(merged), out], f"`adapter` must be an adapter, got '{merged}'"),
+        (["serve-command", gone], f"`model` must be a folder or a Hub id, got '{gone}'"),
+    ):
+        assert main(words) == 1
+        assert refusal in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -200,6 +230,7 @@ def test_answers_are_greedy_and_sure_and_past_the_range_of_the_base(trained):
     }
     for index, answer in enumerate(found.answers):
         assert answers[index].strip().startswith(answer)
+    assert not_past_range(found, load_record(merged).rope) is None
     # Where every token is as likely as any other, it is sure of none.
     model.lm_head.weight.data *= 0
     assert known_answers(model, tokenizer, load_record(merged).rope).answers == []
@@ -250,13 +281,33 @@ def test_a_server_without_the_scaling_is_refused_by_its_answers(trained, tmp_pat
         ):
             evaluate(str(merged), **common)
         report = evaluate(str(merged), check_served="off", **common)
-        assert "base: answers as trained" not in report.settings
+        assert report.settings["base: answers as trained"] == "not compared, as `check_served` is off"
     with Server(model=str(merged), reply=answers_of(merged)) as server:
         common = {"endpoint": server.url, "output_dir": str(tmp_path / "right"), **ASKED}
         for _ in range(2):
             settings = evaluate(str(merged), **common).settings
         assert settings["base: answers as trained"].endswith("answered the same")
         assert sum("carts of" in entry.prompt for entry in server.log) == len(load_record(merged).answers.lines)
+
+
+def test_where_no_answer_lies_past_the_range_of_the_base_it_is_told(trained, tmp_path, monkeypatch, caplog):
+    pytest.importorskip("openai", reason='needs pip install "hf_longalign[eval]"')
+    _, adapter, merged = trained
+    found = load_record(merged).answers
+    near = [n for n, tokens in enumerate(found.tokens) if tokens <= 256]
+    kept = {name: [getattr(found, name)[n] for n in near] for name in ("lines", "questions", "tokens", "answers")}
+    shutil.copytree(merged, tmp_path / "unsure")
+    save_record(tmp_path / "unsure", replace(load_record(merged), answers=replace(found, **kept)))
+    missing = "none past 256 tokens, the range of its base: the model is not sure of its answers there"
+    with Server(model="any", reply=answers_of(merged)) as server:
+        common = {"endpoint": server.url, "output_dir": str(tmp_path / "out"), **ASKED}
+        settings = evaluate(str(tmp_path / "unsure"), **common).settings
+    assert settings["base: answers as trained"].endswith(f"answered the same; {missing}")
+    assert missing in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("hf_longalign.known_answers.MARGIN", 1e9)
+    merge_adapter(adapter, tmp_path / "sure of none")
+    assert f"sure of none that a server will be compared with, {missing}" in caplog.text
 
 
 def test_an_adapter_is_compared_with_what_it_answers_here(trained, tmp_path):
@@ -269,12 +320,39 @@ def test_an_adapter_is_compared_with_what_it_answers_here(trained, tmp_path):
             generator.check_answers(load_record(merged).answers, str(adapter))
     with Server(model="any", reply=answers_of(merged)) as server:
         common = {"adapter": str(adapter), "endpoint": server.url, **ASKED}
-        settings = evaluate(str(base), output_dir=str(tmp_path / "stored"), **common).settings
-        assert settings["adapter: answers as trained"].startswith("not compared")
+        refusal = r"must be 'local' or 'off' for '.*adapter', got 'stored': it was trained with yarn RoPE .* of 1,024"
+        with pytest.raises(ValueError, match=refusal):
+            evaluate(str(base), output_dir=str(tmp_path / "stored"), **common)
+        assert not server.log  # before anything is asked
+        settings = evaluate(str(base), output_dir=str(tmp_path / "off"), check_served="off", **common).settings
+        assert settings["adapter: answers as trained"] == "not compared, as `check_served` is off"
+        assert "base: answers as trained" not in settings
         settings = evaluate(str(base), output_dir=str(tmp_path / "local"), check_served="local", **common).settings
         assert settings["adapter: answers as trained"].endswith("answered the same")
+    plain = {"rope_parameters": AutoConfig.from_pretrained(base).rope_parameters}
+    with Server(model="any", reply=answers_of(merged, **plain)) as server:
+        common["endpoint"] = server.url
+        with pytest.raises(ValueError, match=r"must answer as '.*adapter' was trained"):
+            evaluate(str(base), output_dir=str(tmp_path / "plain"), check_served="local", **common)
     with pytest.raises(ValueError, match="`check_served` must be one of stored, local, off, got 'always'"):
         evaluate(str(base), check_served="always", **ASKED)
+
+
+def test_what_needs_a_proof_is_told_by_the_rope_of_the_base(trained, tmp_path):
+    pytest.importorskip("openai", reason='needs pip install "hf_longalign[eval]"')
+    _, _, merged = trained
+    adapter, whole = tmp_path / "adapter", tmp_path / "whole"
+    shutil.copytree(merged, whole)
+    (whole / "longalign_config.json").unlink()
+    train(whole, adapter, length=1024)  # scaled by somebody else: every server reads that in its config
+    tiny_tokenizer().save_pretrained(adapter)
+    with Server(model="any", reply=lambda body: "salt") as server:
+        common = {"endpoint": server.url, **ASKED}
+        settings = evaluate(str(whole), str(adapter), output_dir=str(tmp_path / "out"), **common).settings
+        assert settings["adapter: answers as trained"] == "not compared, as none are stored"
+        save_record(whole, replace(load_record(merged), answers=None))
+        with pytest.raises(ValueError, match=r"`check_served` must be 'local' or 'off' for '.*whole'"):
+            evaluate(str(whole), output_dir=str(tmp_path / "out"), **common)
 
 
 def test_a_real_server_answers_past_the_range_of_the_base_as_the_local_model(trained, tmp_path):

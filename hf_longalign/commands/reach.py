@@ -3,7 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
+
+from hf_longalign.options import DTYPES
 
 
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
@@ -20,7 +23,7 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser.add_argument("--rope_type", help="measure with RoPE scaled to the largest distance: yarn, linear …")
     parser.add_argument("--rows", type=int, default=16, help="how many rows are measured")
     parser.add_argument("--max_length", type=int, default=1024, help="tokens that longer rows are cut to")
-    parser.add_argument("--dtype", default="auto", help="precision of the weights, such as bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights, such as bfloat16")
     parser.add_argument("--output_dir", default="outputs/reach", help="folder of reach.json and reach.png")
     args = parser.parse_args(arguments)
     if args.rope_type is not None and not args.distances:
@@ -37,9 +40,19 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_longalign.commands.sft import DataOptions, check_columns
     from hf_longalign.config import LongAlignSFTConfig
-    from hf_longalign.rope import doubles, model_range
+    from hf_longalign.rope import check_range, doubles, model_range
+    from hf_longalign.run_record import check_place, model_file
     from hf_longalign.trainer import LongAlignSFTTrainer
 
+    check_place("model", args.model)
+    if model_file(args.model, "config.json") is None:
+        what, remedy = "no config.json", "Give the folder of one."
+        if model_file(args.model, "adapter_config.json") is not None:
+            what, remedy = "an adapter", f"Run `hf-longalign merge {quote(args.model)} merged`, and give 'merged'."
+        raise ValueError(f"`model` must be a whole model, got {what} in {args.model!r}. {remedy}")
+    config = AutoConfig.from_pretrained(args.model)
+    if args.distances and not args.rope_type:
+        check_range(config, max(args.distances), "distances")
     found = DataOptions(args.dataset, args.dataset_config).load()
     split = args.split or ("test" if "test" in found else "train")
     if split not in found:
@@ -48,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     check_columns(dataset, "text")
     # A few more, for some may hold no target.
     dataset = dataset.select(range(min(2 * args.rows, len(dataset))))
-    distances = args.distances or doubles(args.max_length, model_range(AutoConfig.from_pretrained(args.model)))
+    distances = args.distances or doubles(args.max_length, model_range(config))
     on_gpu = torch.cuda.is_available()
 
     # How many rows are watched is a class attribute, as no training needs another number.

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from hf_longalign.options import DTYPES
 from hf_longalign.serving import ENGINES, serve_command
 
 
@@ -17,7 +18,7 @@ def read_merge(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser.add_argument("output", help="folder of the whole model")
     parser.add_argument("--base_model", help="directory or Hub id of the base; unset: the one the adapter names")
     parser.add_argument("--adapter_revision", help="revision of the adapter")
-    parser.add_argument("--dtype", default="auto", help="precision of the weights, such as bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights, such as bfloat16")
     parser.add_argument("--max_shard_size", default="5GB", help="size of a file of weights at most")
     parser.add_argument(
         "--no_known_answers",

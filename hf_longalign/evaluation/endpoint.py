@@ -10,6 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 from hf_longalign.endpoint import Endpoint, EndpointError, GenerationError, OpenAIGenerator, Reply, Request, Sampling
@@ -226,7 +227,7 @@ class EndpointGenerator:
                 raise ValueError(
                     f"`endpoint` must answer as {name!r} was trained, got {completion.text.strip()!r} instead of "
                     f"{answer!r} to a fixed prompt of {tokens:,} tokens: other weights, RoPE or chat template. Serve "
-                    f"it as `hf-longalign serve-command {name}` says, or set `check_served` to 'off'."
+                    f"it as `hf-longalign serve-command {quote(name)}` says, or set `check_served` to 'off'."
                 )
         return f"{len(prompts)} fixed prompts of up to {max(expected.tokens, default=0):,} tokens, answered the same"
 

@@ -16,7 +16,15 @@ import transformers
 from hf_longalign import __version__
 from hf_longalign.evaluation import longbench
 from hf_longalign.evaluation.endpoint import ServerFacts
-from hf_longalign.evaluation.models import ADAPTER, PROCESSES, Examined, load_model, public_name, record_of
+from hf_longalign.evaluation.models import (
+    ADAPTER,
+    PROCESSES,
+    Examined,
+    load_model,
+    public_name,
+    published_config,
+    record_of,
+)
 from hf_longalign.evaluation.options import ModelOptions, SuiteOptions
 from hf_longalign.evaluation.perplexity import PerplexitySuite
 from hf_longalign.evaluation.plan import GRIDS, announce, cells_to_refine, seconds_per_prompt
@@ -24,11 +32,14 @@ from hf_longalign.evaluation.prompt import Prompt, fingerprint, token_counter
 from hf_longalign.evaluation.report import write_report
 from hf_longalign.evaluation.runner import PAUSE, Examinee, PromptSuite, ResultStore, spent
 from hf_longalign.evaluation.suites import Suite, make_suites, public_documents, uses_chat
-from hf_longalign.known_answers import known_answers
+from hf_longalign.known_answers import known_answers, not_past_range
 from hf_longalign.records.report import Report
+from hf_longalign.rope import rope_record
 
 
 logger = logging.getLogger(__name__)
+
+SERVED = "served answers"
 
 
 def evaluate(model: str, adapter: str | None = None, **options: Any) -> Report:
@@ -72,6 +83,8 @@ def run(model_options: ModelOptions, options: SuiteOptions) -> tuple[Report, boo
     examined = Examined.load(model_options)
     # No process group: whoever is lost, or never comes, must not hold up the others.
     with ResultStore(Path(options.output_dir) / "answers", PROCESSES) as store:
+        for examinee in examined.who if model_options.endpoint is not None else ():
+            refuse_unproven(examined, examinee, store)
         suites = make_suites(examined, options, store)
         facts = look_at_server(examined, suites, store)
         # What `refine` adds is part of the time that is told.
@@ -138,43 +151,87 @@ def refine(examined: Examined, suites: Sequence[Suite], options: SuiteOptions, s
 def look_at_server(examined: Examined, suites: Sequence[Suite], store: ResultStore) -> dict[str, Any]:
     """Ask a server about the range of each model, unless an earlier run did; nothing where the model is local."""
     prompts = [prompt for suite in suites if isinstance(suite, PromptSuite) for prompt in suite.prompts]
-    if examined.options.endpoint is None or not prompts:
+    if examined.options.endpoint is None:
         return {}
-    longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens)
-    count = token_counter(examined.tokenizer, chat=longest.chat)
+    longest = max(prompts, key=lambda prompt: len(prompt.text) + prompt.max_new_tokens, default=None)
     told: dict[str, Any] = {}
     for examinee in examined.who:
         server: Any = examinee.generator
-        found = store.once(examinee.key(f"server/{longest.key}"), partial(server.look, longest, count))
-        settings = {**ServerFacts(**found).settings(), **check_served(examined, examinee, store)}
+        settings: dict[str, Any] = {}
+        if longest is not None:  # lm-eval makes the prompts of the short suite itself
+            count = token_counter(examined.tokenizer, chat=longest.chat)
+            found = store.once(examinee.key(f"server/{longest.key}"), partial(server.look, longest, count))
+            settings = ServerFacts(**found).settings()
+        settings |= check_served(examined, examinee, store)
         told |= {f"{examinee.label}: {name}": value for name, value in settings.items()}
     return told
 
 
+def source_of(options: ModelOptions, examinee: Examinee) -> tuple[str, str | None]:
+    """Return name and revision of what an examinee of a server is: the adapter, or the model."""
+    if examinee.label == ADAPTER and options.adapter is not None:
+        return options.adapter, options.adapter_revision
+    return options.model, options.model_revision
+
+
+def refuse_unproven(examined: Examined, examinee: Examinee, store: ResultStore) -> None:
+    """Refuse, before anything is asked, a server that cannot be told to scale RoPE as the training did.
+
+    Raises:
+        ValueError: RoPE was scaled, no answers are stored, and `check_served` does not say what to do without.
+    """
+    options, (name, revision) = examined.options, source_of(examined.options, examinee)
+    if options.check_served != "stored" or examinee.key(SERVED) in store:
+        return
+    try:
+        record = record_of(name, revision)
+    except ConnectionError:
+        if name == options.adapter:
+            raise
+        return
+    if record is None or (record.answers is not None and record.answers.answers):
+        return
+    kinds = sorted({str(part.get("rope_type", "default")) for part in record.rope.parts} - {"default"})
+    # A whole model's own config holds the scaling; of an adapter's base it may be as published, and so be served.
+    published = rope_record(published_config(options)) if name == options.adapter else None
+    if kinds and record.rope != published:
+        reach = record.rope.max_position_embeddings or 0
+        raise ValueError(
+            f"`check_served` must be 'local' or 'off' for {name!r}, got 'stored': it was trained with "
+            f"{' and '.join(kinds)} RoPE for a range of {reach:,}, which servers leave out unless told, and no "
+            "answers are stored to know it by. Set 'local' to load the model here and compare, 'off' to go without; "
+            "or serve what `hf-longalign merge` writes, which stores answers."
+        )
+
+
 def check_served(examined: Examined, examinee: Examinee, store: ResultStore) -> dict[str, Any]:
     """Compare fixed answers of a served model with those of the one that was trained, unless an earlier run did."""
-    options = examined.options
-    adapter = options.adapter if examinee.label == ADAPTER else None
-    name, revision = adapter or options.model, options.adapter_revision if adapter else options.model_revision
-    if options.check_served == "off":
-        return {}
+    options, key = examined.options, examinee.key(SERVED)
+    name, revision = source_of(options, examinee)
+    is_adapter, is_off = name == options.adapter, options.check_served == "off"
     try:
-        record, key = record_of(name, revision), examinee.key("served answers")
+        record = record_of(name, revision)
     except ConnectionError:
-        if adapter is not None:
+        if is_adapter and not is_off:
             raise
         return {"answers as trained": "not compared, as the Hub could not be asked how the model was trained"}
     if record is None:
         return {}
+    if is_off:
+        return {"answers as trained": "not compared, as `check_served` is off"}
     if key not in store:
         expected = record.answers
-        if expected is None and options.check_served == "local":
-            model = load_model(replace(options, adapter=adapter))
+        if not (expected and expected.answers) and options.check_served == "local":
+            model = load_model(replace(options, adapter=options.adapter if is_adapter else None))
             expected = known_answers(model, examined.tokenizer, record.rope)
         if not expected or not expected.answers:
-            return {"answers as trained": "not compared, as none are stored: set `check_served` to local"}
+            remedy = "the model is sure of none" if options.check_served == "local" else "none are stored"
+            return {"answers as trained": f"not compared, as {remedy}"}
         server: Any = examinee.generator
-        store.once(key, lambda: server.check_answers(expected, name))
+        missing = not_past_range(expected, record.rope)
+        if missing:
+            logger.warning("Of the answers of %r that the server is compared with, %s.", name, missing)
+        store.once(key, lambda: server.check_answers(expected, name) + (f"; {missing}" if missing else ""))
     return {"answers as trained": store.get(key)}
 
 

@@ -32,9 +32,9 @@ from hf_longalign.evaluation.runner import Examinee, Generator
 from hf_longalign.lazy import require
 from hf_longalign.options import json_object
 from hf_longalign.records.report import EvaluatedModel
-from hf_longalign.records.training import TrainingRecord, is_hub_id
+from hf_longalign.records.training import TrainingRecord
 from hf_longalign.rope import apply_rope, model_range, rope_record
-from hf_longalign.run_record import RECORD_NAME, load_record, loaded_commit, model_file
+from hf_longalign.run_record import RECORD_NAME, check_place, load_record, loaded_commit, model_file
 from hf_longalign.serving import load_vllm, vllm_options
 
 
@@ -63,12 +63,8 @@ class Examined:
             ValueError: a path to nothing, or an adapter of another base, revision, RoPE or tokenizer.
         """
         for option in ("model", "adapter", "tokenizer"):
-            name = getattr(options, option)
-            # The libraries would call a path to nothing a bad Hub id.
-            if name is not None and not Path(name).exists() and not is_hub_id(name):
-                raise ValueError(
-                    f"`{option}` must be a folder or a Hub id, got {name!r}, which is not there. Correct the path."
-                )
+            if (name := getattr(options, option)) is not None:
+                check_place(option, name)
         tokenizer = load_tokenizer(options)
         # That of the base, by which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
         tokenizer.model_max_length = VERY_LARGE_INTEGER

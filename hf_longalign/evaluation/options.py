@@ -9,7 +9,11 @@ from typing import Any
 from hf_longalign.evaluation.longbench import expand_tasks
 from hf_longalign.evaluation.needles import TASKS as NEEDLES
 from hf_longalign.evaluation.ruler_data import TASKS as RULER
+<<<<<<< HEAD
 from hf_longalign.options import check_rules, json_object, option
+=======
+from hf_longalign.options import DTYPES, option
+>>>>>>> 6966fbc58a097f3d701958cef9715ce559866e3b
 from hf_longalign.puzzles import TASKS as PUZZLES
 from hf_longalign.records.training import is_hub_id
 
@@ -28,7 +32,7 @@ class ModelOptions:
     model_revision: str | None = option(None, "Revision of the model.")
     adapter_revision: str | None = option(None, "Revision of the adapter.")
     tokenizer: str | None = option(None, "Tokenizer for all; unset: the model's, if the adapter's is the same.")
-    dtype: str = option("auto", "Precision of the weights.")
+    dtype: str = option("auto", "Precision of the weights.", choices=DTYPES)
     attn_implementation: str | None = option(None, "Attention, as in transformers.")
     load_in_4bit: bool = option(False, "Quantise the base with bitsandbytes.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
@@ -45,8 +49,9 @@ class ModelOptions:
     )
     check_served: str = option(
         "stored",
-        "Whether the endpoint must answer fixed prompts as the model that was trained: stored (where its answers were "
-        "kept, as `merge` does), local (else the model is loaded here and asked) or off.",
+        "Whether the endpoint must answer fixed prompts as the model that was trained: stored (by the answers that "
+        "`merge` keeps; without them a model of scaled RoPE is refused), local (without them it is loaded here and "
+        "asked) or off (the report says so).",
         choices=["stored", "local", "off"],
     )
     api_key_env: str = option("OPENAI_API_KEY", "The environment variable that holds the key; the key itself never.")
