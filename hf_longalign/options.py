@@ -8,19 +8,14 @@ from numbers import Real
 from typing import Any
 
 
-<<<<<<< HEAD
-def option(default: Any, help: str, **rules: Any) -> Any:
-    """Return a field with a default, a help text and rules for its value, or for every value of a list.
-
-    The rules that [`check_rules`] knows are `choices`, or a number's `least` and, beside it, `most`.
-=======
 # Precisions of weights, as torch calls them; "auto": that of the file.
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 
-def option(default: Any, help: str, **shown: Any) -> Any:
-    """Return a field with a default, a help text, and what else a parser reads of it, such as `choices`.
->>>>>>> 6966fbc58a097f3d701958cef9715ce559866e3b
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """Return a field with a default, a help text and rules for its value, or for every value of a list.
+
+    The rules that [`check_rules`] knows are `choices`, or a number's `least` and, beside it, `most`.
 
     Example:
 

@@ -181,20 +181,14 @@ def refuse_unproven(examined: Examined, examinee: Examinee, store: ResultStore) 
         ValueError: RoPE was scaled, no answers are stored, and `check_served` does not say what to do without.
     """
     options, (name, revision) = examined.options, source_of(examined.options, examinee)
-    if options.check_served != "stored" or examinee.key(SERVED) in store:
+    # A whole model's own config holds the scaling, which servers read.
+    if options.check_served != "stored" or name != options.adapter or examinee.key(SERVED) in store:
         return
-    try:
-        record = record_of(name, revision)
-    except ConnectionError:
-        if name == options.adapter:
-            raise
-        return
+    record = record_of(name, revision)
     if record is None or (record.answers is not None and record.answers.answers):
         return
     kinds = sorted({str(part.get("rope_type", "default")) for part in record.rope.parts} - {"default"})
-    # A whole model's own config holds the scaling; of an adapter's base it may be as published, and so be served.
-    published = rope_record(published_config(options)) if name == options.adapter else None
-    if kinds and record.rope != published:
+    if kinds and record.rope != rope_record(published_config(options)):
         reach = record.rope.max_position_embeddings or 0
         raise ValueError(
             f"`check_served` must be 'local' or 'off' for {name!r}, got 'stored': it was trained with "

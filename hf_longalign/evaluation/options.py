@@ -9,11 +9,7 @@ from typing import Any
 from hf_longalign.evaluation.longbench import expand_tasks
 from hf_longalign.evaluation.needles import TASKS as NEEDLES
 from hf_longalign.evaluation.ruler_data import TASKS as RULER
-<<<<<<< HEAD
-from hf_longalign.options import check_rules, json_object, option
-=======
-from hf_longalign.options import DTYPES, option
->>>>>>> 6966fbc58a097f3d701958cef9715ce559866e3b
+from hf_longalign.options import DTYPES, check_rules, json_object, option
 from hf_longalign.puzzles import TASKS as PUZZLES
 from hf_longalign.records.training import is_hub_id
 
