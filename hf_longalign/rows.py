@@ -251,7 +251,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _read_dataset(source: str, option: str, streaming: bool) -> Iterator[Row]:
     match = None if Path(source).is_dir() else _HUB_NAME.fullmatch(source)
     name, config, split = match.group("name", "config", "split") if match else (source, None, None)
-    told = f"`{option}` must be a file or a data set, user/name[:config][@split] on the Hub, got {source!r}, which "
+    told = f"`{option}` must be a file, a folder or a data set, user/name[:config][@split], got {source!r}, which "
     if not match and not Path(source).is_dir():
         raise ValueError(f"{told}is not there. Correct it.")
     from datasets import load_dataset

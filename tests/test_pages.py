@@ -65,7 +65,8 @@ TINY = {
 NEEDS = {"recipes/scale/synthesize.py": "datatrove", "import ray": "ray"}
 TINY_STUDY = (
     "--arms scaled ordinary --rows 8 --row_tokens 768 --batch_size 4 --micro_batch_size 2 --target_length 4096 "
-    "--dtype float32 --cells 1536:1 --most_golds 2 --perplexity_documents 1 --seeds hotpotqa/hotpot_qa"
+    "--dtype float32 --cells 1536:1 --most_golds 2 --perplexity_documents 1 --position_documents 0 "
+    "--seeds hotpotqa/hotpot_qa"
 )
 WORDS = "the old mill by the sea was sold to a man who had ten boats and a red cow in the hills of his land".split()
 

@@ -47,7 +47,7 @@ def test_texts_come_from_files_or_a_column(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"org/data, row 1: no text\. Give `haystack` a column text or context"):
         list(load_texts("org/data"))
     for gone in ("gone.txt", "../gone", str(tmp_path / "gone")):
-        with pytest.raises(ValueError, match=r"`perplexity_documents` must be a file .* which is not there"):
+        with pytest.raises(ValueError, match=r"`perplexity_documents` must be a file, .* which is not there"):
             list(load_texts(gone, option="perplexity_documents"))
 
     def unreachable(*args, **options):

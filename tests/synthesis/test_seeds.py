@@ -85,7 +85,7 @@ def test_no_good_row_and_no_such_file(tmp_path):
     path = write(tmp_path / "pairs.jsonl", "{", "[")
     with pytest.raises(ValueError, match=r"at least one good row, got none and 2 bad"):
         read_seeds(path, on_bad_seed="skip")
-    with pytest.raises(ValueError, match=r"`seeds` must be a file .*nowhere\.jsonl', which is not there"):
+    with pytest.raises(ValueError, match=r"`seeds` must be a file, .*nowhere\.jsonl', which is not there"):
         read_seeds(str(tmp_path / "nowhere.jsonl"))
 
 
