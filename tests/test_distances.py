@@ -165,6 +165,16 @@ def test_the_best_checkpoint_the_log_the_record_and_the_card(tmp_path):
     assert (tmp_path / "assets" / "distances.png").is_file()
 
 
+@pytest.mark.parametrize(("largest", "level"), [(0.0, "WARNING"), (1.0, "INFO")])
+def test_their_share_of_the_training_time_is_told(tmp_path, monkeypatch, caplog, largest, level):
+    monkeypatch.setattr("hf_longalign.distances.LARGEST_SHARE", largest)
+    trainer = make_trainer(tmp_path, eval_dataset=chat_dataset(4), max_steps=1, **WATCHED)
+    with caplog.at_level("INFO", logger="hf_longalign.distances"):
+        trainer.train()
+    (told,) = [record for record in caplog.records if "of the training time" in record.message]
+    assert told.levelname == level and f"The losses at {len(DISTANCES)} distances took" in told.message
+
+
 def test_a_resumed_run_knows_its_base(tmp_path):
     options = {"eval_dataset": chat_dataset(4), "save_strategy": "steps", "save_steps": 1, **WATCHED}
     first = make_trainer(tmp_path, **options)
@@ -233,7 +243,8 @@ def test_reach_draws_the_curve_without_training(tmp_path, capsys):
     assert main([*common, "--max_length", "256", "--dtype", "float32"]) == 0
     found = json.loads((out / "reach.json").read_text())
     assert (found["rows"], found["lengths"]) == (4, [256, 512, 1024])
-    assert f"{found['losses'][2]:.4f}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{found['losses'][2]:.4f}" in told and f"copying {found['copy_losses'][2]:7.4f}" in told
     assert (out / "reach.png").is_file()
     assert main([*common, "--distances", "4096"]) == 1
     refusal = capsys.readouterr().err

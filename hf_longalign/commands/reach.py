@@ -91,28 +91,32 @@ def run(args: argparse.Namespace) -> int:
     watch: Any = trainer.distances
     rows = watch.rows["eval"]
     trainer.model.eval()
-    ordinary = watch.loss(rows, None)
-    losses = [watch.loss(rows, distance) for distance in watch.distances]
-    write(Path(args.output_dir), args.model, len(rows), ordinary, dict(zip(watch.distances, losses, strict=True)))
+    ordinary, found = watch.loss(rows, None), watch.measure("reach", rows)
+    losses, copies = ([found[f"reach_{name}_at_{n}"] for n in watch.distances] for name in ("loss", "copy_loss"))
+    told = {"rows": len(rows), "as_they_are": ordinary, "lengths": watch.distances}
+    write(Path(args.output_dir), Path(args.model).name, {**told, "losses": losses, "copy_losses": copies})
     return 0
 
 
-def write(folder: Path, model: str, rows: int, ordinary: float, losses: dict[int, float]) -> None:
-    """Print the curve and write it as `reach.json` and, with matplotlib, `reach.png`."""
+def write(folder: Path, model: str, found: dict[str, Any]) -> None:
+    """Print the curves and write them as `reach.json` and, with matplotlib, `reach.png`."""
     import json
 
     from hf_longalign.plots import plot_distances
 
-    lines = [("as they are", ordinary), *((f"{distance:,}", loss) for distance, loss in losses.items())]
-    print(f"Loss of {rows} rows, their blocks moved apart to a distance in positions:")
-    print("\n".join(f"{name:>12}  {loss:7.4f}  {loss - ordinary:+8.4f}" for name, loss in lines))
+    lengths, ordinary = found["lengths"], found["as_they_are"]
+    print(
+        f"Loss of {found['rows']} rows, their blocks moved apart to a distance in positions, and of copying from it:"
+    )
+    print(f"{'as they are':>12}  {ordinary:7.4f}")
+    for length, loss, copied in zip(lengths, found["losses"], found["copy_losses"], strict=True):
+        print(f"{length:>12,}  {loss:7.4f}  {loss - ordinary:+8.4f}   copying {copied:7.4f}")
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"rows": rows, "as_they_are": ordinary, "lengths": list(losses), "losses": list(losses.values())}
-    (folder / "reach.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (folder / "reach.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     try:
-        name = Path(model).name
-        curve, title = {name: list(losses.values())}, f"How far {name} reaches, {rows} rows"
-        plot_distances(curve, list(losses), folder / "reach.png", title=title, ordinary=ordinary)
+        curves = {"rows moved apart": found["losses"], "copying from there": found["copy_losses"]}
+        title = f"How far {model} reaches, {found['rows']} rows"
+        plot_distances(curves, lengths, folder / "reach.png", title=title, ordinary=ordinary)
     except ImportError as error:
         print(error)
     print(f"Wrote {folder}")
