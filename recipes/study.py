@@ -103,7 +103,9 @@ class Study:
         self.options, self.folder = options, Path(options.output_dir)
         self.models: dict[tuple[str, int], Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        check_same(self.folder / "settings.json", settings(options))
+        # A writer counts as soon as an arm is added that needs one.
+        writer = {"writer": Path(options.writer).name, "context_words": options.context_words}
+        check_same(self.folder / "settings.json", settings(options) | writer)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.config = AutoConfig.from_pretrained(options.model)
         self.reach = model_range(self.config)

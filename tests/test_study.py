@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from itertools import product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,6 +361,19 @@ def test_an_arm_may_have_a_share_of_its_own(recipes, model, seeds, tmp_path):
     assert {arm: study.trainer(arm, 0)[0].args.skip_probability for arm in arms} == arms
 
 
+def test_arms_seeds_and_texts_may_be_added_and_nothing_else_changed(recipes, model, seeds, tmp_path):
+    given = {"rows": 12, "gold_tokens": 100, "seeds": str(seeds), "output_dir": str(tmp_path), "cells": CELLS}
+    options = partial(recipes.arms.StudyOptions, str(model), **{**given, "arms": ["ordinary"]})
+    recipes.study.Study(options())
+    for more in ({"arms": ["ordinary", "contexts_1"]}, {"training_seeds": [0, 1]}, {"cells": [*CELLS, "2048:1"]}):
+        recipes.study.Study(options(**more))
+    for name, value in {"perplexity_texts": str(tmp_path), "context_words": 9, "rope_type": "linear"}.items():
+        with pytest.raises(
+            ValueError, match=f"`{name}` must be .* as in the results in .*, got .*another `output_dir`"
+        ):
+            recipes.study.Study(options(**{name: value}))
+
+
 def test_distances_that_rank_as_needles_do(recipes, tmp_path):
     report = recipes.report
     for seed in range(5):
@@ -407,7 +421,7 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 ):
     words = command(model, seeds, tmp_path)[1:]
     (given,) = TrlParser([recipes.arms.StudyOptions]).parse_args_and_config(words[1:])
-    recipes.study.check_same(tmp_path / "settings.json", recipes.arms.settings(given))
+    recipes.study.Study(given)
     monkeypatch.setattr(sys, "argv", [*words, *options])
     with pytest.raises(ValueError, match=message):
         recipes.study.main()
