@@ -104,8 +104,9 @@ class Study:
         self.models: dict[tuple[str, int], Any] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
         # A writer counts as soon as an arm is added that needs one.
-        writer = {"writer": Path(options.writer).name, "context_words": options.context_words}
-        check_same(self.folder / "settings.json", settings(options) | writer)
+        own = {"writer": Path(options.writer).name, "context_words": options.context_words}
+        own |= {"model": Path(options.model).name}  # whatever it is called in public
+        check_same(self.folder / "settings.json", settings(options) | own)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.config = AutoConfig.from_pretrained(options.model)
         self.reach = model_range(self.config)
@@ -300,7 +301,7 @@ class Study:
         with ResultStore(self.arm_folder(arm, seed) / options.split / "answers") as store:
             ask(examinee, prompts, store, progress=False)
             found = answers(examinee, prompts, store)
-        scored = [as_json(prompt, answer.text) for prompt, answer in zip(prompts, found, strict=True)]
+        scored = [as_json(prompt, scores(prompt, answer.text)) for prompt, answer in zip(prompts, found, strict=True)]
         return {"scores": scored, "seconds": round(time.perf_counter() - start, 1), **asdict(generator.stats)}
 
     def prompts(self, length: int, text: int) -> list[Prompt]:
@@ -343,14 +344,24 @@ class Study:
         return [ids[start : start + tokens] for start in range(0, len(ids) - tokens + 1, tokens)]
 
 
-def as_json(prompt: Prompt, answer: str) -> dict[str, Any]:
-    """Return a scored answer."""
+def scores(prompt: Prompt, answer: str) -> dict[str, float]:
+    """Return the score of an answer by its metric: of one key exact match, of several the share of values found."""
     if prompt.task == "passages":
-        score = max(token_f1(normalise(answer).split(), normalise(wanted).split()) for wanted in prompt.answers)
-    else:
-        score = score_needle(prompt, answer)["exact_match" if prompt.task == "multi_key" else "recall"]
-    sample = prompt.parts[0]
-    return {"task": prompt.task, "length": prompt.length, "sample": sample, "depth": prompt.depth, "score": score}
+        return {"qa_f1": max(token_f1(normalise(answer).split(), normalise(one).split()) for one in prompt.answers)}
+    metric = "exact_match" if prompt.task == "multi_key" else "recall"
+    return {metric: score_needle(prompt, answer)[metric]}
+
+
+def as_json(prompt: Prompt, scored: dict[str, float]) -> dict[str, Any]:
+    """Return a scored answer as it is kept."""
+    (score,) = scored.values()
+    return {
+        "task": prompt.task,
+        "length": prompt.length,
+        "sample": prompt.parts[0],
+        "depth": prompt.depth,
+        "score": score,
+    }
 
 
 def check_same(file: Path, told: dict[str, Any]) -> None:

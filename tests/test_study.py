@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import forked
 import numpy as np
 import pytest
+from loopback_hub import Hub
 from synthesis.fakes import FakeGenerator
 from tiny import hotpot_rows, tiny_llama, tiny_tokenizer
 from trl import TrlParser
@@ -35,10 +36,11 @@ def recipes():
         import study
         import study_arms
         import study_data
+        import study_publish
         import study_report
     finally:
         sys.path.remove(str(ROOT / "recipes"))
-    return SimpleNamespace(study=study, arms=study_arms, data=study_data, report=study_report)
+    return SimpleNamespace(study=study, arms=study_arms, data=study_data, report=study_report, publish=study_publish)
 
 
 @pytest.fixture(scope="module")
@@ -426,3 +428,52 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match=message):
         recipes.study.main()
     assert [path.name for path in tmp_path.rglob("*.json")] == ["settings.json"]
+
+
+def test_what_was_not_asked_is_not_published(recipes, model, seeds, tmp_path, monkeypatch):
+    words = command(model, seeds, tmp_path)[2:]
+    monkeypatch.setattr(
+        sys, "argv", ["study_publish.py", *words, "--hub_model_id", "user/arm", "--push_dry_run", "look"]
+    )
+    with pytest.raises(
+        ValueError, match=r"`arms` must hold scaled, asked everything, got [1-9].* Run the study to its"
+    ):
+        recipes.publish.main()
+    assert not list(tmp_path.rglob("README.md"))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--arm", "plain"])
+    with pytest.raises(ValueError, match=r"`arm` must be one of ordinary, skip_parts, skip_turns, .* got 'plain'"):
+        recipes.publish.main()
+
+
+def test_an_arm_is_published_with_its_rows_its_answers_and_the_study(model, seeds, tmp_path):
+    study, look = tmp_path / "study", tmp_path / "look"
+    arms = ["--arms", "scaled", "ordinary", "skip_context", "--cells", "1536:1", "3072:1", "--base_name", "org/base"]
+    words = command(model, seeds, study, *arms)
+    publish = [words[0], str(ROOT / "recipes" / "study_publish.py"), *words[2:], "--hub_model_id", "user/arm"]
+    with Hub() as hub:
+        environment = hub.environment(tmp_path / "home")
+        assert forked.run(words, env=environment).returncode == 0
+        kept = {path: path.read_bytes() for path in study.rglob("*") if path.is_file() and "claims" not in path.parts}
+        done = forked.run([*publish, "--push_dry_run", str(look)], env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert not hub.repos and (look / "adapter" / "README.md").exists()
+        done = forked.run(publish, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows, adapter = hub.files("user/arm-rows"), hub.files("user/arm", "models")
+    assert "chat/train-00000-of-00001.parquet" in rows and b"hf_longalign:begin" in rows["README.md"]
+    card = adapter["README.md"].decode()
+    assert "- user/arm-rows" in card and "base_model: org/base" in card
+    report = json.loads(adapter["report.json"])
+    assert [one["label"] for one in report["models"]] == ["scaled", "ordinary", "adapter"]
+    of_study = json.loads((study / "report.json").read_text())
+    told = {(one["group"], one["arm"]): one["value"] for one in of_study["scores"] if one["length"] == 0}
+    tasks = {task["task"]: task for suite in report["suites"] for task in suite["tasks"]}
+    for group, task in {"one key": "multi_key", "several keys": "multi_query", "passages": "passages"}.items():
+        for arm, label in {"scaled": "scaled", "skip_context": "adapter"}.items():
+            assert tasks[task]["scores"][label]["value"] == pytest.approx(told[group, arm], abs=0.02)
+    mine = card.partition("hf_longalign:end -->")[2]
+    assert "## The study it comes from" in mine and "| skip_context − ordinary positions |" in mine
+    shown = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", card))
+    assert "assets/study_heatmap.png" in shown and shown <= adapter.keys()
+    assert str(tmp_path) not in card + adapter["report.json"].decode()
+    assert all(path.read_bytes() == old for path, old in kept.items() if path.parent != study), "as it was"

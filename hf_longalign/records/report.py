@@ -28,6 +28,7 @@ SUITES = {
     "longbench": Suite("LongBench", "zai-org/LongBench"),
     "puzzles": Suite("Puzzles"),
     "ruler": Suite("RULER"),
+    "passages": Suite("Questions about passages"),
     "short": Suite("Short contexts"),
 }
 METRICS = {
