@@ -309,7 +309,7 @@ NOTE = (
 
 
 def verdict(compared: Sequence[Comparison], titles: Mapping[str, str]) -> str:
-    """Say of all lengths together, and of the longest, which arms can be told apart, and which way.
+    """Say of all lengths together, and of the longest, which arms can be told apart, and which way, or that none can.
 
     Example:
 
@@ -318,17 +318,18 @@ def verdict(compared: Sequence[Comparison], titles: Mapping[str, str]) -> str:
     - Needles, all lengths: of 1 pairs of arms 1 can be told apart: A is ahead of B by 10.0 points (5.0 to 15.0).
     """
     longest = max((one.length for one in compared), default=ALL)
-    lines = []
+    lines, level = [], []
     for group, (title, *_) in GROUPS.items():
         for length in dict.fromkeys((ALL, longest)):
             own = [one for one in compared if one.group == group and one.length == length]
             apart = sorted((one for one in own if one.told_apart), key=lambda one: -abs(one.value))
-            if not own:
-                continue
-            where = f"{length:,} tokens" if length else "all lengths"
-            line = f"- {title.split(' (')[0].split(',')[0]}, {where}: of {len(own)} pairs of arms "
-            told = "; ".join(_ahead(one, titles) for one in apart)
-            lines.append(line + (f"{len(apart)} can be told apart: {told}." if apart else "none can be told apart."))
+            where = f"{title.split(' (')[0].split(',')[0]}, {f'{length:,} tokens' if length else 'all lengths'}"
+            if apart:
+                told = "; ".join(_ahead(one, titles) for one in apart)
+                lines.append(f"- {where}: of {len(own)} pairs of arms {len(apart)} can be told apart: {told}.")
+            elif own:
+                level.append(where)
+    lines += ["- No two arms can be told apart by: " + "; ".join(level) + "."] if level else []
     return "\n".join(lines)
 
 
