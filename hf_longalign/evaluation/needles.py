@@ -6,6 +6,7 @@ values of some keys.
 
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -119,18 +120,6 @@ SEVERAL = Wording(
 )
 
 
-def overlap(values: Sequence[str]) -> tuple[str, str] | None:
-    """Return a value that another one, also returned, names; `None` where each can be told from the others.
-
-    >>> overlap(["red", "dark blue", "Dark Red"])
-    ('red', 'Dark Red')
-    """
-    folded = list(map(fold, values))
-    pairs = ((one, other) for one, other in permutations(range(len(values)), 2) if folded[one] in folded[other])
-    found = next((pair for pair in pairs if re.search(whole_word(folded[pair[0]]), folded[pair[1]])), None)
-    return None if found is None else (values[found[0]], values[found[1]])
-
-
 @dataclass(frozen=True)
 class Pools:
     """What keys and values are drawn from, without replacement; empty: adjective-noun pairs, seven-digit numbers.
@@ -148,14 +137,15 @@ class Pools:
             for text in getattr(self, name):
                 if not isinstance(text, str) or not text.strip():
                     raise ValueError(f"`{name}` must be texts, got {text!r}. Take it away.")
-        if len(set(self.keys)) < len(self.keys):
-            double = next(key for key in self.keys if list(self.keys).count(key) > 1)
+        double = next((key for key, number in Counter(self.keys).items() if number > 1), None)
+        if double is not None:
             raise ValueError(f"`keys` must differ, got {double!r} twice. Take one away.")
-        pair = overlap(self.values)
-        if pair is not None:
-            raise ValueError(
-                f"`values` must not be part of one another, got {pair[0]!r} in {pair[1]!r}. Take one of them away."
-            )
+        # Else an answer that names one would name the other too.
+        for (one, part), (other, whole) in permutations(zip(self.values, map(fold, self.values), strict=True), 2):
+            if part in whole and re.search(whole_word(part), whole):
+                raise ValueError(
+                    f"`values` must not be part of one another, got {one!r} in {other!r}. Take one of them away."
+                )
 
 
 @dataclass(frozen=True)
