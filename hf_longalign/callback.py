@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def check_adapter(model: Any) -> None:
         )
 
 
+@dataclass(eq=False)
 class SkipPositionCallback(TrainerCallback):
     """Sets the epoch on a collator and proves the attention right before training begins.
 
@@ -96,13 +98,10 @@ class SkipPositionCallback(TrainerCallback):
     ```
     """
 
-    def __init__(
-        self, collator: SkipPositionDataCollator, preflight: bool = True, log_probs: LogProbs | None = None
-    ) -> None:
-        self.collator = collator
-        self.preflight = preflight
-        self.log_probs = log_probs
-        self._epoch = 0
+    collator: SkipPositionDataCollator
+    preflight: bool = True
+    log_probs: LogProbs | None = None
+    _epoch: int = field(default=0, init=False)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

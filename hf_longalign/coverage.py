@@ -153,7 +153,7 @@ class DistanceCoverage:
         )
 
 
-class CoverageCallback(TrainerCallback):
+class CoverageCallback(DistanceCoverage, TrainerCallback):
     """Counts the relative distances of the documents that a run trains on, which spreads them over `target_length`.
 
     Processes count for themselves and add up their counts wherever the trainer is about to log or to save.
@@ -164,7 +164,7 @@ class CoverageCallback(TrainerCallback):
     """
 
     def __init__(self, target_length: int, copies: int = 1) -> None:
-        self.coverage = DistanceCoverage(target_length)
+        super().__init__(target_length)
         self.copies = copies
         self._local = DistanceCoverage(target_length)
         self._pending: list[dict[str, torch.Tensor]] = []
@@ -193,31 +193,22 @@ class CoverageCallback(TrainerCallback):
         # A sum over processes on the device: NCCL has no other place for it.
         counts = torch.from_numpy(self._local.counts()).to(PartialState().device)
         # Processes that share one model have counted the same batches.
-        self.coverage.add_counts(reduce(counts, "sum").cpu().numpy() // self.copies)
-        self._local = DistanceCoverage(self.coverage.target_length)
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of what was gathered since the last call; see [`DistanceCoverage.metrics`]."""
-        return self.coverage.metrics()
-
-    def record(self) -> CoverageRecord:
-        """Return what the run had covered when it was last gathered."""
-        return self.coverage.record()
+        self.add_counts(reduce(counts, "sum").cpu().numpy() // self.copies)
+        self._local = DistanceCoverage(self.target_length)
 
     def save(self, directory: str | Path) -> None:
         """Write the counts that a resumed run goes on from."""
-        np.savez_compressed(Path(directory) / FILE_NAME, counts=self.coverage.counts())
+        np.savez_compressed(Path(directory) / FILE_NAME, counts=self.counts())
 
     def load(self, directory: str | Path) -> None:
         """Go on from the counts of a checkpoint, if it has any for this target length."""
         path = Path(directory) / FILE_NAME
         counts = np.load(path)["counts"] if path.is_file() else np.empty(0, dtype=np.int64)
-        if counts.size != self.coverage.target_length + 3:
+        if counts.size != self.target_length + 3:
             logger.warning("%s holds no coverage of this target length; it is counted from this step on.", directory)
             return
-        self.coverage = DistanceCoverage(self.coverage.target_length)
-        self.coverage.add_counts(counts)
-        self.coverage.metrics()  # what the next log reports begins here
+        self.add_counts(counts - self.counts())
+        self.metrics()  # what the next log reports begins here
 
     def _read(self) -> None:
         """Count the documents that have a target: the others, padding among them, train no distance."""

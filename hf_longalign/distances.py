@@ -143,6 +143,7 @@ def check_distances(distances: Sequence[int], rows: Sequence[dict[str, np.ndarra
     check_range(config, max(distances), "eval_distances")
 
 
+@dataclasses.dataclass(eq=False)
 class DistanceCallback(TrainerCallback):
     """Measures the loss at each distance before the first step, at every evaluation and after the last step.
 
@@ -156,17 +157,13 @@ class DistanceCallback(TrainerCallback):
         trainer: reads the batches, and logs what is measured.
     """
 
-    def __init__(
-        self,
-        distances: Sequence[int],
-        collator: SkipPositionDataCollator,
-        rows: dict[str, list[dict[str, np.ndarray]]],
-        trainer: "WatchingSFTTrainer",
-    ) -> None:
-        self.distances = sorted(set(distances))
-        self.collator = collator
-        self.rows = rows
-        self.trainer = trainer
+    distances: list[int]
+    collator: SkipPositionDataCollator
+    rows: dict[str, list[dict[str, np.ndarray]]]
+    trainer: "WatchingSFTTrainer"
+
+    def __post_init__(self) -> None:
+        self.distances = sorted(set(self.distances))
         self._seconds = self._start = 0.0
 
     def measure(self, prefix: str, rows: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -7,7 +7,7 @@ tokenizers), nothing is tokenised again unless `parts` need it.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,7 @@ class Text:
     marked: list[int] | None = None
 
 
+@dataclass(eq=False)
 class RowPreparer:
     """Gives the rows of a TRL data set `input_ids`, `labels` and `blocks`; made to be mapped over it in batches.
 
@@ -110,24 +111,16 @@ class RowPreparer:
             cannot be found in the text, or `"turns"` that cannot.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        text_field: str = "text",
-        chat_template: str | None = None,
-        completion_only: bool = False,
-        answers_only: str | None = None,
-        kept: slice = slice(None),
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.text_field = text_field
-        self.chat_template = chat_template
-        self.completion_only = completion_only
-        self.answers_only = answers_only
-        self.kept = kept
-        self.version = __version__  # `datasets` caches what is made here, and does not see that code changes
-        self._frames: dict[str, Frame | None] = {}
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    text_field: str = "text"
+    chat_template: str | None = None
+    completion_only: bool = False
+    answers_only: str | None = None
+    kept: slice = field(default_factory=lambda: slice(None))
+    # In its state, for `datasets` caches what is made here, and does not see that code changes.
+    version: str = field(default_factory=lambda: __version__, init=False)
+    _frames: dict[str, Frame | None] = field(default_factory=dict, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
         # By its state `datasets` tells whether it has mapped this before.

@@ -136,7 +136,7 @@ def counted(batch):
     callback.observe({key: torch.tensor(values) for key, values in batch.items()})
     callback.gather()
     record = callback.record()
-    return record.documents, callback.coverage.pairs.tolist()
+    return record.documents, callback.pairs.tolist()
 
 
 def test_padding_and_documents_without_targets_are_not_counted():
@@ -152,3 +152,12 @@ def test_padding_and_documents_without_targets_are_not_counted():
         "labels": [[-100, 5, 6, -100, 4, -100, -100, -100]],
     }
     assert counted(packed) == (2, naive_pairs([[0, 1, 6], [0, 1]], 8))
+
+
+def test_a_run_goes_on_from_the_counts_of_its_checkpoint_alone(tmp_path):
+    saved, other = CoverageCallback(8), CoverageCallback(8)
+    saved.add([0, 1, 6])
+    saved.save(tmp_path)
+    other.add([0, 1, 2, 3])
+    other.load(tmp_path)
+    assert other.record() == saved.record() and other.metrics() == {}

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from test_turns import GPT_OSS, LLAMA3, PLAIN, THINKING, TOOL, chat_tokenizer, turns
 from tiny import CHAT_TEMPLATE, chats, tiny_llama, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +35,13 @@ def decoded(tokenizer, row):
         texts.append((response, tokenizer.decode(row["input_ids"][start : start + length])))
         start += length
     return texts
+
+
+def test_another_version_of_the_package_prepares_rows_anew(tokenizer, monkeypatch):
+    """`datasets` finds in its cache what was mapped before by the state of what it maps."""
+    before = [Hasher.hash(RowPreparer(tokenizer)) for _ in range(2)]
+    monkeypatch.setattr("hf_longalign.preparation.__version__", "0.0.1")
+    assert before[0] == before[1] != Hasher.hash(RowPreparer(tokenizer))
 
 
 # --- against TRL ---
