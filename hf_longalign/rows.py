@@ -264,3 +264,23 @@ def _read_dataset(source: str, option: str, streaming: bool) -> Iterator[Row]:
         ) from error
     for number, values in enumerate(rows, 1):
         yield Row(dict(values), source, number, "row")
+
+
+def text_arrays(array: Any) -> Iterator[Any]:
+    """Yield the arrays of strings in an Arrow array, however deep they lie."""
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        yield from text_arrays(array.dictionary)
+    elif types.is_string(kind) or types.is_large_string(kind):
+        yield array
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        # `values` would ignore that a batch is a slice of a longer array.
+        yield from text_arrays(array.flatten())
+    elif types.is_map(kind):
+        yield from text_arrays(array.keys)
+        yield from text_arrays(array.items)
+    elif types.is_struct(kind):
+        for field in array.flatten():
+            yield from text_arrays(field)

@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hf_longalign.rows import text_arrays
+
 
 _BATCH_ROWS = 256
 _SHOWN = 5
@@ -305,27 +307,9 @@ def _in_parquet(content: Path | bytes, machine: Machine, allow: Collection[str])
         anything = "|".join(f"(?:{pattern})" for pattern in patterns.values())
         for batch in file.iter_batches(_BATCH_ROWS):
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
-                hits = (pc.any(pc.match_substring_regex(texts, anything)).as_py() for texts in _text_arrays(column))
+                hits = (pc.any(pc.match_substring_regex(texts, anything)).as_py() for texts in text_arrays(column))
                 for row, value in enumerate(column.to_pylist()) if any(hits) else ():
                     for _, text in _strings(value):
                         for find in find_private(text, patterns, allow):
                             yield f"column {name}, row {first + row}", find
             first += batch.num_rows
-
-
-def _text_arrays(array: pa.Array) -> Iterator[pa.Array]:
-    """The strings in an array, however deep they lie."""
-    kind = array.type
-    if pa.types.is_dictionary(kind):
-        yield from _text_arrays(array.dictionary)
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        yield array
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        # `values` would ignore that a batch is a slice of a longer array.
-        yield from _text_arrays(array.flatten())
-    elif pa.types.is_map(kind):
-        yield from _text_arrays(array.keys)
-        yield from _text_arrays(array.items)
-    elif pa.types.is_struct(kind):
-        for field in array.flatten():
-            yield from _text_arrays(field)

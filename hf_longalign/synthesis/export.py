@@ -15,6 +15,7 @@ from hf_longalign import __version__
 from hf_longalign.cards.dataset import Cost, DataRecord, DataSource, dataset_card
 from hf_longalign.longbench_prompts import TEMPLATES
 from hf_longalign.plots import plot_lengths
+from hf_longalign.rows import text_arrays
 from hf_longalign.synthesis.budget import Budget
 from hf_longalign.synthesis.checks import NEUTRALISED, majority_language
 from hf_longalign.synthesis.disk import whole
@@ -108,15 +109,8 @@ def export(
 
 def _text_bytes(table: pa.Table) -> int:
     """Bytes of all strings: unlike the size in memory it does not depend on how many files the rows lie in."""
-
-    def size(array: pa.Array) -> int:
-        if pa.types.is_string(array.type):
-            return int(pc.sum(pc.binary_length(array)).as_py() or 0)
-        if pa.types.is_list(array.type):
-            return size(array.flatten())
-        return sum(map(size, array.flatten())) if pa.types.is_struct(array.type) else 0
-
-    return sum(size(chunk) for column in table.columns for chunk in column.chunks)
+    texts = (array for column in table.columns for chunk in column.chunks for array in text_arrays(chunk))
+    return sum(int(pc.sum(pc.binary_length(array)).as_py() or 0) for array in texts)
 
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "sampling_seed", "retries")
