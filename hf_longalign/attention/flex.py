@@ -13,6 +13,7 @@ Source: https://arxiv.org/abs/2412.05496
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +47,23 @@ _SMALL_TILES = {
     (4, 256): (32, 16, 16, 66_560),
 }
 _BACKWARD_TILES = ("bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores become weights: what a layer sets once.
+
+    Args:
+        scale: factor on query-key products.
+        dropout: probability of dropping a weight.
+        softcap: scores pass through `softcap * tanh(score / softcap)`; None for no cap. Not together with sinks.
+        sinks: (heads,) logits of a key that every query sees and that carries no value; None for none.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 def first_visible(segments: Segments, device: torch.device) -> torch.Tensor:
@@ -108,33 +126,25 @@ def block_mask(first: torch.Tensor) -> BlockMask:
 
 
 def flex_packed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    segments: Segments,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scoring: Scoring
 ) -> torch.Tensor:
     """Attend within each segment of a packed row, by one call whatever the number of segments.
 
     Args:
         query: (tokens, heads, width); key and value accordingly, with as many heads or fewer.
         segments: the stretches to keep apart, with their window.
-        scale: factor on query-key products.
-        softcap: scores pass through `softcap * tanh(score / softcap)`; None for no cap.
-        sinks: (heads,) logits of a key that every query sees and that carries no value; None for none.
+        scoring: how scores become weights; nothing is dropped.
 
     Returns:
         (tokens, heads, value width).
     """
-    value_width = value.shape[-1]
+    value_width, softcap, sinks = value.shape[-1], scoring.softcap, scoring.sinks
     rows = [widened(states.transpose(0, 1)[None], LEAST_WIDTH) for states in (query, key, value)]
     mask = segments.once(("blocks", query.device), lambda: block_mask(first_visible(segments, query.device)))
     options: dict[str, Any] = {
         "score_mod": None if softcap is None else _softcap(softcap),
         "block_mask": mask,
-        "scale": scale,
+        "scale": scoring.scale,
         "enable_gqa": query.shape[1] != key.shape[1],
         # Short rows would take a kernel made for decoding, compiled apart.
         "kernel_options": {"FORCE_USE_FLEX_ATTENTION": True},

@@ -26,7 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import causal_mask_function
 
-from hf_longalign.attention.kernels import Scoring, cached_attention, flash_attention, flash_serves, packed_attention
+from hf_longalign.attention.flex import Scoring
+from hf_longalign.attention.kernels import cached_attention, flash_attention, flash_serves, packed_attention
 from hf_longalign.attention.packing import (
     Documents,
     Segments,

@@ -16,7 +16,6 @@ length, width) otherwise; keys and values may have fewer heads than queries, val
 
 import inspect
 import logging
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from hf_longalign.attention.flex import flex_blocks, flex_packed, shared_memory, widened
+from hf_longalign.attention.flex import Scoring, flex_blocks, flex_packed, shared_memory, widened
 from hf_longalign.attention.packing import Segments
 
 
@@ -36,23 +35,6 @@ QUERY_BLOCK = 1024
 # Scores held at once by the softcap formula: 2**26 float32 values are 256 MB.
 MAX_SCORES = 2**26
 FLASH_MAX_WIDTH = 256
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How scores become weights: what a layer sets once.
-
-    Args:
-        scale: factor on query-key products.
-        dropout: probability of dropping a weight.
-        softcap: scores pass through `softcap * tanh(score / softcap)`; None for no cap. Not together with sinks.
-        sinks: (heads,) logits of a key that every query sees and that carries no value; None for none.
-    """
-
-    scale: float
-    dropout: float = 0.0
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
 
 
 def packed_attention(
@@ -74,7 +56,7 @@ def packed_attention(
         starts, window = segments.cumulative(query.device), None if all(segments.plain) else segments.window
         return flash_attention(query, key, value, starts, max(segments.lengths), scoring.scale, window)
     if _flex_serves(query, value, segments, scoring):
-        return flex_packed(query, key, value, segments, scoring.scale, scoring.softcap, scoring.sinks)
+        return flex_packed(query, key, value, segments, scoring)
     if segments.uniform:
         rows = [states.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2) for states in (query, key, value)]
         return causal_attention(rows[0], rows[1], rows[2], scoring).transpose(1, 2).flatten(0, 1)

@@ -20,7 +20,7 @@ from attention.test_kernels import (
     random_states,
 )
 from hf_longalign.attention import flex, kernels
-from hf_longalign.attention.flex import block_mask, first_visible, flex_packed
+from hf_longalign.attention.flex import Scoring, block_mask, first_visible, flex_packed
 from hf_longalign.attention.packing import Documents, Segments, documents_of_rows, window_segments
 
 
@@ -109,7 +109,7 @@ def test_flex_equals_the_formula_with_gradients(feature, window, monkeypatch):
     query, key, value, sinks = random_states(26, width)
     softcap, sinks = (1.5 if feature == "softcap" else None), (sinks if feature == "sinks" else None)
     segments = DOCUMENTS.segments if window is None else window_segments(DOCUMENTS, POSITIONS, window)
-    actual = flex_packed(query, key, value, segments, 0.3, softcap, sinks)
+    actual = flex_packed(query, key, value, segments, Scoring(0.3, softcap=softcap, sinks=sinks))
     expected = naive(query, key, value, naive_visible(DOCUMENTS.bounds, POSITIONS, window), 0.3, softcap, sinks)
     inputs = [query, key, value] if sinks is None else [query, key, value, sinks]
     assert_equal_with_gradients(actual, expected, inputs)
@@ -124,7 +124,7 @@ def test_torchs_own_flex_attention_gives_the_same(feature, window):
     query, key, value, sinks = (state.detach() for state in random_states(documents.bounds[-1], dtype=torch.float32))
     softcap, sinks = (1.5 if feature == "softcap" else None), (sinks if feature == "sinks" else None)
     segments = documents.segments if window is None else window_segments(documents, positions, window)
-    actual = flex_packed(query, key, value, segments, 0.3, softcap, sinks)
+    actual = flex_packed(query, key, value, segments, Scoring(0.3, softcap=softcap, sinks=sinks))
     expected = naive(query, key, value, naive_visible(documents.bounds, positions, window), 0.3, softcap, sinks)
     torch.testing.assert_close(actual, expected)
 
@@ -143,7 +143,8 @@ def test_flex_is_not_compiled_again_whatever_the_documents(sinks, monkeypatch):
         query, key, value, bias = random_states(documents.bounds[-1], dtype=torch.float32)
         for window in (None, 5):  # Gemma 2 and gpt-oss change from layer to layer
             segments = documents.segments if window is None else window_segments(documents, positions, window)
-            flex_packed(query, key, value, segments, 0.3, None if sinks else 2.0, bias if sinks else None)
+            scoring = Scoring(0.3, softcap=None if sinks else 2.0, sinks=bias if sinks else None)
+            flex_packed(query, key, value, segments, scoring)
         counts.append(counter.frame_count)
     assert counts[2] <= 4 and counts[2:] == [counts[2]] * 4
     torch._dynamo.reset()
@@ -156,7 +157,7 @@ def test_the_mask_is_made_once_for_all_layers(monkeypatch):
     states = random_states(26)[:3]
     segments = window_segments(DOCUMENTS, POSITIONS, 6)
     for _ in range(3):
-        flex_packed(*states, segments, 0.3)
+        flex_packed(*states, segments, Scoring(0.3))
     assert len(made) == 1
 
 

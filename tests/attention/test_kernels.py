@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longalign.attention import kernels
-from hf_longalign.attention.kernels import Scoring, cached_attention, packed_attention
+from hf_longalign.attention.flex import Scoring
+from hf_longalign.attention.kernels import cached_attention, packed_attention
 from hf_longalign.attention.packing import Documents, documents_of_rows, window_segments
 
 
