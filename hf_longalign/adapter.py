@@ -144,7 +144,13 @@ def base_of(config: Any, base_model: str | Path | None, base_revision: str | Non
 def load_base(record: TrainingRecord, source: tuple[str, str | None], model_kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the base model, of the class and with the RoPE of the training."""
     model_id, revision = source
-    config = AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs(model_kwargs))
+    try:
+        config = AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs(model_kwargs))
+    except (OSError, ValueError) as error:  # by transformers, which has the token and the cache of `model_kwargs`
+        raise ValueError(
+            f"`base_model` must be a whole model, got {model_id!r}: {' '.join(str(error).split())} Set it to the "
+            "folder or Hub id of the base."
+        ) from error
     config = apply_rope(record.rope, config)
     # As in training: `AutoModelForCausalLM` loads of some multimodal checkpoints the text model alone, whose modules
     # have other names, so that an adapter would fit none of them.

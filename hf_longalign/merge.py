@@ -74,13 +74,8 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained("merged")
     ```
     """
-    check_place("adapter", adapter)
+    check_place("adapter", adapter, "adapter_config.json", revision)
     output_dir, record = Path(output_dir), load_record(adapter, revision=revision)
-    if model_file(adapter, "adapter_config.json", revision) is None:
-        raise ValueError(
-            f"`adapter` must be an adapter, got '{adapter}', which has no `adapter_config.json`. Give the folder or "
-            "Hub id of the adapter; a whole model is served as it is."
-        )
     config = peft_config(adapter, revision)
     base_id, base_revision = base_of(config, base_model, base_revision)
     # Before the base is loaded, which may take minutes.

@@ -62,9 +62,10 @@ class Examined:
         Raises:
             ValueError: a path to nothing, or an adapter of another base, revision, RoPE or tokenizer.
         """
-        for option in ("model", "adapter", "tokenizer"):
-            if (name := getattr(options, option)) is not None:
-                check_place(option, name)
+        check_place("model", options.model)
+        if options.adapter is not None:
+            check_place("adapter", options.adapter, "adapter_config.json", options.adapter_revision)
+        check_place("model", options.model, "config.json", base_revision(options))
         tokenizer = load_tokenizer(options)
         # That of the base, by which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
@@ -207,19 +208,25 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: the adapter's tokenizer or chat template is another than the base's, and none was chosen.
     """
-    model, adapter, remote = options.model, options.adapter, {"trust_remote_code": options.trust_remote_code}
+    model, adapter = options.model, options.adapter
+
+    def load(option: str, name: str, revision: str | None) -> PreTrainedTokenizerBase:
+        check_place(option, name)
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
+        except Exception as error:  # whatever its files or their code raise
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(
+                f"`{option}` must have a tokenizer that loads, got {name!r} with {told} Set `tokenizer` to the folder "
+                "or Hub id of the one that all are asked with."
+            ) from error
+
     if options.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(options.tokenizer, **remote)
-    of_base = AutoTokenizer.from_pretrained(model, revision=base_revision(options), **remote)
+        return load("tokenizer", options.tokenizer, None)
+    of_base = load("model", model, base_revision(options))
     if adapter is None or model_file(adapter, "tokenizer_config.json", options.adapter_revision) is None:
         return of_base  # none was saved with the adapter
-    try:
-        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
-    except Exception as error:  # whatever its files or their code raise
-        raise ValueError(
-            f"`adapter` must have a tokenizer that loads, or none, got {type(error).__name__}: {error}. Set "
-            f"`tokenizer` to {model!r} to ask both with the base's."
-        ) from error
+    of_adapter = load("adapter", adapter, options.adapter_revision)
     # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
         ("chat template", of_base.chat_template, of_adapter.chat_template),
