@@ -21,7 +21,13 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, rope_record
@@ -157,6 +163,20 @@ def load_base(record: TrainingRecord, source: tuple[str, str | None], model_kwar
     name = record.architecture or next(iter(config.architectures or []), "")
     loader = getattr(transformers, name, AutoModelForCausalLM)
     return loader.from_pretrained(model_id, config=config, revision=revision, **model_kwargs)
+
+
+def load_tokenizer(option: str, name: str, remedy: str, **how: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model that an option names.
+
+    Raises:
+        ValueError: names the option, what its files or their code raise, and the remedy.
+    """
+    check_place(option, name)
+    try:
+        return AutoTokenizer.from_pretrained(name, **how)
+    except Exception as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"`{option}` must have a tokenizer that loads, got {name!r} with {told} {remedy}") from error
 
 
 def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:

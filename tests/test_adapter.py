@@ -53,6 +53,7 @@ def train(base, adapter, peft_config=None, new_tokens=0, length=256, **load):
 def trained(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(max_position_embeddings=64, initializer_range=0.3).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
     return base, adapter, train(base, adapter)
 
 
@@ -322,6 +323,26 @@ def test_merges_that_cannot_be_are_refused(trained, tmp_path):
         merge_adapter(prompt, tmp_path / "merged")
     assert isinstance(load_adapter(prompt), PeftModel)  # the remedy
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_tokenizer_of_a_merge_is_decided_before_the_base_is_loaded(trained, tmp_path, monkeypatch):
+    base, adapter, _ = trained
+    merged = merge_adapter(adapter, tmp_path / "merged", known_answers=False)  # saved without one
+    assert AutoTokenizer.from_pretrained(merged).get_vocab() == tiny_tokenizer().get_vocab()
+    monkeypatch.setattr("hf_longalign.merge.load_base", None)
+    (adapter / "tokenizer_config.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"`adapter` must have a tokenizer that loads, got .* Save one into the folder"
+    ):
+        merge_adapter(adapter, tmp_path / "none")
+    for path in (*adapter.glob("tokenizer*"), *base.glob("tokenizer*")):
+        path.unlink()
+    with pytest.raises(ValueError, match="`base_model` must have a tokenizer that loads"):
+        merge_adapter(adapter, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    tiny_tokenizer().save_pretrained(adapter)  # the remedy
+    with pytest.raises(TypeError, match="NoneType"):
+        merge_adapter(adapter, tmp_path / "none")
 
 
 def without_the_adapter(model, **kwargs):

@@ -16,7 +16,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from hf_longalign.adapter import load_adapter, peft_config
+from hf_longalign.adapter import load_adapter, load_tokenizer, peft_config
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
 from hf_longalign.evaluation.options import ModelOptions
@@ -66,7 +65,7 @@ class Examined:
         if options.adapter is not None:
             check_place("adapter", options.adapter, "adapter_config.json", options.adapter_revision)
         check_place("model", options.model, "config.json", base_revision(options))
-        tokenizer = load_tokenizer(options)
+        tokenizer = shared_tokenizer(options)
         # That of the base, by which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
         if options.endpoint is not None:
@@ -202,31 +201,21 @@ def record_of(adapter: str | None, revision: str | None = None) -> TrainingRecor
     return load_record(adapter, revision)
 
 
-def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+def shared_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """Load the tokenizer that base and adapter are both asked with.
 
     Raises:
         ValueError: the adapter's tokenizer or chat template is another than the base's, and none was chosen.
     """
     model, adapter = options.model, options.adapter
-
-    def load(option: str, name: str, revision: str | None) -> PreTrainedTokenizerBase:
-        check_place(option, name)
-        try:
-            return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=options.trust_remote_code)
-        except Exception as error:  # whatever its files or their code raise
-            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(
-                f"`{option}` must have a tokenizer that loads, got {name!r} with {told} Set `tokenizer` to the folder "
-                "or Hub id of the one that all are asked with."
-            ) from error
-
+    remedy = "Set `tokenizer` to the folder or Hub id of the one that all are asked with."
+    load = partial(load_tokenizer, remedy=remedy, trust_remote_code=options.trust_remote_code)
     if options.tokenizer is not None:
-        return load("tokenizer", options.tokenizer, None)
-    of_base = load("model", model, base_revision(options))
+        return load("tokenizer", options.tokenizer)
+    of_base = load("model", model, revision=base_revision(options))
     if adapter is None or model_file(adapter, "tokenizer_config.json", options.adapter_revision) is None:
         return of_base  # none was saved with the adapter
-    of_adapter = load("adapter", adapter, options.adapter_revision)
+    of_adapter = load("adapter", adapter, revision=options.adapter_revision)
     # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
         ("chat template", of_base.chat_template, of_adapter.chat_template),
