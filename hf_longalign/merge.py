@@ -81,9 +81,9 @@ def merge_adapter(
     # Before the base is loaded, which may take minutes.
     _check_merge(config, adapter, output_dir, base_id, model_kwargs)
     has_own = model_file(adapter, "tokenizer_config.json", revision) is not None
-    *named, at = ("adapter", str(adapter), revision) if has_own else ("base_model", base_id, base_revision)
+    option, name, at = ("adapter", str(adapter), revision) if has_own else ("base_model", base_id, base_revision)
     remedy = "Save one into the folder of the adapter."
-    tokenizer = load_tokenizer(*named, remedy, revision=at, **hub_kwargs(model_kwargs))
+    tokenizer = load_tokenizer(option, name, remedy, revision=at, **hub_kwargs(model_kwargs))
     base = load_base(record, (base_id, base_revision), model_kwargs)
     check_weights(record.base_weights, base)
     if getattr(base, "hf_quantizer", None) is not None:

@@ -170,7 +170,7 @@ def publish_adapter(
     card = selected[CARD].read_text(encoding="utf-8") if CARD in selected else ""
     # Whose it is turns out when it is pushed.
     named = repo_id if "/" in repo_id else REPOSITORY
-    facts = {"base_model": base_model, "license": license, "languages": languages}
+    facts: dict[str, Any] = {"base_model": base_model, "license": license, "languages": languages}
     if not card.strip() or is_ours(card) or is_template(card) or license or languages:
         if RECORD_NAME not in selected:
             raise ValueError(
