@@ -58,7 +58,7 @@ class Repo:
 
 
 class Hub:
-    """Holds `repos`: ("models" or "datasets", name) -> `Repo`. `seen` lists the endpoints, else paths, in the order asked."""
+    """Holds `repos`: ("models" or "datasets", name) -> `Repo`. `seen` lists the endpoints or paths, in order."""
 
     def __init__(self):
         self.repos, self.blobs, self.verified, self.faults, self.seen = {}, {}, set(), {}, []
