@@ -5,14 +5,16 @@
 
 Each part runs in a process of its own, writes `gpu_PART_DEVICE.json`, and says what it could not do and why. A part
 that is stopped or fails leaves the rows it had finished in `gpu_PART_DEVICE_partial.json`, and the result of an
-earlier run as it was. Without a GPU, or with `--small`, the same parts run in sizes for a CPU and say so: that shows
-that they run, and proves exactness, but says nothing about the speed and the memory of a real model.
+earlier run as it was; so does another card, whose files have its name. Without a GPU, or with `--small`, the same
+parts run in sizes for a CPU and say so: that shows that they run, and proves exactness, but says nothing about the
+speed and the memory of a real model.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +31,7 @@ import torch
 
 PARTS = ("exactness", "trajectories", "throughput", "compiling", "span", "memory", "evaluation")
 SMALL = "for a CPU: no GPU was found, or `--small` was given"
+NOT_TOLD = "not told"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "flash-attn", "flash-attn-3", "flash-attn-4",
             "kernels", "triton", "bitsandbytes", "liger-kernel")  # fmt: skip
 
@@ -99,7 +102,7 @@ def follow(part: str, command: list[str], lines: Path, seconds: float) -> dict:
     }
     return {
         "part": part,
-        "machine": by_kind["machine"][0] if by_kind["machine"] else {"device": "not told", **packages()},
+        "machine": by_kind["machine"][0] if by_kind["machine"] else {"device": NOT_TOLD, **packages()},
         "rows": by_kind["row"],
         "could_not": by_kind["could_not"] + ([reason] if reason else []),
         "seconds": round(time.perf_counter() - start, 1),
@@ -117,7 +120,15 @@ def file_name(part: str, device: str, small: bool) -> str:
 
 
 def keep(result: dict, path: Path) -> Path:
-    """Write a result, beside the one that stands if it did not finish or has fewer rows; return where it is."""
+    """Write a result, and return where: beside the one that stands if it did not finish or has fewer rows.
+
+    Where there is one of another card, those of this card have its name in theirs.
+    """
+    card = result["machine"]["device"]
+    stand = [one for one in (path, path.with_name(f"{path.stem}_partial.json")) if one.exists()]
+    cards = {json.loads(one.read_text())["machine"]["device"] for one in stand}
+    if card != NOT_TOLD and cards - {card, NOT_TOLD}:
+        path = path.with_name(f"{path.stem}_{re.sub('[^a-z0-9]+', '-', card.lower()).strip('-')}.json")
     beside = path.with_name(f"{path.stem}_partial.json")
     rows = len(json.loads(path.read_text())["rows"]) if path.exists() else 1
     whole = result["finished"] and len(result["rows"]) >= rows

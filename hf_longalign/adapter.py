@@ -21,7 +21,13 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_longalign.records.training import RopeRecord, TrainingRecord
 from hf_longalign.rope import apply_rope, check_rope, check_rope_reached, rope_record
@@ -144,13 +150,33 @@ def base_of(config: Any, base_model: str | Path | None, base_revision: str | Non
 def load_base(record: TrainingRecord, source: tuple[str, str | None], model_kwargs: dict[str, Any]) -> PreTrainedModel:
     """Load the base model, of the class and with the RoPE of the training."""
     model_id, revision = source
-    config = AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs(model_kwargs))
+    try:
+        config = AutoConfig.from_pretrained(model_id, revision=revision, **hub_kwargs(model_kwargs))
+    except (OSError, ValueError) as error:  # by transformers, which has the token and the cache of `model_kwargs`
+        raise ValueError(
+            f"`base_model` must be a whole model, got {model_id!r}: {' '.join(str(error).split())} Set it to the "
+            "folder or Hub id of the base."
+        ) from error
     config = apply_rope(record.rope, config)
     # As in training: `AutoModelForCausalLM` loads of some multimodal checkpoints the text model alone, whose modules
     # have other names, so that an adapter would fit none of them.
     name = record.architecture or next(iter(config.architectures or []), "")
     loader = getattr(transformers, name, AutoModelForCausalLM)
     return loader.from_pretrained(model_id, config=config, revision=revision, **model_kwargs)
+
+
+def load_tokenizer(option: str, name: str, remedy: str, **how: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model that an option names.
+
+    Raises:
+        ValueError: names the option, what its files or their code raise, and the remedy.
+    """
+    check_place(option, name)
+    try:
+        return AutoTokenizer.from_pretrained(name, **how)
+    except Exception as error:
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"`{option}` must have a tokenizer that loads, got {name!r} with {told} {remedy}") from error
 
 
 def hub_kwargs(model_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -218,12 +244,14 @@ def weights_sample(model: nn.Module) -> dict[str, list[float]]:
     kept: dict[str, torch.Tensor] = {}
     adapted: dict[str, torch.Tensor] = {}
     for name, module in _own_modules(model):
-        if (weight := _readable(module)) is None:
-            continue
-        if _is_kept(module):
-            kept[_weight_name(name)] = weight
-        elif _WRAPPED.search(name) and begun <= _UNCHANGING:
-            adapted[_weight_name(name)] = weight
+        # Experts have no `weight`, but parameters of other names, which PEFT adapts as `target_parameters`.
+        for own, weight in module.named_parameters(recurse=False):
+            if own.endswith("bias") or _readable(module, own) is None:
+                continue
+            if _is_kept(module):
+                kept[f"{_WRAPPED.sub('', name)}.{own}"] = weight
+            elif _WRAPPED.search(name) and begun <= _UNCHANGING:
+                adapted[f"{_WRAPPED.sub('', name)}.{own}"] = weight
     sample: dict[str, list[float]] = {}
     for found in (kept, adapted):
         # From the first layer to the last, as a fine-tuned model may differ in some only.
@@ -237,17 +265,13 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((n, module) for n, module in model.named_modules() if "lora_" not in n and "modules_to_save" not in n)
 
 
-def _weight_name(module: str) -> str:
-    return f"{_WRAPPED.sub('', module)}.weight"
-
-
 def _is_kept(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "norm" in type(module).__name__.lower()
 
 
-def _readable(module: nn.Module) -> torch.Tensor | None:
-    """The weight of a module; `None` where its numbers are not those of the base, or not here."""
-    weight = getattr(module, "weight", None)
+def _readable(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A weight of a module; `None` where its numbers are not those of the base, or not here."""
+    weight = getattr(module, name, None)
     # A DTensor holds a part alone, an offloaded weight nothing; ZeRO-3 leaves an empty tensor.
     if not isinstance(weight, torch.Tensor) or type(weight.data) is not torch.Tensor:
         return None
@@ -279,15 +303,13 @@ def check_weights(sample: dict[str, list[float]], model: nn.Module) -> None:
     ...
     ValueError: The base model must have the weights its adapter was trained on, got others in `norm.weight`. ...
     """
-    modules: dict[str, nn.Module] = {}
-    for name, module in _own_modules(model):
-        # Around a wrapped module stands one that merely passes its weight on.
-        if getattr(module, "weight", None) is not None or _weight_name(name) not in modules:
-            modules[_weight_name(name)] = module
+    # Of wrappers and the module inside of them, which comes later and has the weights, it is the last.
+    modules = {_WRAPPED.sub("", name): module for name, module in _own_modules(model)}
     near = partial(math.isclose, rel_tol=_TOLERANCE, abs_tol=1e-6)
     for name, expected in sample.items():
-        weight = _readable(modules[name]) if name in modules else None
-        if name in modules and weight is None:
+        owner, _, own = name.rpartition(".")
+        weight = _readable(modules[owner], own) if owner in modules else None
+        if owner in modules and weight is None:
             continue
         values = [] if weight is None else _values(weight)
         if len(values) != len(expected) or not all(map(near, values, expected)):

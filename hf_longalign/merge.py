@@ -20,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_longalign.adapter import base_of, check_weights, hub_kwargs, load_base, peft_config, put_on
+from hf_longalign.adapter import base_of, check_weights, hub_kwargs, load_base, load_tokenizer, peft_config, put_on
 from hf_longalign.probe import token_ids
 from hf_longalign.rope import legacy_rope, model_range, rope_record
 from hf_longalign.run_record import check_place, load_record, model_file, save_record
@@ -74,17 +74,16 @@ def merge_adapter(
     model = AutoModelForCausalLM.from_pretrained("merged")
     ```
     """
-    check_place("adapter", adapter)
+    check_place("adapter", adapter, "adapter_config.json", revision)
     output_dir, record = Path(output_dir), load_record(adapter, revision=revision)
-    if model_file(adapter, "adapter_config.json", revision) is None:
-        raise ValueError(
-            f"`adapter` must be an adapter, got '{adapter}', which has no `adapter_config.json`. Give the folder or "
-            "Hub id of the adapter; a whole model is served as it is."
-        )
     config = peft_config(adapter, revision)
     base_id, base_revision = base_of(config, base_model, base_revision)
     # Before the base is loaded, which may take minutes.
     _check_merge(config, adapter, output_dir, base_id, model_kwargs)
+    has_own = model_file(adapter, "tokenizer_config.json", revision) is not None
+    option, name, at = ("adapter", str(adapter), revision) if has_own else ("base_model", base_id, base_revision)
+    remedy = "Save one into the folder of the adapter."
+    tokenizer = load_tokenizer(option, name, remedy, revision=at, **hub_kwargs(model_kwargs))
     base = load_base(record, (base_id, base_revision), model_kwargs)
     check_weights(record.base_weights, base)
     if getattr(base, "hf_quantizer", None) is not None:
@@ -101,11 +100,6 @@ def merge_adapter(
             f"`{adapter}` must give the same when merged, got {problem}. {remedy} it with `load_adapter` instead."
         )
     merged.save_pretrained(output_dir, max_shard_size=max_shard_size)
-    hub = hub_kwargs(model_kwargs)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter), revision=revision, **hub)
-    except (OSError, ValueError):  # the adapter was saved without one
-        tokenizer = AutoTokenizer.from_pretrained(base_id, revision=base_revision, **hub)
     if getattr(merged.config.get_text_config(), "max_position_embeddings", None):
         tokenizer.model_max_length = model_range(merged.config)
     tokenizer.save_pretrained(output_dir)

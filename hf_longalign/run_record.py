@@ -7,6 +7,7 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
@@ -39,11 +40,15 @@ def save_record(directory: str | Path, record: TrainingRecord) -> Path:
     return path
 
 
-def check_place(option: str, name: str | Path) -> None:
+def check_place(option: str, name: str | Path, file: str | None = None, revision: str | None = None) -> None:
     """Refuse what is no folder and cannot be a name on the Hub, which the libraries would call a bad Hub id.
+
+    Args:
+        file: what it must hold: `"config.json"` of a whole model, or `"adapter_config.json"`.
 
     Raises:
         ValueError: names the option.
+        ConnectionError: as in [`model_file`].
 
     Example:
 
@@ -56,6 +61,13 @@ def check_place(option: str, name: str | Path) -> None:
         raise ValueError(
             f"`{option}` must be a folder or a Hub id, got {str(name)!r}, which is not there. Correct the path."
         )
+    if file is None or model_file(name, file, revision):
+        return
+    kind = "a whole model" if file == "config.json" else "an adapter"
+    problem, remedy = f"has no {file}", "Give the folder or Hub id of one."
+    if model_file(name, "adapter_config.json", revision):
+        problem, remedy = "is an adapter", f"Run `hf-longalign merge {quote(str(name))} merged`, and give 'merged'."
+    raise ValueError(f"`{option}` must be {kind}, got {str(name)!r}, which {problem}. {remedy}")
 
 
 def model_file(model_id: str | Path, name: str, revision: str | None = None) -> Path | None:
@@ -77,8 +89,9 @@ def model_file(model_id: str | Path, name: str, revision: str | None = None) -> 
         # Not the folder in the cache: it holds what was asked for so far, and may lack this very file.
         command = f"hf download {model_id}{f' --revision {revision}' if revision else ''} --local-dir FOLDER"
         raise ConnectionError(
-            f"{name} of `{model_id}` is not in the cache, and the Hub cannot be asked whether there is one. Go on "
-            f"with a connection, or where there is one run `{command}`, and give that folder."
+            f"`{model_id}` is no folder here, its {name} is not in the cache, and the Hub cannot be asked whether it "
+            f"has one. Correct a path; or go on with a connection, or where there is one run `{command}`, and give "
+            "that folder."
         ) from error
     except EntryNotFoundError:
         return None

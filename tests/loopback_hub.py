@@ -58,7 +58,7 @@ class Repo:
 
 
 class Hub:
-    """Holds `repos`: ("models" or "datasets", name) -> `Repo`. `seen` lists the endpoints in the order asked."""
+    """Holds `repos`: ("models" or "datasets", name) -> `Repo`. `seen` lists the endpoints or paths, in order."""
 
     def __init__(self):
         self.repos, self.blobs, self.verified, self.faults, self.seen = {}, {}, set(), {}, []
@@ -155,6 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if verb == method and match:
                 return self.play(endpoint, match.groups(), body)
+        self.hub.seen.append(path)
         return self.answer(404, {"error": f"No such page: {path}"}, {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET

@@ -11,7 +11,15 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen3_5Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3_5Config,
+)
 from transformers import Qwen3_5ForConditionalGeneration as Qwen3_5
 
 from hf_longalign.adapter import check_weights, load_adapter, weights_sample
@@ -53,6 +61,7 @@ def train(base, adapter, peft_config=None, new_tokens=0, length=256, **load):
 def trained(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(max_position_embeddings=64, initializer_range=0.3).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
     return base, adapter, train(base, adapter)
 
 
@@ -163,6 +172,26 @@ def test_an_adapter_is_refused_on_its_own_merged_model(trained, tmp_path):
     with pytest.raises(ValueError, match="must have the weights its adapter was trained on"):
         merge_adapter(adapter, tmp_path / "twice", base_model=merged)
     load_adapter(adapter, base_model=base, dtype="bfloat16")
+
+
+def test_experts_that_are_adapted_tell_a_base_apart():
+    def experts(seed=0):
+        torch.manual_seed(seed)
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 4}
+        return MixtralForCausalLM(MixtralConfig(vocab_size=64, num_attention_heads=4, num_key_value_heads=2, **small))
+
+    names = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("down_proj", "gate_up_proj")]
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=[], target_parameters=targets)
+    model = get_peft_model(experts(), config)
+    sample = weights_sample(model.get_base_model())
+    assert sorted(set(sample) - set(weights_sample(experts()))) == names
+    for same in (model.get_base_model(), experts(), experts().bfloat16()):
+        check_weights(sample, same)
+    other = experts()
+    other.get_parameter(names[1]).data *= 1.1  # as merged
+    with pytest.raises(ValueError, match=rf"got others in `{names[1]}`"):
+        check_weights(sample, other)
 
 
 def test_a_quantised_base_and_a_plain_one_take_the_adapters_of_each_other(trained, tmp_path):
@@ -322,6 +351,26 @@ def test_merges_that_cannot_be_are_refused(trained, tmp_path):
         merge_adapter(prompt, tmp_path / "merged")
     assert isinstance(load_adapter(prompt), PeftModel)  # the remedy
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_tokenizer_of_a_merge_is_decided_before_the_base_is_loaded(trained, tmp_path, monkeypatch):
+    base, adapter, _ = trained
+    merged = merge_adapter(adapter, tmp_path / "merged", known_answers=False)  # saved without one
+    assert AutoTokenizer.from_pretrained(merged).get_vocab() == tiny_tokenizer().get_vocab()
+    monkeypatch.setattr("hf_longalign.merge.load_base", None)
+    (adapter / "tokenizer_config.json").write_text("{")
+    with pytest.raises(
+        ValueError, match=r"`adapter` must have a tokenizer that loads, got .* Save one into the folder"
+    ):
+        merge_adapter(adapter, tmp_path / "none")
+    for path in (*adapter.glob("tokenizer*"), *base.glob("tokenizer*")):
+        path.unlink()
+    with pytest.raises(ValueError, match="`base_model` must have a tokenizer that loads"):
+        merge_adapter(adapter, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    tiny_tokenizer().save_pretrained(adapter)  # the remedy
+    with pytest.raises(TypeError, match="NoneType"):
+        merge_adapter(adapter, tmp_path / "none")
 
 
 def without_the_adapter(model, **kwargs):

@@ -270,8 +270,8 @@ def test_reach_takes_whole_models_alone(tmp_path, capsys):
     (adapter / "adapter_config.json").write_text("{}")
     for model, refusal in (
         (tmp_path / "gone", "`model` must be a folder or a Hub id, got"),
-        (adapter, f"got an adapter in '{adapter}'. Run `hf-longalign merge '{adapter}' merged`"),
-        (tmp_path, "got no config.json in"),
+        (adapter, f"got '{adapter}', which is an adapter. Run `hf-longalign merge '{adapter}' merged`"),
+        (tmp_path, "which has no config.json. Give"),
     ):
         assert main(["reach", str(model), "--dataset", str(rows)]) == 1
         assert refusal in capsys.readouterr().err

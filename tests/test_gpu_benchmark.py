@@ -35,8 +35,8 @@ def benchmark(folder, parts, *options):
     return forked.run([*command, *options], timeout=500)
 
 
-def result(rows, finished=True):
-    return {"part": "span", "machine": {"device": "a card"}, "rows": rows, "could_not": [], "finished": finished}
+def result(rows, finished=True, device="a card"):
+    return {"part": "span", "machine": {"device": device}, "rows": rows, "could_not": [], "finished": finished}
 
 
 def test_the_pages_hold_the_formulas_tables():
@@ -109,6 +109,29 @@ def test_a_result_is_not_overwritten_by_less(tmp_path, worse):
     assert path.read_text() == before and json.loads(beside.read_text()) == worse
     assert gpu.keep(result([{"a": 4}, {"a": 5}]), path) == path
     assert json.loads(path.read_text())["rows"] == [{"a": 4}, {"a": 5}] and not beside.exists()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["after a whole", "after a partial"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_card_has_files_of_its_own(tmp_path, first, finished):
+    path = tmp_path / "gpu_span_cuda.json"
+    stands = gpu.keep(result([{"a": 1}], finished=first), path)
+    before = stands.read_text()
+    other = result([{"a": 2}, {"a": 3}], finished, "NVIDIA H200 (141GB)")
+    own = gpu.keep(other, path)
+    assert own.name == f"gpu_span_cuda_nvidia-h200-141gb{'' if finished else '_partial'}.json"
+    assert stands.read_text() == before and json.loads(own.read_text()) == other
+    assert gpu.keep({**other, "finished": True}, path).name == "gpu_span_cuda_nvidia-h200-141gb.json"
+    assert stands.read_text() == before and len(list(tmp_path.iterdir())) == 2
+    assert gpu.keep(result([{"a": 4}]), path) == path  # the first card goes on under its name
+    assert json.loads(path.read_text())["rows"] == [{"a": 4}] and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_crash_that_tells_no_card_is_a_partial_of_any(tmp_path):
+    path = tmp_path / "gpu_span_cuda.json"
+    for _ in range(2):
+        assert gpu.keep(result([], False, gpu.NOT_TOLD), path).name == "gpu_span_cuda_partial.json"
+        assert gpu.keep(result([{"a": 1}]), path) == path and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_first_result_without_a_row_is_no_result(tmp_path):

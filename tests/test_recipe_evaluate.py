@@ -82,9 +82,12 @@ def keys_of(output):
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
+    """A report of local folders, for which the Hub, were it there, is asked nothing."""
     output = tmp_path_factory.mktemp("whole")
-    done = run(models, output)
+    with Hub() as hub:
+        done = run(models, output, env=hub.environment(tmp_path_factory.mktemp("home")))
     assert done.returncode == 0, done.stderr[-3000:]
+    assert hub.seen == []
     return output
 
 

@@ -5,11 +5,14 @@ import math
 import shlex
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
+import loopback_hub
 import pytest
 import torch
 from fake_endpoint import FakeEndpoint
+from huggingface_hub import constants
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from served import transformers_serve
 from test_adapter import train
@@ -129,11 +132,49 @@ def test_what_is_not_there_is_refused_by_name(trained, tmp_path, capsys):
             ["merge", str(adapter), out, "--base_model", gone],
             f"`base_model` must be a folder or a Hub id, got '{gone}'",
         ),
-        (["merge", str(merged), out], f"`adapter` must be an adapter, got '{merged}'"),
+        (["merge", str(merged), out], f"`adapter` must be an adapter, got '{merged}', which has no adapter_config"),
         (["serve-command", gone], f"`model` must be a folder or a Hub id, got '{gone}'"),
     ):
         assert main(words) == 1
         assert refusal in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_path_to_nothing_that_could_be_a_hub_id_is_refused_in_one_line(
+    trained, tmp_path, monkeypatch, capsys, online
+):
+    base, adapter, _ = trained
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(base / "config.json", (tmp_path / "half").mkdir() or "half")
+    evaluate_it = ["evaluate", "--output_dir", "out", "--suites", "needle", "--model"]
+    gone = "`outputs/typo` must be a folder" if online else "`outputs/typo` is no folder here, its"
+    no_base = "`base_model` must be a whole model, got 'outputs/typo'"
+    with loopback_hub.as_default(monkeypatch) if online else nullcontext():
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not online)
+        for words, refusal in (
+            ([*evaluate_it, "outputs/typo"], gone),
+            ([*evaluate_it, str(base), "--adapter", "outputs/typo"], gone),
+            ([*evaluate_it, str(base), "--tokenizer", "outputs/typo"], "`tokenizer` must have a tokenizer that loads"),
+            ([*evaluate_it, "half"], "`model` must have a tokenizer that loads, got 'half' with"),
+            ([*evaluate_it, "empty"], "`model` must be a whole model, got 'empty', which has no config.json"),
+            ([*evaluate_it, str(adapter)], f"which is an adapter. Run `hf-longalign merge {adapter} merged`"),
+            ([*evaluate_it, str(base), "--adapter", "empty"], "`adapter` must be an adapter, got 'empty'"),
+            (["merge", "outputs/typo", "out"], gone),
+            (["merge", "empty", "out"], "`adapter` must be an adapter, got 'empty', which has no adapter_config.json"),
+            (["merge", str(adapter), "out", "--base_model", "outputs/typo"], no_base),
+            (
+                ["merge", str(adapter), "out", "--base_model", "empty"],
+                "`base_model` must be a whole model, got 'empty'",
+            ),
+            (["reach", "outputs/typo", "--dataset", "rows.jsonl"], gone),
+            (["serve-command", "outputs/typo"], gone),
+            (["serve-command", "empty"], "`empty` has no longalign_config.json, so it was not saved by"),
+            (["push", "empty", "--push_dry_run", "look"], "`folder` must hold README.md and Parquet files, got empty"),
+        ):
+            assert main(words) == 1
+            refused = capsys.readouterr().err.splitlines()[-1]
+            assert refused.startswith(f"hf-longalign {words[0]}: ") and refusal in refused
 
 
 @pytest.mark.parametrize(

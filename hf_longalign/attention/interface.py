@@ -222,7 +222,13 @@ def longalign_mask(
     Raises:
         ValueError: `mask_function` holds more than causality, a window and document boundaries.
     """
-    foreign = next(_foreign_parts(mask_function), None)
+    if torch.compiler.is_compiling():
+        # Closures cannot be read there, and trying to ends the graph. What a model brings of its own has `use_vmap`;
+        # other kinds of layers are refused by the attention.
+        name = mask_function.__name__
+        foreign = None if name in ("causal_mask_function", "and_mask") and not kwargs.get("use_vmap") else name
+    else:
+        foreign = next(_foreign_parts(mask_function), None)
     if foreign is not None:
         raise ValueError(
             f'`attn_implementation` "{ATTENTION_NAME}" is causal attention with or without a sliding window, got a '

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from huggingface_hub import get_token
 
-from hf_longalign.cards import write_adapter_card
 from hf_longalign.commands.options import OptionParser
 from hf_longalign.hub import Destination, check_dry_run, publish_adapter, publish_command, publish_dataset
 from hf_longalign.options import option
@@ -142,9 +141,7 @@ def run(folder: Path, hub: RepositoryOptions, publish: PublishOptions, card: Car
     to = destination(hub, folder)
     push: Callable[..., str] = publish_dataset
     if _is_model(folder):
-        if card.license or card.languages:
-            write_adapter_card(folder, **card.card())
-        to["base_model"], push = card.base_name, publish_adapter
+        to, push = {**to, **card.card()}, publish_adapter
     print(publish.push(partial(push, folder, **to), publish_command(folder, **to, **publish.options())))
     return 0
 

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from hf_longalign.options import DTYPES
@@ -41,15 +40,10 @@ def run(args: argparse.Namespace) -> int:
     from hf_longalign.commands.sft import DataOptions, check_columns
     from hf_longalign.config import LongAlignSFTConfig
     from hf_longalign.rope import check_range, doubles, model_range
-    from hf_longalign.run_record import check_place, model_file
+    from hf_longalign.run_record import check_place
     from hf_longalign.trainer import LongAlignSFTTrainer
 
-    check_place("model", args.model)
-    if model_file(args.model, "config.json") is None:
-        what, remedy = "no config.json", "Give the folder of one."
-        if model_file(args.model, "adapter_config.json") is not None:
-            what, remedy = "an adapter", f"Run `hf-longalign merge {quote(args.model)} merged`, and give 'merged'."
-        raise ValueError(f"`model` must be a whole model, got {what} in {args.model!r}. {remedy}")
+    check_place("model", args.model, "config.json")
     config = AutoConfig.from_pretrained(args.model)
     if args.distances and not args.rope_type:
         check_range(config, max(args.distances), "distances")

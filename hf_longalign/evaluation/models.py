@@ -16,7 +16,6 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -24,7 +23,7 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
-from hf_longalign.adapter import load_adapter, peft_config
+from hf_longalign.adapter import load_adapter, load_tokenizer, peft_config
 from hf_longalign.evaluation.endpoint import EndpointGenerator
 from hf_longalign.evaluation.generation import LocalGenerator, VLLMAnswers
 from hf_longalign.evaluation.options import ModelOptions
@@ -62,10 +61,11 @@ class Examined:
         Raises:
             ValueError: a path to nothing, or an adapter of another base, revision, RoPE or tokenizer.
         """
-        for option in ("model", "adapter", "tokenizer"):
-            if (name := getattr(options, option)) is not None:
-                check_place(option, name)
-        tokenizer = load_tokenizer(options)
+        check_place("model", options.model)
+        if options.adapter is not None:
+            check_place("adapter", options.adapter, "adapter_config.json", options.adapter_revision)
+        check_place("model", options.model, "config.json", base_revision(options))
+        tokenizer = shared_tokenizer(options)
         # That of the base, by which tokenizers warn where RoPE is scaled: the range of every prompt is checked apart.
         tokenizer.model_max_length = VERY_LARGE_INTEGER
         if options.endpoint is not None:
@@ -201,25 +201,21 @@ def record_of(adapter: str | None, revision: str | None = None) -> TrainingRecor
     return load_record(adapter, revision)
 
 
-def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+def shared_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     """Load the tokenizer that base and adapter are both asked with.
 
     Raises:
         ValueError: the adapter's tokenizer or chat template is another than the base's, and none was chosen.
     """
-    model, adapter, remote = options.model, options.adapter, {"trust_remote_code": options.trust_remote_code}
+    model, adapter = options.model, options.adapter
+    remedy = "Set `tokenizer` to the folder or Hub id of the one that all are asked with."
+    load = partial(load_tokenizer, remedy=remedy, trust_remote_code=options.trust_remote_code)
     if options.tokenizer is not None:
-        return AutoTokenizer.from_pretrained(options.tokenizer, **remote)
-    of_base = AutoTokenizer.from_pretrained(model, revision=base_revision(options), **remote)
+        return load("tokenizer", options.tokenizer)
+    of_base = load("model", model, revision=base_revision(options))
     if adapter is None or model_file(adapter, "tokenizer_config.json", options.adapter_revision) is None:
         return of_base  # none was saved with the adapter
-    try:
-        of_adapter = AutoTokenizer.from_pretrained(adapter, revision=options.adapter_revision, **remote)
-    except Exception as error:  # whatever its files or their code raise
-        raise ValueError(
-            f"`adapter` must have a tokenizer that loads, or none, got {type(error).__name__}: {error}. Set "
-            f"`tokenizer` to {model!r} to ask both with the base's."
-        ) from error
+    of_adapter = load("adapter", adapter, revision=options.adapter_revision)
     # Compared by content, not by file: saving writes the same tokenizer in other words.
     for what, one, other in (
         ("chat template", of_base.chat_template, of_adapter.chat_template),

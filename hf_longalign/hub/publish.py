@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shlex
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ _OPTIONS = {
     "branch": "--hub_revision",
     "tag": "--tag",
     "dry_run": "--push_dry_run",
+    "license": "--license",
 }
 # Where a base model's name stands.
 _NAMES = {
@@ -122,6 +123,8 @@ def publish_adapter(
     repo_id: str,
     *,
     base_model: str | None = None,
+    license: str | None = None,
+    languages: Sequence[str] = (),
     private: bool | None = None,
     branch: str | None = None,
     create_pr: bool = False,
@@ -138,7 +141,7 @@ def publish_adapter(
     Weights, configuration, tokenizer, card, training record and evaluation report go (`PUBLISHED`), all else of the
     folder stays and is named in the log. The card is written anew, see `hf_longalign.cards.merge_card`; one without
     marks is a person's own and goes as it is. The scores of `report.json` go as the Hub's `.eval_results` too. Where
-    the base model was a local folder, `base_model` takes its place in what is pushed; the folder itself is not
+    the base model was a local folder, `base_model` takes its place in what is pushed. The folder itself is not
     touched. For the rest see [`publish_dataset`].
 
     Args:
@@ -146,6 +149,7 @@ def publish_adapter(
         repo_id: `user/name` or `organisation/name`; made if it is not there.
         base_model: Hub id, or any neutral name, of the base model; needed where the adapter names a local folder.
             Readers load a neutral name through `load_adapter(…, base_model=…)`.
+        license, languages: for the card, a person's own too: as the Hub names them, and ISO 639 codes.
         message: of the commit.
         private, branch, create_pr, tag, dry_run, allow, resume_command, token, endpoint: as in [`publish_dataset`].
 
@@ -166,14 +170,15 @@ def publish_adapter(
     card = selected[CARD].read_text(encoding="utf-8") if CARD in selected else ""
     # Whose it is turns out when it is pushed.
     named = repo_id if "/" in repo_id else REPOSITORY
-    if not card.strip() or is_ours(card) or is_template(card):
+    facts: dict[str, Any] = {"base_model": base_model, "license": license, "languages": languages}
+    if not card.strip() or is_ours(card) or is_template(card) or license or languages:
         if RECORD_NAME not in selected:
             raise ValueError(
                 f"`folder` must hold README.md, or {RECORD_NAME} to write it from, got {folder} with neither. Write a "
                 "card into it."
             )
         # Written anew and not taken as it lies there: a report may have come after the training.
-        files[CARD] = render_card(folder, repo_id=named, base_model=base_model).encode("utf-8")
+        files[CARD] = render_card(folder, repo_id=named, **facts).encode("utf-8")
     report = read_report(folder)
     if report is not None:
         # What an earlier report left in the folder tells of scores that this one does not hold.
@@ -183,7 +188,7 @@ def publish_adapter(
     to = Destination(
         repo_id, "model", private, branch, create_pr, tag, token, endpoint, message or Destination.message
     )
-    return _send(files, to, folder, _is_owned, dry_run, allow, resume_command, base_model)
+    return _send(files, to, folder, _is_owned, dry_run, allow, resume_command, **facts)
 
 
 def _send(
@@ -194,16 +199,16 @@ def _send(
     dry_run: str | Path | None,
     allow: Collection[str],
     resume_command: str | None,
-    base_model: str | None = None,
+    **facts: Any,
 ) -> str:
     """Search what is about to go, then push it, or write it where a person looks at it first."""
     # Before a dry run too: what a person looks at must be what may go.
-    check_private(files, Machine.here(to.repo_id, base_model, token=to.token), allow)
+    check_private(files, Machine.here(to.repo_id, facts.get("base_model"), token=to.token), allow)
     if dry_run is not None:
         return write_dry_run(files, to, dry_run)
     if resume_command is None:
         given = {name: getattr(to, name) for name in ("repo_id", "private", "branch", "create_pr", "tag")}
-        resume_command = publish_command(folder, **given, base_model=base_model, allow=allow)
+        resume_command = publish_command(folder, **given, **facts, allow=allow)
     return push(files, to, owned=owned, resume_command=resume_command)
 
 
@@ -220,7 +225,8 @@ def publish_command(folder: str | Path, repo_id: str, **given: Any) -> str:
         if given.get(name) is not None:
             words += [option, str(given[name])]
     words += ["--create_pr"] if given.get("create_pr") else []
-    words += ["--allow", *given["allow"]] if given.get("allow") else []
+    for name in ("languages", "allow"):
+        words += [f"--{name}", *given[name]] if given.get(name) else []
     return shlex.join(words)
 
 

@@ -12,6 +12,7 @@ from batches import make_documents, packed_batch
 from families import FAMILIES, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from transformers.masking_utils import create_causal_mask
 
 from hf_longalign import SkipPositionDataCollator
 from hf_longalign.attention import ATTENTION_NAME, interface, kernels, mark_boundaries, register_attention
@@ -134,12 +135,29 @@ def train(model, step_model, steps=6, compiled=None, **options):
 def test_flash_is_part_of_one_graph_that_is_compiled_once(backend, like_a_gpu):
     model, twin = new_model("llama"), new_model("llama")
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(model, backend=counter)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     options = {"few_shapes": True, "multiple": 1024}
     losses, graphs = train(model, compiled, compiled=counter, **options)
-    assert graphs[2:] == [graphs[2]] * 4 and not attention_breaks()
+    assert graphs[2:] == [graphs[2]] * 4
     expected, _ = train(twin, twin, few_shapes=False)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("given", [{"or_mask_function": lambda b, h, q, k: q >= 0}, {"block_sequence_ids": "ids"}])
+def test_a_compiled_model_is_refused_a_mask_that_is_not_causal_too(given):
+    config = tiny_config("llama")
+    config._attn_implementation = ATTENTION_NAME
+    states, ids = torch.zeros(1, 8, config.hidden_size), torch.zeros(1, 8, dtype=torch.long)
+    given = {name: ids if value == "ids" else value for name, value in given.items()}
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def mask(states):
+        return create_causal_mask(config, states, None, None, position_ids=torch.arange(8)[None], **given)
+
+    with pytest.raises(ValueError, match="is causal attention with or without a sliding window, got a mask by"):
+        mask(states)
+    torch._dynamo.reset()
 
 
 def test_rows_of_any_length_are_compiled_a_few_times_at_first(like_a_gpu):

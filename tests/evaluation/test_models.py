@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hf_longalign.adapter import weights_sample
 from hf_longalign.evaluation import evaluator
-from hf_longalign.evaluation.models import Examined, examinees, load_config, load_model, load_tokenizer
+from hf_longalign.evaluation.models import Examined, examinees, load_config, load_model, shared_tokenizer
 from hf_longalign.evaluation.options import ModelOptions
 from hf_longalign.evaluation.runner import Examinee, ResultStore
 from hf_longalign.records.training import TrainingRecord
@@ -182,13 +182,13 @@ def test_a_served_adapter_has_the_range_it_was_trained_for(trained):
 
 def test_another_chat_template_is_refused_until_one_is_chosen(trained):
     base, adapter = trained
-    assert load_tokenizer(options(base, adapter=adapter)).chat_template == tiny_tokenizer().chat_template
+    assert shared_tokenizer(options(base, adapter=adapter)).chat_template == tiny_tokenizer().chat_template
     other = tiny_tokenizer()
     other.chat_template = "{{ messages[0]['content'] }}"
     other.save_pretrained(adapter)
     with pytest.raises(ValueError, match="identical prompts, got another chat template"):
-        load_tokenizer(options(base, adapter=adapter))
-    chosen = load_tokenizer(options(base, adapter=adapter, tokenizer=adapter))
+        shared_tokenizer(options(base, adapter=adapter))
+    chosen = shared_tokenizer(options(base, adapter=adapter, tokenizer=adapter))
     assert chosen.chat_template == other.chat_template
 
 
@@ -196,11 +196,11 @@ def test_an_adapter_without_a_tokenizer_is_asked_with_the_base_s(trained, tmp_pa
     base, adapter = trained
     (adapter / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"a tokenizer that loads.*Expecting property name.*Set `tokenizer`"):
-        load_tokenizer(options(base, adapter=adapter))  # it may be another than the base's
-    assert load_tokenizer(options(base, adapter=adapter, tokenizer=str(base)))  # the remedy
+        shared_tokenizer(options(base, adapter=adapter))  # it may be another than the base's
+    assert shared_tokenizer(options(base, adapter=adapter, tokenizer=str(base)))  # the remedy
     for path in (*adapter.glob("tokenizer*"), *adapter.glob("chat_template*")):
         path.unlink()
-    assert load_tokenizer(options(base, adapter=adapter)).chat_template
+    assert shared_tokenizer(options(base, adapter=adapter)).chat_template
 
 
 def test_a_server_is_checked_by_the_model_as_the_options_load_it(trained, tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from loopback_hub import TOKEN
 from safetensors.numpy import save_file
 
 from hf_longalign.cards import write_adapter_card
-from hf_longalign.hub import publish_adapter
+from hf_longalign.cli import main
+from hf_longalign.hub import publish, publish_adapter
 from hf_longalign.records.base import dumps
 from hf_longalign.records.report import EvaluatedModel, Report, Score, SuiteResult, TaskResult
 from hf_longalign.records.training import RopeRecord, TrainingRecord
@@ -127,6 +128,23 @@ def test_a_dry_run_writes_the_renamed_files(publish_model, write_adapter, tmp_pa
     config = json.loads((tmp_path / "look" / "adapter_config.json").read_text())
     assert look == str(tmp_path / "look") and config["base_model_name_or_path"] == "org/base"
     assert not set(held(tmp_path / "look")) & set(LEFT)
+
+
+@pytest.mark.parametrize("card", ["---\nmine: 1\n---\n\n# Mine\n", ""])
+def test_a_push_tells_license_and_languages_and_leaves_the_folder_as_it_is(
+    publish_model, write_adapter, tmp_path, monkeypatch, card
+):
+    folder, look = write_adapter("a", card=card), tmp_path / "look"
+    before = held(folder)
+    words = ["--hub_model_id", "user/adapter", "--license", "mit", "--languages", "en", "de", "--push_dry_run"]
+    assert main(["push", str(folder), *words, str(look)]) == 0
+    assert held(folder) == before
+    text = (look / "README.md").read_text()
+    assert "license: mit" in text and "language:\n- en\n- de" in text
+    assert not card or ("mine: 1" in text and "# Mine" in text)
+    monkeypatch.setattr(publish, "push", lambda files, to, owned, resume_command: resume_command)
+    again = publish_model(folder, license="mit", languages=["en", "de"])
+    assert again.endswith(f"push {folder} --hub_model_id user/adapter --license mit --languages en de")
 
 
 def test_pictures_that_a_person_put_there_stay(hub, publish_model, write_adapter):
