@@ -69,6 +69,8 @@ def card_report(study: Study, arm: str, against: Sequence[str]) -> Report:
             sample = counted.setdefault((prompt.task == "passages", prompt.parts), len(counted))
             depth = None if prompt.depth is None else (int(4 * prompt.depth) + 0.5) / 4
             asked.append((prompt, replace(prompt, index=sample, depth=depth, parts=())))
+    # Pictures are of the first task, and of those at the same depths: one key, which has some.
+    asked.sort(key=lambda pair: pair[1].depth is None)
     nobody: Any = None  # stored answers are read, and no model is asked
     found: dict[str, list[Completion]] = {}
     speed: dict[str, Speed] = {}

@@ -416,14 +416,14 @@ def draw(found: Found, titles: Mapping[str, str], folder: Path) -> list[str]:
     if not arms:
         return []
     lengths = [length for length in found.lengths if all(found.mean(arm, "needles", length) for arm in arms)]
-    shown = [arm for arm in ("ordinary", "pose", "skip_parts", "skip_context") if arm in arms] or arms[:4]
+    shown = sorted(arms, key=lambda arm: arm not in ("ordinary", "pose", "skip_parts", "skip_context"))[:4]
     means = {arm: [found.mean(arm, "needles", length) for length in lengths] for arm in arms}
     plot_accuracy_by_length(
         {titles[arm]: [mean.value for mean in own if mean] for arm, own in means.items()},
         lengths,
         folder / "accuracy_by_length.png",
         title="Needles among passages",
-        highlight=[titles[arm] for arm in ("ordinary", "skip_context") if arm in arms],
+        highlight=[titles[arm] for arm in arms if arm == "ordinary" or arm.startswith("skip_context")],
         intervals={titles[arm]: [[mean.low, mean.high] for mean in own if mean] for arm, own in means.items()},
         what="share found",
     )

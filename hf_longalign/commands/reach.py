@@ -8,6 +8,10 @@ from typing import Any
 from hf_longalign.options import DTYPES
 
 
+MOST_ROWS, BATCH = 16, 4
+SECONDS = 60.0
+
+
 def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Return model, data and distances."""
     parser = argparse.ArgumentParser(
@@ -20,20 +24,24 @@ def read(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser.add_argument("--split", help="split of the data; unset: test where there is one, else train")
     parser.add_argument("--distances", type=int, nargs="+", help="in positions; unset: doubles up to the range")
     parser.add_argument("--rope_type", help="measure with RoPE scaled to the largest distance: yarn, linear …")
-    parser.add_argument("--rows", type=int, default=16, help="how many rows are measured")
+    parser.add_argument(
+        "--rows", type=int, help=f"how many rows are measured; unset: {BATCH} to {MOST_ROWS}, as a minute allows"
+    )
     parser.add_argument("--max_length", type=int, default=1024, help="tokens that longer rows are cut to")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="precision of the weights, such as bfloat16")
     parser.add_argument("--output_dir", default="outputs/reach", help="folder of reach.json and reach.png")
     args = parser.parse_args(arguments)
     if args.rope_type is not None and not args.distances:
         parser.error("`rope_type` scales RoPE to the largest of `distances`, got none. Set them.")
-    if args.rows < 1:
-        parser.error(f"`rows` must be at least 1, got {args.rows}. Set 16 if in doubt.")
+    if args.rows is not None and args.rows < 1:
+        parser.error(f"`rows` must be at least 1, got {args.rows}. Leave it out if in doubt.")
     return (args,)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, draw."""
+    from time import perf_counter
+
     import torch
     from transformers import AutoConfig
 
@@ -54,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
     dataset: Any = found[split]
     check_columns(dataset, "text")
     # A few more, for some may hold no target.
-    dataset = dataset.select(range(min(2 * args.rows, len(dataset))))
+    dataset = dataset.select(range(min(2 * (args.rows or MOST_ROWS), len(dataset))))
     distances = args.distances or doubles(args.max_length, model_range(config))
     on_gpu = torch.cuda.is_available()
 
     # How many rows are watched is a class attribute, as no training needs another number.
     class Reaching(LongAlignSFTTrainer):
-        watched_rows = args.rows
+        watched_rows = args.rows or MOST_ROWS
 
     trainer = Reaching(
         args.model,
@@ -74,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             max_length=args.max_length,
             assistant_only_loss="messages" in dataset.column_names,
             model_init_kwargs={"dtype": args.dtype},
-            per_device_eval_batch_size=4,
+            per_device_eval_batch_size=BATCH,
             bf16=on_gpu,
             use_cpu=not on_gpu,
             report_to="none",
@@ -85,6 +93,12 @@ def run(args: argparse.Namespace) -> int:
     watch: Any = trainer.distances
     rows = watch.rows["eval"]
     trainer.model.eval()
+    if args.rows is None:
+        # Each batch is read once as it is and once at each distance; the first one tells how long that takes.
+        start = perf_counter()
+        watch.loss(rows[:BATCH], None)
+        batches = int(SECONDS / (perf_counter() - start) / (1 + len(distances)))
+        rows = rows[: BATCH * max(1, batches)]
     ordinary, found = watch.loss(rows, None), watch.measure("reach", rows)
     losses, copies = ([found[f"reach_{name}_at_{n}"] for n in watch.distances] for name in ("loss", "copy_loss"))
     told = {"rows": len(rows), "as_they_are": ordinary, "lengths": watch.distances}
