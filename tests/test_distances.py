@@ -233,7 +233,7 @@ def test_the_command_line_takes_a_list():
     assert config.eval_distances == [4096, 16384]
 
 
-def test_reach_draws_the_curve_without_training(tmp_path, capsys):
+def test_reach_draws_the_curve_without_training(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra: plot)")
     tiny_llama(initializer_range=0.3).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -246,6 +246,11 @@ def test_reach_draws_the_curve_without_training(tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"{found['losses'][2]:.4f}" in told and f"copying {found['copy_losses'][2]:7.4f}" in told
     assert (out / "reach.png").is_file()
+    for seconds, rows in ((60.0, 6), (0.0, 4)):  # as many as a minute allows, of the six that there are
+        monkeypatch.setattr("hf_longalign.commands.reach.SECONDS", seconds)
+        assert main([*common[:-2], "--distances", "256", "--dtype", "float32"]) == 0
+        assert json.loads((out / "reach.json").read_text())["rows"] == rows
+    capsys.readouterr()
     assert main([*common, "--distances", "4096"]) == 1
     refusal = capsys.readouterr().err
     assert "`distances` must be at most 1024" in refusal and "Set `--rope_type yarn`, or lower" in refusal
