@@ -174,8 +174,8 @@ def publish_adapter(
     if not card.strip() or is_ours(card) or is_template(card) or license or languages:
         if RECORD_NAME not in selected:
             raise ValueError(
-                f"`folder` must hold README.md, or {RECORD_NAME} to write it from, got {folder} with neither. Write a "
-                "card into it."
+                f"`folder` must hold {RECORD_NAME} to write a card from, got {folder} without. Write README.md into "
+                "it, with license and languages in its front matter, and give neither here."
             )
         # Written anew and not taken as it lies there: a report may have come after the training.
         files[CARD] = render_card(folder, repo_id=named, **facts).encode("utf-8")

@@ -195,8 +195,13 @@ def test_a_folder_without_a_card_of_its_own_gets_one(hub, publish_model, write_a
     publish_model(folder, "named-short", base_model="org/base")
     assert 'load_adapter("user/named-short"' in hub.files("user/named-short", "models")["README.md"].decode()
     (folder / "longalign_config.json").unlink()
-    with pytest.raises(ValueError, match=r"must hold README\.md, or longalign_config\.json to write it from"):
+    with pytest.raises(ValueError, match=r"must hold longalign_config\.json .* Write README\.md into it"):
         publish_model(folder, base_model="org/base")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    with pytest.raises(ValueError, match=r"with license and languages in its front matter, and give neither here"):
+        publish_model(folder, base_model="org/base", license="mit")
+    publish_model(folder, base_model="org/base")
+    assert b"license: mit" in hub.files("user/adapter", "models")["README.md"]
 
 
 def test_a_card_of_ours_gets_the_base_it_lacks_and_keeps_its_licence(hub, publish_model, write_adapter, tmp_path):
