@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from fake_endpoint import FakeEndpoint
 from loopback_hub import as_default
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
@@ -173,7 +173,7 @@ def test_code_that_comes_with_a_model_runs_only_where_it_may(model, monkeypatch)
         asked.append(options["trust_remote_code"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", load)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
     for trusted in (False, True):
         with pytest.raises(KeyboardInterrupt):
             models.Examined.load(ModelOptions(str(model), trust_remote_code=trusted))
