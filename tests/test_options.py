@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from fake_endpoint import FakeEndpoint
 from loopback_hub import as_default
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 from hf_longalign import ContextSynthesisBuilder
 from hf_longalign.cli import main
@@ -120,6 +120,7 @@ def test_a_local_model_tells_how_difficult_seeds_are(tmp_path, model):
 def test_hard_distractors_are_found_by_an_encoder(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path / "encoder")
+    set_seed(0)  # of some untrained encoders the texts are as near to numbers as to one another
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "encoder")
     texts = ["salt and wool at the fair. " * 9, "salt and wool at the market. " * 9, "1 2 3 4 5 6 7 8 9. " * 9]
