@@ -105,7 +105,8 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         # A writer counts as soon as an arm is added that needs one.
         own = {"writer": Path(options.writer).name, "context_words": options.context_words}
-        own |= {"model": Path(options.model).name}  # whatever it is called in public
+        # Whatever a folder is called in public.
+        own |= {"model": Path(options.model).name if Path(options.model).is_dir() else options.model}
         check_same(self.folder / "settings.json", settings(options) | own)
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.config = AutoConfig.from_pretrained(options.model)

@@ -27,7 +27,7 @@ from study_report import PICTURES, write_study
 from trl import TrlParser
 
 from hf_longalign import Report, __version__
-from hf_longalign.cards import write_adapter_card
+from hf_longalign.cards.adapter import STUDY
 from hf_longalign.commands.publishing import PublishOptions, RepositoryOptions, destination
 from hf_longalign.evaluation.prompt import Completion, Prompt, fingerprint
 from hf_longalign.evaluation.report import write_report
@@ -51,6 +51,7 @@ class ArmOptions:
 
     arm: str | None = option(None, "The arm whose adapter it is; unset: the last of `arms` that is trained.")
     against: list[str] = option(["scaled", "ordinary"], "Arms that its scores stand beside; the first is compared.")
+    license: str | None = option(None, "Licence of the adapter, as the Hub names it.")
     hub_dataset_id: str | None = option(None, "Repository of the rows; unset: that of the adapter with -rows behind.")
 
 
@@ -74,12 +75,13 @@ def card_report(study: Study, arm: str, against: Sequence[str]) -> Report:
     nobody: Any = None  # stored answers are read, and no model is asked
     found: dict[str, list[Completion]] = {}
     speed: dict[str, Speed] = {}
-    models = []
+    models, seconds = [], []
     for name in (*against, arm):
         what, label = ARMS[name], ADAPTER if name == arm else name
         folder = study.arm_folder(name, seed) / options.split / "answers"
         given = [prompt for prompt, _ in asked]
         examinee = Examinee(name, f"{name}-{seed}", nobody)
+        seconds += [file.stat().st_mtime for file in folder.parent.glob("*.json")]  # when a text was asked about
         with ResultStore(folder) as store:
             left = store.missing(examinee.key(prompt.key) for prompt in given)
             if left:
@@ -101,7 +103,7 @@ def card_report(study: Study, arm: str, against: Sequence[str]) -> Report:
         suites=suites,
         prompts=fingerprint(prompt.key for prompt, _ in asked),
         settings=settings(options),
-        date=date.today().isoformat(),
+        date=date.fromtimestamp(max(seconds)).isoformat(),
         speed=speed,
         hf_longalign=__version__,
     )
@@ -120,13 +122,10 @@ def write_adapter(study: Study, arm: str, against: Sequence[str], dataset_id: st
     write_report(folder, report, coverage=record.coverage)
     titles = {name: what.title for name, what in ARMS.items() if name in options.arms}
     told = write_study(study.folder, titles, options.split, settings(options))
-    card = write_adapter_card(folder, base_model=options.base_name or options.model, license="apache-2.0")
     (folder / "assets").mkdir(exist_ok=True)
     for name in PICTURES:
         shutil.copy(study.folder / name, folder / "assets" / f"study_{name}")
-    # Behind the mark, so it is kept as any text of its authors is.
-    with card.open("a", encoding="utf-8") as file:
-        file.write("\n" + as_section(told.read_text(encoding="utf-8")))
+    (folder / STUDY).write_text(as_section(told.read_text(encoding="utf-8")), encoding="utf-8")
     return folder
 
 
@@ -168,16 +167,19 @@ def main() -> None:
             f"`arm` must be one of {', '.join(trained)}, and `hub_model_id` a repository, got {arm!r} and "
             f"{hub.hub_model_id!r}. Set both."
         )
+    name = options.base_name or options.model
+    if Path(name).is_dir():
+        raise ValueError(f"`base_name` must be the Hub id of the model, got none for the folder {name!r}. Set it.")
     publish.check_push(hub, options.output_dir)
     study = Study(options)
     adapter, rows = destination(hub, options.output_dir), destination(hub, options.output_dir)
     rows["repo_id"] = chosen.hub_dataset_id or f"{hub.hub_model_id}-rows"
     folder = write_adapter(study, arm, [name for name in chosen.against if name != arm], rows["repo_id"])
-    name = options.base_name or options.model
     given = publish.options()
+    facts = {"base_model": name, "license": chosen.license}
     looks = [None if given["dry_run"] is None else str(Path(given["dry_run"]) / kind) for kind in ("rows", ADAPTER)]
     print(publish_dataset(study.folder / DATA / "dataset", **rows, **{**given, "dry_run": looks[0]}))
-    print(publish_adapter(folder, **adapter, base_model=name, **{**given, "dry_run": looks[1]}))
+    print(publish_adapter(folder, **adapter, **facts, **{**given, "dry_run": looks[1]}))
 
 
 if __name__ == "__main__":

@@ -432,9 +432,12 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(
 
 def test_what_was_not_asked_is_not_published(recipes, model, seeds, tmp_path, monkeypatch):
     words = command(model, seeds, tmp_path)[2:]
-    monkeypatch.setattr(
-        sys, "argv", ["study_publish.py", *words, "--hub_model_id", "user/arm", "--push_dry_run", "look"]
-    )
+    words = ["study_publish.py", *words, "--hub_model_id", "user/arm", "--push_dry_run", "look"]
+    monkeypatch.setattr(sys, "argv", words)
+    # Before the rows are pushed: an adapter could not follow them.
+    with pytest.raises(ValueError, match="`base_name` must be the Hub id of the model, got none for the folder"):
+        recipes.publish.main()
+    monkeypatch.setattr(sys, "argv", [*words, "--base_name", "org/base"])
     with pytest.raises(
         ValueError, match=r"`arms` must hold scaled, asked everything, got [1-9].* Run the study to its"
     ):
@@ -450,6 +453,7 @@ def test_an_arm_is_published_with_its_rows_its_answers_and_the_study(model, seed
     arms = ["--arms", "scaled", "ordinary", "skip_context", "--cells", "1536:1", "3072:1", "--base_name", "org/base"]
     words = command(model, seeds, study, *arms)
     publish = [words[0], str(ROOT / "recipes" / "study_publish.py"), *words[2:], "--hub_model_id", "user/arm"]
+    publish += ["--license", "mit"]
     with Hub() as hub:
         environment = hub.environment(tmp_path / "home")
         assert forked.run(words, env=environment).returncode == 0
@@ -471,8 +475,9 @@ def test_an_arm_is_published_with_its_rows_its_answers_and_the_study(model, seed
     for group, task in {"one key": "multi_key", "several keys": "multi_query", "passages": "passages"}.items():
         for arm, label in {"scaled": "scaled", "skip_context": "adapter"}.items():
             assert tasks[task]["scores"][label]["value"] == pytest.approx(told[group, arm], abs=0.02)
-    mine = card.partition("hf_longalign:end -->")[2]
-    assert "## The study it comes from" in mine and "| skip_context − ordinary positions |" in mine
+    ours, _, theirs = card.partition("hf_longalign:end -->")
+    assert "## The study it comes from" in ours and "| skip_context − ordinary positions |" in ours
+    assert not theirs.strip() and "license: mit" in card
     shown = set(re.findall(r"!\[[^]]*\]\(([^)]+)\)", card))
     assert "assets/study_heatmap.png" in shown and shown <= adapter.keys()
     assert str(tmp_path) not in card + adapter["report.json"].decode()

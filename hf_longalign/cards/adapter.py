@@ -18,6 +18,8 @@ from hf_longalign.serving import command_of
 
 
 REPORT = "report.json"
+# What a study tells of the adapter beside others: a section of its own, in Markdown.
+STUDY = "study.md"
 # Methods by their tag, with what is cited for them: what was not used must not be, for a citation is a claim.
 METHODS = {"skipalign": "wu2024long", "pose": "zhu2023pose", "randpos": None, "cream": None}
 
@@ -33,6 +35,7 @@ def adapter_card(
     languages: Sequence[str] = (),
     tags: Sequence[str] = (),
     images: Sequence[str] = (),
+    study: str = "",
 ) -> str:
     """Return the README.md of an adapter, or of a whole model.
 
@@ -46,6 +49,7 @@ def adapter_card(
         languages: ISO 639 codes.
         tags: more tags.
         images: paths of pictures relative to the card.
+        study: a section that stands as it is, before what is cited.
 
     Raises:
         ValueError: a licence that is no id of the Hub.
@@ -106,6 +110,7 @@ def adapter_card(
         "adapter": _adapter(config),
         "duration": duration,
         "distances": _distances(record),
+        "study": study.strip(),
         "pictures": {name: (title, paths[name]) for name, title in PICTURES.items() if name in paths},
         "citations": [key for key, used in cited.items() if key and used],
         **{helper.__name__: helper for helper in (headline, reaches, scores_note, scores_table, suite_of)},
@@ -186,7 +191,7 @@ def render_card(
 ) -> str:
     """Return the README.md of an adapter, or of a whole model, with what people wrote into the one that is there.
 
-    The pictures in its `assets` are shown, and `report.json` with its own pictures if it is there.
+    The pictures in its `assets` are shown, and `report.json` with its own pictures and `study.md` if they are there.
 
     Args:
         folder: where the card goes.
@@ -208,7 +213,8 @@ def render_card(
     # As the report names them, where there is one: an earlier one may have left pictures in the folder.
     images = [image.name for image in sorted(folder.glob("*.png")) if report is None or image.name in report.images]
     images += [f"assets/{image.name}" for image in sorted((folder / "assets").glob("*.png"))]
-    card = adapter_card(record, adapter_config, report, images=images, **facts)
+    study = (folder / STUDY).read_text(encoding="utf-8") if (folder / STUDY).is_file() else ""
+    card = adapter_card(record, adapter_config, report, images=images, study=study, **facts)
     old = folder / CARD
     return merge_card(card, old.read_text(encoding="utf-8") if old.is_file() else None)
 

@@ -33,7 +33,7 @@ PUBLISHED = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json"),
-    *("additional_chat_templates/*.jinja", "report.json", "report.md", "*.png", "assets/*.png"),
+    *("additional_chat_templates/*.jinja", "report.json", "report.md", "study.md", "*.png", "assets/*.png"),
     *("evaluation/report.json", "evaluation/report.md", "evaluation/*.png", ".eval_results/*.yaml"),
 )
 # Pictures that are drawn for a report or a card, and results written for the Hub; others in a repository are a

@@ -130,6 +130,19 @@ def test_a_dry_run_writes_the_renamed_files(publish_model, write_adapter, tmp_pa
     assert not set(held(tmp_path / "look")) & set(LEFT)
 
 
+def test_a_study_stands_once_on_the_card_as_it_was_told_last(hub, publish_model, write_adapter):
+    folder = write_adapter("a", card="")
+    for told in ("Nobody leads.", "Skips lead."):
+        (folder / "study.md").write_text(f"## The study\n\n{told}\n")
+        publish_model(folder)
+        card = hub.files("user/adapter", "models")["README.md"].decode()
+        assert card.count("## The study") == 1 and f"{told}\n\n## Citation" in card
+        repo = hub.repo("user/adapter", "models")
+        edited = {"README.md": f"{card.rstrip()}\n\nMine.\n".encode()}
+        repo.branches["main"] = repo.add({**repo.files(), **edited})
+    assert card.count("Mine.") == 1  # what people wrote beside it stays
+
+
 @pytest.mark.parametrize("card", ["---\nmine: 1\n---\n\n# Mine\n", ""])
 def test_a_push_tells_license_and_languages_and_leaves_the_folder_as_it_is(
     publish_model, write_adapter, tmp_path, monkeypatch, card
