@@ -225,7 +225,7 @@ def longalign_mask(
     if torch.compiler.is_compiling():
         # Closures cannot be read there, and trying to ends the graph. What a model brings of its own has `use_vmap`;
         # other kinds of layers are refused by the attention.
-        name = mask_function.__name__
+        name = getattr(mask_function, "__name__", "a mask without a name")
         foreign = None if name in ("causal_mask_function", "and_mask") and not kwargs.get("use_vmap") else name
     else:
         foreign = next(_foreign_parts(mask_function), None)
