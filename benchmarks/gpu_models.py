@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
+from unittest import mock
 
 import memory_formula
 import numpy as np
@@ -20,6 +22,8 @@ from hf_longalign.attention import ATTENTION_NAME, register_attention
 
 SEED = 0
 TINY = Shape("tiny", 2, 128, 4, 2, 32, 256, 512)
+# What `accelerate launch --dynamo_use_regional_compilation` sets.
+BY_LAYER = {"ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
 
 CouldNot = Callable[[str], None]
 T = TypeVar("T")
@@ -30,6 +34,11 @@ class Place(NamedTuple):
 
     device: str
     large: bool
+
+
+def compiler(device: str) -> str:
+    """Return the backend of `torch.compile` that is measured: on a CPU one that is soon ready, and no faster."""
+    return "inductor" if device == "cuda" else "aot_eager"
 
 
 def attempt(name: str, could_not: CouldNot, make: Callable[[], T]) -> list[T]:
@@ -102,8 +111,8 @@ class Step:
 
     A step collates the row, with new positions each time where they skip, trains it, and counts what it covered: as
     often as the trainer logs, by default every tenth step, the counts are added up.
-    With `recomputed`, layers keep only their input for the backward pass, as `gradient_checkpointing` has it. Without
-    a `model` it builds one.
+    With `recomputed`, layers keep only their input for the backward pass, as `gradient_checkpointing` has it; with
+    `compiled`, one layer is compiled and serves all. Without a `model` it builds one.
     """
 
     def __init__(
@@ -115,6 +124,7 @@ class Step:
         ours: bool,
         skipped: bool,
         recomputed: bool,
+        compiled: bool = False,
         model: Any = None,
         count: int = 8,
     ) -> None:
@@ -131,30 +141,34 @@ class Step:
             "bf16": device == "cuda", "use_cpu": device == "cpu", "gradient_checkpointing": recomputed,
             "report_to": "none", "disable_tqdm": True, "max_steps": 1,
         }  # fmt: skip
+        if compiled:
+            given |= {"torch_compile": True, "torch_compile_backend": compiler(device)}
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0}, "<pad>")), pad_token="<pad>", eos_token="<pad>"
         )
-        if ours:
-            positions = {"skip_strategy": "skip_all" if skipped else "none", "skip_target_length": 131_072}
-            args = LongAlignSFTConfig(**given, **positions, skip_probability=1.0, preflight=False)
-        else:
-            args = SFTConfig(**given)
-        self.trainer = (LongAlignSFTTrainer if ours else SFTTrainer)(
-            model,
-            args=args,
-            train_dataset=Dataset.from_list(documents(count, length // count, shape.vocabulary, uneven=False)),
-            processing_class=tokenizer,
-        )
+        # `torch_compile` sets variables too, for whatever is made after it.
+        with mock.patch.dict(os.environ, BY_LAYER if compiled else {}):
+            if ours:
+                positions = {"skip_strategy": "skip_all" if skipped else "none", "skip_target_length": 131_072}
+                args = LongAlignSFTConfig(**given, **positions, skip_probability=1.0, preflight=False)
+            else:
+                args = SFTConfig(**given)
+            self.trainer = (LongAlignSFTTrainer if ours else SFTTrainer)(
+                model,
+                args=args,
+                train_dataset=Dataset.from_list(documents(count, length // count, shape.vocabulary, uneven=False)),
+                processing_class=tokenizer,
+            )
         # What `train()` would do.
         self.trainer.current_gradient_accumulation_steps = 1
         if recomputed:
             self.trainer.model.activation_checkpointing_enable()
-        self.device, self.model = device, self.trainer.model.to(device).train()
-        self.optimizer = torch.optim.AdamW((w for w in self.model.parameters() if w.requires_grad), lr=1e-4)
+        self.optimizer = self.trainer.create_optimizer()
+        self.model = self.trainer.accelerator.prepare_model(self.trainer.model.train())
         # As accelerate made it, with the columns that the collator is given.
         loader = self.trainer.get_train_dataloader()
         self.row, self.collator = loader.dataset[0], loader.collate_fn
-        self.tokens, self.taken = len(self.row["input_ids"]), 0
+        self.tokens, self.taken, self.device = len(self.row["input_ids"]), 0, device
         self.coverage = self.trainer.coverage if ours else None
         self.attention = self.model.get_base_model().config._attn_implementation
 
@@ -165,8 +179,9 @@ class Step:
         if self.coverage is not None:
             self.collator.set_epoch(self.taken)
         self.trainer.training_step(self.model, self.collator([self.row]))
+        self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.taken += 1
         if self.coverage is not None and self.taken % self.trainer.args.logging_steps == 0:
             self.coverage.gather()

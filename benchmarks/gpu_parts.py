@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import memory_formula
 import numpy as np
@@ -20,6 +20,7 @@ from gpu_models import (
     Step,
     attempt,
     build,
+    compiler,
     documents,
     free,
     in_turn,
@@ -50,6 +51,15 @@ TRL = "TRL's trainer, on the same attention"
 ROUNDS = 60
 
 
+class Side(NamedTuple):
+    """What is stepped: a trainer, this package's or TRL's, on an attention."""
+
+    attention: str = ATTENTION_NAME
+    ours: bool = True
+    skipped: bool = False
+    compiled: bool = False
+
+
 def throughput(place: Place, could_not: CouldNot) -> Iterator[dict]:
     """Measure tokens/s and MFU with and without skips, and TRL's own trainer, on packed rows of 4,096 with LoRA.
 
@@ -57,36 +67,41 @@ def throughput(place: Place, could_not: CouldNot) -> Iterator[dict]:
     Nothing is recomputed in the backward pass: there is room for rows of this length.
     """
     shapes, rounds = ((LLAMA, QWEN), ROUNDS) if place.large else ((TINY,), 20)
-    own = {"skipped": ATTENTION_NAME, "ordinary": ATTENTION_NAME, TRL: ATTENTION_NAME}
+    fewer = rounds // 3 // 2 * 2
+    skipped, trl = Side(skipped=True), Side(ours=False)
     for shape in shapes:
-        yield from stepped_in_turn(shape, own, rounds, place, could_not)
+        all_sides = {"ordinary": Side(), "skipped": skipped, TRL: trl}
+        yield from stepped_in_turn(shape, all_sides, rounds, place, could_not)
+        free(place.device)
+        compiled = {"skipped": skipped, "skipped, compiled by layer": skipped._replace(compiled=True)}
+        yield from stepped_in_turn(shape, compiled, fewer, place, could_not)
         free(place.device)
     # Last, for a kernel that fails may leave the process without a GPU; and one at a time, for transformers loads a
     # flash attention anew wherever it changes.
     for name, shape in itertools.product(flash_attentions(place.device, could_not), shapes):
-        both = {TRL: ATTENTION_NAME, f"TRL's trainer, on {name}": name}
-        yield from stepped_in_turn(shape, both, rounds // 3 // 2 * 2, place, could_not)
+        both = {TRL: trl, f"TRL's trainer, on {name}": trl._replace(attention=name)}
+        yield from stepped_in_turn(shape, both, fewer, place, could_not)
         free(place.device)
 
 
 def stepped_in_turn(
-    shape: Shape, sides: dict[str, str], rounds: int, place: Place, could_not: CouldNot
+    shape: Shape, sides: dict[str, Side], rounds: int, place: Place, could_not: CouldNot
 ) -> Iterator[dict]:
-    """Step all sides, each with its attention, over the same weights; then compare them."""
+    """Step all sides over the same weights; then compare the others with the first."""
     device, length, steps = place.device, 4096 if place.large else 512, {}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for model in attempt(shape.name, could_not, lambda: build(shape, device, ATTENTION_NAME, dtype, lora=True)):
-        for side, attention in sides.items():
+        for name, side in sides.items():
 
-            def ready(side: str = side, attention: str = attention, model: Any = model) -> Step:
-                ours, skipped = side in ("skipped", "ordinary"), side == "skipped"
-                own = twin(model, attention)
-                step = Step(shape, device, length, ours=ours, skipped=skipped, recomputed=False, model=own)
+            def ready(side: Side = side, model: Any = model) -> Step:
+                attention, options = side.attention, side._asdict()
+                del options["attention"]
+                step = Step(shape, device, length, recomputed=False, model=twin(model, attention), **options)
                 step()
                 return step
 
-            for step in attempt(f"{shape.name}, {side}", could_not, ready):
-                steps[side] = step
+            for step in attempt(f"{shape.name}, {name}", could_not, ready):
+                steps[name] = step
     for times in attempt(f"{shape.name}, in turn", could_not, lambda: in_turn(steps, rounds)):
         for side, step in steps.items():
             seconds = statistics.median(times[side])
@@ -98,15 +113,14 @@ def stepped_in_turn(
                    "steps": rounds, "step_s": round(seconds, 4), "tokens_per_s": round(rate),
                    "tflops": round(flops / 1e12, 2), "mfu": round(flops / peak, 3) if peak else None,
                    "goal": PUBLIC.get(shape.name)}  # fmt: skip
-        comparisons = [("skipped", "ordinary", 0.01)]
-        comparisons += [(side, TRL, None) for side in sides if side not in ("skipped", TRL)]
-        for side, other, goal in comparisons:
-            if {side, other} <= times.keys():
-                cost = {key: round(value - 1, 4) for key, value in ratio(times[side], times[other]).items()}
-                yield {"model": shape.name, "side": f"cost of: {side}", "beside": other, "steps": rounds,
-                       "share_of_a_step": cost["ratio"], "from": cost["low"], "to": cost["high"], "goal": goal,
-                       # The whole of the interval, or it has not been shown.
-                       "goal_met": None if goal is None else cost["high"] <= goal}  # fmt: skip
+        first = next(iter(times))
+        for side in [name for name in times if name != first]:
+            cost = {key: round(value - 1, 4) for key, value in ratio(times[side], times[first]).items()}
+            goal = 0.01 if (side, first) == ("skipped", "ordinary") else None
+            yield {"model": shape.name, "side": f"cost of: {side}", "beside": first, "steps": rounds,
+                   "share_of_a_step": cost["ratio"], "from": cost["low"], "to": cost["high"], "goal": goal,
+                   # The whole of the interval, or it has not been shown.
+                   "goal_met": None if goal is None else cost["high"] <= goal}  # fmt: skip
 
 
 def device_name(device: str) -> str:
@@ -133,7 +147,7 @@ def compiling(place: Place, could_not: CouldNot) -> Iterator[dict]:
     cases = [(few if place.large else TINY, how) for how in ("no", "by layer", "whole")]
     cases += [(LLAMA, how) for how in ("no", "by layer") if place.large]
     length = 4096 if place.large else 512
-    backend = "inductor" if device == "cuda" else "aot_eager"
+    backend = compiler(device)
     compilers = {"no": lambda model, **_: model, "by layer": compile_regions, "whole": torch.compile}
     for shape, how in cases:
 

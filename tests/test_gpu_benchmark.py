@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from unittest import mock
@@ -10,6 +11,7 @@ import forked
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +236,28 @@ def test_ordinary_rows_are_not_counted():
     assert step.coverage is None and step() > 0
 
 
+def test_a_compiled_step_trains_as_an_uncompiled_one_and_leaves_no_trace():
+    model, before = models.build(parts.TINY, "cpu", parts.ATTENTION_NAME, torch.float32, lora=True), dict(os.environ)
+    weights, graphs = {}, {}
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for compiled in (False, True):
+        model.load_state_dict(start)
+        torch._dynamo.reset()
+        counters.clear()
+        step = models.Step(
+            parts.TINY, "cpu", 64, ours=True, skipped=True, recomputed=False, compiled=compiled,
+            model=models.twin(model, parts.ATTENTION_NAME), count=2,
+        )  # fmt: skip
+        for _ in range(4):
+            step()
+        weights[compiled] = {name: weight.clone() for name, weight in model.state_dict().items()}
+        graphs[compiled] = counters["stats"]["unique_graphs"]
+    assert graphs[False] == 0 < graphs[True]
+    assert any(not torch.equal(start[name], weights[True][name]) for name in start)
+    torch.testing.assert_close(weights[True], weights[False])
+    assert dict(os.environ) == before
+
+
 def test_a_twin_has_the_same_weights_and_an_attention_of_its_own():
     model = models.build(parts.TINY, "cpu", "eager", torch.float32, lora=True)
     twin = models.twin(model, "sdpa")
@@ -245,8 +269,11 @@ def test_throughput_names_the_attention_of_every_side(monkeypatch):
     missing = []
     monkeypatch.setattr(models.Step, "__call__", lambda step: 2.0 if step.coverage is not None else 1.0)
     rows = list(parts.throughput(models.Place("cpu", large=False), missing.append))
-    assert [row["side"] for row in rows[:3]] == ["skipped", "ordinary", "TRL's trainer, on the same attention"]
-    assert {row["attention"] for row in rows[:3]} == {"longalign_varlen"}
+    assert [row["side"] for row in rows[:3]] == ["ordinary", "skipped", "TRL's trainer, on the same attention"]
+    assert [row["side"] for row in rows[5:]] == [
+        "skipped", "skipped, compiled by layer", "cost of: skipped, compiled by layer"
+    ]  # fmt: skip
+    assert {row["attention"] for row in rows if "attention" in row} == {"longalign_varlen"}
     assert "kernels-community/vllm-flash-attn3: needs a GPU" in missing
     cost = rows[3]
     assert (cost["side"], cost["beside"]) == ("cost of: skipped", "ordinary")
@@ -257,7 +284,7 @@ def test_trl_is_stepped_on_each_flash_attention_in_turn_with_the_same_attention(
     monkeypatch.setattr(models.Step, "__call__", lambda step: 1.0)
     monkeypatch.setattr(parts, "flash_attentions", lambda device, could_not: ["sdpa", "no such attention"])
     missing = []
-    rows = list(parts.throughput(models.Place("cpu", large=False), missing.append))[5:]
+    rows = list(parts.throughput(models.Place("cpu", large=False), missing.append))[8:]
     assert [(row["side"], row.get("attention")) for row in rows] == [
         ("TRL's trainer, on the same attention", "longalign_varlen"),
         ("TRL's trainer, on sdpa", "sdpa"),
