@@ -227,6 +227,7 @@ GPU_OPTIONS = {
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "compiled": {"torch_compile": True, "preflight": False},
+    "compiled by layer": {"torch_compile": True, "preflight": False},
     "liger": {"use_liger_kernel": True},
     "optimiser of 8 bits": {"optim": "adamw_8bit"},
     "paged optimiser": {"optim": "paged_adamw_32bit"},
@@ -238,7 +239,11 @@ GPU_OPTIONS = {
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @layouts
 @pytest.mark.parametrize("name", GPU_OPTIONS)
-def test_on_a_gpu_every_option_trains_as_without_it(tmp_path, packing, name):
+def test_on_a_gpu_every_option_trains_as_without_it(tmp_path, packing, name, monkeypatch):
+    # `torch_compile` sets the first for the process.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "yes" if "by layer" in name else "no")
+    torch._dynamo.reset()
     options = dict(GPU_OPTIONS[name])
     bits = options.pop("bits", None)
     if bits or "optim" in options:

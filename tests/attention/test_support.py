@@ -25,7 +25,7 @@ from batches import (
 from families import FAMILIES, HYBRIDS, WINDOW, WINDOWED, naive_logits, tiny_config, tiny_model
 from transformers import Gemma3Config, LlamaConfig
 from transformers.integrations.flex_attention import WrappedFlexAttention
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
 
 from hf_longalign.attention import ATTENTION_NAME, exactness_problem, has_recurrent_layers, register_attention
 
@@ -96,23 +96,31 @@ def test_flex_attention_is_exact_or_refused(family, monkeypatch):
         assert error > 0.05 if refused else error < ATOL, (packed, strategy, float(error), refused)
 
 
-@pytest.mark.skipif(
-    not (torch.cuda.is_available() and is_flash_attn_2_available()), reason="needs flash-attn and a CUDA GPU"
-)
+FLASH_ATTENTIONS = {
+    "flash_attention_2": is_flash_attn_2_available,
+    "flash_attention_3": is_flash_attn_3_available,
+    "flash_attention_4": is_flash_attn_4_available,
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @torch.no_grad()
 @layouts
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_flash_attention_is_exact_or_refused(family, packed):
+@pytest.mark.parametrize("name", FLASH_ATTENTIONS)
+def test_flash_attention_is_exact_or_refused(name, family, packed):
+    if not FLASH_ATTENTIONS[name]():
+        pytest.skip(f"needs {name}")
     for strategy in ("none", "mixed"):
         documents = make_documents(strategy)
         batch = packed_batch(documents) if packed else padded_batch(documents)
         batch = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
         model = copy.deepcopy(tiny_model(family)).to("cuda", torch.bfloat16)
-        model.set_attn_implementation("flash_attention_2")
+        model.set_attn_implementation(name)
         logits = model(**batch, use_cache=False).logits
         kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         error = (logits[kept].float().cpu() - reference_logits(family, documents)).abs().mean()
-        refused = problem_of(family, "flash_attention_2", packed, strategy)
+        refused = problem_of(family, name, packed, strategy)
         assert error > 0.2 if refused else error < 0.1, (strategy, float(error), refused)
 
 
