@@ -70,41 +70,65 @@ class DistanceCoverage:
         self._documents = np.zeros(3, dtype=np.int64)
         self._told = self.counts()
 
-    def add(self, positions: ArrayLike) -> None:
-        """Count one document by its positions, int `(n,)`, strictly increasing, n at least 1.
+    def add(self, positions: ArrayLike, lengths: ArrayLike | None = None) -> None:
+        """Count documents by their positions, which increase strictly within each.
+
+        Args:
+            positions: int `(tokens,)`, of one document after the other.
+            lengths: int `(documents,)`, tokens of each, at least 1; `None` for one document.
 
         Raises:
-            ValueError: positions that are not.
+            ValueError: positions that do not increase, or lengths that are not theirs.
         """
         array = np.asarray(positions, dtype=np.int64)
-        steps = np.diff(array)
-        if not array.size or (steps < 1).any():
+        sizes = np.array([array.size]) if lengths is None else np.asarray(lengths, dtype=np.int64)
+        if (sizes < 1).any() or sizes.sum() != array.size:
+            told = f"got {sizes.tolist()} for {array.size} positions"
+            raise ValueError(
+                f"`lengths` must be at least 1 and add up to all positions, {told}. Leave empty ones out."
+            )
+        ends = np.cumsum(sizes)
+        steps = np.diff(array, append=0)
+        steps[ends - 1] = 0  # a document ends here
+        if (np.delete(steps, ends - 1) < 1).any():
             raise ValueError(f"`positions` must increase strictly, got {positions!r}. Give those of one document.")
-        breaks = np.flatnonzero(steps > 1)
-        first = array[np.concatenate(([0], breaks + 1))]
-        last = array[np.append(breaks, array.size - 1)]
-        span = int(array[-1] - array[0]) + 1
-        # m runs cost O(m^2): two runs give a trapezoid over the distances, kept as its four corners (30 µs for 12
-        # runs). In RandPos nearly every token is a run; there one FFT over the target length (4 ms for 131,072) costs
-        # less.
-        if first.size <= MAX_RUNS or span > self.target_length:
-            i, j = np.triu_indices(first.size, 1)
-            lengths = last - first + 1
-            rises = np.concatenate((first[j] - last[i], last[j] - first[i] + 2, lengths + 1))
-            falls = np.concatenate((first[j] - first[i] + 1, last[j] - last[i] + 1))
-            np.add.at(self._corners, np.minimum(rises, self.target_length), 1)
-            np.add.at(self._corners, np.minimum(falls, self.target_length), -1)
-            # Inside a run: as many pairs at distance 0 as tokens, one less with each step.
-            self._corners[0] += lengths.sum()
-            self._corners[1] -= (lengths + 1).sum()
-        else:
+        # Runs of contiguous positions, by their first and last position.
+        breaks = np.flatnonzero(steps != 1)
+        last, first = array[breaks], array[np.append(0, breaks[:-1] + 1)]
+        document = np.searchsorted(ends, breaks, side="right")
+        runs, spans = np.bincount(document), array[ends - 1] - array[ends - sizes] + 1
+        # m runs cost O(m^2): two runs give a trapezoid over the distances, kept as its four corners. In RandPos nearly
+        # every token is a run; there one FFT over the target length (4 ms for 131,072) costs less.
+        dense = (runs > MAX_RUNS) & (spans <= self.target_length)
+        for index in np.flatnonzero(dense):
             occupied = np.zeros(self.target_length)
-            occupied[array - array[0]] = 1
+            places = array[ends[index] - sizes[index] : ends[index]]
+            occupied[places - places[0]] = 1
             # Power spectra add up, so the way back is taken once, when the counts are asked for.
             spectrum = np.fft.rfft(occupied, self._fft_size)
             power = spectrum.real**2 + spectrum.imag**2
             self._power = power if self._power is None else self._power + power
-        self._documents += (1, breaks.size > 0, span)
+        sparse = ~dense[document]
+        self._add_runs(first[sparse], last[sparse], document[sparse])
+        self._documents += (sizes.size, (runs > 1).sum(), spans.sum())
+
+    def _add_runs(self, first: np.ndarray, last: np.ndarray, document: np.ndarray) -> None:
+        """Count the pairs of tokens of each document by its runs, and by every two of them."""
+        lengths = last - first + 1
+        # Inside a run: as many pairs at distance 0 as tokens, one less with each step.
+        self._corners[0] += lengths.sum()
+        self._corners[1] -= (lengths + 1).sum()
+        rises, falls = [lengths + 1], []
+        for apart in range(1, len(document)):
+            i = np.flatnonzero(document[apart:] == document[:-apart])
+            if not i.size:
+                break
+            j = i + apart
+            rises += [first[j] - last[i], last[j] - first[i] + 2]
+            falls += [first[j] - first[i] + 1, last[j] - last[i] + 1]
+        for corners, sign in ((rises, 1), (falls, -1)):
+            for places in corners:
+                np.add.at(self._corners, np.minimum(places, self.target_length), sign)
 
     @property
     def pairs(self) -> np.ndarray:
@@ -214,14 +238,17 @@ class CoverageCallback(DistanceCoverage, TrainerCallback):
         """Count the documents that have a target: the others, padding among them, train no distance."""
         for batch in self._pending:
             arrays = {key: values.cpu().numpy() for key, values in batch.items()}
-            positions, trained = arrays["position_ids"], arrays["labels"] != -100
+            positions, targets = arrays["position_ids"], arrays["labels"] != -100
             if "seq_idx" in arrays:
-                starts = np.flatnonzero(np.diff(arrays["seq_idx"][0])) + 1
-                documents = list(zip(np.split(positions[0], starts), np.split(trained[0], starts), strict=True))
+                document, kept = arrays["seq_idx"], np.ones(positions.shape, dtype=bool)
             else:
-                rows = zip(positions, trained, arrays["attention_mask"].astype(bool), strict=True)
-                documents = [(row[mask], targets[mask]) for row, targets, mask in rows]
-            for places, targets in documents:
-                if targets[1:].any():  # nothing comes before a first token that could predict it
-                    self._local.add(places)
+                kept = arrays["attention_mask"].astype(bool)
+                document = np.broadcast_to(np.arange(len(positions))[:, None], positions.shape)
+            document, positions, targets = document[kept], positions[kept], targets[kept]
+            starts = np.flatnonzero(np.diff(document, prepend=-1))
+            targets[starts] = False  # nothing comes before a first token that could predict it
+            lengths = np.diff(starts, append=document.size)
+            trained = np.add.reduceat(targets, starts, dtype=np.int64) > 0 if starts.size else lengths > 0
+            if trained.any():
+                self._local.add(positions[np.repeat(trained, lengths)], lengths[trained])
         self._pending.clear()

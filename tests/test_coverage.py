@@ -30,10 +30,12 @@ document = st.sets(st.integers(0, 59), min_size=1).map(sorted)
 @settings(max_examples=150, deadline=None)
 @given(st.lists(document, min_size=1, max_size=4), st.integers(1, 60))
 def test_pairs_by_distance(documents, target_length):
-    coverage = DistanceCoverage(target_length)
+    coverage, together = DistanceCoverage(target_length), DistanceCoverage(target_length)
     for positions in documents:
         coverage.add(np.array(positions, dtype=np.int32))
     assert coverage.pairs.tolist() == naive_pairs(documents, target_length)
+    together.add(np.concatenate(documents), [len(positions) for positions in documents])
+    assert together.counts().tolist() == coverage.counts().tolist()
 
 
 @settings(max_examples=20, deadline=None)
@@ -43,8 +45,7 @@ def test_pairs_of_many_runs(documents):
     coverage = DistanceCoverage(256)
     documents = [*documents, list(range(0, 256, 2)), [0, 1, 2, 200]]
     assert len(documents[-2]) > MAX_RUNS
-    for positions in documents:
-        coverage.add(positions)
+    coverage.add(np.concatenate(documents), [len(positions) for positions in documents])
     assert coverage.pairs.tolist() == naive_pairs(documents, 256)
     # Asking turns the spectra into counts; asking again, or adding more, must not count them twice.
     coverage.add([0, 5])
@@ -125,10 +126,20 @@ def test_an_empty_run_has_a_state():
     assert state["histogram"] == {"edges": [0, 1, 2, 3], "pairs": [0, 0, 0], "covered": [0.0, 0.0, 0.0]}
 
 
-@pytest.mark.parametrize("positions", [[], [0, 0], [3, 2]])
-def test_what_is_no_document_is_refused(positions):
-    with pytest.raises(ValueError, match="`positions` must increase strictly"):
-        DistanceCoverage(8).add(positions)
+@pytest.mark.parametrize(
+    ("positions", "lengths", "name"),
+    [
+        ([], None, "lengths"),
+        ([0, 1], [2, 0], "lengths"),
+        ([0, 1], [1], "lengths"),
+        ([0, 0], None, "positions"),
+        ([3, 2], None, "positions"),
+        ([3, 4, 2, 2], [2, 2], "positions"),
+    ],
+)
+def test_what_is_no_document_is_refused(positions, lengths, name):
+    with pytest.raises(ValueError, match=f"`{name}` must "):
+        DistanceCoverage(8).add(positions, lengths)
 
 
 def counted(batch):

@@ -128,8 +128,9 @@ def longalign_attention(
     if "sliding_window" in kwargs:
         window = kwargs["sliding_window"]
     else:  # a few models (Qwen2-MoE, PhiMoE) write it into their mask alone and do not pass it
-        windowed = _layer_kind(module) in (None, "sliding_attention")
-        window = getattr(module.config, "sliding_window", None) if windowed else None
+        window = getattr(module.config, "sliding_window", None)
+        if window is not None and _layer_kind(module) not in (None, "sliding_attention"):
+            window = None
     _refuse_unsupported(module, attention_mask, is_causal, softcap, s_aux, kwargs)
     # Norms kept in float32 (PEFT, quantised models) leave queries and keys in it, and no flash kernel takes them.
     mixed = query.is_cuda and query.dtype == torch.float32
@@ -269,6 +270,7 @@ def _foreign_parts(mask_function: Callable) -> Iterator[str]:
 
 
 def _layer_kind(module: torch.nn.Module) -> str | None:
+    """Look up the layer by its index. A graph that has done so serves this layer alone: ask only where it matters."""
     kinds = getattr(module.config, "layer_types", None)
     return None if kinds is None or getattr(module, "layer_idx", None) is None else kinds[module.layer_idx]
 
@@ -283,7 +285,8 @@ def _refuse_unsupported(
 ) -> None:
     given = {name for name, argument in kwargs.items() if argument is not None and argument is not False}
     reason = next((what for name, what in _REFUSED_ARGUMENTS.items() if name in given), None)
-    if _layer_kind(module) not in SUPPORTED_LAYERS:
+    kinds = getattr(module.config, "layer_types", None) or ()
+    if not SUPPORTED_LAYERS.issuperset(kinds) and _layer_kind(module) not in SUPPORTED_LAYERS:
         reason = f"{_layer_kind(module)} layers"
     if is_causal is False or (is_causal is None and not getattr(module, "is_causal", True)):
         reason = "attention that is not causal"

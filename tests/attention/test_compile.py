@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from batches import make_documents, packed_batch
 from families import FAMILIES, tiny_config
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -141,6 +142,29 @@ def test_flash_is_part_of_one_graph_that_is_compiled_once(backend, like_a_gpu):
     assert graphs[2:] == [graphs[2]] * 4
     expected, _ = train(twin, twin, few_shapes=False)
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "olmo3"])
+def test_layers_are_compiled_once_per_kind_however_many_there_are(family):
+    """As `accelerate launch --dynamo_use_regional_compilation` has it.
+
+    With a graph for each layer those past the eighth, dynamo's limit, would run uncompiled.
+    """
+    graphs = {}
+    for layers in (2, 10):
+        torch._dynamo.reset()
+        counters.clear()
+        config = tiny_config(family)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = (config.layer_types * layers)[:layers]
+        model_class = getattr(transformers, f"{FAMILIES[family][0]}ForCausalLM")
+        model = model_class._from_config(config, attn_implementation=ATTENTION_NAME).train()
+        called = compile_regions(model, backend="aot_eager")
+        train(model, called, steps=2, few_shapes=True, multiple=1024)
+        graphs[layers] = counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    assert graphs[10] == graphs[2] > 0
 
 
 @pytest.mark.parametrize("given", [{"or_mask_function": lambda b, h, q, k: q >= 0}, {"block_sequence_ids": "ids"}])
