@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from fake_endpoint import FakeEndpoint
 from tiny import chats, hotpot_rows, tiny_llama, tiny_tokenizer
@@ -43,6 +44,7 @@ RUN = [
         "recipes/evaluation/README.md",
         "recipes/README.md",
         "recipes/accelerate/README.md",
+        "recipes/MEMORY.md",
         "recipes/how_it_works.md",
         "recipes/publishing.md",
         "recipes/smollm2-135m/README.md",
@@ -132,6 +134,7 @@ def run_command(words, server):
         assert subprocess.run(script, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300).returncode == 0, words
         return
     if words[0] == "accelerate":  # what it launches; launching is tested with the command line
+        launch_command_parser().parse_args(words[2:])
         words = words[words.index("hf_longalign") :]
     name, *options = words[1:]
     if name in ("synthesize", "recipes/scale/synthesize.py"):
