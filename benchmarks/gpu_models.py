@@ -107,7 +107,7 @@ def collate(
 
 
 class Step:
-    """A trainer with one packed row, ready to be stepped as `train()` steps it.
+    """A trainer with one packed row, ready to be stepped as `train()` steps it, but for the learning rate's schedule.
 
     A step collates the row, with new positions each time where they skip, trains it, and counts what it covered: as
     often as the trainer logs, by default every tenth step, the counts are added up.
@@ -163,8 +163,9 @@ class Step:
         self.trainer.current_gradient_accumulation_steps = 1
         if recomputed:
             self.trainer.model.activation_checkpointing_enable()
-        self.optimizer = self.trainer.create_optimizer()
-        self.model = self.trainer.accelerator.prepare_model(self.trainer.model.train())
+        self.model, self.optimizer = self.trainer.accelerator.prepare(
+            self.trainer.model.train(), self.trainer.create_optimizer()
+        )
         # As accelerate made it, with the columns that the collator is given.
         loader = self.trainer.get_train_dataloader()
         self.row, self.collator = loader.dataset[0], loader.collate_fn

@@ -94,30 +94,30 @@ def stepped_in_turn(
         for name, side in sides.items():
 
             def ready(side: Side = side, model: Any = model) -> Step:
-                attention, options = side.attention, side._asdict()
-                del options["attention"]
-                step = Step(shape, device, length, recomputed=False, model=twin(model, attention), **options)
+                options = side._asdict()
+                own = twin(model, options.pop("attention"))
+                step = Step(shape, device, length, recomputed=False, model=own, **options)
                 step()
                 return step
 
             for step in attempt(f"{shape.name}, {name}", could_not, ready):
                 steps[name] = step
     for times in attempt(f"{shape.name}, in turn", could_not, lambda: in_turn(steps, rounds)):
-        for side, step in steps.items():
-            seconds = statistics.median(times[side])
+        for name, step in steps.items():
+            seconds = statistics.median(times[name])
             rate = step.tokens / seconds
             # Forward and backward without gradients of the frozen weights, recomputation not counted.
             flops = rate * (4 * memory_formula.parameters(shape))
             peak = next((peak for card, peak in PEAKS.items() if card in device_name(device)), None)
-            yield {"model": shape.name, "side": side, "attention": step.attention, "tokens": step.tokens,
+            yield {"model": shape.name, "side": name, "attention": step.attention, "tokens": step.tokens,
                    "steps": rounds, "step_s": round(seconds, 4), "tokens_per_s": round(rate),
                    "tflops": round(flops / 1e12, 2), "mfu": round(flops / peak, 3) if peak else None,
                    "goal": PUBLIC.get(shape.name)}  # fmt: skip
-        first = next(iter(times))
-        for side in [name for name in times if name != first]:
-            cost = {key: round(value - 1, 4) for key, value in ratio(times[side], times[first]).items()}
-            goal = 0.01 if (side, first) == ("skipped", "ordinary") else None
-            yield {"model": shape.name, "side": f"cost of: {side}", "beside": first, "steps": rounds,
+        first = next(iter(times), None)
+        for name in [name for name in times if name != first]:
+            cost = {key: round(value - 1, 4) for key, value in ratio(times[name], times[first]).items()}
+            goal = 0.01 if (name, first) == ("skipped", "ordinary") else None
+            yield {"model": shape.name, "side": f"cost of: {name}", "beside": first, "steps": rounds,
                    "share_of_a_step": cost["ratio"], "from": cost["low"], "to": cost["high"], "goal": goal,
                    # The whole of the interval, or it has not been shown.
                    "goal_met": None if goal is None else cost["high"] <= goal}  # fmt: skip

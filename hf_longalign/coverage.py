@@ -82,16 +82,18 @@ class DistanceCoverage:
         """
         array = np.asarray(positions, dtype=np.int64)
         sizes = np.array([array.size]) if lengths is None else np.asarray(lengths, dtype=np.int64)
-        if (sizes < 1).any() or sizes.sum() != array.size:
-            told = f"got {sizes.tolist()} for {array.size} positions"
+        if not sizes.size or (sizes < 1).any() or sizes.sum() != array.size:
             raise ValueError(
-                f"`lengths` must be at least 1 and add up to all positions, {told}. Leave empty ones out."
+                f"`lengths` must be at least 1 and add up to all positions, got {sizes.tolist()} for {array.size}. "
+                "Leave empty documents out."
             )
         ends = np.cumsum(sizes)
         steps = np.diff(array, append=0)
         steps[ends - 1] = 0  # a document ends here
         if (np.delete(steps, ends - 1) < 1).any():
-            raise ValueError(f"`positions` must increase strictly, got {positions!r}. Give those of one document.")
+            raise ValueError(
+                f"`positions` must increase strictly within each document, got {positions!r}. Give its `lengths`."
+            )
         # Runs of contiguous positions, by their first and last position.
         breaks = np.flatnonzero(steps != 1)
         last, first = array[breaks], array[np.append(0, breaks[:-1] + 1)]
@@ -245,7 +247,7 @@ class CoverageCallback(DistanceCoverage, TrainerCallback):
                 kept = arrays["attention_mask"].astype(bool)
                 document = np.broadcast_to(np.arange(len(positions))[:, None], positions.shape)
             document, positions, targets = document[kept], positions[kept], targets[kept]
-            starts = np.flatnonzero(np.diff(document, prepend=-1))
+            starts = np.flatnonzero(np.diff(document, prepend=document[:1] - 1))
             targets[starts] = False  # nothing comes before a first token that could predict it
             lengths = np.diff(starts, append=document.size)
             trained = np.add.reduceat(targets, starts, dtype=np.int64) > 0 if starts.size else lengths > 0

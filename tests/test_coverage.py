@@ -130,6 +130,7 @@ def test_an_empty_run_has_a_state():
     ("positions", "lengths", "name"),
     [
         ([], None, "lengths"),
+        ([], [], "lengths"),
         ([0, 1], [2, 0], "lengths"),
         ([0, 1], [1], "lengths"),
         ([0, 0], None, "positions"),
