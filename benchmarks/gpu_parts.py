@@ -61,7 +61,7 @@ class Side(NamedTuple):
 
 
 def throughput(place: Place, could_not: CouldNot) -> Iterator[dict]:
-    """Measure tokens/s and MFU with and without skips, and TRL's own trainer, on packed rows of 4,096 with LoRA.
+    """Measure tokens/s and MFU on packed rows of 4,096 with LoRA: with skips and without, by layer, and by TRL.
 
     TRL's trainer runs on this package's attention, as the other sides do, and on each flash attention that can be had.
     Nothing is recomputed in the backward pass: there is room for rows of this length.

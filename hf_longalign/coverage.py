@@ -120,17 +120,17 @@ class DistanceCoverage:
         # Inside a run: as many pairs at distance 0 as tokens, one less with each step.
         self._corners[0] += lengths.sum()
         self._corners[1] -= (lengths + 1).sum()
-        rises, falls = [lengths + 1], []
+        self._turn(lengths + 1, 1)
         for apart in range(1, len(document)):
             i = np.flatnonzero(document[apart:] == document[:-apart])
             if not i.size:
                 break
             j = i + apart
-            rises += [first[j] - last[i], last[j] - first[i] + 2]
-            falls += [first[j] - first[i] + 1, last[j] - last[i] + 1]
-        for corners, sign in ((rises, 1), (falls, -1)):
-            for places in corners:
-                np.add.at(self._corners, np.minimum(places, self.target_length), sign)
+            self._turn(np.concatenate((first[j] - last[i], last[j] - first[i] + 2)), 1)
+            self._turn(np.concatenate((first[j] - first[i] + 1, last[j] - last[i] + 1)), -1)
+
+    def _turn(self, distances: np.ndarray, by: int) -> None:
+        np.add.at(self._corners, np.minimum(distances, self.target_length), by)
 
     @property
     def pairs(self) -> np.ndarray:

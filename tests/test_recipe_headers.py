@@ -54,13 +54,9 @@ def test_what_a_script_asks_for_is_there(path):
         assert needed.specifier.contains(version(needed.name), prereleases=True), needed
 
 
-def test_what_the_scripts_ask_for_resolves_in_an_empty_environment():
-    """By uv, which reads what the index says of the newest versions and installs nothing."""
-    uv = pytest.importorskip("uv", reason="the scripts' requirements are resolved by uv, of the extra [test]")
-    known, asked = options(), set()
-    for path in SCRIPTS:
-        (requirement,) = map(Requirement, metadata(path)["dependencies"])
-        asked |= set(map(str, requirements(requirement.extras, known)))
+def resolved(asked):
+    """What would be installed, by uv, which reads what the index says of the newest versions and installs nothing."""
+    uv = pytest.importorskip("uv", reason="requirements are resolved by uv, of the extra [test]")
     command = [uv.find_uv_bin(), "pip", "compile", "--python", sys.executable, "--no-header", "--no-annotate", "-"]
     try:
         done = subprocess.run(command, input="\n".join(sorted(asked)), capture_output=True, text=True, timeout=300)
@@ -69,4 +65,19 @@ def test_what_the_scripts_ask_for_resolves_in_an_empty_environment():
     if "No solution found" not in done.stderr and done.returncode:
         pytest.skip(f"no package index can be reached: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr
-    assert "\ntrl==" in done.stdout
+    return done.stdout
+
+
+def test_what_the_scripts_ask_for_resolves_in_an_empty_environment():
+    known, asked = options(), set()
+    for path in SCRIPTS:
+        (requirement,) = map(Requirement, metadata(path)["dependencies"])
+        asked |= set(map(str, requirements(requirement.extras, known)))
+    assert "\ntrl==" in resolved(asked)
+
+
+def test_what_the_pages_install_beside_the_package_resolves():
+    told = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "recipes").rglob("*.md"))
+    quoted = re.findall(r'pip install "([^".][^"]*)"', told)
+    asked = {line for line in quoted if Requirement(line).name != "hf_longalign"}
+    assert "\nflash-attn-4==4." in "\n" + resolved(asked)  # an older final release has nothing in it

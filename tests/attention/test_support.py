@@ -110,7 +110,7 @@ FLASH_ATTENTIONS = {
 @pytest.mark.parametrize("name", FLASH_ATTENTIONS)
 def test_flash_attention_is_exact_or_refused(name, family, packed):
     if not FLASH_ATTENTIONS[name]():
-        pytest.skip(f"needs {name}")
+        pytest.skip(f"{name} is not installed")
     for strategy in ("none", "mixed"):
         documents = make_documents(strategy)
         batch = packed_batch(documents) if packed else padded_batch(documents)
